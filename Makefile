@@ -1,0 +1,37 @@
+# Two commands do all the set-up: `make demo` runs the whole job on a simulated IXI, `make test` runs the tests.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint clean help
+
+help:
+	@echo "make demo   run the whole job on a small simulated IXI, no server or account needed"
+	@echo "make test   run the tests"
+	@echo "make lint   ruff and mypy"
+	@echo "make clean  remove the environment and the demo"
+
+# The environment is made anew only when what it is made from changes.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (some minutes the first time)"
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	@$(BIN)/ixi-etl demo
+
+test: $(STAMP)
+	@$(BIN)/pytest -n 2 --dist loadgroup
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) demo

@@ -1,0 +1,279 @@
+"""The command line `ixi-etl`. What it needs is imported where it is used: `--help` must not wait for Prefect."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ixi_etl.errors import ArchiveError, DatasetError, IxiError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ixi_etl.config import RefreshConfig
+    from ixi_etl.refresh import Refreshed
+
+app = typer.Typer(
+    help="Turn the IXI brain MRI archives into a verified, versioned, paired T1/T2 dataset.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Root = Annotated[Path, typer.Option("--root", envvar="IXI_ROOT", help="Folder that holds archives and datasets.")]
+OwnSource = Annotated[
+    str | None,
+    typer.Option("--source", help="Your own archives: a folder, a tar file, or a URL. Else the official ones."),
+]
+DEFAULT_ROOT = Path("ixi-data")
+
+
+@app.command()
+def survey(
+    root: Root = DEFAULT_ROOT,
+    source: OwnSource = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for survey.csv and depths.png.  [default: ROOT/survey]")
+    ] = None,
+) -> None:
+    """Histogram the slice counts from the headers alone; nothing is unpacked.
+
+    Prints depths by modality and site, and writes survey.csv (one row per member) and depths.png.
+    """
+    from flows.progress import show_progress
+    from ixi_etl.catalog import MODALITIES, archive_name, modality_of, own_archives
+    from ixi_etl.survey import depth_histogram, draw_histogram, modal_depths
+    from ixi_etl.survey import survey as survey_archives
+
+    if source is None:
+        places = {m: str(root / "archives" / archive_name(m)) for m in MODALITIES}
+        if not all(Path(place).exists() for place in places.values()):
+            raise ArchiveError(f"{root}/archives has no archives yet; run `ixi-etl refresh`, or give --source")
+    else:
+        places = own_archives(source)
+        if source.endswith(".tar"):
+            modality = str(modality_of(Path(source).name))
+            places = {modality: places[modality]}
+    with show_progress() as progress:
+        table = survey_archives(places, progress)
+    out = out or root / "survey"
+    out.mkdir(parents=True, exist_ok=True)
+    table.to_csv(out / "survey.csv", index=False)
+    histogram, modal = depth_histogram(table), modal_depths(table)
+    if histogram.empty:
+        raise ArchiveError(f"no volume can be read in {', '.join(places.values())}; {out / 'survey.csv'} says why")
+    draw_histogram(table, out / "depths.png")
+    shown = histogram.reset_index()
+    shown["depth"] = [f"{d} (modal)" if modal[m] == d else f"{d}" for m, d in histogram.index]
+    _print_table(shown, "Volumes by depth (slices as stored)")
+    broken = table[table["problem"] != ""]
+    if len(broken):
+        _print_table(broken[["modality", "member", "reason", "problem"]], "Members that are no volume to use")
+    typer.echo(f"\n{len(table)} members\n{out / 'survey.csv'}\n{out / 'depths.png'}")
+
+
+@app.command()
+def refresh(
+    root: Root = DEFAULT_ROOT,
+    source: OwnSource = None,
+    preset: Annotated[
+        Literal["paired", "paper"],
+        typer.Option(help="paired: T1 resampled onto the T2's planes. paper: slices by index, as published."),
+    ] = "paired",
+    pairing: Annotated[
+        Literal["anatomical", "index"] | None, typer.Option(help="How slices are paired, over the preset's.")
+    ] = None,
+    window: Annotated[
+        tuple[int, int] | None, typer.Option(metavar="START STOP", help="Slices [START, STOP) in place of the middle.")
+    ] = None,
+    slices: Annotated[int | None, typer.Option(min=1, help="How many middle slices.  [default: 20]")] = None,
+    split_seed: Annotated[int | None, typer.Option(help="Seed of train / val / test.  [default: 0]")] = None,
+    demographics: Annotated[
+        str | None, typer.Option(help="Join age and sex: 'official' fetches IXI.xls; or your own .xls or .csv.")
+    ] = None,
+    max_unreadable: Annotated[float, typer.Option(min=0, max=1, help="Share of pairs that may be unreadable.")] = 0.05,
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads that cut.  [default: the cores]")] = None,
+    dask: Annotated[str | None, typer.Option(help="Dask scheduler to cut on, tcp://host:port.")] = None,
+    connections: Annotated[int, typer.Option(min=1, max=16, help="Parallel ranges for each archive.")] = 4,
+    offline: Annotated[bool, typer.Option("--offline", help="Use verified archives; ask no server anything.")] = False,
+    insecure_host: Annotated[
+        list[str] | None, typer.Option(help="Host whose TLS certificate is not checked; may be repeated.")
+    ] = None,
+) -> None:
+    """Make a dataset version: download, verify, survey, select, cut, publish.
+
+    What was done before is not done again: a run that was stopped goes on from where it was.
+    """
+    from ixi_etl.config import PRESETS, DatasetConfig, RefreshConfig
+
+    given = {"pairing": pairing, "window": window, "slices": slices, "split_seed": split_seed}
+    chosen = PRESETS[preset].model_dump() | {k: v for k, v in given.items() if v is not None}
+    config = RefreshConfig(
+        root=root,
+        source=source,
+        demographics=demographics,
+        dataset=DatasetConfig(**chosen),
+        max_unreadable=max_unreadable,
+        connections=connections,
+        **({"workers": workers} if workers else {}),
+        dask=dask,
+        offline=offline,
+        insecure_hosts=tuple(insecure_host or ()),
+    )
+    _report(_run_flow(config))
+
+
+@app.command()
+def verify(
+    version: Annotated[str, typer.Argument(help="A version, the beginning of one, or latest.")] = "latest",
+    root: Root = DEFAULT_ROOT,
+    deep: Annotated[bool, typer.Option("--deep", help="Every hash, every chunk, every value.")] = False,
+) -> None:
+    """Check a published version: files, schema and counts; with --deep every byte."""
+    from flows.progress import show_progress
+    from ixi_etl import dataset
+
+    places = dataset.Places(root)
+    folder = places.version(dataset.resolve(places, version))
+    with show_progress() as progress:
+        problems = dataset.verify(folder, deep=deep, progress=progress)
+    for problem in problems:
+        typer.echo(problem, err=True)
+    if problems:
+        raise DatasetError(f"{folder} is not sound: {len(problems)} problem(s); refresh to make it again")
+    typer.echo(f"{folder} is sound ({'every byte' if deep else 'files, schema and counts'} checked)")
+
+
+@app.command()
+def versions(
+    old: Annotated[str | None, typer.Argument(help="Compare this version ...")] = None,
+    new: Annotated[str, typer.Argument(help="... with this one.")] = "latest",
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """List the published versions, or say what changed between two of them, subject by subject."""
+    import pandas as pd
+
+    from ixi_etl import dataset
+
+    places = dataset.Places(root)
+    if old is not None:
+        names = dataset.resolve(places, old), dataset.resolve(places, new)
+        tables = [dataset.read_manifest(places.version(name)) for name in names]
+        changes = dataset.compare(*tables)
+        if changes.empty:
+            typer.echo(f"{names[0]} and {names[1]} have the same subjects, cut from the same bytes in the same way")
+        else:
+            _print_table(changes, f"{len(changes)} subjects differ: {names[0]} (old), {names[1]} (new)")
+        return
+    latest = dataset.resolve(places)
+    rows = []
+    for name in dataset.published(places):
+        facts = dataset.read_facts(places.version(name))
+        config = facts["inputs"]["config"]
+        splits = ", ".join(f"{n} {split}" for split, n in facts["splits"].items())
+        rows.append(
+            {
+                "version": name + (" (latest)" if name == latest else ""),
+                "subjects": facts["subjects"],
+                "splits": splits,
+                "pairing": config["pairing"],
+                "window": config["window"],
+            }
+        )
+    _print_table(pd.DataFrame(rows), str(places.datasets))
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where to work; what lies there is replaced.")] = Path("demo"),
+    subjects: Annotated[int, typer.Option(min=4, help="How many sound subjects to simulate.")] = 6,
+) -> None:
+    """Run the whole job on a small simulated IXI, served over HTTP on this machine."""
+    from flows.progress import show_progress
+    from ixi_etl.config import RefreshConfig
+    from ixi_etl.phantom import write_phantom
+    from ixi_etl.serve import serve_folder
+
+    if folder.exists() and not (folder / "archives-served").is_dir() and any(folder.iterdir()):
+        raise IxiError(f"{folder} is not empty and not of a demo; give another --folder")
+    shutil.rmtree(folder, ignore_errors=True)
+    with show_progress() as progress:
+        write_phantom(folder / "archives-served", subjects, workers=os.cpu_count() or 1, progress=progress)
+    with serve_folder(folder / "archives-served") as url:
+        refreshed = _run_flow(RefreshConfig(root=folder / "ixi-data", source=url))
+    _report(refreshed)
+
+
+def _run_flow(config: RefreshConfig) -> Refreshed:
+    """The flow, in process. Prefect starts a server of its own for it if none is configured."""
+    defaults = {
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "60",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    from flows.refresh_dataset import refresh_dataset
+
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_not_a_users_mistake)
+    return refresh_dataset(config)
+
+
+def _not_a_users_mistake(record: logging.LogRecord) -> bool:
+    """Prefect logs every exception with its trace; an `IxiError` is said once, by `main`, in one line."""
+    said = record.getMessage()
+    return not (record.exc_info and isinstance(record.exc_info[1], IxiError)) and "Finished in state Failed" not in said
+
+
+def _report(refreshed: Refreshed) -> None:
+    from ixi_etl import dataset, manifest
+
+    table = dataset.read_manifest(refreshed.folder)
+    _print_table(manifest.funnel(table).reset_index(), "Subjects left after each step")
+    if (table["status"] == manifest.EXCLUDED).any():
+        _print_table(manifest.exclusions(table).reset_index(names="reason"), "Why the others are out")
+    state = "published" if refreshed.is_new else "published before, nothing to do"
+    lines = [f"version   {refreshed.version} ({state})"]
+    for label, name in (("store", "slices.zarr"), ("manifest", dataset.MANIFEST), ("report", dataset.REPORT)):
+        lines.append(f"{label:<9} {refreshed.folder / name}")
+    typer.echo("\n" + "\n".join(lines))
+
+
+def _print_table(table: pd.DataFrame, title: str) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in table.columns:
+        numeric = table[name].dtype.kind in "iuf"
+        shown.add_column(str(name), justify="right" if numeric else "left", overflow="fold")
+    for row in table.itertuples(index=False):
+        shown.add_row(*(str(value) for value in row))
+    Console(width=None if sys.stdout.isatty() else 160).print(shown)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line; a person's mistake ends in one line and exit status 1."""
+    from pydantic import ValidationError
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("ixi_etl")
+    logger.setLevel(logging.INFO)
+    logger.handlers, logger.propagate = [handler], False
+    try:
+        return app(arguments)
+    except IxiError as error:
+        typer.echo(f"error: {error}", err=True)
+    except ValidationError as error:
+        said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".lstrip(": ") for e in error.errors())
+        typer.echo(f"error: {said}", err=True)
+    return sys.exit(1)

@@ -1,0 +1,109 @@
+"""Flow `refresh-dataset`: archives in, a published version out. `ixi_etl.refresh` has the stages.
+
+Run it without a server::
+
+    ixi-etl refresh --source /my/archives
+
+or from Python, ``refresh_dataset(RefreshConfig(...))``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from flows.progress import show_progress
+from ixi_etl import refresh
+from ixi_etl.config import RefreshConfig
+from ixi_etl.download import Acquired
+from ixi_etl.errors import DownloadError, IxiError
+from ixi_etl.files import Progress, lock_root
+from ixi_etl.refresh import Inputs, Refreshed
+from ixi_etl.survey import survey
+
+
+def _worth_a_retry(_task: Any, _run: Any, state: Any) -> bool:
+    """A server that is down may be up again; a person's mistake stays one."""
+    error = state.result(raise_on_failure=False)
+    return error.transient if isinstance(error, DownloadError) else not isinstance(error, IxiError)
+
+
+RETRIED: Any = {
+    "retries": 2,
+    "retry_delay_seconds": [30, 120],
+    "retry_jitter_factor": 0.5,
+    "retry_condition_fn": _worth_a_retry,
+}
+
+
+@task(task_run_name="download {source.name}", cache_policy=NO_CACHE, **RETRIED)
+def download(config: RefreshConfig, source: Any, progress: Progress) -> Acquired:
+    return refresh.acquire_file(config, source, progress)
+
+
+@task(cache_policy=NO_CACHE)
+def survey_archives(inputs: Inputs, progress: Progress) -> pd.DataFrame:
+    return survey(inputs.locations, progress)
+
+
+@task(cache_policy=NO_CACHE)
+def select_subjects(config: RefreshConfig, table: pd.DataFrame, inputs: Inputs) -> pd.DataFrame:
+    return refresh.select_subjects(config, table, inputs)
+
+
+@task(task_run_name="cut for {version}", cache_policy=NO_CACHE, **RETRIED)
+def cut_subjects(
+    config: RefreshConfig,
+    version: str,
+    table: pd.DataFrame,
+    candidates: pd.DataFrame,
+    inputs: Inputs,
+    progress: Progress,
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    return refresh.cut_subjects(config, version, table, candidates, inputs, progress)
+
+
+@task(task_run_name="publish {version}", cache_policy=NO_CACHE, **RETRIED)
+def publish_version(
+    config: RefreshConfig,
+    version: str,
+    facts: dict[str, Any],
+    table: pd.DataFrame,
+    settled: pd.DataFrame,
+    records: dict[str, Any],
+    inputs: Inputs,
+) -> Refreshed:
+    return refresh.publish_version(config, version, facts, table, settled, records, inputs)
+
+
+def _run_name() -> str:
+    from prefect.runtime import flow_run
+
+    config = flow_run.parameters["config"]
+    return f"refresh {config.dataset.pairing} from {config.source or 'the official host'}"
+
+
+@flow(name="refresh-dataset", flow_run_name=_run_name, persist_result=False)
+def refresh_dataset(config: RefreshConfig | None = None) -> Refreshed:
+    """Make sure that the dataset version of this configuration and these archives is published."""
+    config = config or RefreshConfig()
+    log = get_run_logger()
+    with lock_root(config.root), show_progress() as progress:
+        sources = refresh.find_sources(config)
+        downloads = {m: download.submit(config, source, progress) for m, source in sources.items()}
+        archives = {m: job.result() for m, job in downloads.items()}
+        inputs = Inputs(archives, refresh.acquire_demographics(config, progress))
+        version, facts = refresh.name_version(config, inputs)
+        published = refresh.find_published(config, version, inputs)
+        if published:
+            log.info("version %s is published already: %s", version, published.folder)
+            return published
+        table = survey_archives(inputs, progress)
+        candidates = select_subjects(config, table, inputs)
+        settled, records = cut_subjects(config, version, table, candidates, inputs, progress)
+        refreshed = publish_version(config, version, facts, table, settled, records, inputs)
+        log.info("published version %s: %s", version, refreshed.folder)
+        return refreshed

@@ -1,0 +1,108 @@
+"""Where the slices lie in the head: axes, windows, and the T1 on the T2's planes.
+
+Legend: I, J, K are voxel axes as stored; x, y, z are the slab's, x to the Right, y to the Anterior, z to the Superior;
+world points are RAS mm. Arrays are indexed slowest axis first: [k, j, i] and [z, y, x]. Matrices are 4 x 4 and take
+(i, j, k, 1) or (x, y, z, 1).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+
+
+def stored_slab(volume: NDArray[Any], affine: Matrix, window: tuple[int, int]) -> tuple[NDArray[Any], Matrix]:
+    """Slices [start, stop) of [k, j, i] along k, unflipped, and the affine of what was cut."""
+    start, stop = window
+    return volume[start:stop], affine @ _shift(0, 0, start)
+
+
+def axial_slab(volume: NDArray[Any], affine: Matrix, window: tuple[int, int]) -> tuple[NDArray[Any], Matrix]:
+    """Axial slices [start, stop), from inferior to superior, of a volume [k, j, i] stored in any orientation.
+
+    Axes are permuted and flipped to the nearest of R, A, S; no voxel is resampled. Returns the slab [z, y, x], a view
+    of `volume`, and the affine of the slab, (x, y, z, 1) to RAS mm.
+    """
+    orientation = nib.io_orientation(affine)
+    xyz = nib.apply_orientation(volume.transpose(2, 1, 0), orientation)
+    shape_ijk = volume.shape[::-1]
+    start, stop = window
+    to_stored = nib.orientations.inv_ornt_aff(orientation, shape_ijk)
+    return xyz[:, :, start:stop].transpose(2, 1, 0), affine @ to_stored @ _shift(0, 0, start)
+
+
+def axial_depth(shape_ijk: tuple[int, ...], affine: Matrix) -> int:
+    """How many axial slices a stored volume has: its length along the axis nearest to inferior-superior."""
+    return shape_ijk[int(np.argmax(nib.io_orientation(affine)[:, 0]))]
+
+
+def sampling_matrix(slab_affine: Matrix, volume_affine: Matrix, slab_to_volume_mm: Matrix) -> Matrix:
+    """(x, y, z, 1) of the slab to (i, j, k, 1) of the volume, through the world of each."""
+    return np.linalg.solve(volume_affine, slab_to_volume_mm @ slab_affine).astype(np.float64, copy=False)
+
+
+def resample(
+    volume: NDArray[Any], matrix: Matrix, shape_zyx: tuple[int, ...]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Trilinear samples of `volume` [k, j, i] on a slab's grid, and which of them lie inside the volume.
+
+    `matrix` takes (x, y, z, 1) of the slab to (i, j, k, 1). Inside means between the outermost voxel centres, where
+    eight neighbours are known; samples outside are 0.
+    """
+    slab = trilinear(volume, matrix, shape_zyx)
+    inside = _inside(matrix, shape_zyx, volume.shape)
+    slab[~inside] = 0
+    return slab, inside
+
+
+def trilinear(volume: NDArray[Any], matrix: Matrix, shape_zyx: tuple[int, ...]) -> NDArray[np.float32]:
+    """Samples of `volume` [k, j, i] at `matrix` @ (x, y, z, 1); up to half a voxel beyond its edge, the edge's value.
+
+    The work is done in voxel indices on both sides, so affines with shear, which an ITK image cannot have, are no
+    special case.
+    """
+    import SimpleITK as sitk
+
+    resampler = sitk.ResampleImageFilter()
+    resampler.SetNumberOfThreads(1)  # subjects are what runs in parallel
+    resampler.SetSize(shape_zyx[::-1])
+    resampler.SetOutputPixelType(sitk.sitkFloat32)
+    transform = sitk.AffineTransform(3)
+    transform.SetMatrix(matrix[:3, :3].ravel().tolist())
+    transform.SetTranslation(matrix[:3, 3].tolist())
+    resampler.SetTransform(transform)
+    native = np.ascontiguousarray(volume, volume.dtype.newbyteorder("="))
+    slab: NDArray[np.float32] = sitk.GetArrayFromImage(resampler.Execute(sitk.GetImageFromArray(native)))
+    return slab
+
+
+def _inside(matrix: Matrix, shape_zyx: tuple[int, ...], shape_kji: tuple[int, ...]) -> NDArray[np.bool_]:
+    z, y, x = np.ogrid[: shape_zyx[0], : shape_zyx[1], : shape_zyx[2]]
+    inside = np.ones(shape_zyx, bool)
+    for (a, b, c, d), length in zip(matrix[:3], shape_kji[::-1], strict=True):
+        at = a * x + (b * y + (c * z + d))
+        inside &= at >= -1e-6  # rounding in the affines must not blank an edge that two grids share
+        inside &= at <= length - 1 + 1e-6
+    return inside
+
+
+def _shift(x: float, y: float, z: float) -> Matrix:
+    matrix = np.eye(4)
+    matrix[:3, 3] = x, y, z
+    return matrix
+
+
+def otsu_threshold(image: NDArray[np.int16]) -> float:
+    """The value that parts foreground (above it) from background, after Otsu (1979), on 256 bins."""
+    import SimpleITK as sitk
+
+    otsu = sitk.OtsuThresholdImageFilter()
+    otsu.SetNumberOfHistogramBins(256)
+    otsu.SetNumberOfThreads(1)
+    otsu.Execute(sitk.GetImageFromArray(image))
+    return float(otsu.GetThreshold())

@@ -1,0 +1,93 @@
+"""Which files there are, where they are served, and how each is known to be right."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from ixi_etl.errors import ArchiveError
+
+MODALITIES = ("T1", "T2")
+
+LICENCE = "CC BY-SA 3.0 (https://creativecommons.org/licenses/by-sa/3.0/)"
+CREDIT = (
+    "IXI dataset, https://brain-development.org/ixi-dataset/, collected at Hammersmith Hospital, Guy's Hospital and "
+    "the Institute of Psychiatry, London (EPSRC GR/S21533/02)"
+)
+
+_HOST = "https://biomedic.doc.ic.ac.uk/brain-development/downloads/IXI"
+_MIRROR = "https://huggingface.co/datasets/Santhosh1884/IXI-Datasets/resolve/main"
+
+# MD5 of the published files. Two public readers of IXI agree on those of T1 and T2.
+_MD5 = {
+    "IXI-T1.tar": "34901a0593b41dd19c1a1f746eac2d58",
+    "IXI-T2.tar": "e3140d78730ecdd32ba92da48c0a9aaa",
+    "IXI.xls": "066002afe250e4375d132266fcfceac5",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file to get.
+
+    Attributes:
+        name: the name it gets on disk, for example `IXI-T1.tar`.
+        urls: where it is served, in the order to try; a single path or URL for a person's own file.
+        md5: what its MD5 must be, or None where nobody has said.
+    """
+
+    name: str
+    urls: tuple[str, ...]
+    md5: str | None
+
+    @property
+    def over_http(self) -> bool:
+        """Whether it must be downloaded; all else (a path, s3://) is read where it lies."""
+        return self.urls[0].startswith(("http://", "https://"))
+
+
+def is_url(text: str) -> bool:
+    return "://" in text
+
+
+def official(name: str) -> Source:
+    """The published file `name` at its official host, then its mirrors."""
+    return Source(name, (f"{_HOST}/{name}", f"{_MIRROR}/{name}"), _MD5[name])
+
+
+def archive_name(modality: str) -> str:
+    return f"IXI-{modality}.tar"
+
+
+def own_archives(source: str) -> dict[str, str]:
+    """Modality -> path or URL of a person's own archives.
+
+    `source` is a folder or URL that holds `IXI-T1.tar` and `IXI-T2.tar`, or one such tar: then its sibling of the
+    other modality is taken from beside it.
+    """
+    place = source if is_url(source) else str(Path(source).expanduser().resolve())
+    if place.endswith(".tar"):
+        folder, _, name = place.rpartition("/")
+        modality = modality_of(name)
+        if modality is None:
+            raise ArchiveError(f"{source}: cannot tell T1 from T2 by the name {name}; call it IXI-T1.tar or IXI-T2.tar")
+        return {m: f"{folder}/{name.replace(modality, m)}" for m in MODALITIES}
+    return {m: f"{place.rstrip('/')}/{archive_name(m)}" for m in MODALITIES}
+
+
+def modality_of(tar_name: str) -> str | None:
+    """`T1` or `T2` as the archive's own name says, or None."""
+    found = set(re.findall("T[12]", tar_name))
+    return found.pop() if len(found) == 1 else None
+
+
+def basename(place: str) -> str:
+    return (urlsplit(place).path if is_url(place) else place).rpartition("/")[2]
+
+
+def parse_md5sums(text: str) -> dict[str, str]:
+    """File name -> MD5, from the output of `md5sum`; lines that are none are passed over."""
+    found = re.findall(r"^([0-9a-fA-F]{32})\s+\*?(?:\S*/)?(\S+)\s*$", text, re.MULTILINE)
+    return {name: digest.lower() for digest, name in found}

@@ -1,0 +1,81 @@
+"""What a refresh is told to do: two validated objects, unknown keys refused."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SPLITS = ("train", "val", "test")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DatasetConfig(_Strict):
+    """What the data are. Every field changes bytes of a version, so all of them go into its name."""
+
+    pairing: Literal["anatomical", "index"] = Field(
+        "anatomical",
+        description="anatomical: T1 resampled onto the T2's planes; index: slice k with slice k as stored",
+    )
+    window: Literal["middle"] | tuple[int, int] = Field(
+        "middle", description="the middle slices, or an explicit [start, stop) along the slice axis"
+    )
+    slices: Annotated[int, Field(gt=0)] = Field(20, description="how many slices the middle window holds")
+    split_seed: int = Field(0, description="seed of the hash that puts a person into train, val or test")
+    split: tuple[float, float, float] = Field((0.8, 0.1, 0.1), description="shares of train, val and test")
+
+    @model_validator(mode="after")
+    def _check(self) -> DatasetConfig:
+        if self.window != "middle" and not 0 <= self.window[0] < self.window[1]:
+            raise ValueError(f"window {list(self.window)} must be 0 <= start < stop")
+        if min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-9:
+            raise ValueError(f"split shares {list(self.split)} must be >= 0 and add up to 1")
+        return self
+
+    def window_in(self, depth: int) -> tuple[int, int] | None:
+        """[start, stop) among `depth` slices, or None where it does not fit."""
+        if self.window == "middle":
+            start = (depth - self.slices) // 2
+            start, stop = start, start + self.slices
+        else:
+            start, stop = self.window
+        return (start, stop) if start >= 0 and stop <= depth else None
+
+    def split_of(self, person: str) -> str:
+        """Train, val or test for one person (`IXI002`): a hash, so that nobody ever moves in a refresh."""
+        digest = hashlib.sha256(f"{self.split_seed}:{person}".encode()).digest()
+        draw = int.from_bytes(digest[:8], "big") / 2**64
+        return SPLITS[0] if draw < self.split[0] else SPLITS[1] if draw < self.split[0] + self.split[1] else SPLITS[2]
+
+
+PRESETS = {"paired": DatasetConfig(), "paper": DatasetConfig(pairing="index")}
+"""`paired` is what we recommend; `paper` is the published recipe, which pairs sagittal with axial slices."""
+
+
+class RefreshConfig(_Strict):
+    """One refresh: where it reads and writes, how hard it works, and which data it makes."""
+
+    root: Path = Field(Path("ixi-data"), description="folder that holds archives and datasets")
+    source: str | None = Field(
+        None, description="your own archives (folder, tar file, http(s):// or s3:// URL) instead of the official ones"
+    )
+    demographics: str | None = Field(
+        None, description="'official' to fetch IXI.xls, or your own copy of it (.xls or .csv); omit for none"
+    )
+    dataset: DatasetConfig = DatasetConfig()
+    max_unreadable: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.05, description="share of paired subjects that may be unreadable before the refresh fails (10 always may)"
+    )
+    connections: Annotated[int, Field(ge=1, le=16)] = Field(4, description="parallel ranges for each archive")
+    workers: Annotated[int, Field(ge=1)] = Field(
+        default_factory=lambda: os.cpu_count() or 1, description="threads that cut subjects on this machine"
+    )
+    dask: str | None = Field(None, description="address of a Dask scheduler (tcp://host:port) to cut subjects on")
+    offline: bool = Field(False, description="use the archives that are already verified; ask no server anything")
+    insecure_hosts: tuple[str, ...] = Field((), description="hosts whose TLS certificate is not checked")

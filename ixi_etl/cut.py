@@ -1,0 +1,200 @@
+"""One subject: two members in, two slabs and a record out. The unit of work that runs in parallel.
+
+What a subject gives depends on nothing but its members and the configuration, so workers, order and restarts cannot
+change a byte. The record is written last: a subject that has one is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ixi_etl import align, nifti
+from ixi_etl.archive import read_member
+from ixi_etl.catalog import MODALITIES
+from ixi_etl.config import DatasetConfig
+from ixi_etl.errors import BadVolumeError
+from ixi_etl.files import read_json, to_json, write_atomic
+from ixi_etl.store import write_shard
+
+MAX_OUTSIDE = 0.05  # of the T2 slab's foreground
+MIN_LEVELS = 256  # distinct values; fewer and rounding to integers has thrown the picture away
+PERCENTILES = (0.1, 99.9)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a member lies: archive (path or fsspec URL), first byte, length."""
+
+    archive: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A subject to cut, or only to hash where its headers have already put it out.
+
+    Attributes:
+        parts: modality -> member, for the modalities it has.
+        cut: whether it is still a candidate.
+    """
+
+    subject_id: str
+    parts: Mapping[str, Part]
+    cut: bool
+
+
+@dataclass
+class Slab:
+    """What is cut of one volume.
+
+    Attributes:
+        values: [z, y, x] (`index`: [k, j, i]) in the scanner's units, not yet rounded to int16.
+        affine: of the slab, to RAS mm.
+        window: [start, stop) along the slice axis, None where the slab was resampled.
+    """
+
+    values: NDArray[Any]
+    affine: align.Matrix
+    window: tuple[int, int] | None
+
+
+def shard_path(work: Path, subject_id: str, modality: str) -> Path:
+    return work / f"{subject_id}.{modality.lower()}.shard"
+
+
+def record_path(work: Path, subject_id: str) -> Path:
+    return work / f"{subject_id}.json"
+
+
+def cut_subject(job: Job, config: DatasetConfig, work: Path) -> dict[str, Any]:
+    """Cut one subject into `work`, and return its record: manifest columns, and `affines` by modality.
+
+    A subject that cannot be used is a record with its reason; nothing about a volume raises. One that was done before,
+    by a run that was killed, is not done again.
+    """
+    done = read_json(record_path(work, job.subject_id))
+    if done is not None:
+        return dict(done)
+    packed = {m: read_member(part.archive, part.offset, part.size) for m, part in job.parts.items()}
+    record: dict[str, Any] = {f"{m.lower()}_sha256": hashlib.sha256(data).hexdigest() for m, data in packed.items()}
+    if job.cut:
+        try:
+            record |= _cut(job, packed, config, work)
+        except BadVolumeError as error:
+            record |= {"reason": error.reason, "detail": error.detail}
+    write_atomic(record_path(work, job.subject_id), to_json(record))
+    return record
+
+
+def _cut(job: Job, packed: dict[str, bytes], config: DatasetConfig, work: Path) -> dict[str, Any]:
+    volumes = {m: _Volume(m, packed.pop(m)) for m in MODALITIES}
+    if config.pairing == "index":
+        slabs = {m: _index_slab(volume, config) for m, volume in volumes.items()}
+        voxels = _quantise(slabs)
+        record: dict[str, Any] = {}
+    else:
+        t2 = _axial_slab(volumes["T2"], config)
+        t2_to_t1 = np.eye(4)
+        t1, inside = _resampled_slab(volumes["T1"], t2, t2_to_t1)
+        slabs = {"T1": t1, "T2": t2}
+        voxels = _quantise(slabs)
+        _check_fov(voxels["T2"], inside)
+        record = {"t2_to_t1_ras_mm": json.dumps(t2_to_t1.tolist())}
+    for modality, slab in slabs.items():
+        name = modality.lower()
+        low, high = np.percentile(voxels[modality], PERCENTILES)
+        record |= {f"{name}_p_low": float(low), f"{name}_p_high": float(high)}
+        if slab.window:
+            record |= {f"{name}_window_start": slab.window[0], f"{name}_window_stop": slab.window[1]}
+        write_shard(voxels[modality], shard_path(work, job.subject_id, modality))
+    affines = {m.lower(): slab.affine.tolist() for m, slab in slabs.items()}
+    return record | {"affines": affines, "slab_shape": voxels["T2"].shape}
+
+
+class _Volume:
+    """An inflated volume: voxels as stored [k, j, i], and its header."""
+
+    def __init__(self, modality: str, packed: bytes) -> None:
+        self.modality = modality
+        try:
+            self.header = nifti.parse_header(nifti.inflate_head(packed), len(packed))
+            if self.header.reason:  # the survey saw another file at this place
+                raise BadVolumeError(self.header.reason, self.header.problem)
+            size = self.header.voxel_offset + self.header.voxel_bytes
+            self.stored = nifti.voxels(nifti.inflate(packed, size), self.header)
+            if self.stored.dtype.kind == "f" and not np.isfinite(self.stored).all():
+                raise BadVolumeError("corrupt_voxels", "voxels that are NaN or infinite")
+        except BadVolumeError as error:
+            raise BadVolumeError(error.reason, f"{modality}: {error.detail}") from error
+        assert self.header.affine is not None
+        self.affine = self.header.affine
+
+    def scaled(self, stored: NDArray[Any]) -> NDArray[Any]:
+        """Stored values in the scanner's units; float64 unless nothing is to be done."""
+        if (self.header.slope, self.header.intercept) == (1.0, 0.0):
+            return stored
+        return stored * np.float64(self.header.slope) + self.header.intercept
+
+
+def _index_slab(volume: _Volume, config: DatasetConfig) -> Slab:
+    """Slices as stored, whatever their plane: the published recipe."""
+    window = config.window_in(len(volume.stored))
+    assert window is not None, "select let a window through that does not fit"
+    stored, affine = align.stored_slab(volume.stored, volume.affine, window)
+    return Slab(volume.scaled(stored), affine, window)
+
+
+def _axial_slab(t2: _Volume, config: DatasetConfig) -> Slab:
+    """The T2's axial slices, never resampled."""
+    window = config.window_in(align.axial_depth(t2.header.shape, t2.affine))
+    assert window is not None, "select let a window through that does not fit"
+    stored, affine = align.axial_slab(t2.stored, t2.affine, window)
+    return Slab(t2.scaled(stored), affine, window)
+
+
+def _resampled_slab(t1: _Volume, target: Slab, t2_to_t1: align.Matrix) -> tuple[Slab, NDArray[np.bool_]]:
+    """The T1 interpolated once, onto exactly the target's planes, and where its grid reaches; beyond it 0."""
+    matrix = align.sampling_matrix(target.affine, t1.affine, t2_to_t1)
+    stored, inside = align.resample(t1.stored, matrix, target.values.shape)
+    values = t1.scaled(stored)
+    values[~inside] = 0
+    return Slab(values, target.affine, None), inside
+
+
+def _quantise(slabs: Mapping[str, Slab]) -> dict[str, NDArray[np.int16]]:
+    """The slabs rounded to int16, an error of at most half a unit.
+
+    Raises:
+        BadVolumeError: a slab is constant, does not fit, or keeps too few levels; in the order of the reasons.
+    """
+    limits = np.iinfo(np.int16)
+    ranges = {m: (float(slab.values.min()), float(slab.values.max())) for m, slab in slabs.items()}
+    for modality, (low, high) in ranges.items():
+        if low == high:
+            raise BadVolumeError("empty_image", f"{modality}: every voxel of the slab is {low:g}")
+    rounded = {}
+    for modality, (low, high) in ranges.items():
+        if not limits.min - 0.5 < low <= high < limits.max + 0.5:
+            raise BadVolumeError("intensity_range", f"{modality}: values from {low:g} to {high:g} do not fit int16")
+        values = slabs[modality].values
+        rounded[modality] = (np.rint(values) if values.dtype.kind == "f" else values).astype(np.int16, order="C")
+        levels = np.unique_values(rounded[modality]).size
+        if levels < MIN_LEVELS:
+            raise BadVolumeError("intensity_range", f"{modality}: {levels} levels as integers, {MIN_LEVELS} are needed")
+    return rounded
+
+
+def _check_fov(target: NDArray[np.int16], inside: NDArray[np.bool_]) -> None:
+    foreground = target > align.otsu_threshold(target)
+    outside = float((foreground & ~inside).sum() / foreground.sum())
+    if outside > MAX_OUTSIDE:
+        raise BadVolumeError("outside_fov", f"{outside:.1%} of the T2 slab's foreground lies outside the T1's grid")

@@ -1,0 +1,259 @@
+"""Versions of the dataset: named by what goes in, published whole, verified, listed, compared.
+
+::
+
+    <root>/datasets/ixi-t1-t2/<version>/{slices.zarr, manifest.csv, dataset.json, report.html}
+    <root>/datasets/ixi-t1-t2/latest.json        the pointer, replaced last of all; the only file that knows a time
+    <root>/datasets/ixi-t1-t2/.staging/<version> what a refresh is still making
+
+`dataset.json` lists every other file of its version with size and SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ixi_etl import PIPELINE_VERSION, manifest
+from ixi_etl.config import DatasetConfig
+from ixi_etl.errors import DatasetError
+from ixi_etl.files import Progress, read_json, sha256_file, silent, to_json, write_atomic
+from ixi_etl.store import open_arrays
+
+NAME = "ixi-t1-t2"
+MANIFEST, FACTS, REPORT, POINTER = "manifest.csv", "dataset.json", "report.html", "latest.json"
+
+VOXEL_LIBRARIES = ("nibabel", "numpy", "simpleitk", "zarr", "zarrs")
+"""Their versions are part of a version's name: another one may compute other voxels or other bytes."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things lie under a root."""
+
+    root: Path
+
+    @property
+    def archives(self) -> Path:
+        return self.root / "archives"
+
+    @property
+    def datasets(self) -> Path:
+        return self.root / "datasets" / NAME
+
+    def version(self, version: str) -> Path:
+        return self.datasets / version
+
+    def staging(self, version: str) -> Path:
+        return self.datasets / ".staging" / version
+
+
+def inputs_of(md5s: Mapping[str, str], demographics_sha256: str | None, config: DatasetConfig) -> dict[str, Any]:
+    """All that decides the bytes of a version: contents, configuration and code, never a path, URL, count or time."""
+    return {
+        "archives_md5": dict(md5s),
+        "demographics_sha256": demographics_sha256,
+        "config": config.model_dump(mode="json"),
+        "pipeline_version": PIPELINE_VERSION,
+        "libraries": {name: installed(name) for name in VOXEL_LIBRARIES},
+    }
+
+
+def version_name(inputs: Mapping[str, Any]) -> str:
+    """12 hex digits: the SHA-256 of the inputs, cut."""
+    return hashlib.sha256(to_json(inputs).encode()).hexdigest()[:12]
+
+
+# -- publishing -------------------------------------------------------------------------------------------------------
+
+
+def list_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Relative path -> size and SHA-256 of every file of a version but `dataset.json`, which holds this list."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / FACTS)
+    return {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256_file(p)} for p in paths}
+
+
+def publish(places: Places, version: str, staged: Path, origins: Mapping[str, Any]) -> Path:
+    """Move a staged folder, whole, to its place as `version`, and point `latest.json` at it.
+
+    `origins` (where the archives came from, and whether their MD5s were checked) goes into the pointer's history.
+    """
+    target = places.version(version)
+    for folder, _, _ in os.walk(staged):
+        _sync_folder(Path(folder))
+    staged.rename(target)
+    _sync_folder(target.parent)
+    point_to(places, version, origins)
+    return target
+
+
+def point_to(places: Places, version: str, origins: Mapping[str, Any]) -> None:
+    """Make `latest.json` name `version`, unless it does already."""
+    pointer = read_json(places.datasets / POINTER) or {"history": []}
+    if pointer.get("version") == version:
+        return
+    entry = {"version": version, "published": datetime.now(UTC).isoformat(timespec="seconds"), "origins": origins}
+    write_atomic(places.datasets / POINTER, to_json({**entry, "history": [*pointer["history"], entry]}))
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def resolve(places: Places, version: str = "latest") -> str:
+    """The name of a published version: `latest`, a whole name, or the unique beginning of one.
+
+    Raises:
+        DatasetError: there is none, or several begin so.
+    """
+    names = published(places)
+    if version.removeprefix("@") == "latest":
+        pointer = read_json(places.datasets / POINTER)
+        if not isinstance(pointer, dict) or "version" not in pointer:
+            raise DatasetError(f"{places.datasets} has no published version; run `ixi-etl refresh` first")
+        if pointer["version"] not in names:
+            raise DatasetError(
+                f"{POINTER} names version {pointer['version']}, which is not there; run `ixi-etl refresh`"
+            )
+        return str(pointer["version"])
+    found = [name for name in names if name.startswith(version)]
+    if version in found:
+        return version
+    if len(found) != 1:
+        which = f"{len(found)} versions begin with {version}" if found else f"there is no version {version}"
+        raise DatasetError(f"{which} in {places.datasets}; there are: {', '.join(names) or 'none'}")
+    return found[0]
+
+
+def published(places: Places) -> list[str]:
+    """Names of the published versions, oldest first by the pointer's history."""
+    if not places.datasets.is_dir():
+        return []
+    names = {p.name for p in places.datasets.iterdir() if not p.name.startswith(".") and (p / FACTS).is_file()}
+    pointer = read_json(places.datasets / POINTER) or {"history": []}
+    dated = list(dict.fromkeys(e["version"] for e in pointer["history"] if e["version"] in names))
+    return [*sorted(names - set(dated)), *dated]
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What `dataset.json` of a version's folder says.
+
+    Raises:
+        DatasetError: it is missing or damaged.
+    """
+    facts = read_json(folder / FACTS)
+    if not isinstance(facts, dict) or "files" not in facts:
+        raise DatasetError(f"{folder / FACTS} is missing or damaged; refresh again, or restore it")
+    return facts
+
+
+def read_manifest(folder: Path) -> pd.DataFrame:
+    """The manifest of a version's folder, checked.
+
+    Raises:
+        DatasetError: it is missing, or breaks its schema.
+    """
+    path = folder / MANIFEST
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path} cannot be read ({error})") from error
+    return manifest.from_csv(text, str(path))
+
+
+def verify(folder: Path, *, deep: bool = False, progress: Progress = silent) -> list[str]:
+    """What is wrong with a version, a line each; nothing if it is sound.
+
+    Cheap: every file is there with its size, the manifest keeps its schema, and counts agree. `deep`: every file's
+    SHA-256, every chunk decoded (its CRC-32C checked), and every slab's percentiles as the manifest has them.
+    """
+    try:
+        facts = read_facts(folder)
+    except DatasetError as error:
+        return [str(error)]
+    problems = []
+    for done, (name, known) in enumerate(facts["files"].items(), 1):
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != known["size"]:
+            problems.append(f"{path} has {path.stat().st_size} bytes, not {known['size']}")
+        elif deep and sha256_file(path) != known["sha256"]:
+            problems.append(f"{path} is damaged: its SHA-256 is not the one in {FACTS}")
+        progress("verify files", done, len(facts["files"]), "files")
+    listed = {str(folder / name) for name in facts["files"]} | {str(folder / FACTS)}
+    problems += [f"{p} does not belong here" for p in sorted(folder.rglob("*")) if p.is_file() and str(p) not in listed]
+    if version_name(facts["inputs"]) != facts["version"]:
+        problems.append(f"{folder / FACTS} is damaged: its version is not the hash of its inputs")
+    try:
+        table = read_manifest(folder)
+        problems += _verify_store(folder, manifest.used(table), deep, progress)
+        if json.loads(manifest.funnel(table).to_json(orient="index")) != facts["funnel"]:
+            problems.append(f"{folder / MANIFEST} does not give the funnel in {FACTS}")
+    except DatasetError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _verify_store(folder: Path, used: pd.DataFrame, deep: bool, progress: Progress) -> list[str]:
+    problems = []
+    arrays = open_arrays(folder)
+    for name in ("t1", "t2"):
+        array = arrays.get(name)
+        if array is None or len(array.shape) != 4 or array.shape[0] != len(used):
+            problems.append(f"{folder}: array {name} does not hold the {len(used)} used subjects of the manifest")
+            continue
+        rows = list(used.itertuples()) if deep else []
+        for done, row in enumerate(rows, 1):
+            try:
+                slab = np.asarray(array[done - 1])
+            except Exception as error:  # whatever a codec raises on damaged bytes
+                problems.append(f"{folder}: {name} of {row.subject_id} cannot be decoded ({error})")
+                continue
+            low, high = np.percentile(slab, (0.1, 99.9))
+            if (low, high) != (getattr(row, f"{name}_p_low"), getattr(row, f"{name}_p_high")):
+                problems.append(f"{folder}: {name} of {row.subject_id} has not the percentiles of the manifest")
+            progress(f"verify {name}", done, len(rows), "subjects")
+    return problems
+
+
+def compare(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
+    """What changed between two manifests, a row per subject: columns subject_id, old, new (in words)."""
+
+    def words(table: pd.DataFrame) -> pd.Series:
+        said = table["status"] + table["reason"].map(lambda r: f" ({r})" if r else "")
+        said += table["split"].map(lambda s: f", {s}" if s else "")
+        return pd.Series(said.to_numpy(), index=table["subject_id"])
+
+    def contents(table: pd.DataFrame) -> pd.DataFrame:
+        return table.set_index("subject_id").drop(columns="store_row").astype("object")
+
+    both = pd.DataFrame({"old": words(old), "new": words(new)}).sort_index()
+    a, b = contents(old).reindex(both.index), contents(new).reindex(both.index)
+    differs = ((a != b) & ~(a.isna() & b.isna())).fillna(True)
+    both["changed"] = [", ".join(c for c in differs.columns if differs.at[s, c]) for s in both.index]
+    both = both[differs.any(axis=1)].fillna("absent")
+    both.loc[(both["old"] == "absent") | (both["new"] == "absent"), "changed"] = ""
+    return both.reset_index(names="subject_id")
+
+
+def clear_staging(places: Places, version: str) -> None:
+    shutil.rmtree(places.staging(version), ignore_errors=True)

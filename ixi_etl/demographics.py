@@ -1,0 +1,41 @@
+"""Age and sex from `IXI.xls`, one entry per person: its duplicate rows must not duplicate subjects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from ixi_etl.errors import DatasetError
+
+_SEX = {1: "m", 2: "f"}
+
+
+def read_demographics(path: Path) -> dict[str, dict[str, float | str]]:
+    """Person (`IXI002`) -> {"age": years, "sex": "m" or "f"}, without what is not known.
+
+    Where several rows share an IXI_ID, a value counts only if all of them that have one agree: 26 ids of the published
+    file have two or more rows, and some of those contradict each other.
+
+    Raises:
+        DatasetError: not a table with the columns IXI_ID, SEX_ID and AGE.
+    """
+    try:
+        table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_excel(path, engine="xlrd")
+    except Exception as error:  # xlrd raises its own kinds, and struct.error, on damaged files
+        raise DatasetError(f"{path} cannot be read as IXI.xls ({error}); give an .xls or .csv file") from error
+    table.columns = table.columns.astype(str).str.split().str[0]  # the published header is `SEX_ID (1=m, 2=f)`
+    missing = {"IXI_ID", "SEX_ID", "AGE"} - set(table.columns)
+    if missing:
+        raise DatasetError(f"{path} has no column {', '.join(sorted(missing))}; is it IXI.xls?")
+    numbers = table[["IXI_ID", "SEX_ID", "AGE"]].apply(pd.to_numeric, errors="coerce")
+    people: dict[str, dict[str, float | str]] = {}
+    for number, rows in numbers.dropna(subset=["IXI_ID"]).groupby("IXI_ID"):
+        ages = rows["AGE"][rows["AGE"] > 0].unique()
+        sexes = rows["SEX_ID"].map(_SEX).dropna().unique()
+        person = people.setdefault(f"IXI{int(str(number).split('.')[0]):03d}", {})
+        if len(ages) == 1:
+            person["age"] = round(float(ages[0]), 2)
+        if len(sexes) == 1:
+            person["sex"] = str(sexes[0])
+    return people

@@ -1,0 +1,510 @@
+"""Get one file whole and verified, in parallel byte ranges, from the first source that can give it.
+
+Bytes arrive in `NAME.part`; `NAME.part.json` says which segments of it are done, so that a download goes on from where
+it was after any kind of stop. Only a file whose MD5 is right gets the name `NAME`; `NAME.json` then records what was
+verified, so that the next refresh need not read the file again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+import re
+import shutil
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import fsspec
+import httpx
+
+from ixi_etl.catalog import Source, archive_name, basename, own_archives, parse_md5sums
+from ixi_etl.errors import DownloadError
+from ixi_etl.files import Progress, read_json, silent, to_json, write_atomic
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+SEGMENT = 8 << 20  # bytes: the most that one connection has to fetch again after a kill
+TRIES = 5  # that bring nothing, in a row, before a URL is given up
+BACKOFF_S = 0.5  # doubled at each such try, with jitter
+TIMEOUT_S = 30.0
+MIN_RATE = 1024  # bytes a second, over TIMEOUT_S; a slower connection counts as stalled
+SPARE_BYTES = 64 << 20  # of the disk, left free beside the download
+ENOUGH = 1 << 16  # bytes; a try that brings less counts as bringing nothing
+
+
+@dataclass(frozen=True)
+class Acquired:
+    """A file that is here, whole and verified.
+
+    Attributes:
+        location: path (or object URL) to read it at.
+        checked: whether its MD5 was held against one that somebody else had published.
+        origin: the URL or path it came from.
+        validator: the ETag or date its server gave it, if any.
+        stamp: identity of the file at `location` when it was hashed; another stamp means another file.
+    """
+
+    name: str
+    location: str
+    size: int
+    md5: str
+    checked: bool
+    origin: str
+    validator: str | None
+    stamp: str
+
+
+class _UnusableError(Exception):
+    """This URL cannot give the file: try the next. `transient`: it might, later."""
+
+    def __init__(self, message: str, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
+
+
+class _ChangedError(Exception):
+    """The server no longer serves the file that was begun."""
+
+
+class _TransientError(Exception):
+    """Worth another try."""
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """What a server says it has; `size` is None where it does not say, `validator` is fit for If-Range."""
+
+    url: str
+    size: int | None
+    validator: str | None
+    ranges: bool
+
+
+def acquire(
+    source: Source,
+    folder: Path,
+    *,
+    connections: int = 4,
+    offline: bool = False,
+    insecure_hosts: tuple[str, ...] = (),
+    progress: Progress = silent,
+) -> Acquired:
+    """Make sure that the file of `source` is here, whole and verified.
+
+    A file of a person's own that is not served over HTTP is used where it lies. A file already verified costs one HEAD
+    request, or none when `offline`. `folder` holds the downloads, and a record of each file that was verified.
+
+    Raises:
+        DownloadError: nothing gave the right file; the message says of each URL why not, and what to do.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / source.name
+    location = str(path) if source.over_http else source.urls[0]
+    known = _recorded(folder, source.name, location)
+    if known and source.md5 in (None, known.md5):
+        known = replace(known, checked=known.checked or source.md5 is not None)
+        if offline or not source.over_http or _still_served(known, source, insecure_hosts):
+            return known
+    if not source.over_http:
+        return _verify_in_place(source, folder, progress)
+    if path.exists() and source.md5 and _md5(location, progress) == source.md5:
+        return _record(folder, source, location, source.md5, source.urls[0], None)
+    if offline:
+        raise DownloadError(f"{path} is not there, or not the right file; run once without --offline to fetch it")
+    reasons, transient = [], False
+    for url in source.urls:
+        try:
+            with _client(insecure_hosts, connections) as client:
+                return _download(client, url, source, path, connections, progress)
+        except OSError as error:
+            raise DownloadError(f"cannot write {path}: {error.strerror or error}") from error
+        except _UnusableError as error:
+            log.warning("%s: %s", url, error)
+            reasons.append(f"{url}: {error}")
+            transient |= error.transient
+    raise DownloadError(
+        f"could not get {source.name}: {'; '.join(reasons)}. Try again later, or put the file at {path} by hand",
+        transient,
+    )
+
+
+def own_sources(place: str, *, offline: bool = False, insecure_hosts: tuple[str, ...] = ()) -> dict[str, Source]:
+    """Modality -> a person's own archive, with the MD5 that an `MD5SUMS` beside it says, if there is one."""
+    places = own_archives(place)
+    sums: dict[str, str] = {}
+    beside = places["T1"].rpartition("/")[0] + "/MD5SUMS"
+    if not beside.startswith(("http://", "https://")):
+        with suppress(OSError):
+            filesystem, path = fsspec.url_to_fs(beside)
+            sums = parse_md5sums(filesystem.cat_file(path).decode("utf-8", "replace"))
+    elif not offline:
+        with suppress(httpx.HTTPError), _client(insecure_hosts, 1) as client:
+            sums = parse_md5sums(client.get(beside).raise_for_status().text)
+    return {m: Source(archive_name(m), (p,), sums.get(basename(p))) for m, p in places.items()}
+
+
+# -- what is known of a file ------------------------------------------------------------------------------------------
+
+
+def _stamp(location: str) -> str:
+    """Identity of a file's present content, without reading it (size, times, inode; the ETag of an object)."""
+    filesystem, path = fsspec.url_to_fs(location)
+    return str(filesystem.ukey(path))
+
+
+def _recorded(folder: Path, name: str, location: str) -> Acquired | None:
+    record = read_json(folder / f"{name}.json")
+    with suppress(TypeError, FileNotFoundError):
+        known = Acquired(**record)
+        if known.location == location and known.stamp == _stamp(location):
+            return known
+    return None
+
+
+def _record(folder: Path, source: Source, location: str, md5: str, origin: str, validator: str | None) -> Acquired:
+    filesystem, path = fsspec.url_to_fs(location)
+    found = Acquired(
+        name=source.name,
+        location=location,
+        size=filesystem.size(path),
+        md5=md5,
+        checked=source.md5 is not None,
+        origin=origin,
+        validator=validator,
+        stamp=_stamp(location),
+    )
+    write_atomic(folder / f"{source.name}.json", to_json(asdict(found)))
+    return found
+
+
+def _md5(location: str, progress: Progress) -> str:
+    filesystem, path = fsspec.url_to_fs(location)
+    size, done, digest = filesystem.size(path), 0, hashlib.md5(usedforsecurity=False)
+    what = f"verify {path.rpartition('/')[2].removesuffix('.part')}"
+    with filesystem.open(path, "rb", block_size=4 << 20) as file:
+        while block := file.read(4 << 20):
+            digest.update(block)
+            done += len(block)
+            progress(what, done, size, "B")
+    return digest.hexdigest()
+
+
+def _verify_in_place(source: Source, folder: Path, progress: Progress) -> Acquired:
+    location = source.urls[0]
+    try:
+        md5 = _md5(location, progress)
+    except FileNotFoundError:
+        raise DownloadError(f"{location} is not there; --source wants IXI-T1.tar and IXI-T2.tar") from None
+    except OSError as error:
+        raise DownloadError(f"cannot read {location}: {error.strerror or error}") from error
+    if source.md5 not in (None, md5):
+        raise DownloadError(f"{location}: MD5 is {md5}, but MD5SUMS beside it says {source.md5}; fetch the file again")
+    return _record(folder, source, location, md5, location, None)
+
+
+def _still_served(known: Acquired, source: Source, insecure_hosts: tuple[str, ...]) -> bool:
+    """Whether the server, asked with one HEAD, still has the file we hold. Without an answer: taken as yes."""
+    url = known.origin if known.origin in source.urls else source.urls[0]
+    try:
+        with _client(insecure_hosts, 1) as client:
+            answer = client.head(url)
+            answer.raise_for_status()
+    except httpx.HTTPError as error:
+        log.warning("%s did not answer (%s); using the verified copy in %s", url, error, known.location)
+        return True
+    length = answer.headers.get("content-length")
+    same = (_validator(answer) or known.validator) == known.validator and length in (None, str(known.size))
+    if not same and source.md5:
+        log.warning("%s now serves another file; keeping %s, whose MD5 is the published one", url, known.location)
+    return same or source.md5 is not None
+
+
+# -- one URL ----------------------------------------------------------------------------------------------------------
+
+
+def _client(insecure_hosts: tuple[str, ...], connections: int) -> httpx.Client:
+    return httpx.Client(
+        headers={"accept-encoding": "identity", "user-agent": "ixi-etl"},
+        follow_redirects=True,
+        timeout=TIMEOUT_S,
+        limits=httpx.Limits(max_connections=connections + 1),
+        mounts={f"https://{host}": httpx.HTTPTransport(verify=False) for host in insecure_hosts},
+    )
+
+
+def _download(
+    client: httpx.Client, url: str, source: Source, path: Path, connections: int, progress: Progress
+) -> Acquired:
+    for _ in range(2):  # the second time from nothing: the file changed, or the first went on from other bytes
+        offer = _retried(lambda: _probe(client, url, source.name))
+        with _Part(path, offer, any_origin=source.md5 is not None) as part:
+            part.check_disk()
+            try:
+                if offer.ranges:
+                    _fetch_ranges(client, offer, part, connections, progress)
+                else:
+                    _retried(lambda: _fetch_stream(client, offer, part, progress))  # noqa: B023 - called at once
+            except _ChangedError:
+                part.discard()
+                continue
+            part.sync()
+        md5 = _md5(str(part.path), progress)
+        if source.md5 in (None, md5):
+            os.replace(part.path, path)
+            found = _record(path.parent, source, str(path), md5, url, offer.validator)
+            part.record.unlink(missing_ok=True)
+            return found
+        part.discard()
+        if not part.resumed:
+            raise _UnusableError(f"MD5 is {md5}, not {source.md5}")
+    raise _UnusableError("the file changed while it was fetched, twice")
+
+
+def _probe(client: httpx.Client, url: str, name: str) -> _Offer:
+    """Ask for the first block: is it there, is it a tar, how long is it, does the server give ranges?"""
+    with _get(client, url, {"range": "bytes=0-511"}) as answer:
+        head = b""
+        for block in answer.iter_raw(512):
+            head += block
+            if len(head) >= 512:
+                break
+        total = re.fullmatch(r"bytes 0-\d+/(\d+)", answer.headers.get("content-range", ""))
+        length = answer.headers.get("content-length")
+        partial = answer.status_code == 206 and total is not None
+        if name.endswith(".tar"):
+            try:
+                tarfile.TarInfo.frombuf(head[:512], "utf-8", "surrogateescape")
+            except tarfile.HeaderError:
+                page = head.lstrip()[:1] == b"<" or "html" in answer.headers.get("content-type", "")
+                raise _UnusableError("an HTML page in place of a tar" if page else "not a tar archive") from None
+        size = int(total[1]) if partial and total else int(length) if answer.status_code == 200 and length else None
+        return _Offer(url, size, _validator(answer), partial)
+
+
+def _validator(answer: httpx.Response) -> str | None:
+    """What If-Range may hold: a strong ETag, else the date."""
+    etag: str = answer.headers.get("etag", "")
+    date: str | None = answer.headers.get("last-modified")
+    return etag if etag.startswith('"') else date
+
+
+@contextmanager
+def _get(client: httpx.Client, url: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
+    """A GET answered with 200 or 206, to be read inside; every failure is sorted into this module's own three."""
+    try:
+        with client.stream("GET", url, headers=headers) as answer:
+            status, what = answer.status_code, f"{answer.status_code} {answer.reason_phrase}"
+            if status == 416:
+                raise _ChangedError
+            if status >= 500 or status in (408, 425, 429):
+                raise _TransientError(what)
+            if status not in (200, 206):
+                raise _UnusableError(what)
+            yield answer
+    except httpx.TransportError as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise _UnusableError("its TLS certificate is not valid (--insecure-host HOST to go on)") from error
+        raise _TransientError(str(error) or type(error).__name__) from error
+    except (httpx.TooManyRedirects, httpx.InvalidURL, httpx.DecodingError) as error:
+        raise _UnusableError(str(error)) from error
+
+
+def _backoff(failures: int) -> None:
+    time.sleep(BACKOFF_S * 2 ** (failures - 1) * random.uniform(0.5, 1.5))  # noqa: S311 - jitter, no secret
+
+
+def _retried(call: Callable[[], T]) -> T:
+    for failures in range(1, TRIES + 1):
+        try:
+            return call()
+        except _TransientError as error:
+            last = error
+            if failures < TRIES:
+                _backoff(failures)
+    raise _UnusableError(f"{last}, {TRIES} times", transient=True)
+
+
+# -- the bytes --------------------------------------------------------------------------------------------------------
+
+
+class _Part:
+    """`NAME.part`, written at any offset, and the record of which segments of it are done."""
+
+    def __init__(self, path: Path, offer: _Offer, any_origin: bool) -> None:
+        """Go on with what is there, if it is of the file offered. `any_origin`: an MD5 will judge the sum anyway."""
+        self.path = path.with_name(f"{path.name}.part")
+        self.record = path.with_name(f"{path.name}.part.json")
+        self._offer = offer
+        self._lock = threading.Lock()
+        old = read_json(self.record) or {}
+        same_url = old.get("url") == offer.url
+        same_file = old.get("validator") == offer.validator and (offer.validator is not None or any_origin)
+        usable = same_file if same_url else any_origin
+        if not (usable and offer.ranges and old.get("size") == offer.size and self.path.exists()):
+            self.discard()
+            old = {}
+        self.done: set[int] = set(old.get("done", ()))
+        self.resumed = bool(self.done)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+
+    def __enter__(self) -> _Part:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        os.close(self._file)
+
+    def segments(self) -> list[tuple[int, int, int]]:
+        """(index, start, stop) of each segment, in bytes."""
+        size = self._offer.size or 0
+        return [(i, a, min(a + SEGMENT, size)) for i, a in enumerate(range(0, size, SEGMENT))]
+
+    def check_disk(self) -> None:
+        have = os.fstat(self._file).st_blocks * 512
+        need = (self._offer.size or 0) - have + SPARE_BYTES
+        free = shutil.disk_usage(self.path.parent).free
+        if need > free:
+            raise DownloadError(
+                f"{self.path.parent} has {free / 1e9:.2f} GB free, but {self.path.stem} needs {need / 1e9:.2f} GB "
+                "more; free some, or choose another --root"
+            )
+
+    def write(self, data: bytes, at: int) -> None:
+        while data:
+            n = os.pwrite(self._file, data, at)
+            data, at = data[n:], at + n
+
+    def finish(self, segment: int) -> None:
+        os.fdatasync(self._file)  # before the record says so
+        with self._lock:
+            self.done.add(segment)
+            state = {"url": self._offer.url, "validator": self._offer.validator, "size": self._offer.size}
+            write_atomic(self.record, to_json(state | {"done": sorted(self.done)}))
+
+    def truncate(self, size: int) -> None:
+        os.ftruncate(self._file, size)
+
+    def sync(self) -> None:
+        os.fsync(self._file)
+
+    def discard(self) -> None:
+        self.record.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+
+
+def _fetch_ranges(client: httpx.Client, offer: _Offer, part: _Part, connections: int, progress: Progress) -> None:
+    """Fetch the segments that are not done, `connections` at a time; the first failure stops all of them."""
+    todo = [s for s in part.segments() if s[0] not in part.done]
+    size = offer.size or 0
+    have = size - sum(stop - start for _, start, stop in todo)
+    what = f"download {part.path.name.removesuffix('.part')}"
+    halt, lock = threading.Event(), threading.Lock()
+
+    def count(n: int) -> None:
+        nonlocal have
+        with lock:
+            have += n
+            progress(what, have, size, "B")
+
+    def fetch(segment: tuple[int, int, int]) -> None:
+        index, start, stop = segment
+        try:
+            _fetch_segment(client, offer, part, start, stop, halt, count)
+        except BaseException:
+            halt.set()
+            raise
+        if not halt.is_set():
+            part.finish(index)
+
+    progress(what, have, size, "B")
+    with ThreadPoolExecutor(connections) as pool:
+        jobs = [pool.submit(fetch, segment) for segment in todo]
+        try:
+            for job in jobs:
+                job.result()
+        finally:
+            halt.set()
+            pool.shutdown(cancel_futures=True)
+    part.truncate(size)
+
+
+def _fetch_segment(
+    client: httpx.Client,
+    offer: _Offer,
+    part: _Part,
+    at: int,
+    stop: int,
+    halt: threading.Event,
+    count: Callable[[int], None],
+) -> None:
+    failures = 0
+    while at < stop and not halt.is_set():
+        begun = at
+        try:
+            for block in _range_blocks(client, offer, at, stop):
+                part.write(block, at)
+                at += len(block)
+                count(len(block))
+                if halt.is_set():
+                    return
+        except _TransientError as error:
+            failures = 1 if at - begun >= ENOUGH else failures + 1
+            if failures >= TRIES:
+                raise _UnusableError(f"{error}, {TRIES} times at byte {at}", transient=True) from error
+            _backoff(failures)
+
+
+def _range_blocks(client: httpx.Client, offer: _Offer, start: int, stop: int) -> Iterator[bytes]:
+    headers = {"range": f"bytes={start}-{stop - 1}"}
+    if offer.validator:
+        headers["if-range"] = offer.validator
+    with _get(client, offer.url, headers) as answer:
+        if answer.status_code == 200:
+            raise _ChangedError
+        if answer.headers.get("content-range") != f"bytes {start}-{stop - 1}/{offer.size}":
+            got = answer.headers.get("content-range")
+            raise _UnusableError(f"asked for bytes {start}-{stop - 1}/{offer.size}, was given {got}")
+        left = stop - start
+        for block in _not_too_slow(answer.iter_raw()):
+            left -= len(block)
+            if left < 0:
+                raise _UnusableError("more bytes than the range that was asked for")
+            yield block
+        if left:
+            raise _TransientError("the connection ended early")
+
+
+def _not_too_slow(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    since, bytes_since = time.monotonic(), 0
+    for block in blocks:
+        yield block
+        bytes_since += len(block)
+        elapsed = time.monotonic() - since
+        if elapsed > TIMEOUT_S:
+            if bytes_since < MIN_RATE * elapsed:
+                raise _TransientError(f"slower than {MIN_RATE} bytes a second")
+            since, bytes_since = time.monotonic(), 0
+
+
+def _fetch_stream(client: httpx.Client, offer: _Offer, part: _Part, progress: Progress) -> None:
+    """The whole file in one piece, from a server without ranges."""
+    at = 0
+    what = f"download {part.path.name.removesuffix('.part')}"
+    with _get(client, offer.url, {}) as answer:
+        for block in _not_too_slow(answer.iter_raw()):
+            part.write(block, at)
+            at += len(block)
+            progress(what, at, offer.size or at, "B")
+    if offer.size is not None and at != offer.size:
+        raise _TransientError(f"{at} bytes came, {offer.size} were announced")
+    part.truncate(at)

@@ -1,0 +1,48 @@
+"""The exceptions that a person can act on. Anything else that is raised is a bug."""
+
+from __future__ import annotations
+
+
+class IxiError(Exception):
+    """Something a person can mend; the message is one line that says what, where and what to do."""
+
+
+class DownloadError(IxiError):
+    """No source gave the right bytes.
+
+    Attributes:
+        transient: whether the same might work later (a time-out, a 503), so that a scheduler does well to try again.
+    """
+
+    def __init__(self, message: str, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
+
+
+class ArchiveError(IxiError):
+    """A file is not a tar archive that can be read."""
+
+
+class DatasetError(IxiError):
+    """A dataset version is missing, damaged or cannot be made."""
+
+
+class LockedError(IxiError):
+    """Another process works on the same root."""
+
+
+class BadVolumeError(IxiError):
+    """One volume cannot be used: becomes a manifest row, never the end of a run.
+
+    Attributes:
+        reason: one of `ixi_etl.manifest.REASONS`.
+        detail: the same in words.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:  # an exception with two arguments pickles only so
+        return type(self), (self.reason, self.detail)

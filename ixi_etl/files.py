@@ -1,0 +1,80 @@
+"""Small things about files: written whole or not at all, hashed, and one writer to a root."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ixi_etl.errors import IxiError, LockedError
+
+Progress = Callable[[str, int, int, str], None]
+"""Called as (what, done, total, unit) while a stage goes on; unit is `B` for bytes or a plural noun."""
+
+
+def silent(what: str, done: int, total: int, unit: str) -> None:
+    """A `Progress` that shows nothing."""
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write so that a reader sees the old file or the new one, whatever stops this process."""
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def to_json(value: Any) -> str:
+    """The one form in which this project writes JSON: sorted keys, so equal values are equal bytes."""
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds, or None where there is no such file or it was cut short."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def lock_root(root: Path) -> Iterator[None]:
+    """Hold `root` for one refresh at a time; the kernel lets go when the process dies, however it dies.
+
+    Raises:
+        LockedError: with who holds it, since when.
+        IxiError: `root` cannot be written.
+    """
+    note = root / ".lock.json"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / ".lock")
+        lock.acquire(blocking=False)
+    except Timeout:
+        holder = read_json(note) or {}
+        who = "process {pid} on {host} since {since}".format(**holder) if holder else "another process"
+        raise LockedError(f"{root} is in use by {who}; wait for it to end, or choose another --root") from None
+    except OSError as error:
+        raise IxiError(f"cannot write to {root}: {error.strerror}; choose another --root") from error
+    try:
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        write_atomic(note, to_json({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
+        yield
+    finally:
+        note.unlink(missing_ok=True)
+        lock.release()

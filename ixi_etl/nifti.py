@@ -1,0 +1,194 @@
+"""Gzipped NIfTI from bytes in memory: the header alone, or the voxels, checked to the last byte.
+
+Legend: I, J, K are the voxel axes as stored (I fastest). An affine takes (i, j, k, 1) to RAS+ world points in mm.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import nibabel as nib
+import numpy as np
+from isal import igzip_lib
+from numpy.typing import NDArray
+
+from ixi_etl.errors import BadVolumeError
+
+HEADER_BYTES = 540  # NIfTI-2's; NIfTI-1's 348 lie within
+MAX_VOLUME_BYTES = 512 << 20  # of voxels; an IXI volume has 20 MB
+MAX_DEFLATE_RATIO = 1032  # the most that deflate can shrink
+
+
+@dataclass
+class Header:
+    """What a NIfTI header says, as far as it could be read.
+
+    Attributes:
+        shape: (I, J, K); more axes where it is not 3-D. Trailing axes of length 1 are dropped.
+        spacing_mm: voxel size along I, J, K, from the header's pixdim.
+        orientation: axis codes as stored, for example `PSR`: I grows to the Posterior, J Superior, K Right.
+        affine: 4 x 4, voxel to RAS mm; the sform, else the qform.
+        dtype: numpy's name with byte order, for example `<i2`.
+        slope, intercept: stored value x slope + intercept = the scanner's units.
+        voxel_offset: of the first voxel in the inflated file.
+        reason, problem: the first thing wrong with it, as a manifest reason and in words ("" if nothing is).
+    """
+
+    shape: tuple[int, ...] = ()
+    spacing_mm: tuple[float, ...] = ()
+    orientation: str = ""
+    affine: NDArray[np.float64] | None = None
+    dtype: str = ""
+    slope: float = 1.0
+    intercept: float = 0.0
+    voxel_offset: int = 0
+    reason: str = ""
+    problem: str = ""
+
+    @property
+    def voxel_bytes(self) -> int:
+        count = 1
+        for n in self.shape:
+            count *= n
+        return count * np.dtype(self.dtype).itemsize
+
+
+def inflate_head(packed: bytes, size: int = HEADER_BYTES) -> bytes:
+    """The first `size` bytes that a gzip stream holds; fewer where it is shorter.
+
+    Raises:
+        BadVolumeError: `unreadable`, not a gzip stream.
+    """
+    try:
+        head: bytes = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP).decompress(packed, size)
+    except igzip_lib.error as error:  # type: ignore[misc]  # its stub calls it a value
+        raise BadVolumeError("unreadable", f"not a gzip file ({error})") from error
+    return head
+
+
+def inflate(packed: bytes, size: int) -> bytes:
+    """All of a gzip file that holds `size` bytes, its CRC-32 and length checked.
+
+    Raises:
+        BadVolumeError: `corrupt_voxels`: cut short, damaged, or longer than `size`.
+    """
+    whole = b""
+    rest = packed
+    while True:  # a gzip file may be several streams end to end
+        stream = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
+        try:
+            piece = stream.decompress(rest, size - len(whole) + 1)
+        except igzip_lib.error as error:  # type: ignore[misc]  # its stub calls it a value
+            raise BadVolumeError("corrupt_voxels", f"the gzip stream is damaged ({error})") from error
+        whole = whole + piece if whole else piece
+        if len(whole) > size:
+            raise BadVolumeError("corrupt_voxels", f"more than the {size} bytes that the header announces")
+        if not stream.eof:
+            raise BadVolumeError("corrupt_voxels", f"the gzip stream is cut short after {len(whole)} of {size} bytes")
+        rest = stream.unused_data
+        if not rest.startswith(b"\x1f\x8b"):
+            break
+    if len(whole) < size:
+        raise BadVolumeError("corrupt_voxels", f"{len(whole)} bytes of the {size} that the header announces")
+    return whole
+
+
+def parse_header(head: bytes, packed_size: int) -> Header:
+    """Read a NIfTI-1 or NIfTI-2 header; what is wrong with it is said in the result, nothing is raised.
+
+    `packed_size` is the length of the gzip file: a header that claims more voxels than that could hold is refused.
+    """
+    header = Header()
+    try:
+        _fill(header, head, packed_size)
+    except BadVolumeError as error:
+        header.reason, header.problem = error.reason, error.detail
+    return header
+
+
+def _fill(header: Header, head: bytes, packed_size: int) -> None:
+    if head[344:348] in (b"n+1\0", b"n+1 ") and len(head) >= 348:
+        raw = nib.Nifti1Header(head[:348], check=False)
+    elif head[4:8] == b"n+2\0" and len(head) >= 540:
+        raw = nib.Nifti2Header(head[:540], check=False)
+    else:
+        raise BadVolumeError("unreadable", f"not a NIfTI file (it begins with {head[:16]!r})")
+
+    ndim = int(raw["dim"][0])
+    if not 1 <= ndim <= 7:
+        raise BadVolumeError("not_3d", f"the header gives {ndim} dimensions")
+    shape = tuple(int(n) for n in raw["dim"][1 : ndim + 1])
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    header.shape = shape
+    header.spacing_mm = tuple(_exact(v) for v in raw["pixdim"][1:4])
+    if len(shape) != 3 or min(shape) < 1:
+        raise BadVolumeError("not_3d", f"shape is {' x '.join(map(str, shape))}")
+
+    code = int(raw["datatype"])
+    try:
+        dtype = np.dtype(raw.get_data_dtype())
+    except nib.spatialimages.HeaderDataError:
+        raise BadVolumeError("unsupported_dtype", f"datatype code {code} is unknown") from None
+    header.dtype = dtype.str
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:
+        raise BadVolumeError("unsupported_dtype", f"voxels are {dtype}; integers and floats up to 64 bits can be read")
+
+    # As the standard has it: a slope of 0 or NaN means that no scaling is given.
+    slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])
+    if slope == slope and slope != 0:
+        if not np.isfinite([slope, intercept]).all():
+            raise BadVolumeError("unreadable", f"slope {slope} and intercept {intercept} are not finite")
+        header.slope, header.intercept = slope, intercept
+
+    offset = float(raw["vox_offset"])
+    smallest = 352 if len(raw.binaryblock) == 348 else 544
+    if not smallest <= offset <= 1 << 20:
+        raise BadVolumeError("unreadable", f"voxels are said to begin at byte {offset:g}")
+    header.voxel_offset = int(offset)
+    if header.voxel_bytes > MAX_VOLUME_BYTES or header.voxel_bytes > MAX_DEFLATE_RATIO * packed_size + (1 << 16):
+        raise BadVolumeError(
+            "unreadable", f"the header claims {header.voxel_bytes} bytes of voxels, of a member of {packed_size} bytes"
+        )
+
+    header.affine = _affine(raw)
+    header.orientation = "".join(nib.aff2axcodes(header.affine))
+
+
+def _affine(raw: nib.Nifti1Header) -> NDArray[np.float64]:
+    spacing = np.asarray(raw["pixdim"][1:4], np.float64)
+    if not (np.isfinite(spacing).all() and (spacing > 0).all()):
+        raise BadVolumeError("bad_affine", f"spacing is {' x '.join(f'{s:g}' for s in spacing)} mm")
+    if raw["sform_code"] > 0:
+        kind, affine = "sform", raw.get_sform()
+    elif raw["qform_code"] > 0:
+        kind = "qform"
+        try:
+            affine = raw.get_qform()
+        except (nib.spatialimages.HeaderDataError, ValueError) as error:
+            raise BadVolumeError("bad_affine", f"the qform cannot be read ({error})") from error
+    else:
+        raise BadVolumeError("bad_affine", "neither sform nor qform is set, so its orientation is unknown")
+    affine = np.asarray(affine, np.float64)
+    if not np.isfinite(affine).all():
+        raise BadVolumeError("bad_affine", f"the {kind} has values that are not finite")
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    # The volume of a voxel beside that of the box of its edges: 1 for right angles, 0 for a flat one.
+    if not (lengths.min() > 1e-3 and lengths.max() < 1e3) or abs(np.linalg.det(affine[:3, :3] / lengths)) < 0.1:
+        raise BadVolumeError("bad_affine", f"the {kind} is singular: {json.dumps(affine[:3, :3].round(4).tolist())}")
+    if None in nib.aff2axcodes(affine):
+        raise BadVolumeError("bad_affine", f"the {kind} leaves an axis without direction")
+    return affine
+
+
+def voxels(inflated: bytes, header: Header) -> NDArray[np.generic]:
+    """The stored voxels, [k, j, i], without slope and intercept; a view of `inflated`, in its own byte order."""
+    i, j, k = header.shape
+    flat = np.frombuffer(inflated, np.dtype(header.dtype), i * j * k, header.voxel_offset)
+    return flat.reshape(k, j, i)
+
+
+def _exact(value: np.floating) -> float:
+    """The double that float32 `value` prints as, so that 1.2 is 1.2 and not 1.2000000476837158."""
+    return float(str(value))

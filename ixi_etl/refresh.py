@@ -1,0 +1,246 @@
+"""The main job as plain functions: archives in, a published version out. The flow runs the same stages as tasks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ixi_etl import catalog, dataset, manifest, report, store
+from ixi_etl.catalog import MODALITIES
+from ixi_etl.config import RefreshConfig
+from ixi_etl.cut import Job, Part, cut_subject, shard_path
+from ixi_etl.dataset import Places
+from ixi_etl.demographics import read_demographics
+from ixi_etl.download import Acquired, acquire, own_sources
+from ixi_etl.errors import DatasetError
+from ixi_etl.files import Progress, lock_root, sha256_file, silent, to_json, write_atomic
+from ixi_etl.spread import spread
+from ixi_etl.survey import depth_histogram, modal_depths, survey
+
+ALWAYS_ALLOWED_UNREADABLE = 10
+UNREADABLE = ("unreadable", "corrupt_voxels")
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """What a refresh ends with. `is_new` is False where the version had been published before."""
+
+    version: str
+    folder: Path
+    is_new: bool
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a version is made of: archives by modality, and the demographics file, if any."""
+
+    archives: Mapping[str, Acquired]
+    demographics: Path | None
+
+    @property
+    def locations(self) -> dict[str, str]:
+        return {m: a.location for m, a in self.archives.items()}
+
+    @property
+    def origins(self) -> dict[str, Any]:
+        return {a.name: {"from": a.origin, "md5": a.md5, "checked": a.checked} for a in self.archives.values()}
+
+
+def refresh(config: RefreshConfig, progress: Progress = silent) -> Refreshed:
+    """Make sure that the version of `config` and its archives is published; make it if it is not.
+
+    Raises:
+        IxiError: one line that says what to do; what was done so far is kept, and the next call goes on from there.
+    """
+    with lock_root(config.root):
+        inputs = acquire_inputs(config, progress)
+        version, facts = name_version(config, inputs)
+        done = find_published(config, version, inputs)
+        if done:
+            return done
+        table = survey(inputs.locations, progress)
+        candidates = select_subjects(config, table, inputs)
+        settled, records = cut_subjects(config, version, table, candidates, inputs, progress)
+        return publish_version(config, version, facts, table, settled, records, inputs)
+
+
+# -- the stages -------------------------------------------------------------------------------------------------------
+
+
+def find_sources(config: RefreshConfig) -> dict[str, catalog.Source]:
+    """Modality -> where its archive is to come from."""
+    if config.source:
+        return own_sources(config.source, offline=config.offline, insecure_hosts=config.insecure_hosts)
+    return {m: catalog.official(catalog.archive_name(m)) for m in MODALITIES}
+
+
+def acquire_file(config: RefreshConfig, source: catalog.Source, progress: Progress = silent) -> Acquired:
+    """Fetch and verify one file into the root's archives."""
+    return acquire(
+        source,
+        Places(config.root).archives,
+        connections=config.connections,
+        offline=config.offline,
+        insecure_hosts=config.insecure_hosts,
+        progress=progress,
+    )
+
+
+def acquire_demographics(config: RefreshConfig, progress: Progress = silent) -> Path | None:
+    """The demographics file, fetched if it is the official one; None where none is wanted."""
+    if config.demographics is None:
+        return None
+    if config.demographics == "official":
+        return Path(acquire_file(config, catalog.official("IXI.xls"), progress).location)
+    return Path(config.demographics).expanduser()
+
+
+def acquire_inputs(config: RefreshConfig, progress: Progress = silent) -> Inputs:
+    """Both archives at once, and the demographics."""
+    sources = find_sources(config)
+    with ThreadPoolExecutor(len(sources)) as pool:
+        jobs = {m: pool.submit(acquire_file, config, source, progress) for m, source in sources.items()}
+        archives = {m: job.result() for m, job in jobs.items()}
+    return Inputs(archives, acquire_demographics(config, progress))
+
+
+def name_version(config: RefreshConfig, inputs: Inputs) -> tuple[str, dict[str, Any]]:
+    """The version's name, and the inputs that it is the hash of."""
+    people = None
+    if inputs.demographics is not None:
+        if not inputs.demographics.is_file():
+            raise DatasetError(f"{inputs.demographics} is not there; give IXI.xls, 'official', or leave it out")
+        people = sha256_file(inputs.demographics)
+    facts = dataset.inputs_of({m: a.md5 for m, a in inputs.archives.items()}, people, config.dataset)
+    return dataset.version_name(facts), facts
+
+
+def find_published(config: RefreshConfig, version: str, inputs: Inputs) -> Refreshed | None:
+    """The version, if it has been published; then it is the latest again."""
+    places = Places(config.root)
+    if version not in dataset.published(places):
+        return None
+    dataset.point_to(places, version, inputs.origins)
+    dataset.clear_staging(places, version)
+    return Refreshed(version, places.version(version), is_new=False)
+
+
+def select_subjects(config: RefreshConfig, table: pd.DataFrame, inputs: Inputs) -> pd.DataFrame:
+    """Candidates and exclusions, from headers alone."""
+    people = read_demographics(inputs.demographics) if inputs.demographics else None
+    return manifest.select(table, config.dataset, people)
+
+
+def cut_subjects(
+    config: RefreshConfig,
+    version: str,
+    table: pd.DataFrame,
+    candidates: pd.DataFrame,
+    inputs: Inputs,
+    progress: Progress = silent,
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Cut every candidate and hash every member; the settled manifest, and what was recorded of each subject.
+
+    Raises:
+        DatasetError: too many subjects are unreadable, or none is left.
+    """
+    places = Places(config.root)
+    work = places.staging(version) / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    jobs = _jobs(table, candidates, inputs.locations)
+    results = spread(
+        partial(cut_subject, config=config.dataset, work=work.resolve()),
+        jobs,
+        workers=config.workers,
+        address=config.dask,
+        on_done=lambda done: progress("cut", done, len(jobs), "subjects"),
+    )
+    records = {job.subject_id: result for job, result in zip(jobs, results, strict=True)}
+    settled = manifest.settle(candidates, records, config.dataset)
+    audit = places.staging(version) / dataset.MANIFEST
+    write_atomic(audit, manifest.to_csv(settled))
+    _check_enough(settled, config.max_unreadable, audit)
+    return settled, records
+
+
+def _jobs(table: pd.DataFrame, candidates: pd.DataFrame, locations: Mapping[str, str]) -> list[Job]:
+    first = table[table["subject_id"] != ""].drop_duplicates(["subject_id", "modality"])
+    parts: dict[str, dict[str, Part]] = {}
+    for row in first.to_dict("records"):
+        part = Part(locations[row["modality"]], row["offset"], row["size"])
+        parts.setdefault(row["subject_id"], {})[row["modality"]] = part
+    wanted = set(candidates.loc[candidates["status"] == manifest.CANDIDATE, "subject_id"])
+    return [Job(subject, parts[subject], subject in wanted) for subject in candidates["subject_id"]]
+
+
+def _check_enough(settled: pd.DataFrame, max_unreadable: float, audit: Path) -> None:
+    paired = settled[~settled["reason"].isin(manifest.FUNNEL["paired"])]
+    bad = paired[paired["reason"].isin(UNREADABLE)]
+    if len(bad) > max(max_unreadable * len(paired), ALWAYS_ALLOWED_UNREADABLE):
+        raise DatasetError(
+            f"{len(bad)} of {len(paired)} paired subjects are unreadable ({', '.join(bad['subject_id'])}); "
+            f"{audit} says why; fetch the archives again, or raise max_unreadable"
+        )
+    if manifest.used(settled).empty:
+        why = ", ".join(f"{n} {reason}" for reason, n in settled["reason"].value_counts().items()) or "no subjects"
+        raise DatasetError(f"no subject is left ({why}); {audit} says why of each")
+
+
+def publish_version(
+    config: RefreshConfig,
+    version: str,
+    facts: Mapping[str, Any],
+    table: pd.DataFrame,
+    settled: pd.DataFrame,
+    records: Mapping[str, Any],
+    inputs: Inputs,
+) -> Refreshed:
+    """Put the shards in their rows, write manifest, facts and report beside them, verify all, publish.
+
+    Raises:
+        DatasetError: what was staged does not verify.
+    """
+    places = Places(config.root)
+    work, staged = places.staging(version) / "work", places.staging(version) / "version"
+    shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed here; the shards are in `work`
+    staged.mkdir()
+    subjects = manifest.used(settled)["subject_id"].tolist()
+    summary = {
+        "name": dataset.NAME,
+        "version": version,
+        "inputs": facts,
+        "subjects": len(subjects),
+        "splits": {str(k): int(v) for k, v in manifest.used(settled)["split"].value_counts().sort_index().items()},
+        "modal_depth": modal_depths(table),
+        "histogram": json.loads(depth_histogram(table).reset_index().to_json(orient="records")),
+        "funnel": json.loads(manifest.funnel(settled).to_json(orient="index")),
+        "not_volumes": table.loc[table["subject_id"] == "", "member"].tolist(),
+        "licence": catalog.LICENCE,
+        "credit": catalog.CREDIT,
+    }
+    store.assemble(
+        staged / store.STORE,
+        shards=[{m.lower(): shard_path(work, s, m) for m in MODALITIES} for s in subjects],
+        affines=[{name: np.array(matrix) for name, matrix in records[s]["affines"].items()} for s in subjects],
+        slab_shape=tuple(records[subjects[0]]["slab_shape"]),
+        pairing=config.dataset.pairing,
+        attributes={"subject_id": subjects, **{k: summary[k] for k in ("name", "version", "licence", "credit")}},
+    )
+    (staged / dataset.MANIFEST).write_text(manifest.to_csv(settled))
+    (staged / dataset.REPORT).write_text(report.dataset_report(summary, settled))
+    write_atomic(staged / dataset.FACTS, to_json(summary | {"files": dataset.list_files(staged)}))
+    problems = dataset.verify(staged)
+    if problems:
+        raise DatasetError(f"the staged version does not verify: {problems[0]}; run the refresh again")
+    folder = dataset.publish(places, version, staged, inputs.origins)
+    dataset.clear_staging(places, version)
+    return Refreshed(version, folder, is_new=True)

@@ -1,0 +1,121 @@
+"""The Zarr v3 group `slices.zarr`: one slice a chunk, one subject a shard.
+
+Legend: N subjects; arrays are [subject, z, y, x] (`anatomical`) or [subject, k, j, i] (`index`), int16, in the
+scanner's units. A subject's shard is the same file whatever its row, so subjects are written in any order, by any
+number of workers, and put in their rows when it is known who is used.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+from ixi_etl.errors import DatasetError
+
+STORE = "slices.zarr"
+
+_settings_lock = threading.Lock()  # zarr's configuration is global to the process; arrays take it when opened
+_READING = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
+# One codec thread: zarrs orders the chunks of a shard by thread timing, and the same slab must give the same bytes.
+# Subjects are what runs in parallel.
+_WRITING = _READING | {"threading.max_workers": 1, "codec_pipeline.chunk_concurrent_maximum": 1}
+
+
+def dimension_names(pairing: str) -> tuple[str, str, str, str]:
+    return ("subject", "z", "y", "x") if pairing == "anatomical" else ("subject", "k", "j", "i")
+
+
+def _create(path: Path, shape: tuple[int, ...], pairing: str) -> zarr.Array[Any]:
+    with _settings_lock, zarr.config.set(_WRITING):
+        return zarr.create_array(
+            path,
+            shape=shape,
+            dtype="int16",
+            chunks=(1, 1, *shape[2:]),
+            shards=(1, *shape[1:]),
+            # Bitshuffle + LZ4 decodes fastest of what was measured, and is within 10% of Zstandard's size.
+            compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=2), Crc32cCodec()],
+            fill_value=0,
+            dimension_names=dimension_names(pairing),
+        )
+
+
+def write_shard(slab: NDArray[np.int16], path: Path) -> None:
+    """Write one subject's slab [z, y, x] as a shard file, whole or not at all, and read it back to be sure.
+
+    Raises:
+        DatasetError: what was read back is not what was written.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".shard-") as folder:
+        array = _create(Path(folder) / "a", (1, *slab.shape), "anatomical")
+        array[0] = slab
+        if not np.array_equal(np.asarray(array[0]), slab):
+            raise DatasetError(f"{path}: the shard does not read back as it was written; is the disk sound?")
+        (Path(folder) / "a" / "c" / "0" / "0" / "0" / "0").replace(path)
+
+
+def assemble(
+    folder: Path,
+    shards: Sequence[dict[str, Path]],
+    affines: Sequence[dict[str, NDArray[np.float64]]],
+    slab_shape: tuple[int, ...],
+    pairing: str,
+    attributes: dict[str, Any],
+) -> None:
+    """Make the group in `folder`: `shards[row]` and `affines[row]` hold array name -> shard file and 4 x 4 affine.
+
+    Shards are hard-linked where the file system can, else copied.
+    """
+    names = list(shards[0])
+    zarr.create_group(folder, attributes=attributes)
+    for name in names:
+        array = _create(folder / name, (len(shards), *slab_shape), pairing)
+        array.update_attributes({"long_name": f"{name.upper()}-weighted intensity", "units": "scanner units"})
+        for row, shard in enumerate(shards):
+            target = folder / name / "c" / str(row) / "0" / "0" / "0"
+            target.parent.mkdir(parents=True)
+            _link(shard[name], target)
+        matrices = np.stack([affine[name] for affine in affines])
+        beside = zarr.create_array(
+            folder / f"{name}_affine",
+            data=matrices,
+            chunks=matrices.shape,
+            compressors=None,
+            dimension_names=("subject", "world", "voxel"),
+        )
+        axes = ", ".join(reversed(dimension_names(pairing)[1:]))
+        beside.update_attributes({"long_name": f"({axes}, 1) of {name} to RAS+ world (mm)", "units": "mm"})
+    with warnings.catch_warnings():  # consolidated metadata is an extension of v3, which plain readers pass over
+        warnings.simplefilter("ignore")
+        zarr.consolidate_metadata(folder)
+
+
+def open_arrays(version: Path) -> dict[str, zarr.Array[Any]]:
+    """Name -> array of a version's store, to be read through the fast codec pipeline.
+
+    Raises:
+        DatasetError: there is no such store, or its metadata are damaged.
+    """
+    path = version / STORE
+    try:
+        with _settings_lock, zarr.config.set(_READING):
+            return dict(zarr.open_group(path, mode="r").arrays())
+    except (OSError, ValueError, KeyError) as error:
+        raise DatasetError(f"{path} cannot be opened as a Zarr group ({error})") from error
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)

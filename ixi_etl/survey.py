@@ -1,0 +1,147 @@
+"""A table of all members of the archives from their headers alone, and the histogram of depths it gives."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from ixi_etl.archive import Member, index_archive, read_member
+from ixi_etl.errors import BadVolumeError
+from ixi_etl.files import Progress, silent
+from ixi_etl.nifti import inflate_head, parse_header
+
+HEAD_BYTES = 2048  # of each member, packed: holds a whole header whatever the compressor did
+
+NAME = re.compile(r"(?P<subject_id>(?P<person>[^/-]+)-(?P<site>[^/-]+)-[^/]+)-(?P<modality>[^/-]+)\.nii(\.gz)?")
+
+COLUMNS = [
+    "subject_id",
+    "site",
+    "modality",
+    "member",
+    "shape",
+    "depth",
+    "spacing_mm",
+    "orientation",
+    "affine",
+    "dtype",
+    "slope",
+    "intercept",
+    "readable",
+    "reason",
+    "problem",
+    "voxel_offset",
+    "offset",
+    "size",
+]
+
+
+def survey(archives: Mapping[str, str], progress: Progress = silent) -> pd.DataFrame:
+    """One row per member of `archives` (modality -> path or URL), in archive order; see `COLUMNS`.
+
+    shape (voxels I, J, K as stored), spacing_mm and affine (4 x 4, voxel to RAS mm) are JSON; depth is shape[2].
+    A member that is no volume of a subject has an empty subject_id. `reason` and `problem` say what is wrong with a
+    header, as a manifest reason and in words. offset, size: where the member's bytes lie in its archive.
+
+    Raises:
+        ArchiveError: an archive is not there, or is not a tar.
+    """
+    rows = []
+    for modality, location in archives.items():
+        members = index_archive(location)
+        for done, member in enumerate(members, 1):
+            rows.append(_row(location, modality, member))
+            progress(f"survey {modality}", done, len(members), "members")
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    return table.astype({"depth": "Int64", "readable": bool})
+
+
+def _row(location: str, modality: str, member: Member) -> dict[str, object]:
+    row: dict[str, object] = dict.fromkeys(COLUMNS, "") | {
+        "modality": modality,
+        "member": member.name,
+        "offset": member.offset,
+        "size": member.size,
+        "voxel_offset": 0,
+        "slope": 1.0,
+        "intercept": 0.0,
+        "readable": False,
+        "depth": None,
+    }
+    name = NAME.fullmatch(member.name.rpartition("/")[2])
+    if name is None or name["modality"] != modality:
+        return row | {"problem": f"not a volume: the name is not SUBJECT-SITE-NUMBER-{modality}.nii.gz"}
+    row |= {"subject_id": name["subject_id"], "site": name["site"]}
+    if member.problem:
+        return row | {"reason": "unreadable", "problem": member.problem}
+    try:
+        head = inflate_head(read_member(location, member.offset, min(member.size, HEAD_BYTES)))
+    except BadVolumeError as error:
+        return row | {"reason": error.reason, "problem": error.detail}
+    header = parse_header(head, member.size)
+    return row | {
+        "shape": json.dumps(header.shape) if header.shape else "",
+        "depth": header.shape[2] if len(header.shape) > 2 else None,
+        "spacing_mm": json.dumps(header.spacing_mm) if header.spacing_mm else "",
+        "orientation": header.orientation,
+        "affine": "" if header.affine is None else json.dumps(header.affine.tolist()),
+        "dtype": header.dtype,
+        "slope": header.slope,
+        "intercept": header.intercept,
+        "voxel_offset": header.voxel_offset,
+        "readable": header.reason != "unreadable",
+        "reason": header.reason,
+        "problem": header.problem,
+    }
+
+
+def depth_histogram(table: pd.DataFrame) -> pd.DataFrame:
+    """Counts of 3-D volumes: one row per (modality, depth), one column per site, and `all`."""
+    volumes = _volumes(table)
+    counts = pd.crosstab([volumes["modality"], volumes["depth"]], volumes["site"])
+    counts.columns.name = None
+    return counts.assign(all=counts.sum(axis=1)).astype(int)
+
+
+def modal_depths(table: pd.DataFrame) -> dict[str, int]:
+    """Modality -> the commonest depth of its 3-D volumes; of several equally common ones the largest."""
+    volumes = _volumes(table)
+    return {str(m): int(depths.mode().max()) for m, depths in volumes.groupby("modality")["depth"]}
+
+
+def _volumes(table: pd.DataFrame) -> pd.DataFrame:
+    is_volume = (table["subject_id"] != "") & table["readable"] & (table["reason"] != "not_3d")
+    return table[is_volume & table["depth"].notna()]
+
+
+def draw_histogram(table: pd.DataFrame, path: Path) -> None:
+    """Draw the histogram of depths, a panel per modality, stacked by site, the modal depth marked, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    histogram, modal = depth_histogram(table), modal_depths(table)
+    sites = [site for site in histogram.columns if site != "all"]
+    figure = Figure(figsize=(5.2 * max(len(modal), 1), 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (modality, mode) in zip(
+        figure.subplots(1, max(len(modal), 1), squeeze=False)[0], modal.items(), strict=False
+    ):
+        counts = histogram.loc[modality]
+        ticks = range(len(counts))
+        bottom = [0] * len(counts)
+        for site in sites:
+            axes.bar(ticks, counts[site], bottom=bottom, label=site, width=0.7)
+            bottom = [b + n for b, n in zip(bottom, counts[site], strict=True)]
+        for tick, total in zip(ticks, bottom, strict=True):
+            axes.annotate(str(total), (tick, total), ha="center", va="bottom")
+        labels = [f"{depth}\n(modal)" if depth == mode else str(depth) for depth in counts.index]
+        axes.set_xticks(ticks, labels)
+        axes.set(title=f"{modality}: {sum(bottom)} volumes", xlabel="depth (slices as stored)", ylabel="volumes")
+        axes.margins(y=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(title="site", frameon=False)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
