@@ -7,11 +7,12 @@ STAMP  := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint clean help
+.PHONY: demo test test-standin lint clean help
 
 help:
 	@echo "make demo   run the whole job on a small simulated IXI, no server or account needed"
 	@echo "make test   run the tests"
+	@echo "make test-standin  the tests that need minutes, where their data are at hand"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove the environment and the demo"
 
@@ -26,7 +27,10 @@ demo: $(STAMP)
 	@$(BIN)/ixi-etl demo
 
 test: $(STAMP)
-	@$(BIN)/pytest -n 2 --dist loadgroup
+	@$(BIN)/pytest -n 2 --dist loadfile -m "not standin"
+
+test-standin: $(STAMP)
+	@$(BIN)/pytest -m standin
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

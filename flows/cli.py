@@ -93,6 +93,17 @@ def refresh(
         tuple[int, int] | None, typer.Option(metavar="START STOP", help="Slices [START, STOP) in place of the middle.")
     ] = None,
     slices: Annotated[int | None, typer.Option(min=1, help="How many middle slices.  [default: 20]")] = None,
+    depth: Annotated[
+        Literal["modal", "any"] | None, typer.Option(help="Keep the commonest number of slices, or any that fits.")
+    ] = None,
+    registration: Annotated[
+        Literal["none", "rigid"] | None, typer.Option(help="Take up the motion between the scans, or not.")
+    ] = None,
+    min_nmi: Annotated[float | None, typer.Option(min=0, max=1, help="Less similar pairs are low_similarity.")] = None,
+    low_similarity: Annotated[
+        Literal["flag", "exclude"] | None, typer.Option(help="What becomes of them.  [default: flag]")
+    ] = None,
+    pictures: Annotated[bool | None, typer.Option(help="Draw each pair.  [default: yes]")] = None,
     split_seed: Annotated[int | None, typer.Option(help="Seed of train / val / test.  [default: 0]")] = None,
     demographics: Annotated[
         str | None, typer.Option(help="Join age and sex: 'official' fetches IXI.xls; or your own .xls or .csv.")
@@ -112,8 +123,19 @@ def refresh(
     """
     from ixi_etl.config import PRESETS, DatasetConfig, RefreshConfig
 
-    given = {"pairing": pairing, "window": window, "slices": slices, "split_seed": split_seed}
-    chosen = PRESETS[preset].model_dump() | {k: v for k, v in given.items() if v is not None}
+    given = {
+        "pairing": pairing,
+        "window": window,
+        "slices": slices,
+        "depth": depth,
+        "registration": registration,
+        "min_nmi": min_nmi,
+        "low_similarity": low_similarity,
+        "pictures": pictures,
+        "split_seed": split_seed,
+    }
+    # What a preset leaves at its default may be over-ridden without contradicting it.
+    chosen = PRESETS[preset].model_dump(exclude_unset=True) | {k: v for k, v in given.items() if v is not None}
     config = RefreshConfig(
         root=root,
         source=source,

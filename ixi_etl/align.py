@@ -16,6 +16,14 @@ from numpy.typing import NDArray
 Matrix = NDArray[np.float64]
 
 
+def itk() -> Any:
+    """SimpleITK on one thread: subjects run in parallel, and its sums depend on how many threads share them."""
+    import SimpleITK as sitk
+
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    return sitk
+
+
 def stored_slab(volume: NDArray[Any], affine: Matrix, window: tuple[int, int]) -> tuple[NDArray[Any], Matrix]:
     """Slices [start, stop) of [k, j, i] along k, unflipped, and the affine of what was cut."""
     start, stop = window
@@ -66,10 +74,8 @@ def trilinear(volume: NDArray[Any], matrix: Matrix, shape_zyx: tuple[int, ...]) 
     The work is done in voxel indices on both sides, so affines with shear, which an ITK image cannot have, are no
     special case.
     """
-    import SimpleITK as sitk
-
+    sitk = itk()
     resampler = sitk.ResampleImageFilter()
-    resampler.SetNumberOfThreads(1)  # subjects are what runs in parallel
     resampler.SetSize(shape_zyx[::-1])
     resampler.SetOutputPixelType(sitk.sitkFloat32)
     transform = sitk.AffineTransform(3)
@@ -91,18 +97,23 @@ def _inside(matrix: Matrix, shape_zyx: tuple[int, ...], shape_kji: tuple[int, ..
     return inside
 
 
+def world_points(mask: NDArray[np.bool_], affine: Matrix, most: int = 100_000) -> NDArray[np.float64]:
+    """RAS mm, (n, 3), of the voxels of a slab [z, y, x] that are set: every one, or evenly `most` of them."""
+    at = np.argwhere(mask)
+    at = at[:: -(-len(at) // most) or 1, ::-1]
+    return at @ affine[:3, :3].T + affine[:3, 3]
+
+
 def _shift(x: float, y: float, z: float) -> Matrix:
     matrix = np.eye(4)
     matrix[:3, 3] = x, y, z
     return matrix
 
 
-def otsu_threshold(image: NDArray[np.int16]) -> float:
+def otsu_threshold(image: NDArray[Any]) -> float:
     """The value that parts foreground (above it) from background, after Otsu (1979), on 256 bins."""
-    import SimpleITK as sitk
-
+    sitk = itk()
     otsu = sitk.OtsuThresholdImageFilter()
     otsu.SetNumberOfHistogramBins(256)
-    otsu.SetNumberOfThreads(1)
-    otsu.Execute(sitk.GetImageFromArray(image))
+    otsu.Execute(sitk.GetImageFromArray(np.ascontiguousarray(image, image.dtype.newbyteorder("="))))
     return float(otsu.GetThreshold())

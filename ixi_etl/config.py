@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SPLITS = ("train", "val", "test")
+
+MIN_NMI = 0.15
+"""Measured: docs/registration.md shows the distribution it comes from."""
 
 
 class _Strict(BaseModel):
@@ -27,13 +30,33 @@ class DatasetConfig(_Strict):
         "middle", description="the middle slices, or an explicit [start, stop) along the slice axis"
     )
     slices: Annotated[int, Field(gt=0)] = Field(20, description="how many slices the middle window holds")
+    depth: Literal["modal", "any"] = Field(
+        "modal", description="modal: keep the commonest number of slices, as published; any: whatever fits the grid"
+    )
+    registration: Literal["none", "rigid"] = Field(
+        "rigid", description="rigid: take up the motion between the scans; none: align by headers (index: always none)"
+    )
+    min_nmi: Annotated[float, Field(ge=0, le=1)] = Field(
+        MIN_NMI, description="a pair whose normalised mutual information is lower is flagged low_similarity"
+    )
+    low_similarity: Literal["flag", "exclude"] = Field("flag", description="what becomes of such a pair")
+    pictures: bool = Field(True, description="draw a picture of each pair, and a sheet of the worst ten")
     split_seed: int = Field(0, description="seed of the hash that puts a person into train, val or test")
     split: tuple[float, float, float] = Field((0.8, 0.1, 0.1), description="shares of train, val and test")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _index_is_not_registered(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("pairing") == "index":
+            return {"registration": "none"} | given
+        return given
 
     @model_validator(mode="after")
     def _check(self) -> DatasetConfig:
         if self.window != "middle" and not 0 <= self.window[0] < self.window[1]:
             raise ValueError(f"window {list(self.window)} must be 0 <= start < stop")
+        if self.pairing == "index" and self.registration != "none":
+            raise ValueError("index pairing takes slices as stored; registration must be none")
         if min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-9:
             raise ValueError(f"split shares {list(self.split)} must be >= 0 and add up to 1")
         return self

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ixi_etl import align, nifti
+from ixi_etl import align, nifti, pictures, register
 from ixi_etl.archive import read_member
 from ixi_etl.catalog import MODALITIES
 from ixi_etl.config import DatasetConfig
@@ -71,6 +71,10 @@ def shard_path(work: Path, subject_id: str, modality: str) -> Path:
     return work / f"{subject_id}.{modality.lower()}.shard"
 
 
+def picture_path(work: Path, subject_id: str) -> Path:
+    return work / f"{subject_id}.jpg"
+
+
 def record_path(work: Path, subject_id: str) -> Path:
     return work / f"{subject_id}.json"
 
@@ -99,22 +103,29 @@ def _cut(job: Job, packed: dict[str, bytes], config: DatasetConfig, work: Path) 
     volumes = {m: _Volume(m, packed.pop(m)) for m in MODALITIES}
     if config.pairing == "index":
         slabs = {m: _index_slab(volume, config) for m, volume in volumes.items()}
-        voxels = _quantise(slabs)
-        record: dict[str, Any] = {}
+        foreground = slabs["T2"].values > align.otsu_threshold(slabs["T2"].values)
+        similarity = _nmi_within(foreground, slabs["T1"], slabs["T2"])
+        record: dict[str, Any] = {"nmi_before": similarity, "nmi_after": similarity}
     else:
-        t2 = _axial_slab(volumes["T2"], config)
-        t2_to_t1 = np.eye(4)
-        t1, inside = _resampled_slab(volumes["T1"], t2, t2_to_t1)
-        slabs = {"T1": t1, "T2": t2}
-        voxels = _quantise(slabs)
-        _check_fov(voxels["T2"], inside)
-        record = {"t2_to_t1_ras_mm": json.dumps(t2_to_t1.tolist())}
+        slabs, record = _anatomical_slabs(volumes["T1"], volumes["T2"], config)
+    voxels = _quantise(slabs)
     for modality, slab in slabs.items():
         name = modality.lower()
         low, high = np.percentile(voxels[modality], PERCENTILES)
         record |= {f"{name}_p_low": float(low), f"{name}_p_high": float(high)}
         if slab.window:
             record |= {f"{name}_window_start": slab.window[0], f"{name}_window_stop": slab.window[1]}
+    if record["nmi_after"] < config.min_nmi:
+        if config.low_similarity == "exclude":
+            detail = f"normalised mutual information is {record['nmi_after']:.3f}; {config.min_nmi:g} is the least"
+            return record | {"reason": "low_similarity", "detail": detail}
+        record["flags"] = ",".join(filter(None, [record.get("flags"), "low_similarity"]))
+    if config.pictures:
+        middle = len(voxels["T2"]) // 2
+        pictures.save(
+            pictures.pair_picture(voxels["T1"][middle], voxels["T2"][middle]), picture_path(work, job.subject_id)
+        )
+    for modality in slabs:
         write_shard(voxels[modality], shard_path(work, job.subject_id, modality))
     affines = {m.lower(): slab.affine.tolist() for m, slab in slabs.items()}
     return record | {"affines": affines, "slab_shape": voxels["T2"].shape}
@@ -161,8 +172,52 @@ def _axial_slab(t2: _Volume, config: DatasetConfig) -> Slab:
     return Slab(t2.scaled(stored), affine, window)
 
 
+def _anatomical_slabs(t1: _Volume, t2: _Volume, config: DatasetConfig) -> tuple[dict[str, Slab], dict[str, Any]]:
+    """Both slabs on the T2's planes, the T1 interpolated once; and what is recorded of how they were aligned."""
+    target = _axial_slab(t2, config)
+    foreground = target.values > align.otsu_threshold(target.values)
+    t2_to_t1 = np.eye(4)
+    chosen, inside = _resampled_slab(t1, target, t2_to_t1)
+    record: dict[str, Any] = {"nmi_before": _nmi_within(foreground & inside, chosen, target)}
+    if config.registration == "rigid":
+        points = align.world_points(foreground, target.affine)
+        found, flag = _registered(t1, t2, points)
+        if not flag:
+            candidate, candidate_inside = _resampled_slab(t1, target, found)
+            gain = _nmi_within(foreground & candidate_inside, candidate, target) - record["nmi_before"]
+            if gain > 0:
+                chosen, inside, t2_to_t1 = candidate, candidate_inside, found
+            else:
+                flag = "registration_no_gain"
+        motion_mm, motion_deg = register.motion_of(t2_to_t1, points)
+        record |= {"motion_mm": motion_mm, "motion_deg": motion_deg, "flags": flag}
+    outside = np.count_nonzero(foreground & ~inside) / max(int(np.count_nonzero(foreground)), 1)
+    if outside > MAX_OUTSIDE:
+        raise BadVolumeError("outside_fov", f"{outside:.1%} of the T2 slab's foreground lies outside the T1's grid")
+    record |= {
+        "t2_to_t1_ras_mm": json.dumps(t2_to_t1.tolist()),
+        "nmi_after": _nmi_within(foreground & inside, chosen, target),
+    }
+    return {"T1": chosen, "T2": target}, record
+
+
+def _registered(t1: _Volume, t2: _Volume, points: NDArray[np.float64]) -> tuple[align.Matrix, str]:
+    """The rigid motion that was found, and the flag that undoes it ("" where it may stand)."""
+    try:
+        found = register.register(register.Scan(t1.stored, t1.affine), register.Scan(t2.stored, t2.affine))
+    except register.RegistrationError:
+        return np.eye(4), "registration_failed"
+    motion_mm, motion_deg = register.motion_of(found, points)
+    too_far = motion_mm > register.MAX_MOTION_MM or motion_deg > register.MAX_MOTION_DEG
+    return found, "registration_too_far" if too_far else ""
+
+
+def _nmi_within(mask: NDArray[np.bool_], a: Slab, b: Slab) -> float:
+    return register.nmi(a.values[mask], b.values[mask])
+
+
 def _resampled_slab(t1: _Volume, target: Slab, t2_to_t1: align.Matrix) -> tuple[Slab, NDArray[np.bool_]]:
-    """The T1 interpolated once, onto exactly the target's planes, and where its grid reaches; beyond it 0."""
+    """The T1 interpolated onto exactly the target's planes, and where its grid reaches; beyond it 0."""
     matrix = align.sampling_matrix(target.affine, t1.affine, t2_to_t1)
     stored, inside = align.resample(t1.stored, matrix, target.values.shape)
     values = t1.scaled(stored)
@@ -191,10 +246,3 @@ def _quantise(slabs: Mapping[str, Slab]) -> dict[str, NDArray[np.int16]]:
         if levels < MIN_LEVELS:
             raise BadVolumeError("intensity_range", f"{modality}: {levels} levels as integers, {MIN_LEVELS} are needed")
     return rounded
-
-
-def _check_fov(target: NDArray[np.int16], inside: NDArray[np.bool_]) -> None:
-    foreground = target > align.otsu_threshold(target)
-    outside = float((foreground & ~inside).sum() / foreground.sum())
-    if outside > MAX_OUTSIDE:
-        raise BadVolumeError("outside_fov", f"{outside:.1%} of the T2 slab's foreground lies outside the T1's grid")

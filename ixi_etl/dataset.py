@@ -2,7 +2,7 @@
 
 ::
 
-    <root>/datasets/ixi-t1-t2/<version>/{slices.zarr, manifest.csv, dataset.json, report.html}
+    <root>/datasets/ixi-t1-t2/<version>/{slices.zarr, manifest.csv, dataset.json, report.html, pictures}
     <root>/datasets/ixi-t1-t2/latest.json        the pointer, replaced last of all; the only file that knows a time
     <root>/datasets/ixi-t1-t2/.staging/<version> what a refresh is still making
 
@@ -32,7 +32,8 @@ from ixi_etl.files import Progress, read_json, sha256_file, silent, to_json, wri
 from ixi_etl.store import open_arrays
 
 NAME = "ixi-t1-t2"
-MANIFEST, FACTS, REPORT, POINTER = "manifest.csv", "dataset.json", "report.html", "latest.json"
+MANIFEST, FACTS, REPORT, PICTURES, POINTER = "manifest.csv", "dataset.json", "report.html", "pictures", "latest.json"
+WORST = "worst.jpg"  # among the pictures
 
 VOXEL_LIBRARIES = ("nibabel", "numpy", "simpleitk", "zarr", "zarrs")
 """Their versions are part of a version's name: another one may compute other voxels or other bytes."""

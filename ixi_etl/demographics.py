@@ -21,8 +21,8 @@ def read_demographics(path: Path) -> dict[str, dict[str, float | str]]:
         DatasetError: not a table with the columns IXI_ID, SEX_ID and AGE.
     """
     try:
-        table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_excel(path, engine="xlrd")
-    except Exception as error:  # xlrd raises its own kinds, and struct.error, on damaged files
+        table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_excel(path, engine="calamine")
+    except Exception as error:  # each reader raises its own kinds on damaged files
         raise DatasetError(f"{path} cannot be read as IXI.xls ({error}); give an .xls or .csv file") from error
     table.columns = table.columns.astype(str).str.split().str[0]  # the published header is `SEX_ID (1=m, 2=f)`
     missing = {"IXI_ID", "SEX_ID", "AGE"} - set(table.columns)

@@ -35,9 +35,9 @@ REASONS = {
     "depth_not_modal": "the number of slices is not the commonest of its modality",
     "grid_not_modal": "the slices have not the commonest size and spacing, or the window does not fit",
     "corrupt_voxels": "the voxels are cut short, damaged, or not finite",
+    "outside_fov": "over 5% of the T2's foreground lies outside the T1's grid",
     "empty_image": "the cut slices hold one single value",
     "intensity_range": "values do not fit 16 bits, or keep fewer than 256 levels in them",
-    "outside_fov": "over 5% of the T2's foreground lies outside the T1's grid",
     "low_similarity": "the pair's similarity is under the threshold",
 }
 """Why a subject can be out. The checks run in this order, T1 before T2; the first to fail gives the reason."""
@@ -48,7 +48,7 @@ FUNNEL = {
     "readable": ("unreadable", "not_3d", "unsupported_dtype", "bad_affine"),
     "modal depth": ("depth_not_modal",),
     "modal grid": ("grid_not_modal",),
-    "cut": ("corrupt_voxels", "empty_image", "intensity_range", "outside_fov"),
+    "cut": ("corrupt_voxels", "outside_fov", "empty_image", "intensity_range"),
     "used": ("low_similarity",),
 }
 """The steps that a subject passes, each with the reasons that end it there."""
@@ -138,7 +138,7 @@ class _Rules:
     def _geometry(self, modality: str, record: Mapping[str, Any]) -> list[tuple[str, str]]:
         found = []
         depth, modal = int(record["depth"]), self.depth[modality]
-        if depth != modal:
+        if depth != modal and self.config.depth == "modal":
             found.append(("depth_not_modal", f"{modality} has {depth} slices; the commonest is {modal}"))
         if modality == "T1" and self.config.pairing == "anatomical":
             return found  # it is resampled, whatever its grid
@@ -219,6 +219,9 @@ def from_csv(text: str, name: str) -> pd.DataFrame:
     """
     try:
         raw = pd.read_csv(io.StringIO(text), dtype="str", keep_default_na=False)
+        if list(raw.columns) != COLUMNS:
+            wrong = sorted(set(raw.columns) ^ set(COLUMNS)) or "their order"
+            raise ValueError(f"its columns are not those of a manifest: {wrong}")
         return validate(_typed(raw))
     except (ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"{name} is not a manifest: {' '.join(str(error).split())[:300]}") from error

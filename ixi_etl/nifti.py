@@ -83,7 +83,7 @@ def inflate(packed: bytes, size: int) -> bytes:
             raise BadVolumeError("corrupt_voxels", f"the gzip stream is damaged ({error})") from error
         whole = whole + piece if whole else piece
         if len(whole) > size:
-            raise BadVolumeError("corrupt_voxels", f"more than the {size} bytes that the header announces")
+            raise BadVolumeError("corrupt_voxels", f"damaged, or more than the {size} bytes that the header announces")
         if not stream.eof:
             raise BadVolumeError("corrupt_voxels", f"the gzip stream is cut short after {len(whole)} of {size} bytes")
         rest = stream.unused_data
@@ -129,7 +129,7 @@ def _fill(header: Header, head: bytes, packed_size: int) -> None:
     code = int(raw["datatype"])
     try:
         dtype = np.dtype(raw.get_data_dtype())
-    except nib.spatialimages.HeaderDataError:
+    except (nib.spatialimages.HeaderDataError, KeyError):
         raise BadVolumeError("unsupported_dtype", f"datatype code {code} is unknown") from None
     header.dtype = dtype.str
     if dtype.kind not in "iuf" or dtype.itemsize > 8:

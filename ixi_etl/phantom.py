@@ -36,7 +36,8 @@ _HEAD_SHAPE = (136, 156, 136)  # z, y, x: 204 x 234 x 204 mm about the world's o
 
 # Tissue: signal in T1 and T2 (0 to 255), then centre and radii in mm (x Right, y Anterior, z Superior). Later ones
 # lie over earlier ones. Left and right differ, so that a flip shows.
-_TISSUES: list[tuple[int, int, tuple[float, float, float], tuple[float, float, float]]] = [
+_Tissue = tuple[int, int, tuple[float, float, float], tuple[float, float, float]]
+_TISSUES: list[_Tissue] = [
     (200, 120, (0, 0, 5), (76, 95, 88)),  # scalp
     (25, 15, (0, 0, 6), (71, 90, 83)),  # skull
     (45, 240, (0, 0, 8), (67, 86, 78)),  # cerebrospinal fluid
@@ -51,6 +52,7 @@ _TISSUES: list[tuple[int, int, tuple[float, float, float], tuple[float, float, f
     (45, 230, (32, 66, -28), (13, 13, 12)),  # right eye
     (45, 230, (-32, 66, -28), (13, 13, 12)),  # left eye
 ]
+_WHITE_MATTER = 4
 
 
 @dataclass(frozen=True)
@@ -190,26 +192,42 @@ def _head_affine() -> Matrix:
 
 
 def _heads(rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:
-    """One person's head [z, y, x] in both contrasts: ellipsoids with soft edges, folds, and smooth texture."""
+    """One person's head [z, y, x] in both contrasts: ellipsoids with soft edges, folds, sulci, and smooth texture."""
     z, y, x = (
         ((np.arange(n, dtype=np.float32) - (n - 1) / 2) * _HEAD_MM).reshape(shape)
         for n, shape in zip(_HEAD_SHAPE, ((-1, 1, 1), (1, -1, 1), (1, 1, -1)), strict=True)
     )
     phase = rng.uniform(0, 2 * np.pi, 6).astype(np.float32)
     folds = np.sin(x / 5 + phase[0]) * np.sin(y / 6 + phase[1]) * np.sin(z / 5.5 + phase[2])
-    texture = np.sin(x / 14 + phase[3]) * np.sin(y / 17 + phase[4]) * np.cos(z / 12 + phase[5])
+    texture = 1 + 0.04 * np.sin(x / 14 + phase[3]) * np.sin(y / 17 + phase[4]) * np.cos(z / 12 + phase[5])
     heads = [np.zeros(_HEAD_SHAPE, np.float32) for _ in MODALITIES]
-    for number, (t1, t2, centre, radii) in enumerate(_TISSUES):
-        a, b, c = np.array(radii, np.float32) * rng.uniform(0.97, 1.03, 3).astype(np.float32)
-        dx, dy, dz = np.array(centre, np.float32) + rng.normal(0, 0.6, 3).astype(np.float32)
-        radius = np.sqrt(((x - dx) / a) ** 2 + ((y - dy) / b) ** 2 + ((z - dz) / c) ** 2)
+    for number, (t1, t2, middle, size) in enumerate([*_TISSUES, *_sulci(rng)]):
+        centre = np.array(middle) + rng.normal(0, 0.6, 3)
+        radii = np.array(size) * rng.uniform(0.97, 1.03, 3)
+        box = tuple(  # what lies beyond it is not touched
+            slice(max(0, int((c - r) / _HEAD_MM + n / 2) - 6), max(0, int((c + r) / _HEAD_MM + n / 2) + 7))
+            for c, r, n in zip(centre[::-1], radii[::-1], _HEAD_SHAPE, strict=True)
+        )
+        dx, dy, dz = centre.astype(np.float32)
+        a, b, c = radii.astype(np.float32)
+        radius = np.sqrt(
+            ((x[:, :, box[2]] - dx) / a) ** 2 + ((y[:, box[1]] - dy) / b) ** 2 + ((z[box[0]] - dz) / c) ** 2
+        )
         depth = (1 - radius) * min(a, b, c)  # mm below the surface, near enough
-        if number == 4:  # white matter is folded
-            depth += 9 * folds - 2
+        if number == _WHITE_MATTER:  # is folded
+            depth += 9 * folds[box] - 2
         share = np.clip(depth / 2 + 0.5, 0, 1)  # a soft edge of 2 mm
         for head, signal in zip(heads, (t1, t2), strict=True):
-            head += share * (signal * (1 + 0.04 * texture) - head)
+            head[box] += share * (signal * texture[box] - head[box])
     return dict(zip(MODALITIES, heads, strict=True))
+
+
+def _sulci(rng: np.random.Generator) -> Iterator[_Tissue]:
+    """Drops of cerebrospinal fluid all over the cortex: without them a head is nearly a ball, and its pose unknown."""
+    for _ in range(60):
+        towards = rng.normal(size=3)
+        middle = towards / np.linalg.norm(towards) * (58, 75, 67) + (0, -2, 10)
+        yield 45, 240, tuple(middle.tolist()), tuple(rng.uniform(3, 9, 3).tolist())
 
 
 def _oddities(good: dict[str, bytes]) -> Iterator[tuple[str, str, bytes]]:

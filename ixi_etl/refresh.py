@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ixi_etl import catalog, dataset, manifest, report, store
+from ixi_etl import catalog, dataset, manifest, pictures, report, store
 from ixi_etl.catalog import MODALITIES
 from ixi_etl.config import RefreshConfig
-from ixi_etl.cut import Job, Part, cut_subject, shard_path
+from ixi_etl.cut import Job, Part, cut_subject, picture_path, shard_path
 from ixi_etl.dataset import Places
 from ixi_etl.demographics import read_demographics
 from ixi_etl.download import Acquired, acquire, own_sources
@@ -27,6 +27,7 @@ from ixi_etl.spread import spread
 from ixi_etl.survey import depth_histogram, modal_depths, survey
 
 ALWAYS_ALLOWED_UNREADABLE = 10
+WORST_SHOWN = 10  # pairs on the sheet of the least alike
 UNREADABLE = ("unreadable", "corrupt_voxels")
 
 
@@ -235,8 +236,12 @@ def publish_version(
         pairing=config.dataset.pairing,
         attributes={"subject_id": subjects, **{k: summary[k] for k in ("name", "version", "licence", "credit")}},
     )
+    if config.dataset.pictures:
+        _put_pictures(work, staged / dataset.PICTURES, manifest.used(settled))
     (staged / dataset.MANIFEST).write_text(manifest.to_csv(settled))
-    (staged / dataset.REPORT).write_text(report.dataset_report(summary, settled))
+    worst = staged / dataset.PICTURES / dataset.WORST
+    page = report.dataset_report(summary, settled, worst.read_bytes() if config.dataset.pictures else None)
+    (staged / dataset.REPORT).write_text(page)
     write_atomic(staged / dataset.FACTS, to_json(summary | {"files": dataset.list_files(staged)}))
     problems = dataset.verify(staged)
     if problems:
@@ -244,3 +249,14 @@ def publish_version(
     folder = dataset.publish(places, version, staged, inputs.origins)
     dataset.clear_staging(places, version)
     return Refreshed(version, folder, is_new=True)
+
+
+def _put_pictures(work: Path, folder: Path, used: pd.DataFrame) -> None:
+    """One picture per used subject, and a sheet of the ten pairs that are least alike."""
+    folder.mkdir()
+    for subject in used["subject_id"]:
+        store.link(picture_path(work, subject), folder / f"{subject}.jpg")
+    worst = manifest.records(used.sort_values(["nmi_after", "subject_id"]).head(WORST_SHOWN))
+    captions = [f"{row['subject_id']}   NMI {row['nmi_before']:.3f} -> {row['nmi_after']:.3f}" for row in worst]
+    paths = [picture_path(work, row["subject_id"]) for row in worst]
+    pictures.save(pictures.sheet(paths, captions), folder / dataset.WORST)

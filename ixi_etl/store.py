@@ -84,7 +84,7 @@ def assemble(
         for row, shard in enumerate(shards):
             target = folder / name / "c" / str(row) / "0" / "0" / "0"
             target.parent.mkdir(parents=True)
-            _link(shard[name], target)
+            link(shard[name], target)
         matrices = np.stack([affine[name] for affine in affines])
         beside = zarr.create_array(
             folder / f"{name}_affine",
@@ -114,7 +114,8 @@ def open_arrays(version: Path) -> dict[str, zarr.Array[Any]]:
         raise DatasetError(f"{path} cannot be opened as a Zarr group ({error})") from error
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
+    """Give `source` a second name; where the file system has no hard links, a copy."""
     try:
         target.hardlink_to(source)
     except OSError:

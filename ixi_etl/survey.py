@@ -141,7 +141,7 @@ def draw_histogram(table: pd.DataFrame, path: Path) -> None:
         labels = [f"{depth}\n(modal)" if depth == mode else str(depth) for depth in counts.index]
         axes.set_xticks(ticks, labels)
         axes.set(title=f"{modality}: {sum(bottom)} volumes", xlabel="depth (slices as stored)", ylabel="volumes")
-        axes.margins(y=0.12)
+        axes.set_ylim(0, 1.15 * max(bottom))
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(title="site", frameon=False)
     figure.savefig(path, dpi=120, metadata={"Software": None})

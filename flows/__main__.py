@@ -1,0 +1,5 @@
+"""`python -m flows` is `ixi-etl`."""
+
+from flows.cli import main
+
+main()

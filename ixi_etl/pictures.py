@@ -1,0 +1,65 @@
+"""Pictures that show whether a pair is one: T1, T2, and the T1's edges on the T2.
+
+Slices are [y, x] with x to the Right and y to the Anterior; they are drawn with the Anterior up and the subject's right
+on the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from ixi_etl.align import itk
+
+EDGE_COLOUR = (255, 150, 0)
+QUALITY = 85  # of JPEG: about 40 kB a pair
+
+
+def pair_picture(t1: NDArray[Any], t2: NDArray[Any]) -> Image.Image:
+    """T1 | T2 | T2 with the edges of the T1, side by side, of one slice each."""
+    left, middle = _gray(t1), _gray(t2)
+    overlay = np.repeat(middle[..., None], 3, axis=-1)
+    overlay[_edges(left)] = EDGE_COLOUR
+    panels = [np.repeat(p[..., None], 3, axis=-1) for p in (left, middle)]
+    return Image.fromarray(np.concatenate([*panels, overlay], axis=1)[::-1])
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Write a JPEG; equal pictures are equal bytes."""
+    picture.save(path, "JPEG", quality=QUALITY, subsampling=0)
+
+
+def sheet(paths: Sequence[Path], captions: Sequence[str]) -> Image.Image:
+    """Saved pictures under each other, each with its caption above it."""
+    pictures = [Image.open(path) for path in paths]
+    strip = 20
+    width = max(p.width for p in pictures)
+    page = Image.new("RGB", (width, sum(p.height + strip for p in pictures)), "black")
+    draw, font, top = ImageDraw.Draw(page), ImageFont.load_default(13), 0
+    for picture, caption in zip(pictures, captions, strict=True):
+        draw.text((4, top + 2), caption, fill="white", font=font)
+        page.paste(picture, (0, top + strip))
+        top += picture.height + strip
+    return page
+
+
+def _gray(slice_yx: NDArray[Any]) -> NDArray[np.uint8]:
+    """Black at the percentile 1, white at 99.5."""
+    low, high = np.percentile(slice_yx, (1, 99.5))
+    scaled = (slice_yx - low) / ((high - low) or 1.0)
+    gray: NDArray[np.uint8] = (np.clip(scaled, 0, 1) * 255).astype(np.uint8)
+    return gray
+
+
+def _edges(gray: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Where Canny's detector finds an edge at a scale of about 1.5 voxels."""
+    sitk = itk()
+    image = sitk.GetImageFromArray(gray.astype(np.float32))
+    found = sitk.CannyEdgeDetection(image, lowerThreshold=5, upperThreshold=12, variance=[2.0, 2.0])
+    edges: NDArray[np.bool_] = sitk.GetArrayFromImage(found) > 0
+    return edges

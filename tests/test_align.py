@@ -1,0 +1,123 @@
+"""Geometry: what is cut lies where its affine says, whatever the orientation."""
+
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.ndimage import map_coordinates
+from strategies import ORIENTATIONS, affines, numbered, shapes, world_of
+
+from ixi_etl import align
+from ixi_etl.config import DatasetConfig
+from ixi_etl.phantom import grid_affine
+
+
+@given(st.data(), shapes)
+def test_axial_slab_keeps_every_voxel_at_its_place_in_the_world(
+    data: st.DataObject, shape: tuple[int, int, int]
+) -> None:
+    affine = data.draw(affines(shape))
+    volume = numbered(shape)
+    depth = align.axial_depth(shape, affine)
+    start = data.draw(st.integers(0, depth - 1))
+    stop = data.draw(st.integers(start + 1, depth))
+    slab, slab_affine = align.axial_slab(volume, affine, (start, stop))
+    assert slab.shape[0] == stop - start
+    where = {
+        tuple(p): v for p, v in zip(world_of(affine, volume.shape).reshape(-1, 3).round(6), volume.flat, strict=True)
+    }
+    found = world_of(slab_affine, slab.shape).reshape(-1, 3).round(6)
+    nearest = np.linalg.inv(affine) @ np.c_[found, np.ones(len(found))].T
+    i, j, k = nearest[:3].round().astype(int)
+    assert np.abs(nearest[:3] - nearest[:3].round()).max() < 1e-4
+    np.testing.assert_array_equal(volume[k, j, i], slab.ravel())
+    assert len(where) == volume.size
+
+
+@given(st.data(), shapes)
+def test_axial_slab_points_right_anterior_superior(data: st.DataObject, shape: tuple[int, int, int]) -> None:
+    affine = data.draw(affines(shape))
+    _, slab_affine = align.axial_slab(numbered(shape), affine, (0, 1))
+    assert nib.aff2axcodes(slab_affine) == ("R", "A", "S")
+
+
+@given(st.data(), shapes)
+def test_stored_slab_is_the_stored_slices_and_its_affine_moves_along(
+    data: st.DataObject, shape: tuple[int, int, int]
+) -> None:
+    affine = data.draw(affines(shape))
+    volume = numbered(shape)
+    start = data.draw(st.integers(0, shape[2] - 1))
+    slab, slab_affine = align.stored_slab(volume, affine, (start, shape[2]))
+    np.testing.assert_array_equal(slab, volume[start:])
+    np.testing.assert_allclose(world_of(slab_affine, slab.shape), world_of(affine, volume.shape)[start:], atol=1e-9)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_axial_depth_is_the_length_from_inferior_to_superior(orientation: str) -> None:
+    shape = (4, 5, 6)
+    axis = next(n for n, letter in enumerate(orientation) if letter in "SI")
+    assert align.axial_depth(shape, grid_affine(shape, (1, 1, 1), orientation)) == shape[axis]
+
+
+@given(st.data(), shapes, shapes, st.integers(0, 2**32 - 1))
+def test_resample_equals_scipy_at_every_voxel(
+    data: st.DataObject, shape: tuple[int, int, int], slab_shape: tuple[int, int, int], seed: int
+) -> None:
+    affine, slab_affine = data.draw(affines(shape)), data.draw(affines(slab_shape))
+    motion = data.draw(affines((1, 1, 1), tilt_deg=5))
+    volume = np.random.default_rng(seed).integers(-2000, 2000, shape[::-1]).astype(np.int16)
+    matrix = align.sampling_matrix(slab_affine, affine, motion)
+    np.testing.assert_allclose(matrix, np.linalg.inv(affine) @ motion @ slab_affine, atol=1e-9)
+    slab, inside = align.resample(volume, matrix, slab_shape[::-1])
+    ijk = world_of(matrix, slab_shape[::-1])
+    edge = np.array(shape) - 1
+    clear = (np.abs(ijk) > 1e-5).all(axis=-1) & (np.abs(ijk - edge) > 1e-5).all(axis=-1)
+    expected = map_coordinates(volume.astype(float), np.moveaxis(ijk[..., ::-1], -1, 0), order=1, mode="constant")
+    np.testing.assert_allclose(slab[clear], expected[clear], atol=0.01)
+    np.testing.assert_array_equal(inside[clear], ((ijk > 0) & (ijk < edge)).all(axis=-1)[clear])
+    assert (slab[~inside] == 0).all()
+
+
+def test_resample_on_the_volume_s_own_grid_is_the_volume() -> None:
+    volume = numbered((5, 6, 7)).astype(np.int16)
+    slab, inside = align.resample(volume, np.eye(4), volume.shape)
+    np.testing.assert_array_equal(slab, volume)
+    assert inside.all()
+
+
+@pytest.mark.parametrize("dtype", [">i2", "<i2", "u1", "i1", "<u2", "<i4", "<u4", "<i8", "<f4", ">f4", "<f8"])
+def test_resample_reads_every_supported_dtype(dtype: str) -> None:
+    volume = (np.arange(60).reshape(3, 4, 5) + 3).astype(dtype)
+    slab, _ = align.resample(volume, np.eye(4), volume.shape)
+    np.testing.assert_array_equal(slab, np.arange(60).reshape(3, 4, 5) + 3)
+
+
+@given(st.integers(1, 400), st.integers(1, 60))
+def test_middle_window_is_centred_or_refused(depth: int, slices: int) -> None:
+    window = DatasetConfig(slices=slices).window_in(depth)
+    if slices > depth:
+        assert window is None
+        return
+    assert window is not None
+    start, stop = window
+    assert stop - start == slices
+    assert start >= 0
+    assert stop <= depth
+    assert (depth - stop) - start in (0, 1)
+
+
+def test_middle_windows_of_ixi_are_the_published_ones() -> None:
+    assert DatasetConfig().window_in(150) == (65, 85)
+    assert DatasetConfig().window_in(130) == (55, 75)
+
+
+def test_otsu_parts_two_populations() -> None:
+    rng = np.random.default_rng(0)
+    image = np.concatenate([rng.normal(100, 10, 5000), rng.normal(900, 40, 3000)]).reshape(10, 20, 40).astype(np.int16)
+    above = image.ravel() > align.otsu_threshold(image)
+    assert above[:5000].mean() < 0.01
+    assert above[5000:].all()

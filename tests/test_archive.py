@@ -1,0 +1,84 @@
+"""Members are read in place, whatever the tar holds."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ixi_etl.archive import index_archive, read_member
+from ixi_etl.errors import ArchiveError
+
+names = st.text(
+    st.characters(codec="utf-8", exclude_characters="\0/", exclude_categories=["Cs"]), min_size=1, max_size=300
+)
+
+
+def tar_of(path: Path, infos: list[tuple[tarfile.TarInfo, bytes]], form: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=form) as tar:
+        for info, data in infos:
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@given(
+    st.dictionaries(names, st.binary(max_size=2000), max_size=8),
+    st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]),
+)
+def test_every_member_s_bytes_are_found_in_place(
+    tmp_path_factory: pytest.TempPathFactory, members: dict[str, bytes], form: int
+) -> None:
+    path = tar_of(tmp_path_factory.mktemp("t") / "a.tar", [(tarfile.TarInfo(n), d) for n, d in members.items()], form)
+    found = index_archive(str(path))
+    assert {m.name: read_member(str(path), m.offset, m.size) for m in found} == members
+    assert all(m.problem == "" for m in found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (tarfile.SYMTYPE, "symbolic link"),
+        (tarfile.LNKTYPE, "hard link"),
+        (tarfile.CHRTYPE, "device"),
+        (tarfile.FIFOTYPE, "pipe"),
+    ],
+)
+def test_what_is_no_file_is_said_and_not_followed(tmp_path: Path, kind: bytes, said: str) -> None:
+    link = tarfile.TarInfo("IXI002-Guys-0828-T1.nii.gz")
+    link.type, link.linkname = kind, "/etc/passwd"
+    (member,) = index_archive(str(tar_of(tmp_path / "a.tar", [(link, b"")])))
+    assert said in member.problem
+
+
+def test_names_that_lead_out_are_only_names(tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "a.tar", [(tarfile.TarInfo(n), b"x") for n in ("../../evil", "/etc/evil")])
+    assert [m.name for m in index_archive(str(path))] == ["../../evil", "/etc/evil"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar"]
+
+
+def test_a_member_cut_off_by_the_end_is_said(tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "a.tar", [(tarfile.TarInfo("a"), bytes(5000))])
+    path.write_bytes(path.read_bytes()[:3000])
+    try:
+        (member,) = index_archive(str(path))
+    except ArchiveError:
+        return
+    assert "cut short" in member.problem
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>" * 500, b"\0" * 100])
+def test_what_is_no_tar_is_one_clear_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(content)
+    with pytest.raises(ArchiveError, match=r"a\.tar is not a tar archive"):
+        index_archive(str(path))
+
+
+def test_a_missing_archive_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match="is not there"):
+        index_archive(str(tmp_path / "a.tar"))

@@ -1,0 +1,126 @@
+"""Every command has help and stands in the README; mistakes are one line; nothing heavy is imported for nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from flows.cli import app, main
+from ixi_etl.refresh import Refreshed
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    said = capsys.readouterr()
+    return int(ended.value.code or 0), said.out, said.err
+
+
+def root_of(published: Refreshed) -> str:
+    return str(published.folder.parents[2])
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_help_and_stands_in_the_readme(name: str) -> None:
+    assert COMMANDS[name].help
+    for parameter in COMMANDS[name].params:
+        assert getattr(parameter, "help", None) or parameter.name == "help", f"{name} {parameter.name} has no help"
+    assert f"ixi-etl {name}" in README
+    assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
+
+
+def test_every_command_in_the_readme_exists() -> None:
+    import re
+
+    assert set(re.findall(r"ixi-etl ([a-z]+)", README)) == set(COMMANDS)
+
+
+def test_survey_prints_writes_and_draws(archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run("survey", "--source", str(archives), "--out", str(tmp_path / "s"), capsys=capsys)
+    assert code == 0
+    assert "38 (modal)" in out
+    assert "README.txt" in out
+    assert (tmp_path / "s/depths.png").stat().st_size > 5000
+    assert (tmp_path / "s/survey.csv").read_text().count("\n") >= 36
+
+
+def test_survey_of_one_tar_is_of_that_one(archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run("survey", "--source", str(archives / "IXI-T2.tar"), "--out", str(tmp_path), capsys=capsys)
+    assert code == 0
+    assert "T2" in out
+    assert "T1 " not in out
+
+
+def test_verify_and_versions(published: Refreshed, capsys: pytest.CaptureFixture[str]) -> None:
+    root = root_of(published)
+    code, out, _ = run("verify", "--deep", "--root", root, capsys=capsys)
+    assert (code, "is sound (every byte checked)" in out) == (0, True)
+    code, out, _ = run("versions", "--root", root, capsys=capsys)
+    assert (code, f"{published.version} (latest)" in out) == (0, True)
+    code, out, _ = run("versions", published.version[:5], "latest", "--root", root, capsys=capsys)
+    assert (code, "have the same subjects" in out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["survey", "--source", "/nowhere"], "/nowhere/IXI-T1.tar is not there"),
+        (["survey", "--source", "/nowhere/brains.tar"], "cannot tell T1 from T2"),
+        (["survey", "--root", "/nowhere"], "no archives yet"),
+        (["verify", "--root", "/nowhere"], "no published version"),
+        (["versions", "--root", "/nowhere"], "no published version"),
+        (["verify", "abc", "--root", "/nowhere"], "there is no version abc"),
+        (["refresh", "--window", "20", "10"], "window"),
+        (["refresh", "--window", "-5", "10"], "window"),
+    ],
+)
+def test_a_mistake_is_one_line_and_no_trace(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(*arguments, capsys=capsys)
+    assert code == 1
+    assert out == ""
+    assert err.startswith("error: ")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_a_wrong_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("refresh", "--preset", "best", capsys=capsys)[0] == 2
+
+
+def test_the_demo_does_not_clear_a_folder_that_is_not_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    code, _, err = run("demo", "--folder", str(tmp_path), capsys=capsys)
+    assert (code, "is not empty" in err) == (1, True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+HEAVY = ("prefect", "torch", "SimpleITK", "matplotlib", "dask", "distributed", "zarr", "pandera")
+
+
+def imported(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_help_imports_nothing_heavy() -> None:
+    assert not imported("import flows.cli") & {*HEAVY, "pandas", "numpy", "nibabel"}
+
+
+def test_the_library_imports_neither_prefect_nor_torch() -> None:
+    package = Path(__file__).parent.parent / "ixi_etl"
+    names = [f"import ixi_etl.{path.stem}" for path in package.glob("*.py") if path.stem != "__init__"]
+    assert not imported("; ".join(names)) & {"prefect", "torch", "flows", "model"}

@@ -1,0 +1,216 @@
+"""One subject: the T2 slab is the stored voxels, the T1 slab is on its planes, and each fault has its reason."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.ndimage import map_coordinates
+from strategies import affines, world_of
+
+from ixi_etl.config import DatasetConfig
+from ixi_etl.cut import Job, Part, cut_subject, record_path, shard_path
+from ixi_etl.phantom import grid_affine, pack, rigid
+from ixi_etl.store import assemble, open_arrays
+
+RNG = np.random.default_rng(5)
+T1_GRID = (grid_affine((24, 24, 20), (3, 3, 4), "PSR"), (20, 24, 24))
+T2_GRID = (grid_affine((26, 22, 14), (2.5, 2.5, 4), "LAS"), (14, 22, 26))
+CONFIG = DatasetConfig(slices=6, registration="none")
+
+
+def textured(shape_kji: tuple[int, ...], dtype: str = "<i2", seed: int = 0) -> NDArray[Any]:
+    return np.random.default_rng(seed).integers(0, 3000, shape_kji).astype(dtype)
+
+
+T1 = pack(textured(T1_GRID[1]), T1_GRID[0])
+T2 = pack(textured(T2_GRID[1], seed=1), T2_GRID[0])
+
+
+def cut(folder: Path, t1: bytes, t2: bytes, config: DatasetConfig = CONFIG, cut: bool = True) -> dict[str, Any]:
+    (folder / "members").write_bytes(t1 + t2)
+    place = str(folder / "members")
+    parts = {"T1": Part(place, 0, len(t1)), "T2": Part(place, len(t1), len(t2))}
+    return cut_subject(Job("IXI002-Guys-0828", parts, cut), config, folder)
+
+
+def slabs(folder: Path, record: dict[str, Any], pairing: str = "anatomical") -> dict[str, NDArray[np.int16]]:
+    """What was cut, read back the way readers do."""
+    affine = {name: np.array(matrix) for name, matrix in record["affines"].items()}
+    shards = {m.lower(): shard_path(folder, "IXI002-Guys-0828", m) for m in ("T1", "T2")}
+    assemble(folder / "slices.zarr", [shards], [affine], tuple(record["slab_shape"]), pairing, {})
+    arrays = open_arrays(folder)
+    np.testing.assert_array_equal(arrays["t1_affine"][0], affine["t1"])
+    return {name: np.asarray(arrays[name][0]) for name in ("t1", "t2")}
+
+
+def centre_of(affine: NDArray[Any], shape: tuple[int, int, int]) -> NDArray[Any]:
+    return affine[:3] @ [*((n - 1) / 2 for n in shape), 1]
+
+
+@settings(max_examples=40)
+@given(st.data(), st.tuples(*[st.integers(12, 20)] * 3), st.tuples(*[st.integers(12, 20)] * 3))
+def test_anatomical_slabs_are_the_stored_t2_and_the_t1_at_the_same_place(
+    data: st.DataObject, shape1: tuple[int, int, int], shape2: tuple[int, int, int]
+) -> None:
+    affine2 = data.draw(affines(shape2))
+    affine1 = data.draw(affines(shape1)) @ np.diag([2.5, 2.5, 2.5, 1])  # wide enough to hold most of the T2's slab
+    affine1[:3, 3] += affine2[:3] @ [*((n - 1) / 2 for n in shape2), 1] - affine1[:3] @ [
+        *((n - 1) / 2 for n in shape1),
+        1,
+    ]
+    slope = data.draw(st.sampled_from([1.0, 1.75]))
+    stored1, stored2 = textured(shape1[::-1]), textured(shape2[::-1], seed=1)
+    with tempfile.TemporaryDirectory() as name:
+        record = cut(Path(name), pack(stored1, affine1, slope, 30.0), pack(stored2, affine2, slope))
+        assume(record.get("reason") not in ("outside_fov", "intensity_range", "empty_image"))
+        got = slabs(Path(name), record)
+    assert "reason" not in record
+    image1, image2 = (
+        nib.Nifti1Image.from_bytes(gzip.decompress(pack(s, a, slope, i)))
+        for s, a, i in ((stored1, affine1, 30.0), (stored2, affine2, 0.0))
+    )
+    # the T2: reoriented by nibabel, sliced, nothing else
+    start, stop = record["t2_window_start"], record["t2_window_stop"]
+    upright = nib.as_closest_canonical(image2)
+    np.testing.assert_array_equal(got["t2"], np.rint(upright.get_fdata()).transpose(2, 1, 0)[start:stop])
+    assert (stop - start, start) == (6, (upright.shape[2] - 6) // 2)
+    # the T1: scipy's order-1 samples of nibabel's voxels through the recorded matrix
+    motion, slab_affine = np.array(json.loads(record["t2_to_t1_ras_mm"])), np.array(record["affines"]["t1"])
+    np.testing.assert_array_equal(record["affines"]["t1"], record["affines"]["t2"])
+    ijk = world_of(np.linalg.inv(image1.affine) @ motion @ slab_affine, got["t1"].shape)
+    clear = (np.minimum(np.abs(ijk), np.abs(ijk - (np.array(shape1) - 1))) > 1e-4).all(axis=-1)
+    want = map_coordinates(image1.get_fdata(), np.moveaxis(ijk, -1, 0), order=1, mode="constant")
+    assert np.abs(got["t1"] - want)[clear].max() <= 0.51
+
+
+@settings(max_examples=25)
+@given(st.data(), st.tuples(*[st.integers(12, 20)] * 3), st.integers(1, 12))
+def test_index_slabs_are_the_stored_slices_exactly(
+    data: st.DataObject, shape: tuple[int, int, int], slices: int
+) -> None:
+    affine1, affine2 = data.draw(affines(shape)), data.draw(affines(shape))
+    start = data.draw(st.integers(0, shape[2] - slices))
+    config = DatasetConfig(pairing="index", window=(start, start + slices))
+    stored1, stored2 = textured(shape[::-1]), textured(shape[::-1], seed=1)
+    with tempfile.TemporaryDirectory() as name:
+        record = cut(Path(name), pack(stored1, affine1), pack(stored2, affine2), config)
+        assume(record.get("reason") != "intensity_range")
+        got = slabs(Path(name), record, "index")
+    np.testing.assert_array_equal(got["t1"], stored1[start : start + slices])
+    np.testing.assert_array_equal(got["t2"], stored2[start : start + slices])
+    moved = np.float32(affine1).astype(float) @ np.array([0, 0, start, 1])
+    np.testing.assert_allclose(np.array(record["affines"]["t1"])[:, 3], moved, atol=1e-4)
+    assert "t2_to_t1_ras_mm" not in record
+
+
+def test_record_has_hashes_windows_and_percentiles(tmp_path: Path) -> None:
+    record = cut(tmp_path, T1, T2)
+    got = slabs(tmp_path, record)
+    assert record["t1_sha256"] == hashlib.sha256(T1).hexdigest()
+    assert record["t2_sha256"] == hashlib.sha256(T2).hexdigest()
+    assert (record["t2_window_start"], record["t2_window_stop"]) == (4, 10)
+    assert "t1_window_start" not in record
+    for name in ("t1", "t2"):
+        assert [record[f"{name}_p_low"], record[f"{name}_p_high"]] == np.percentile(got[name], [0.1, 99.9]).tolist()
+
+
+def replaced(values: NDArray[Any], value: float) -> NDArray[Any]:
+    values = values.copy()
+    values[values.shape[0] // 2, 5, 5] = value
+    return values
+
+
+flipped = bytearray(T1)
+flipped[len(T1) // 2] ^= 0xFF
+FAULTS = {
+    "truncated": (T1[: len(T1) // 2], T2, "corrupt_voxels", "T1"),
+    "flipped byte": (bytes(flipped), T2, "corrupt_voxels", "T1"),
+    "both damaged": (bytes(flipped), T2[:-4], "corrupt_voxels", "T1"),
+    "CRC cut off": (T1, T2[:-4], "corrupt_voxels", "T2"),
+    "bytes behind the voxels": (gzip.compress(gzip.decompress(T1) + bytes(9)), T2, "corrupt_voxels", "T1"),
+    "NaN voxel": (pack(replaced(textured(T1_GRID[1], "<f4"), np.nan), T1_GRID[0]), T2, "corrupt_voxels", "T1"),
+    "infinite voxel": (T1, pack(replaced(textured(T2_GRID[1], "<f8"), np.inf), T2_GRID[0]), "corrupt_voxels", "T2"),
+    "zeros": (T1, pack(np.zeros(T2_GRID[1], "<i2"), T2_GRID[0]), "empty_image", "T2"),
+    "constant": (
+        pack(np.full(T1_GRID[1], 9, "<i2"), grid_affine((24, 24, 20), (9, 9, 9), "PSR")),
+        T2,
+        "empty_image",
+        "T1",
+    ),
+    "both empty": (
+        pack(np.zeros(T1_GRID[1], "<i2"), T1_GRID[0]),
+        pack(np.zeros(T2_GRID[1], "<i2"), T2_GRID[0]),
+        "empty_image",
+        "T1",
+    ),
+    "T1 has few levels, T2 is empty": (
+        pack(textured(T1_GRID[1]) // 100, T1_GRID[0]),
+        pack(np.zeros(T2_GRID[1], "<i2"), T2_GRID[0]),
+        "empty_image",
+        "T2",
+    ),
+    "from 0 to 1": (pack(RNG.random(T1_GRID[1]).astype("<f4"), T1_GRID[0]), T2, "intensity_range", "T1"),
+    "too wide": (T1, pack(textured(T2_GRID[1]), T2_GRID[0], slope=20), "intensity_range", "T2"),
+    "200 levels": (T1, pack(textured(T2_GRID[1]) // 15, T2_GRID[0]), "intensity_range", "T2"),
+    "elsewhere": (pack(textured(T1_GRID[1]), rigid((0, 0, 0), (0, 0, 60)) @ T1_GRID[0]), T2, "outside_fov", "T2"),
+    "header changed since the survey": (gzip.compress(b"<html>" * 99), T2, "unreadable", "T1"),
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_each_fault_is_a_record_with_its_reason(what: str, tmp_path: Path) -> None:
+    t1, t2, reason, modality = FAULTS[what]
+    record = cut(tmp_path, t1, t2)
+    assert record["reason"] == reason
+    assert modality in record["detail"]
+    assert "\n" not in record["detail"]
+    assert record["t2_sha256"] == hashlib.sha256(t2).hexdigest()
+    assert not list(tmp_path.glob("*.shard"))
+
+
+@pytest.mark.parametrize("dtype", ["<i2", ">i2", "<u2", "<i4", "<f4", ">f4", "<f8", "<i8"])
+def test_every_supported_dtype_gives_the_same_slabs(dtype: str, tmp_path: Path) -> None:
+    header = nib.Nifti1Header(endianness=dtype[0])
+    header.set_data_dtype(dtype)
+    members = []
+    for grid, seed in ((T1_GRID, 0), (T2_GRID, 1)):
+        image = nib.Nifti1Image(textured(grid[1], dtype, seed).T, grid[0], header)
+        members.append(gzip.compress(image.to_bytes()))
+    got = slabs(tmp_path, cut(tmp_path, *members))
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    want = slabs(plain, cut(plain, T1, T2))
+    for name in ("t1", "t2"):
+        np.testing.assert_array_equal(got[name], want[name])
+
+
+def test_who_is_out_already_is_hashed_and_not_cut(tmp_path: Path) -> None:
+    record = cut(tmp_path, T1, b"no volume", cut=False)
+    assert set(record) == {"t1_sha256", "t2_sha256"}
+    assert not list(tmp_path.glob("*.shard"))
+
+
+def test_who_was_done_before_is_not_done_again(tmp_path: Path) -> None:
+    first = cut(tmp_path, T1, T2)
+    shard = shard_path(tmp_path, "IXI002-Guys-0828", "T1")
+    before = shard.stat().st_mtime_ns
+    assert cut(tmp_path, b"now these bytes", b"are gone") == json.loads(json.dumps(first))
+    assert shard.stat().st_mtime_ns == before
+
+
+def test_a_half_written_record_does_not_count(tmp_path: Path) -> None:
+    first = cut(tmp_path, T1, T2)
+    path = record_path(tmp_path, "IXI002-Guys-0828")
+    path.write_text(path.read_text()[:40])
+    assert cut(tmp_path, T1, T2) == first

@@ -1,0 +1,281 @@
+"""Nobody is lost: every subject of the union has a row, and whoever is out has a reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from ixi_etl import manifest
+from ixi_etl.config import DatasetConfig
+from ixi_etl.demographics import read_demographics
+from ixi_etl.errors import DatasetError
+from ixi_etl.manifest import REASONS
+from ixi_etl.phantom import grid_affine
+from ixi_etl.survey import COLUMNS, modal_depths
+
+HEADER_REASONS = ["", "", "", "unreadable", "not_3d", "unsupported_dtype", "bad_affine"]
+
+
+def volume(
+    subject: str, modality: str, depth: int = 130, plane: int = 256, mm: float = 1.25, **more: Any
+) -> dict[str, Any]:
+    shape, spacing = (plane, plane, depth), (0.9375, 0.9375, mm)
+    return dict.fromkeys(COLUMNS, "") | {
+        "subject_id": subject,
+        "site": subject.split("-")[1],
+        "modality": modality,
+        "member": f"{subject}-{modality}.nii.gz",
+        "shape": json.dumps(shape),
+        "depth": depth,
+        "spacing_mm": json.dumps(spacing),
+        "orientation": "LAS",
+        "affine": json.dumps(grid_affine(shape, spacing, "LAS").tolist()),
+        "readable": True,
+        **more,
+    }
+
+
+def table_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def pair(subject: str, **t2: Any) -> list[dict[str, Any]]:
+    return [volume(subject, "T1", 150), volume(subject, "T2", **t2)]
+
+
+@st.composite
+def surveys(draw: st.DrawFn) -> pd.DataFrame:
+    rows = []
+    for number in range(draw(st.integers(1, 12))):
+        subject = f"IXI{number:03d}-{draw(st.sampled_from(['Guys', 'HH', 'IOP']))}-0700"
+        for modality in draw(st.sampled_from([["T1"], ["T2"], ["T1", "T2"], ["T1", "T2"], ["T1", "T2", "T2"]])):
+            reason = draw(st.sampled_from(HEADER_REASONS))
+            depth, plane = draw(st.sampled_from([28, 130, 130, 150])), draw(st.sampled_from([256, 256, 192]))
+            mm = draw(st.sampled_from([1.25, 1.25, 1.2, 4.98]))
+            rows.append(
+                volume(
+                    subject, modality, depth, plane, mm, reason=reason, problem=reason, readable=reason != "unreadable"
+                )
+            )
+    return table_of(rows)
+
+
+@given(surveys(), st.sampled_from(["anatomical", "index"]), st.randoms())
+def test_selection_loses_nobody_and_gives_the_first_reason(table: pd.DataFrame, pairing: str, random: Any) -> None:
+    config = DatasetConfig(pairing=pairing)
+    shuffled = table.iloc[random.sample(range(len(table)), len(table))].reset_index(drop=True)
+    selected = manifest.select(shuffled, config)
+    assert selected["subject_id"].tolist() == sorted(table["subject_id"].unique())
+    modal, order = modal_depths(table), list(REASONS)
+    for row in selected.itertuples():
+        members = table[table["subject_id"] == row.subject_id]
+        expected = [f"missing_{m.lower()}" for m in ("T1", "T2") if m not in set(members["modality"])]
+        expected += ["duplicate_member"] * bool(members.duplicated("modality").any())
+        # only the first of several equally named members is looked at further
+        for member in shuffled[shuffled["subject_id"] == row.subject_id].drop_duplicates("modality").itertuples():
+            expected += [member.reason] if member.reason else []
+            if not member.reason and member.depth != modal[member.modality]:
+                expected.append("depth_not_modal")
+        first = min(expected, key=order.index, default="")
+        if first:
+            assert (row.status, row.reason) == ("excluded", first)
+            assert row.detail
+        else:
+            assert row.reason in ("", "grid_not_modal")
+            assert row.status == ("excluded" if row.reason else "candidate")
+
+
+@settings(max_examples=40)
+@given(surveys(), st.data())
+def test_settled_manifests_keep_the_contract_and_survive_the_csv(table: pd.DataFrame, data: st.DataObject) -> None:
+    config = DatasetConfig(pairing="index")
+    selected = manifest.select(table, config)
+    found: dict[str, Any] = {}
+    for subject in selected.loc[selected["status"] == "candidate", "subject_id"]:
+        if data.draw(st.booleans()):
+            found[subject] = {
+                "t1_p_low": data.draw(st.floats(-1e4, 1e4)),
+                "t1_window_start": 65,
+                "affines": [],
+                "flags": 'a, "b"',
+            }
+        else:
+            found[subject] = {"reason": "corrupt_voxels", "detail": "T1: cut short,\nor so"}
+    settled = manifest.settle(selected, {s: found.get(s, {"t1_sha256": "0"}) for s in selected["subject_id"]}, config)
+    used = manifest.used(settled)
+    assert used["store_row"].tolist() == list(range(len(used)))
+    assert used["subject_id"].is_monotonic_increasing
+    assert set(used["subject_id"]) == {s for s, r in found.items() if "reason" not in r}
+    assert list(settled.columns) == manifest.COLUMNS
+    again = manifest.from_csv(manifest.to_csv(settled), "m.csv")
+    pd.testing.assert_frame_equal(again, settled)
+    funnel = manifest.funnel(settled)["all"]
+    assert funnel.is_monotonic_decreasing
+    assert (funnel.iloc[0], funnel.iloc[-1]) == (len(settled), len(used))
+    assert manifest.exclusions(settled)["all"].sum() == len(settled) - len(used)
+
+
+def test_columns_are_in_the_order_of_the_contract() -> None:
+    of_volume = "{m}_member {m}_sha256 {m}_depth {m}_shape {m}_spacing_mm {m}_orientation"
+    of_volume += " {m}_window_start {m}_window_stop {m}_p_low {m}_p_high "
+    contract = "subject_id site status reason detail split store_row age sex "
+    contract += of_volume.format(m="t1") + of_volume.format(m="t2")
+    contract += "t2_to_t1_ras_mm motion_mm motion_deg nmi_before nmi_after flags"
+    assert " ".join(manifest.COLUMNS) == contract
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.assign(status="maybe"), "status"),
+        (lambda t: t.assign(reason="because"), "reason"),
+        (lambda t: t.assign(store_row=pd.array([1, 0], "Int64")), "dense"),
+        (lambda t: t.assign(split=""), "split"),
+        (lambda t: t.assign(reason="not_3d"), "reason"),
+        (lambda t: t.iloc[::-1], "dense"),
+        (lambda t: t.drop(columns="flags"), "flags"),
+        (lambda t: t.assign(more=1), "more"),
+        (lambda t: pd.concat([t, t.iloc[:1]]), "duplicate"),
+        (lambda t: t.assign(t1_depth="many"), "many"),
+    ],
+)
+def test_a_manifest_that_was_edited_is_refused(change: Any, said: str) -> None:
+    table = table_of([*pair("IXI001-HH-1"), *pair("IXI002-HH-1")])
+    settled = manifest.settle(
+        manifest.select(table, DatasetConfig()), {"IXI001-HH-1": {}, "IXI002-HH-1": {}}, DatasetConfig()
+    )
+    text = change(settled).to_csv(index=False)
+    with pytest.raises(DatasetError, match=rf"m\.csv is not a manifest.*{said}"):
+        manifest.from_csv(text, "m.csv")
+
+
+@pytest.mark.parametrize(
+    ("t2", "reason"),
+    [
+        ({"plane": 192}, "grid_not_modal"),
+        ({"mm": 4.98}, "grid_not_modal"),
+        ({"mm": 1.2}, ""),
+        ({"depth": 28}, "depth_not_modal"),
+        (
+            {
+                "orientation": "RAS",
+                "affine": json.dumps(grid_affine((256, 256, 130), (0.9375, 0.9375, 1.25), "RAS").tolist()),
+            },
+            "",
+        ),
+        # a coronal stack of the modal depth: its axial slices are others
+        (
+            {"affine": json.dumps(grid_affine((256, 256, 130), (0.9375, 0.9375, 1.25), "RSA").tolist())},
+            "grid_not_modal",
+        ),
+    ],
+)
+def test_anatomical_pairs_need_the_t2_s_modal_grid(t2: dict[str, Any], reason: str) -> None:
+    rows = [row for n in range(3) for row in pair(f"IXI{n:03d}-HH-1")] + pair("IXI900-HH-1", **t2)
+    selected = manifest.select(table_of(rows), DatasetConfig()).set_index("subject_id")
+    assert selected.loc["IXI900-HH-1", "reason"] == reason
+
+
+def test_a_window_that_does_not_fit_is_said_of_each_subject() -> None:
+    selected = manifest.select(table_of(pair("IXI001-HH-1")), DatasetConfig(window=(120, 140)))
+    assert selected["detail"].tolist() == ["T2 has 130 slices: [120, 140) cannot be cut"]
+
+
+def test_index_pairs_need_slices_of_one_shape() -> None:
+    rows = [volume("IXI001-HH-1", "T1", 150, plane=320), volume("IXI001-HH-1", "T2")]
+    (reason,) = manifest.select(table_of(rows), DatasetConfig(pairing="index"))["reason"]
+    assert reason == "grid_not_modal"
+    assert manifest.select(table_of(rows), DatasetConfig())["reason"].tolist() == [""]
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 10**6), st.integers(0, 999))
+def test_the_split_belongs_to_the_person_and_the_seed(seed: int, number: int) -> None:
+    config = DatasetConfig(split_seed=seed)
+    table = table_of([*pair(f"IXI{number:03d}-HH-0001"), *pair(f"IXI{number:03d}-HH-0002"), *pair("IXI000-A-1")])
+    assume(number != 0)
+    settled = manifest.settle(manifest.select(table, config), {s: {} for s in table["subject_id"]}, config)
+    splits = settled.set_index("subject_id")["split"]
+    assert (
+        splits[f"IXI{number:03d}-HH-0001"] == splits[f"IXI{number:03d}-HH-0002"] == config.split_of(f"IXI{number:03d}")
+    )
+
+
+def test_split_shares_are_as_configured() -> None:
+    found = pd.Series([DatasetConfig(split_seed=7).split_of(f"IXI{n:03d}") for n in range(5000)]).value_counts(
+        normalize=True
+    )
+    np.testing.assert_allclose(found[["train", "val", "test"]], [0.8, 0.1, 0.1], atol=0.02)
+
+
+def test_a_known_split_never_moves() -> None:
+    """Pins the hash: another one would move subjects from test to train in everybody's next refresh."""
+    assert [DatasetConfig().split_of(f"IXI{n:03d}") for n in (2, 12, 13, 14, 15, 16)] == PINNED
+
+
+PINNED = ["train", "train", "test", "test", "train", "val"]
+
+
+# -- demographics -----------------------------------------------------------------------------------------------------
+
+
+def write_xls(path: Path, rows: list[list[Any]]) -> Path:
+    import xlwt
+
+    book = xlwt.Workbook()
+    sheet = book.add_sheet("Table")
+    for r, row in enumerate([["IXI_ID", "SEX_ID (1=m, 2=f)", "HEIGHT", "AGE"], *rows]):
+        for c, value in enumerate(row):
+            if value is not None:
+                sheet.write(r, c, value)
+    book.save(str(path))
+    return path
+
+
+def test_demographics_join_without_duplicating_anybody(tmp_path: Path) -> None:
+    path = write_xls(
+        tmp_path / "IXI.xls",
+        [
+            [1, 1, 180, 35.8],
+            [2, 2, 0, None],
+            [3, 1, 0, 41.5],
+            [3, 1, 0, 41.5],
+            [4, 1, 0, 20],
+            [4, 2, 0, 60],
+            [5, 7, 0, 0],
+        ],
+    )
+    people = read_demographics(path)
+    assert people["IXI001"] == {"age": 35.8, "sex": "m"}
+    assert people["IXI002"] == {"sex": "f"}
+    assert people["IXI003"] == {"age": 41.5, "sex": "m"}
+    assert people["IXI004"] == {}  # its rows contradict each other
+    assert people["IXI005"] == {}
+    table = table_of([*pair("IXI003-HH-1"), *pair("IXI003-HH-2"), *pair("IXI009-HH-1")])
+    selected = manifest.select(table, DatasetConfig(), people)
+    assert selected["subject_id"].tolist() == ["IXI003-HH-1", "IXI003-HH-2", "IXI009-HH-1"]
+    assert selected["sex"].tolist() == ["m", "m", ""]
+    assert selected["age"].tolist()[:2] == [41.5, 41.5]
+    assert selected["age"].isna().tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("content", [b"not an xls", b""])
+def test_a_broken_demographics_file_is_one_clear_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "IXI.xls"
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match=r"IXI\.xls cannot be read"):
+        read_demographics(path)
+
+
+def test_a_csv_without_the_columns_is_one_clear_line(tmp_path: Path) -> None:
+    path = tmp_path / "people.csv"
+    path.write_text("id,age\n1,2\n")
+    with pytest.raises(DatasetError, match="has no column AGE, IXI_ID, SEX_ID"):
+        read_demographics(path)

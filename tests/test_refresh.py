@@ -1,0 +1,412 @@
+"""The main job: the same inputs give the same version and bytes, however it is run and however it was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import config_for
+
+from ixi_etl import dataset, manifest
+from ixi_etl.archive import read_member
+from ixi_etl.errors import DatasetError, DownloadError, IxiError, LockedError
+from ixi_etl.files import lock_root
+from ixi_etl.phantom import write_tar
+from ixi_etl.refresh import Refreshed, refresh
+from ixi_etl.store import open_arrays
+from ixi_etl.survey import survey
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+EXPECTED = {
+    "IXI008-IOP-0996": "depth_not_modal",
+    "IXI009-HH-1033": "depth_not_modal",
+    "IXI010-HH-1070": "depth_not_modal",
+    "IXI901-Guys-9010": "missing_t2",
+    "IXI902-Guys-9020": "missing_t1",
+    "IXI903-Guys-9030": "corrupt_voxels",
+    "IXI904-Guys-9040": "corrupt_voxels",
+    "IXI905-Guys-9050": "unreadable",
+    "IXI906-Guys-9060": "empty_image",
+    "IXI907-Guys-9070": "not_3d",
+    "IXI908-Guys-9080": "bad_affine",
+    "IXI909-Guys-9090": "unsupported_dtype",
+}
+
+
+def test_every_subject_of_the_union_is_accounted_for(published: Refreshed, archives: Path) -> None:
+    table = dataset.read_manifest(published.folder)
+    members = survey({m: str(archives / f"IXI-{m}.tar") for m in ("T1", "T2")})
+    assert table["subject_id"].tolist() == sorted(set(members["subject_id"]) - {""})
+    out = table[table["status"] == "excluded"]
+    assert dict(zip(out["subject_id"].str[:6], out["reason"], strict=True)) == {k[:6]: v for k, v in EXPECTED.items()}
+    assert (manifest.used(table)["subject_id"].str[:6] == [f"IXI{n:03d}" for n in range(2, 8)]).all()
+    facts = dataset.read_facts(published.folder)
+    assert facts["not_volumes"] == ["README.txt"]
+    assert facts["funnel"]["used"]["all"] == 6
+    assert (
+        table[["t1_sha256", "t2_sha256"]].map(len).sum(axis=1) == [128 - 64 * ("missing" in r) for r in table["reason"]]
+    ).all()
+
+
+def test_no_file_of_a_version_holds_a_path_a_url_or_a_time(published: Refreshed, archives: Path) -> None:
+    for name, data in contents(published.folder).items():
+        for trace in (str(archives), "http://", "pytest", time.strftime("%Y-%m-%d")):
+            assert trace.encode() not in data, (name, trace)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_workers_do_not_change_a_byte(workers: int, published: Refreshed, archives: Path, tmp_path: Path) -> None:
+    again = refresh(config_for(tmp_path, archives).model_copy(update={"workers": workers}))
+    assert again.version == published.version
+    assert contents(again.folder) == contents(published.folder)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        yield cluster.scheduler_address
+
+
+def test_a_dask_cluster_does_not_change_a_byte(
+    cluster: str, published: Refreshed, archives: Path, tmp_path: Path
+) -> None:
+    again = refresh(config_for(tmp_path, archives).model_copy(update={"dask": cluster}))
+    assert again.version == published.version
+    assert contents(again.folder) == contents(published.folder)
+
+
+def test_a_dask_address_that_does_not_answer_is_one_clear_line(archives: Path, tmp_path: Path) -> None:
+    with pytest.raises(IxiError, match="no Dask scheduler answers at nonsense"):
+        refresh(config_for(tmp_path, archives).model_copy(update={"dask": "nonsense://x"}))
+
+
+def test_index_pairing_is_the_stored_voxels(archives: Path, tmp_path: Path) -> None:
+    import gzip
+
+    import nibabel as nib
+
+    done = refresh(config_for(tmp_path, archives, pairing="index"))
+    used = manifest.used(dataset.read_manifest(done.folder))
+    members = survey({m: str(archives / f"IXI-{m}.tar") for m in ("T1", "T2")}).set_index("member")
+    arrays = open_arrays(done.folder)
+    assert len(used) == 6
+    for row in used.to_dict("records"):
+        for m in ("T1", "T2"):
+            where = members.loc[row[f"{m.lower()}_member"]]
+            packed = read_member(str(archives / f"IXI-{m}.tar"), int(where["offset"]), int(where["size"]))
+            stored = nib.Nifti1Image.from_bytes(gzip.decompress(packed)).get_fdata().transpose(2, 1, 0)
+            start, stop = row[f"{m.lower()}_window_start"], row[f"{m.lower()}_window_stop"]
+            np.testing.assert_array_equal(arrays[m.lower()][row["store_row"]], np.rint(stored[start:stop]))
+    assert "different planes" in (done.folder / dataset.REPORT).read_text()
+
+
+def test_a_second_refresh_finds_the_version_and_touches_nothing(archives: Path, tmp_path: Path) -> None:
+    first = refresh(config_for(tmp_path, archives))
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    second = refresh(config_for(tmp_path, archives))
+    assert (first.is_new, second.is_new) == (True, False)
+    assert second.version == first.version
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert not (tmp_path / "datasets" / dataset.NAME / ".staging" / first.version).exists()
+
+
+def test_what_touches_data_names_the_version_and_what_does_not_does_not(archives: Path, tmp_path: Path) -> None:
+    config = config_for(tmp_path, archives)
+    md5s = {"T1": "a", "T2": "b"}
+
+    def name(**changes: Any) -> str:
+        return dataset.version_name(dataset.inputs_of(md5s, None, config.dataset.model_copy(update=changes)))
+
+    names = {name(), name(window=(3, 9)), name(split_seed=1), name(pairing="index"), name(slices=8)}
+    assert len(names) == 5
+    assert dataset.version_name(dataset.inputs_of(md5s, "c", config.dataset)) not in names
+    assert dataset.version_name(dataset.inputs_of({"T1": "a", "T2": "x"}, None, config.dataset)) not in names
+
+
+def test_the_pointer_moves_back_when_an_old_version_is_asked_for(archives: Path, tmp_path: Path) -> None:
+    places = dataset.Places(tmp_path)
+    first = refresh(config_for(tmp_path, archives))
+    second = refresh(config_for(tmp_path, archives, split_seed=4))
+    assert dataset.resolve(places) == second.version
+    assert dataset.published(places) == [first.version, second.version]
+    assert not refresh(config_for(tmp_path, archives)).is_new
+    assert dataset.resolve(places) == dataset.resolve(places, first.version[:6]) == first.version
+    changed = dataset.compare(dataset.read_manifest(first.folder), dataset.read_manifest(second.folder))
+    assert set(changed["changed"]) <= {"split"}
+    assert dataset.compare(dataset.read_manifest(first.folder), dataset.read_manifest(first.folder)).empty
+
+
+def test_versions_are_compared_subject_by_subject(archives: Path, tmp_path: Path) -> None:
+    old = refresh(config_for(tmp_path / "a", archives))
+    fewer = tmp_path / "archives"
+    fewer.mkdir()
+    for modality in ("T1", "T2"):
+        place = str(archives / f"IXI-{modality}.tar")
+        table = survey({modality: place})
+        kept = table[~table["member"].str.startswith("IXI002") & ~table["member"].str.contains("IXI003.*T2")]
+        write_tar(
+            fewer / f"IXI-{modality}.tar", {r.member: read_member(place, r.offset, r.size) for r in kept.itertuples()}
+        )
+    new = refresh(config_for(tmp_path / "b", fewer))
+    changes = dataset.compare(dataset.read_manifest(old.folder), dataset.read_manifest(new.folder)).set_index(
+        "subject_id"
+    )
+    (gone,), (lost,) = (changes.index[changes.index.str.startswith(n)] for n in ("IXI002", "IXI003"))
+    assert changes.loc[gone, "new"] == "absent"
+    assert changes.loc[lost, "new"] == "excluded (missing_t2)"
+    assert len(changes) == 2
+
+
+# -- stopped and started again ----------------------------------------------------------------------------------------
+
+CHILD = """
+import sys
+from pathlib import Path
+from ixi_etl.config import RefreshConfig
+from ixi_etl.refresh import refresh
+refresh(RefreshConfig.model_validate_json(sys.argv[1]))
+"""
+
+
+def kill_when(config: Any, reached: Callable[[], bool]) -> None:
+    """Run a refresh in a process of its own, and SIGKILL it as soon as `reached` says so."""
+    child = subprocess.Popen([sys.executable, "-c", CHILD, config.model_dump_json()])
+    while child.poll() is None and not reached():
+        time.sleep(0.001)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+
+
+@pytest.mark.parametrize("records", [1, 5, 11])
+def test_a_killed_cut_goes_on_and_ends_in_the_same_bytes(
+    records: int, published: Refreshed, archives: Path, tmp_path: Path
+) -> None:
+    config = config_for(tmp_path, archives).model_copy(update={"workers": 1})
+    staging = dataset.Places(tmp_path).staging(published.version)
+    kill_when(config, lambda: len(list(staging.glob("work/IXI*.json"))) >= records)
+    done = {p: p.stat().st_mtime_ns for p in staging.glob("work/IXI*.json")}
+    assert len(done) >= records
+    assert dataset.published(dataset.Places(tmp_path)) == []
+    kept: dict[Path, int] = {}
+
+    def note(what: str, n: int, total: int, unit: str) -> None:
+        if what == "cut" and n == total:
+            kept.update({p: p.stat().st_mtime_ns for p in done})
+
+    again = refresh(config, note)
+    assert kept == done, "what had been cut was cut again"
+    assert contents(again.folder) == contents(published.folder)
+    assert not staging.exists()
+
+
+@pytest.mark.parametrize(
+    "mark", ["version/slices.zarr", "version/slices.zarr/t2", "version/manifest.csv", "version/dataset.json"]
+)
+def test_a_killed_publish_shows_no_half_version_and_is_mended(
+    mark: str, published: Refreshed, archives: Path, tmp_path: Path
+) -> None:
+    config, places = config_for(tmp_path, archives), dataset.Places(tmp_path)
+    kill_when(config, lambda: (places.staging(published.version) / mark).exists())
+    for name in dataset.published(places):
+        assert dataset.verify(places.version(name), deep=True) == []
+    again = refresh(config)
+    assert contents(again.folder) == contents(published.folder)
+    assert dataset.resolve(places) == published.version
+
+
+def test_a_kill_between_publish_and_pointer_is_mended(published: Refreshed, archives: Path, tmp_path: Path) -> None:
+    places = dataset.Places(tmp_path)
+    shutil.copytree(published.folder, places.version(published.version))
+    with pytest.raises(DatasetError, match="no published version"):
+        dataset.resolve(places)
+    assert not refresh(config_for(tmp_path, archives)).is_new
+    assert dataset.resolve(places) == published.version
+
+
+def test_one_refresh_at_a_time_and_the_second_says_who(archives: Path, tmp_path: Path) -> None:
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys\nfrom ixi_etl.files import *\nwith lock_root(Path(sys.argv[1])):\n print(flush=True); input()",
+            str(tmp_path),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert child.stdout is not None
+    child.stdout.readline()
+    with pytest.raises(LockedError, match=f"in use by process {child.pid} on .* since 20"):
+        refresh(config_for(tmp_path, archives))
+    child.kill()  # and the kernel lets go
+    child.wait()
+    with lock_root(tmp_path):
+        pass
+
+
+def test_a_root_that_cannot_be_written_is_one_clear_line(archives: Path) -> None:
+    with pytest.raises(IxiError, match="cannot write to /proc/nowhere"):
+        refresh(config_for(Path("/proc/nowhere"), archives))
+
+
+# -- what ends a refresh ----------------------------------------------------------------------------------------------
+
+
+def broken(archives: Path, folder: Path, count: int) -> Path:
+    """The phantom's sound pairs, and `count` more whose T1 is no gzip file."""
+    folder.mkdir()
+    sums = []
+    for modality in ("T1", "T2"):
+        place = str(archives / f"IXI-{modality}.tar")
+        rows = survey({modality: place})
+        members = {r.member: read_member(place, r.offset, r.size) for r in rows.itertuples() if r.member < "IXI008"}
+        good = next(iter(members.values()))
+        members |= {
+            f"IXI{n}-HH-1-{modality}.nii.gz": b"damaged" if modality == "T1" else good for n in range(500, 500 + count)
+        }
+        sums.append(f"{write_tar(folder / f'IXI-{modality}.tar', members)}  IXI-{modality}.tar")
+    (folder / "MD5SUMS").write_text("\n".join(sums))
+    return folder
+
+
+@pytest.mark.parametrize(("count", "limit", "fails"), [(10, 0.05, False), (11, 0.05, True), (11, 0.9, False)])
+def test_too_many_unreadable_pairs_end_the_refresh_and_are_named(
+    count: int, limit: float, fails: bool, archives: Path, tmp_path: Path
+) -> None:
+    config = config_for(tmp_path / "root", broken(archives, tmp_path / "src", count))
+    config = config.model_copy(update={"max_unreadable": limit})
+    if not fails:
+        assert refresh(config).is_new
+        return
+    with pytest.raises(
+        DatasetError, match=r"11 of 17 paired subjects are unreadable \(IXI500-HH-1, .*IXI510-HH-1\)"
+    ) as caught:
+        refresh(config)
+    assert dataset.published(dataset.Places(config.root)) == []
+    audit = Path(str(caught.value).split("; ")[1].removesuffix(" says why"))
+    assert (pd.read_csv(audit)["reason"] == "unreadable").sum() == 11
+
+
+def test_nobody_left_is_one_clear_line_and_an_audit(archives: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"no subject is left \(.*grid_not_modal.*manifest\.csv says why of each"):
+        refresh(config_for(tmp_path, archives, window=(90, 110)))
+
+
+def test_archives_that_are_not_what_md5sums_says_are_refused(archives: Path, tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    shutil.copytree(archives, source)
+    with open(source / "IXI-T2.tar", "r+b") as file:
+        file.seek(100_000)
+        file.write(b"\0\1\2")
+    with pytest.raises(DownloadError, match=r"IXI-T2\.tar: MD5 is \w+, but MD5SUMS beside it says"):
+        refresh(config_for(tmp_path / "root", source))
+
+
+def test_unchecked_archives_are_admitted_and_recorded_so(archives: Path, tmp_path: Path) -> None:
+    source = tmp_path / "src"
+    shutil.copytree(archives, source)
+    (source / "MD5SUMS").unlink()
+    refresh(config_for(tmp_path / "root", source))
+    pointer = json.loads((dataset.Places(tmp_path / "root").datasets / dataset.POINTER).read_text())
+    assert [origin["checked"] for origin in pointer["origins"].values()] == [False, False]
+
+
+# -- verify -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(published: Refreshed, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(published.folder, tmp_path / published.version))
+
+
+def test_a_sound_version_verifies(published: Refreshed) -> None:
+    assert dataset.verify(published.folder) == []
+    assert dataset.verify(published.folder, deep=True) == []
+
+
+@pytest.mark.parametrize("share", [0.0, 0.31, 0.77, 0.999])
+def test_deep_verification_finds_any_flipped_byte(share: float, copy: Path) -> None:
+    shards = [p for p in (copy / "slices.zarr").rglob("*") if p.is_file()]
+    victim = shards[int(share * len(shards))]
+    data = bytearray(victim.read_bytes())
+    data[int(share * len(data))] ^= 1
+    victim.write_bytes(data)
+    assert any(str(victim) in problem for problem in dataset.verify(copy, deep=True))
+
+
+def damage(copy: Path, name: str) -> None:
+    shard = copy / "slices.zarr/t1/c/2/0/0/0"
+    facts = copy / dataset.FACTS
+    if name == "a shard deleted":
+        shard.unlink()
+    elif name == "a shard cut short":
+        os.truncate(shard, shard.stat().st_size - 1)
+    elif name == "a manifest edited":
+        path = copy / dataset.MANIFEST
+        path.write_text(path.read_text().replace(",train,", ",test,", 1) + "")
+    elif name == "a subject removed from the manifest":
+        path = copy / dataset.MANIFEST
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("IXI002")))
+    elif name == "the facts cut short":
+        os.truncate(facts, 100)
+    elif name == "the configuration edited":
+        facts.write_text(facts.read_text().replace('"anatomical"', '"index"'))
+    elif name == "a file added":
+        (copy / "slices.zarr/t1/c/9").write_text("x")
+    elif name == "the store gone":
+        shutil.rmtree(copy / "slices.zarr")
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "a shard deleted",
+        "a shard cut short",
+        "a manifest edited",
+        "a subject removed from the manifest",
+        "the facts cut short",
+        "the configuration edited",
+        "a file added",
+        "the store gone",
+    ],
+)
+def test_cheap_verification_finds_what_a_person_or_a_disk_did(what: str, copy: Path) -> None:
+    damage(copy, what)
+    assert dataset.verify(copy)
+
+
+def test_a_shard_in_another_subject_s_row_is_found(copy: Path) -> None:
+    rows = [copy / f"slices.zarr/t1/c/{n}/0/0/0" for n in (0, 1)]
+    one, two = (row.read_bytes() for row in rows)
+    rows[0].write_bytes(two)
+    rows[1].write_bytes(one)
+    facts = json.loads((copy / dataset.FACTS).read_text())
+    facts["files"] = dataset.list_files(copy)  # whoever did it also mended the list
+    (copy / dataset.FACTS).write_text(json.dumps(facts))
+    assert dataset.verify(copy) == []
+    assert any("percentiles" in problem for problem in dataset.verify(copy, deep=True))
+
+
+def test_a_pointer_to_a_missing_version_is_one_clear_line(archives: Path, tmp_path: Path) -> None:
+    done = refresh(config_for(tmp_path, archives))
+    shutil.rmtree(done.folder)
+    with pytest.raises(DatasetError, match=f"names version {done.version}, which is not there"):
+        dataset.resolve(dataset.Places(tmp_path))
+    assert refresh(config_for(tmp_path, archives)).is_new

@@ -1,0 +1,264 @@
+"""Motion between the scans is found and taken up; what cannot be registered is flagged, and is never a crash."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import config_for
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.ndimage import zoom
+from scipy.spatial.transform import Rotation
+from strategies import world_of
+
+from ixi_etl import align, dataset, manifest, nifti, register
+from ixi_etl.config import DatasetConfig
+from ixi_etl.cut import Job, Part, cut_subject, picture_path
+from ixi_etl.phantom import Scan, grid_affine, pack, rigid, simulate, write_phantom
+from ixi_etl.refresh import refresh
+from ixi_etl.store import open_arrays
+
+SHRINK = 2  # voxels of about 2 mm; at IXI's own grid, registration is measured in docs/registration.md
+
+
+def scan_of(packed: bytes) -> register.Scan:
+    header = nifti.parse_header(nifti.inflate_head(packed), len(packed))
+    assert header.affine is not None
+    return register.Scan(
+        nifti.voxels(nifti.inflate(packed, header.voxel_offset + header.voxel_bytes), header), header.affine
+    )
+
+
+@pytest.fixture(scope="module")
+def still() -> tuple[register.Scan, register.Scan]:
+    packed, motion = simulate(Scan(2, "Guys", seed=11, shrink=SHRINK))
+    np.testing.assert_array_equal(motion, np.eye(4))
+    return scan_of(packed["T1"]), scan_of(packed["T2"])
+
+
+def error_mm(found: np.ndarray, true: np.ndarray, t2: register.Scan) -> float:
+    """Target registration error: mean distance over the middle slices' voxels."""
+    slab, affine = align.axial_slab(t2.voxels, t2.affine, (25, 40))
+    points = world_of(affine, slab.shape).reshape(-1, 3)
+    difference = found - true
+    return float(np.linalg.norm(points @ difference[:3, :3].T + difference[:3, 3], axis=1).mean())
+
+
+MOTIONS = [
+    rigid((0, 0, 0), (0, 0, 0)),
+    rigid((0, 0, 0), (3, -2, 4)),
+    rigid((4, -3, 5), (0, 0, 0)),
+    rigid((-3, 2, -4), (-3, 4, 2)),
+    rigid((2, 2, 2), (6, 0, -5)),
+]
+
+
+@pytest.mark.parametrize("number", range(len(MOTIONS)))
+def test_known_motion_is_found(number: int, still: tuple[register.Scan, register.Scan]) -> None:
+    motion, (t1, t2) = MOTIONS[number], still
+    moved = register.Scan(t2.voxels, np.linalg.inv(motion) @ t2.affine)  # the T2's header says another place
+    assert error_mm(register.register(t1, moved), motion, moved) < 0.3
+
+
+def test_a_shift_of_the_coarse_grid_would_be_seen(still: tuple[register.Scan, register.Scan]) -> None:
+    """ITK's Shrink displaces an image by up to half a coarse voxel: here, coarse images stay where they are."""
+    for scan in still:
+        fine, coarse = register._image(scan, 0.1), register._image(scan, 8.0)
+        middle = [
+            np.array(i.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in i.GetSize()]))
+            for i in (fine, coarse)
+        ]
+        cut_off = np.array(scan.voxels.shape[::-1]) % np.round(8 / np.linalg.norm(scan.affine[:3, :3], axis=0)).astype(
+            int
+        )
+        expected = -(scan.affine[:3, :3] @ (cut_off / 2))  # what does not fill a block is left out at the far end
+        np.testing.assert_allclose(middle[1] - middle[0], expected, atol=1e-6)
+
+
+def test_the_same_input_gives_the_same_matrix(still: tuple[register.Scan, register.Scan]) -> None:
+    t1, t2 = still
+    moved = register.Scan(t2.voxels, rigid((2, 1, 0), (1, 2, 3)) @ t2.affine)
+    one, two = register.register(t1, moved), register.register(t1, moved)
+    np.testing.assert_array_equal(one, two)
+
+
+# -- similarity -------------------------------------------------------------------------------------------------------
+
+images = arrays(np.int16, 4000, elements=st.integers(-500, 500)).filter(lambda a: a.min() != a.max())
+
+
+@given(images, st.integers(0, 2**32 - 1))
+def test_nmi_is_between_0_and_1_symmetric_and_1_with_itself(a: np.ndarray, seed: int) -> None:
+    b = np.random.default_rng(seed).normal(size=a.size)
+    assert 0 <= register.nmi(a, b) <= 1
+    assert register.nmi(a, b) == pytest.approx(register.nmi(b, a))
+    if len(np.unique(np.clip(a, *np.percentile(a, (0.5, 99.5))))) > 1:
+        assert register.nmi(a, a) == pytest.approx(1)
+        assert register.nmi(a, 3.0 * a + 100) == pytest.approx(1)
+
+
+def test_nmi_of_a_hand_computed_case() -> None:
+    """A says all about B, B half of A: I = H(B) = log 2, H(A) = log 4, so 2 log 2 / (log 4 + log 2) = 2/3."""
+    a, b = np.repeat([0.0, 1, 2, 3], 500), np.repeat([0.0, 0, 1, 1], 500)
+    assert register.nmi(a, b) == pytest.approx(2 / 3)
+    assert register.nmi(a, np.tile([0.0, 1.0], 1000)) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [(np.zeros(9), np.arange(9)), (np.arange(9), np.full(9, 3)), (np.zeros(0), np.zeros(0))]
+)
+def test_nmi_of_a_flat_image_is_0(a: np.ndarray, b: np.ndarray) -> None:
+    assert register.nmi(a, b) == 0
+
+
+@given(st.tuples(*[st.floats(-20, 20)] * 3), st.tuples(*[st.floats(-20, 20)] * 3))
+def test_motion_is_the_angle_and_the_mean_displacement(angles: tuple[float, ...], shift: tuple[float, ...]) -> None:
+    matrix = rigid(angles, shift)
+    np.testing.assert_allclose(matrix[:3, :3], Rotation.from_euler("xyz", angles, degrees=True).as_matrix(), atol=1e-9)
+    points = np.random.default_rng(0).normal(0, 50, (200, 3))
+    mm, deg = register.motion_of(matrix, points)
+    assert deg == pytest.approx(np.degrees(Rotation.from_matrix(matrix[:3, :3]).magnitude()), abs=1e-4)
+    assert mm == pytest.approx(np.linalg.norm(points @ matrix[:3, :3].T + shift - points, axis=1).mean())
+
+
+# -- what becomes of a pair -------------------------------------------------------------------------------------------
+
+CONFIG = DatasetConfig(slices=6, pictures=False)
+GRID1, GRID2 = grid_affine((24, 24, 20), (5, 5, 6), "PSR"), grid_affine((26, 22, 14), (4, 4, 5), "LAS")
+
+
+def blobs(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    return (zoom(np.random.default_rng(seed).random((4, 4, 4)), [n / 4 for n in shape], order=1) * 2000).astype("<i2")
+
+
+T1, T2 = pack(blobs((20, 24, 24), 0), GRID1), pack(blobs((14, 22, 26), 1), GRID2)
+
+
+def cut(folder: Path, t1: bytes, t2: bytes, config: DatasetConfig = CONFIG) -> dict[str, Any]:
+    (folder / "members").write_bytes(t1 + t2)
+    parts = {"T1": Part(str(folder / "members"), 0, len(t1)), "T2": Part(str(folder / "members"), len(t1), len(t2))}
+    return cut_subject(Job("IXI002-Guys-0828", parts, True), config, folder)
+
+
+def test_no_overlap_is_a_flag_and_a_row(tmp_path: Path) -> None:
+    record = cut(tmp_path, T1, pack(blobs((14, 22, 26), 1), rigid((0, 0, 0), (0, 0, 900)) @ GRID2))
+    assert record["reason"] == "outside_fov"
+
+
+def test_a_flat_image_is_a_row(tmp_path: Path) -> None:
+    assert cut(tmp_path, T1, pack(np.full((14, 22, 26), 7, "<i2"), GRID2))["reason"] == "empty_image"
+
+
+@pytest.mark.parametrize(
+    ("found", "flag"),
+    [
+        (rigid((0, 0, 0), (16, 0, 0)), "registration_too_far"),
+        (rigid((0, 0, 16), (0, 0, 0)), "registration_too_far"),
+        (register.RegistrationError("all samples map outside"), "registration_failed"),
+        (np.eye(4), "registration_no_gain"),
+    ],
+)
+def test_a_registration_that_cannot_stand_is_undone_and_flagged(
+    found: Any, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(t1: Any, t2: Any) -> Any:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(register, "register", diverge)
+    record = cut(tmp_path, T1, T2)
+    assert record["flags"].split(",")[0] == flag
+    assert json.loads(record["t2_to_t1_ras_mm"]) == np.eye(4).tolist()
+    assert (record["motion_mm"], record["motion_deg"]) == (0, 0)
+    assert record["nmi_after"] == record["nmi_before"]
+    assert "reason" not in record
+
+
+def test_search_errors_of_the_library_are_flags() -> None:
+    far = register.Scan(blobs((20, 24, 24), 0), rigid((0, 0, 0), (0, 0, 9000)) @ GRID1)
+    flat = register.Scan(np.zeros((20, 24, 24), "<i2"), GRID1)
+    t2 = register.Scan(blobs((14, 22, 26), 1), GRID2)
+    for t1 in (far, flat):
+        with pytest.raises(register.RegistrationError):
+            register.register(t1, t2)
+
+
+@pytest.mark.parametrize(("rule", "status"), [("flag", ""), ("exclude", "low_similarity")])
+def test_pairs_that_are_not_alike_are_flagged_or_excluded(rule: str, status: str, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"min_nmi": 0.99, "low_similarity": rule, "registration": "none"})
+    record = cut(tmp_path, T1, T2, config)
+    assert record.get("reason", "") == status
+    assert ("low_similarity" in record.get("flags", "")) == (rule == "flag")
+    assert record["nmi_after"] < 0.99
+    assert bool(list(tmp_path.glob("*.shard"))) == (rule == "flag")
+
+
+# -- the whole --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def moving(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("moving")
+    write_phantom(folder, subjects=5, seed=4, oddities=False, shrink=SHRINK)
+    return folder
+
+
+def test_a_refresh_finds_the_motion_of_every_subject(moving: Path, tmp_path: Path) -> None:
+    config = config_for(tmp_path, moving, registration="rigid", slices=20)
+    done = refresh(config)
+    truth = json.loads((moving / "truth.json").read_text())
+    table = manifest.used(dataset.read_manifest(done.folder))
+    assert len(table) == 5
+    moved = 0
+    arrays_ = open_arrays(done.folder)
+    for row in manifest.records(table):
+        true = np.array(truth[row["subject_id"]]["motion_mm_ras"])
+        difference = np.array(json.loads(row["t2_to_t1_ras_mm"])) - true
+        points = world_of(np.asarray(arrays_["t2_affine"][row["store_row"]]), (20, 128, 128)).reshape(-1, 3)
+        assert np.linalg.norm(points @ difference[:3, :3].T + difference[:3, 3], axis=1).mean() < 0.3
+        if not np.array_equal(true, np.eye(4)):
+            moved += 1
+            assert row["nmi_after"] > row["nmi_before"]
+            assert row["motion_mm"] > 0.5
+    assert moved >= 2
+    # workers and repeats do not change a byte
+    other = tmp_path / "other"
+    again = refresh(config.model_copy(update={"root": other, "workers": 1}))
+    files = [p.relative_to(done.folder) for p in sorted(done.folder.rglob("*")) if p.is_file()]
+    assert [(done.folder / f).read_bytes() for f in files] == [(again.folder / f).read_bytes() for f in files]
+
+
+def test_each_used_subject_has_a_picture_and_the_worst_a_sheet(moving: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    done = refresh(config_for(tmp_path, moving, slices=20))
+    used = manifest.used(dataset.read_manifest(done.folder))
+    names = sorted(p.name for p in (done.folder / dataset.PICTURES).iterdir())
+    assert names == sorted([*(f"{s}.jpg" for s in used["subject_id"]), "worst.jpg"])
+    with Image.open(done.folder / dataset.PICTURES / names[0]) as picture:
+        assert picture.size == (3 * 128, 128)
+    plain = refresh(config_for(tmp_path, moving, slices=20, pictures=False))
+    assert not (plain.folder / dataset.PICTURES).exists()
+    assert picture_path(tmp_path, "x").suffix == ".jpg"
+
+
+def test_any_depth_takes_in_whom_the_modal_rule_drops(archives: Path, tmp_path: Path) -> None:
+    modal = dataset.read_manifest(refresh(config_for(tmp_path, archives)).folder)
+    everybody = dataset.read_manifest(refresh(config_for(tmp_path, archives, depth="any")).folder)
+    assert not (everybody["reason"] == "depth_not_modal").any()
+    gained = set(manifest.used(everybody)["subject_id"]) - set(manifest.used(modal)["subject_id"])
+    assert {s.split("-")[1] for s in gained} == {"IOP", "HH"}
+    thick = everybody.set_index("subject_id").loc["IXI010-HH-1070"]
+    assert (thick["reason"], "mm" in thick["detail"] or "cannot be cut" in thick["detail"]) == ("grid_not_modal", True)
+
+
+def test_index_pairs_are_never_registered() -> None:
+    assert DatasetConfig(pairing="index").registration == "none"
+    with pytest.raises(ValueError, match="registration must be none"):
+        DatasetConfig(pairing="index", registration="rigid")

@@ -1,0 +1,106 @@
+"""The survey agrees with nibabel on every member, and its modal depth is the mode."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ixi_etl.archive import read_member
+from ixi_etl.phantom import grid_affine, pack, write_tar
+from ixi_etl.survey import COLUMNS, HEAD_BYTES, depth_histogram, draw_histogram, modal_depths, survey
+
+
+@pytest.fixture(scope="module")
+def table(archives: Path) -> pd.DataFrame:
+    return survey({m: str(archives / f"IXI-{m}.tar") for m in ("T1", "T2")})
+
+
+def test_every_sound_member_is_described_as_nibabel_does(archives: Path, table: pd.DataFrame) -> None:
+    sound = table[(table["reason"] == "") & (table["subject_id"] != "")]
+    assert len(sound) >= 20
+    for row in sound.itertuples():
+        packed = read_member(str(archives / f"IXI-{row.modality}.tar"), row.offset, row.size)
+        raw = gzip.GzipFile(fileobj=__import__("io").BytesIO(packed)).read(352)
+        header = nib.Nifti1Header(raw[:348])
+        assert tuple(json.loads(row.shape)) == header.get_data_shape()
+        assert row.depth == header.get_data_shape()[2]
+        assert (
+            row.orientation
+            == "".join(nib.aff2axcodes(header.get_best_affine()))
+            == {"T1": "PSR", "T2": "LAS"}[row.modality]
+        )
+        np.testing.assert_allclose(json.loads(row.affine), header.get_best_affine())
+        np.testing.assert_allclose(json.loads(row.spacing_mm), header.get_zooms(), rtol=1e-6)
+        assert (row.slope, row.intercept) == (float(header["scl_slope"]), float(header["scl_inter"]))
+        assert row.subject_id == row.member.rsplit("-", 1)[0]
+        assert row.site == row.member.split("-")[1]
+
+
+def test_every_member_has_a_row_and_every_fault_a_reason(table: pd.DataFrame) -> None:
+    assert list(table.columns) == COLUMNS
+    reasons = table.set_index("member")["reason"]
+    assert reasons["IXI905-Guys-9050-T1.nii.gz"] == "unreadable"
+    assert reasons["IXI907-Guys-9070-T1.nii.gz"] == "not_3d"
+    assert reasons["IXI908-Guys-9080-T1.nii.gz"] == "bad_affine"
+    assert reasons["IXI909-Guys-9090-T1.nii.gz"] == "unsupported_dtype"
+    readme = table.set_index("member").loc["README.txt"]
+    assert (readme["subject_id"], readme["reason"]) == ("", "")
+    assert "not a volume" in readme["problem"]
+
+
+def test_only_the_head_of_a_member_is_read(archives: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ixi_etl.survey as module
+
+    sizes: list[int] = []
+
+    def counted(location: str, offset: int, size: int) -> bytes:
+        sizes.append(size)
+        return read_member(location, offset, size)
+
+    monkeypatch.setattr(module, "read_member", counted)
+    survey({"T1": str(archives / "IXI-T1.tar")})
+    assert max(sizes) <= HEAD_BYTES <= 8192
+
+
+@given(st.dictionaries(st.sampled_from(["T1", "T2"]), st.lists(st.integers(1, 6), min_size=1), min_size=1))
+def test_modal_depth_is_the_commonest_and_of_equals_the_largest(depths: dict[str, list[int]]) -> None:
+    rows = [
+        dict.fromkeys(COLUMNS, "")
+        | {"subject_id": f"IXI{n}-A-1", "site": "A", "modality": m, "depth": d, "readable": True}
+        for m, found in depths.items()
+        for n, d in enumerate(found)
+    ]
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    for modality, found in depths.items():
+        counts = Counter(found)
+        best = max(counts.values())
+        assert modal_depths(table)[modality] == max(d for d, n in counts.items() if n == best)
+        histogram = depth_histogram(table).loc[modality]["all"]
+        assert histogram.to_dict() == dict(sorted(counts.items()))
+
+
+def test_histogram_counts_sites_apart(table: pd.DataFrame) -> None:
+    histogram = depth_histogram(table)
+    assert histogram.loc[("T1", 37), "IOP"] == 1
+    assert (histogram.drop(columns="all").sum(axis=1) == histogram["all"]).all()
+
+
+def test_histogram_is_drawn_as_a_png(table: pd.DataFrame, tmp_path: Path) -> None:
+    draw_histogram(table, tmp_path / "depths.png")
+    assert (tmp_path / "depths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_volume_of_the_other_modality_is_no_volume_of_this_archive(tmp_path: Path) -> None:
+    volume = pack(np.zeros((3, 4, 5), "<i2"), grid_affine((5, 4, 3), (1, 1, 1), "RAS"))
+    write_tar(tmp_path / "IXI-T1.tar", {"IXI002-Guys-0828-T2.nii.gz": volume, "sub/IXI003-HH-0001-T1.nii.gz": volume})
+    table = survey({"T1": str(tmp_path / "IXI-T1.tar")})
+    assert table["subject_id"].tolist() == ["", "IXI003-HH-0001"]
