@@ -40,7 +40,7 @@ BACKOFF_S = 0.5  # doubled at each such try, with jitter
 TIMEOUT_S = 30.0
 MIN_RATE = 1024  # bytes a second, over TIMEOUT_S; a slower connection counts as stalled
 SPARE_BYTES = 64 << 20  # of the disk, left free beside the download
-ENOUGH = 1 << 16  # bytes; a try that brings less counts as bringing nothing
+ENOUGH = 1 << 15  # bytes; a try that brings less (MIN_RATE brings less in TIMEOUT_S) counts as bringing nothing
 
 
 @dataclass(frozen=True)
@@ -112,31 +112,23 @@ def acquire(
     path = folder / source.name
     location = str(path) if source.over_http else source.urls[0]
     known = _recorded(folder, source.name, location)
-    if known and source.md5 in (None, known.md5):
+    if known and (known.md5 == source.md5 if source.md5 else known.origin in source.urls):
         known = replace(known, checked=known.checked or source.md5 is not None)
         if offline or not source.over_http or _still_served(known, source, insecure_hosts):
             return known
-    if not source.over_http:
-        return _verify_in_place(source, folder, progress)
-    if path.exists() and source.md5 and _md5(location, progress) == source.md5:
-        return _record(folder, source, location, source.md5, source.urls[0], None)
-    if offline:
-        raise DownloadError(f"{path} is not there, or not the right file; run once without --offline to fetch it")
-    reasons, transient = [], False
-    for url in source.urls:
-        try:
-            with _client(insecure_hosts, connections) as client:
-                return _download(client, url, source, path, connections, progress)
-        except OSError as error:
-            raise DownloadError(f"cannot write {path}: {error.strerror or error}") from error
-        except _UnusableError as error:
-            log.warning("%s: %s", url, error)
-            reasons.append(f"{url}: {error}")
-            transient |= error.transient
-    raise DownloadError(
-        f"could not get {source.name}: {'; '.join(reasons)}. Try again later, or put the file at {path} by hand",
-        transient,
-    )
+    try:
+        if not source.over_http:
+            return _verify_in_place(source, folder, progress)
+        if path.exists() and source.md5 and _md5(location, progress) == source.md5:
+            _discard(path)
+            return _record(folder, source, location, source.md5, source.urls[0], None)
+        if offline:
+            raise DownloadError(f"{path} is not there, or not the right file; run once without --offline to fetch it")
+        return _from_first(source, path, connections, insecure_hosts, progress)
+    except OSError as error:
+        raise DownloadError(
+            f"cannot read or write {path}: {error.strerror or error}; mend that and run again: it goes on from there"
+        ) from error
 
 
 def own_sources(place: str, *, offline: bool = False, insecure_hosts: tuple[str, ...] = ()) -> dict[str, Source]:
@@ -145,12 +137,16 @@ def own_sources(place: str, *, offline: bool = False, insecure_hosts: tuple[str,
     sums: dict[str, str] = {}
     beside = places["T1"].rpartition("/")[0] + "/MD5SUMS"
     if not beside.startswith(("http://", "https://")):
-        with suppress(OSError):
+        with suppress(Exception):  # each kind of store has its own; what ails it is said when the archive is read
             filesystem, path = fsspec.url_to_fs(beside)
             sums = parse_md5sums(filesystem.cat_file(path).decode("utf-8", "replace"))
     elif not offline:
-        with suppress(httpx.HTTPError), _client(insecure_hosts, 1) as client:
-            sums = parse_md5sums(client.get(beside).raise_for_status().text)
+        try:
+            with _client(insecure_hosts, 1) as client:
+                sums = parse_md5sums(_retried(lambda: _text(client, beside)))
+        except _UnusableError as error:
+            if error.transient:
+                log.warning("%s: %s; going on unchecked", beside, error)
     return {m: Source(archive_name(m), (p,), sums.get(basename(p))) for m, p in places.items()}
 
 
@@ -165,7 +161,7 @@ def _stamp(location: str) -> str:
 
 def _recorded(folder: Path, name: str, location: str) -> Acquired | None:
     record = read_json(folder / f"{name}.json")
-    with suppress(TypeError, FileNotFoundError):
+    with suppress(Exception):  # a spoilt record, or a file that cannot be looked at: the same as no record
         known = Acquired(**record)
         if known.location == location and known.stamp == _stamp(location):
             return known
@@ -191,12 +187,14 @@ def _record(folder: Path, source: Source, location: str, md5: str, origin: str, 
 def _md5(location: str, progress: Progress) -> str:
     filesystem, path = fsspec.url_to_fs(location)
     size, done, digest = filesystem.size(path), 0, hashlib.md5(usedforsecurity=False)
-    what = f"verify {path.rpartition('/')[2].removesuffix('.part')}"
+    what, stamp = f"verify {path.rpartition('/')[2].removesuffix('.part')}", _stamp(location)
     with filesystem.open(path, "rb", block_size=4 << 20) as file:
         while block := file.read(4 << 20):
             digest.update(block)
             done += len(block)
             progress(what, done, size, "B")
+    if _stamp(location) != stamp:
+        raise DownloadError(f"{location} changed while it was read; run again when it is whole")
     return digest.hexdigest()
 
 
@@ -206,8 +204,10 @@ def _verify_in_place(source: Source, folder: Path, progress: Progress) -> Acquir
         md5 = _md5(location, progress)
     except FileNotFoundError:
         raise DownloadError(f"{location} is not there; --source wants IXI-T1.tar and IXI-T2.tar") from None
-    except OSError as error:
-        raise DownloadError(f"cannot read {location}: {error.strerror or error}") from error
+    except DownloadError:
+        raise
+    except Exception as error:  # each kind of store has its own
+        raise DownloadError(f"cannot read {location}: {getattr(error, 'strerror', None) or error}") from error
     if source.md5 not in (None, md5):
         raise DownloadError(f"{location}: MD5 is {md5}, but MD5SUMS beside it says {source.md5}; fetch the file again")
     return _record(folder, source, location, md5, location, None)
@@ -221,10 +221,11 @@ def _still_served(known: Acquired, source: Source, insecure_hosts: tuple[str, ..
             answer = client.head(url)
             answer.raise_for_status()
     except httpx.HTTPError as error:
-        log.warning("%s did not answer (%s); using the verified copy in %s", url, error, known.location)
+        reason = str(error).partition("\n")[0]
+        log.warning("%s did not answer (%s); using the verified copy in %s", url, reason, known.location)
         return True
     length = answer.headers.get("content-length")
-    same = (_validator(answer) or known.validator) == known.validator and length in (None, str(known.size))
+    same = known.validator in (None, _validator(answer) or known.validator) and length in (None, str(known.size))
     if not same and source.md5:
         log.warning("%s now serves another file; keeping %s, whose MD5 is the published one", url, known.location)
     return same or source.md5 is not None
@@ -243,11 +244,28 @@ def _client(insecure_hosts: tuple[str, ...], connections: int) -> httpx.Client:
     )
 
 
+def _from_first(
+    source: Source, path: Path, connections: int, insecure_hosts: tuple[str, ...], progress: Progress
+) -> Acquired:
+    """Download from the first URL that gives the right file."""
+    reasons, transient = [], False
+    for url in source.urls:
+        try:
+            with _client(insecure_hosts, connections) as client:
+                return _download(client, url, source, path, connections, progress)
+        except _UnusableError as error:
+            log.warning("%s: %s", url, error)
+            reasons.append(f"{url}: {error}")
+            transient |= error.transient
+    by_hand = f"put the file at {path} by hand" if source.md5 else "fetch it by hand and give its folder as --source"
+    raise DownloadError(f"could not get {source.name}: {'; '.join(reasons)}. Try again later, or {by_hand}", transient)
+
+
 def _download(
     client: httpx.Client, url: str, source: Source, path: Path, connections: int, progress: Progress
 ) -> Acquired:
-    for _ in range(2):  # the second time from nothing: the file changed, or the first went on from other bytes
-        offer = _retried(lambda: _probe(client, url, source.name))
+    for _ in range(2):  # once more if the file changed, or if the first time went on from wrong bytes
+        offer = _retried(lambda: _probe(client, url, source))
         with _Part(path, offer, any_origin=source.md5 is not None) as part:
             part.check_disk()
             try:
@@ -256,8 +274,7 @@ def _download(
                 else:
                     _retried(lambda: _fetch_stream(client, offer, part, progress))  # noqa: B023 - called at once
             except _ChangedError:
-                part.discard()
-                continue
+                continue  # what the server offers now says whether what is here is still of use
             part.sync()
         md5 = _md5(str(part.path), progress)
         if source.md5 in (None, md5):
@@ -265,31 +282,39 @@ def _download(
             found = _record(path.parent, source, str(path), md5, url, offer.validator)
             part.record.unlink(missing_ok=True)
             return found
-        part.discard()
+        _discard(path)
         if not part.resumed:
             raise _UnusableError(f"MD5 is {md5}, not {source.md5}")
     raise _UnusableError("the file changed while it was fetched, twice")
 
 
-def _probe(client: httpx.Client, url: str, name: str) -> _Offer:
+def _probe(client: httpx.Client, url: str, source: Source) -> _Offer:
     """Ask for the first block: is it there, is it a tar, how long is it, does the server give ranges?"""
     with _get(client, url, {"range": "bytes=0-511"}) as answer:
         head = b""
-        for block in answer.iter_raw(512):
+        for block in _not_too_slow(answer.iter_raw()):
             head += block
             if len(head) >= 512:
                 break
         total = re.fullmatch(r"bytes 0-\d+/(\d+)", answer.headers.get("content-range", ""))
         length = answer.headers.get("content-length")
         partial = answer.status_code == 206 and total is not None
-        if name.endswith(".tar"):
+        if source.name.endswith(".tar"):
             try:
                 tarfile.TarInfo.frombuf(head[:512], "utf-8", "surrogateescape")
             except tarfile.HeaderError:
                 page = head.lstrip()[:1] == b"<" or "html" in answer.headers.get("content-type", "")
                 raise _UnusableError("an HTML page in place of a tar" if page else "not a tar archive") from None
         size = int(total[1]) if partial and total else int(length) if answer.status_code == 200 and length else None
-        return _Offer(url, size, _validator(answer), partial)
+        validator = _validator(answer)
+        whole_only = validator is None and source.md5 is None  # of a file that changes, ranges would make a mix
+        return _Offer(url, size, validator, ranges=partial and not whole_only)
+
+
+def _text(client: httpx.Client, url: str) -> str:
+    with _get(client, url, {}) as answer:
+        answer.read()
+        return answer.text
 
 
 def _validator(answer: httpx.Response) -> str | None:
@@ -305,19 +330,19 @@ def _get(client: httpx.Client, url: str, headers: dict[str, str]) -> Iterator[ht
     try:
         with client.stream("GET", url, headers=headers) as answer:
             status, what = answer.status_code, f"{answer.status_code} {answer.reason_phrase}"
-            if status == 416:
+            if status == 416 and "if-range" in headers:
                 raise _ChangedError
             if status >= 500 or status in (408, 425, 429):
                 raise _TransientError(what)
             if status not in (200, 206):
                 raise _UnusableError(what)
             yield answer
+    except (httpx.TooManyRedirects, httpx.InvalidURL, httpx.DecodingError, httpx.UnsupportedProtocol) as error:
+        raise _UnusableError(str(error)) from error
     except httpx.TransportError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             raise _UnusableError("its TLS certificate is not valid (--insecure-host HOST to go on)") from error
         raise _TransientError(str(error) or type(error).__name__) from error
-    except (httpx.TooManyRedirects, httpx.InvalidURL, httpx.DecodingError) as error:
-        raise _UnusableError(str(error)) from error
 
 
 def _backoff(failures: int) -> None:
@@ -338,6 +363,12 @@ def _retried(call: Callable[[], T]) -> T:
 # -- the bytes --------------------------------------------------------------------------------------------------------
 
 
+def _discard(path: Path) -> None:
+    """Forget what has been fetched of the file that is to be `path`."""
+    path.with_name(f"{path.name}.part.json").unlink(missing_ok=True)
+    path.with_name(f"{path.name}.part").unlink(missing_ok=True)
+
+
 class _Part:
     """`NAME.part`, written at any offset, and the record of which segments of it are done."""
 
@@ -345,14 +376,14 @@ class _Part:
         """Go on with what is there, if it is of the file offered. `any_origin`: an MD5 will judge the sum anyway."""
         self.path = path.with_name(f"{path.name}.part")
         self.record = path.with_name(f"{path.name}.part.json")
-        self._offer = offer
+        self._size = offer.size or 0
+        self._state = {"url": offer.url, "validator": offer.validator, "size": offer.size, "segment": SEGMENT}
         self._lock = threading.Lock()
         old = read_json(self.record) or {}
-        same_url = old.get("url") == offer.url
-        same_file = old.get("validator") == offer.validator and (offer.validator is not None or any_origin)
-        usable = same_file if same_url else any_origin
-        if not (usable and offer.ranges and old.get("size") == offer.size and self.path.exists()):
-            self.discard()
+        differs = {key for key, value in self._state.items() if old.get(key) != value}
+        usable = not differs or (any_origin and "url" in differs and differs <= {"url", "validator"})
+        if not (usable and offer.ranges and self.path.exists() and self.path.stat().st_size == offer.size):
+            _discard(path)
             old = {}
         self.done: set[int] = set(old.get("done", ()))
         self.resumed = bool(self.done)
@@ -366,12 +397,11 @@ class _Part:
 
     def segments(self) -> list[tuple[int, int, int]]:
         """(index, start, stop) of each segment, in bytes."""
-        size = self._offer.size or 0
-        return [(i, a, min(a + SEGMENT, size)) for i, a in enumerate(range(0, size, SEGMENT))]
+        return [(i, a, min(a + SEGMENT, self._size)) for i, a in enumerate(range(0, self._size, SEGMENT))]
 
     def check_disk(self) -> None:
         have = os.fstat(self._file).st_blocks * 512
-        need = (self._offer.size or 0) - have + SPARE_BYTES
+        need = self._size - have + SPARE_BYTES
         free = shutil.disk_usage(self.path.parent).free
         if need > free:
             raise DownloadError(
@@ -388,18 +418,13 @@ class _Part:
         os.fdatasync(self._file)  # before the record says so
         with self._lock:
             self.done.add(segment)
-            state = {"url": self._offer.url, "validator": self._offer.validator, "size": self._offer.size}
-            write_atomic(self.record, to_json(state | {"done": sorted(self.done)}))
+            write_atomic(self.record, to_json(self._state | {"done": sorted(self.done)}))
 
     def truncate(self, size: int) -> None:
         os.ftruncate(self._file, size)
 
     def sync(self) -> None:
         os.fsync(self._file)
-
-    def discard(self) -> None:
-        self.record.unlink(missing_ok=True)
-        self.path.unlink(missing_ok=True)
 
 
 def _fetch_ranges(client: httpx.Client, offer: _Offer, part: _Part, connections: int, progress: Progress) -> None:
@@ -426,6 +451,7 @@ def _fetch_ranges(client: httpx.Client, offer: _Offer, part: _Part, connections:
         if not halt.is_set():
             part.finish(index)
 
+    part.truncate(size)  # at once: a part of another length is of another file, or was cut short
     progress(what, have, size, "B")
     with ThreadPoolExecutor(connections) as pool:
         jobs = [pool.submit(fetch, segment) for segment in todo]
@@ -435,7 +461,6 @@ def _fetch_ranges(client: httpx.Client, offer: _Offer, part: _Part, connections:
         finally:
             halt.set()
             pool.shutdown(cancel_futures=True)
-    part.truncate(size)
 
 
 def _fetch_segment(
@@ -469,7 +494,7 @@ def _range_blocks(client: httpx.Client, offer: _Offer, start: int, stop: int) ->
     if offer.validator:
         headers["if-range"] = offer.validator
     with _get(client, offer.url, headers) as answer:
-        if answer.status_code == 200:
+        if answer.status_code == 200 or (offer.validator and _validator(answer) not in (None, offer.validator)):
             raise _ChangedError
         if answer.headers.get("content-range") != f"bytes {start}-{stop - 1}/{offer.size}":
             got = answer.headers.get("content-range")

@@ -1,0 +1,163 @@
+"""HTTP servers on loopback: one that does whatever a test tells it to, and a log of what was asked and sent."""
+
+from __future__ import annotations
+
+import re
+import socket
+import ssl
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+PROBE = "bytes=0-511"
+
+
+@dataclass
+class Asked:
+    """One request, and what was sent in answer."""
+
+    method: str
+    path: str
+    range: str | None
+    if_range: str | None
+    port: int  # of the client: one for each connection
+    sent: int = 0  # bytes of the body
+    status: int = 0
+
+
+class Call(BaseHTTPRequestHandler):
+    """One request in progress, with the ways there are to answer it."""
+
+    protocol_version = "HTTP/1.1"
+    server: _Server
+    asked: Asked
+
+    @property
+    def host(self) -> Host:
+        return self.server.host
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except OSError:  # the client has gone
+            self.close_connection = True
+
+    def do_GET(self) -> None:
+        get = self.headers.get
+        self.asked = Asked(self.command, self.path, get("range"), get("if-range"), self.client_address[1])
+        self.host.asked.append(self.asked)
+        self.host.answer(self)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def head(self, status: int, headers: dict[str, str]) -> None:
+        self.asked.status = status
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def send(self, data: bytes) -> None:
+        if self.command != "HEAD":
+            self.asked.sent += len(data)
+            self.wfile.write(data)
+
+    def plain(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.head(status, {"content-length": str(len(body))} | {k.replace("_", "-"): v for k, v in headers.items()})
+        self.send(body)
+
+    def start(self) -> bytes:
+        """Send the right headers, keep back the right bytes: what an honest server would send now."""
+        host, body = self.host, self.host.body
+        headers = {"etag": host.etag} if host.etag else {}
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.asked.range or "")
+        current = not host.honours_if_range or self.asked.if_range in (None, host.etag)
+        if not (found and host.ranges and current):
+            if not host.says_length:
+                headers["connection"] = "close"
+            self.head(200, headers | ({"content-length": str(len(body))} if host.says_length else {}))
+            return body
+        start, stop = int(found[1]), min(int(found[2]) + 1, len(body))
+        if start >= len(body):
+            self.plain(416, content_range=f"bytes */{len(body)}")
+            return b""
+        headers |= {"content-range": f"bytes {start}-{stop - 1}/{len(body)}", "content-length": str(stop - start)}
+        self.head(206, headers)
+        return body[start:stop]
+
+    def honest(self) -> None:
+        self.send(self.start())
+        if not self.host.says_length:
+            self.close_connection = True
+
+    def reset(self) -> None:
+        """End the connection with a TCP reset."""
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self.connection.close()
+
+    def stall(self) -> None:
+        """Send nothing more for as long as the server runs."""
+        self.host.closing.wait()
+        self.close_connection = True
+
+
+Answer = Callable[[Call], None]
+
+
+@dataclass
+class Host:
+    """A server of one file under every path. `answer` may be changed while it runs."""
+
+    body: bytes
+    answer: Answer = Call.honest
+    etag: str | None = '"first"'
+    ranges: bool = True
+    says_length: bool = True
+    honours_if_range: bool = True
+    url: str = ""
+    asked: list[Asked] = field(default_factory=list)
+    closing: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def fetches(self) -> list[Asked]:
+        """The requests for more than the first block."""
+        return [a for a in self.asked if a.method == "GET" and a.range != PROBE]
+
+    @property
+    def sent(self) -> int:
+        """Bytes of the file that were sent, but for the first block that every download asks for."""
+        return sum(a.sent for a in self.fetches)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+    host: Host
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass
+
+
+@contextmanager
+def serve(host: Host, tls: ssl.SSLContext | None = None, name: str = "127.0.0.1") -> Iterator[Host]:
+    """Run `host` on a free port of loopback while the block runs; sets its `url`, which ends in IXI-T1.tar."""
+    with _Server(("127.0.0.1", 0), Call) as server:
+        server.host = host
+        if tls:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
+        host.url = f"{'https' if tls else 'http'}://{name}:{server.server_port}/IXI-T1.tar"
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            yield host
+        finally:
+            host.closing.set()
+            server.shutdown()
+            thread.join()

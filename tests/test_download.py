@@ -1,0 +1,1030 @@
+"""Downloads from real servers on loopback, honest and otherwise: the right file, or one line that says why not."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trustme
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from servers import PROBE, Answer, Call, Host, serve
+from starlette.staticfiles import StaticFiles
+
+from ixi_etl import catalog, download
+from ixi_etl.catalog import Source, parse_md5sums
+from ixi_etl.download import acquire, own_sources
+from ixi_etl.errors import DownloadError
+from ixi_etl.files import read_json
+from ixi_etl.phantom import write_tar
+from ixi_etl.serve import serve_folder
+
+NAME = "IXI-T1.tar"
+SEGMENT = 1 << 16
+
+
+def md5(data: bytes) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def make_tar(folder: Path, seed: int, length: int = 600_000) -> bytes:
+    write_tar(folder / NAME, {"IXI002-Guys-0828-T1.nii.gz": random.Random(seed).randbytes(length)})
+    return (folder / NAME).read_bytes()
+
+
+@pytest.fixture(scope="session")
+def tar(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return make_tar(tmp_path_factory.mktemp("tar"), 1)
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Another file of the same length."""
+    return make_tar(tmp_path_factory.mktemp("other"), 2)
+
+
+@pytest.fixture(scope="session")
+def longer(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return make_tar(tmp_path_factory.mktemp("longer"), 3, 800_000)
+
+
+@pytest.fixture(scope="session")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(scope="session")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file with one authority, who signs nothing: every new client reads the authorities that it is to trust."""
+    path = tmp_path_factory.mktemp("stranger") / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(str(path))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch, stranger: str) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", stranger)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(download, "SEGMENT", SEGMENT)
+    monkeypatch.setattr(download, "BACKOFF_S", 0.0005)
+    monkeypatch.setattr(download, "TIMEOUT_S", 20.0)
+    monkeypatch.setattr(download, "MIN_RATE", 1)
+    monkeypatch.setattr(download, "ENOUGH", 1 << 12)
+    monkeypatch.setattr(download, "TRIES", 3)
+
+
+def source_of(*hosts: Host, md5: str | None) -> Source:
+    return Source(NAME, tuple(host.url for host in hosts), md5)
+
+
+def segment_bytes(done: set[int] | list[int], size: int) -> int:
+    return sum(min(SEGMENT, size - i * SEGMENT) for i in done)
+
+
+def done_in(folder: Path) -> list[int]:
+    return list((read_json(folder / f"{NAME}.part.json") or {}).get("done", []))
+
+
+def left_in(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()}
+
+
+# -- ways to answer ---------------------------------------------------------------------------------------------------
+
+
+def status(code: int, **headers: str) -> Answer:
+    return lambda call: call.plain(code, b"no", **headers)
+
+
+def page(call: Call) -> None:
+    call.plain(200, b"<!DOCTYPE html>\n<html><body>Please sign in</body></html>" * 20, content_type="text/html")
+
+
+def half_then(end: Answer) -> Answer:
+    def answer(call: Call) -> None:
+        data = call.start()
+        call.send(data[: len(data) // 2])
+        end(call)
+
+    return answer
+
+
+def close(call: Call) -> None:
+    call.close_connection = True
+
+
+def drip(call: Call) -> None:
+    for at in range(len(data := call.start())):
+        call.send(data[at : at + 1])
+        if call.host.closing.wait(0.01):
+            break
+
+
+def redirect_to_self(call: Call) -> None:
+    call.plain(302, location=call.path)
+
+
+def wrong_range(change: Callable[[int, int, int], str]) -> Answer:
+    def answer(call: Call) -> None:
+        start, stop = (int(n) for n in (call.asked.range or "").removeprefix("bytes=").split("-"))
+        said = change(start, stop, len(call.host.body))
+        call.plain(206, call.host.body[start : stop + 1], content_range=said, etag=call.host.etag or "")
+
+    return answer
+
+
+def empty_range(call: Call) -> None:
+    start, stop = (call.asked.range or "").removeprefix("bytes=").split("-")
+    call.plain(206, content_range=f"bytes {start}-{stop}/{len(call.host.body)}", etag=call.host.etag or "")
+
+
+def half_of_who_knows(call: Call) -> None:
+    call.head(200, {"connection": "close"})
+    call.send(call.host.body[: len(call.host.body) // 2])
+    call.close_connection = True
+
+
+def after_probe(answer: Answer) -> Answer:
+    return lambda call: call.honest() if call.asked.range == PROBE else answer(call)
+
+
+def first(n: int, faulty: Answer, then: Answer = Call.honest) -> Answer:
+    """Answer the first `n` requests so, the others otherwise."""
+    calls = iter(range(10**9))
+    return lambda call: (faulty if next(calls) < n else then)(call)
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+# -- a whole download -------------------------------------------------------------------------------------------------
+
+
+class Watched(StaticFiles):
+    """Starlette's own server of files; the first four ranges are answered only when all four have been asked for."""
+
+    asked: list[dict[str, Any]]
+    four: asyncio.Barrier
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        headers = {k.decode(): v.decode() for k, v in scope["headers"]}
+        entry = {"method": scope["method"], "port": scope["client"][1], "sent": 0, **headers}
+        self.asked.append(entry)
+        if entry.get("range") != PROBE and sum(a.get("range") != PROBE for a in self.asked) <= 4:
+            async with asyncio.timeout(30):
+                await self.four.wait()
+
+        async def counted(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                entry["etag"] = dict(message["headers"])[b"etag"].decode()
+            entry["sent"] += len(message.get("body", b""))
+            await send(message)
+
+        await super().__call__(scope, receive, counted)
+
+
+def test_whole_download_in_four_parallel_ranges(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tar: bytes) -> None:
+    monkeypatch.setattr(Watched, "asked", [], raising=False)
+    monkeypatch.setattr(Watched, "four", asyncio.Barrier(4), raising=False)
+    monkeypatch.setattr("starlette.staticfiles.StaticFiles", Watched)
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / NAME).write_bytes(tar)
+    seen: list[tuple[str, int, int, str]] = []
+    with serve_folder(tmp_path / "served") as url:
+        source = Source(NAME, (f"{url}/{NAME}",), md5(tar))
+        found = acquire(source, tmp_path / "got", progress=lambda *args: seen.append(args))
+    assert Path(found.location) == tmp_path / "got" / NAME
+    assert Path(found.location).read_bytes() == tar
+    assert (found.size, found.md5, found.checked, found.origin) == (len(tar), md5(tar), True, source.urls[0])
+    assert left_in(tmp_path / "got") == {NAME, f"{NAME}.json"}
+
+    ranges = [a for a in Watched.asked if a.get("range") != PROBE]
+    assert len({a["port"] for a in ranges}) == 4
+    assert {(a["method"], a["if-range"]) for a in ranges} == {("GET", found.validator)}
+    assert found.validator == ranges[0]["etag"]
+    assert sum(a["sent"] for a in ranges) == len(tar)
+    assert max(a["sent"] for a in ranges) == SEGMENT
+
+    fetched = [done for what, done, _, _ in seen if what == f"download {NAME}"]
+    assert fetched == sorted(fetched)
+    assert (fetched[0], fetched[-1]) == (0, len(tar))
+    assert (f"verify {NAME}", len(tar), len(tar), "B") in seen
+
+
+def test_redirects_are_followed(tmp_path: Path, tar: bytes) -> None:
+    with serve(Host(tar)) as store, serve(Host(b"", lambda call: call.plain(302, location=store.url))) as host:
+        found = acquire(source_of(host, md5=None), tmp_path)
+    assert (found.origin, Path(found.location).read_bytes()) == (host.url, tar)
+    assert {a.if_range for a in store.fetches} == {store.etag}
+
+
+@pytest.mark.parametrize("says_length", [True, False])
+def test_without_ranges_the_file_comes_in_one_stream(tmp_path: Path, tar: bytes, says_length: bool) -> None:
+    with serve(Host(tar, ranges=False, says_length=says_length)) as host:
+        found = acquire(source_of(host, md5=None), tmp_path)
+    assert Path(found.location).read_bytes() == tar
+    assert [a.sent for a in host.fetches] == [len(tar)]
+
+
+def test_a_stream_cut_short_begins_again(tmp_path: Path, tar: bytes) -> None:
+    answer = after_probe(first(2, half_then(close)))
+    with serve(Host(tar, answer, ranges=False)) as host:
+        found = acquire(source_of(host, md5=None), tmp_path)
+    assert Path(found.location).read_bytes() == tar
+
+
+def test_a_stream_that_begins_again_keeps_nothing_of_the_first_try(
+    tmp_path: Path, tar: bytes, longer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(call: Call) -> None:
+        call.head(200, {"connection": "close"})
+        call.send(longer[:-512])
+        call.stall()
+
+    monkeypatch.setattr(download, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(download, "TRIES", 6)
+    with serve(Host(tar, after_probe(first(1, answer)), ranges=False, says_length=False)) as host:
+        found = acquire(source_of(host, md5=None), tmp_path)
+    assert Path(found.location).read_bytes() == tar
+
+
+# -- stops and resumption ---------------------------------------------------------------------------------------------
+
+CHILD = """
+import sys
+from pathlib import Path
+from ixi_etl import download
+from ixi_etl.catalog import Source
+name, url, folder, segment, md5 = sys.argv[1:]
+download.SEGMENT = int(segment)
+download.acquire(Source(name, (url,), md5 or None), Path(folder))
+"""
+
+
+def kill_at(host: Host, folder: Path, segments: int, known: str) -> None:
+    """Start a download in a process of its own; kill it when `segments` more are done and the next have begun."""
+    aim = len(done_in(folder)) + segments
+    host.asked.clear()
+    host.answer = after_probe(first(segments, Call.honest, half_then(Call.stall)))
+    child = subprocess.Popen([sys.executable, "-c", CHILD, NAME, host.url, str(folder), str(SEGMENT), known])
+    give_up = time.monotonic() + 60
+    try:
+        while len(done_in(folder)) < aim or len(host.fetches) < segments + 4:
+            assert child.poll() is None
+            assert time.monotonic() < give_up
+            time.sleep(0.005)
+    finally:
+        child.kill()
+        child.wait()
+    assert child.returncode == -9
+    assert len(done_in(folder)) == aim
+    assert not (folder / NAME).exists()
+
+
+@pytest.mark.parametrize("kills", [(2, 3), (6,)])
+def test_killed_downloads_go_on_from_the_segments_that_were_done(
+    tmp_path: Path, tar: bytes, kills: tuple[int, ...]
+) -> None:
+    known = md5(tar) if len(kills) == 1 else ""
+    with serve(Host(tar)) as host:
+        for segments in kills:
+            kill_at(host, tmp_path, segments, known)
+        have = segment_bytes(done_in(tmp_path), len(tar))
+        host.asked.clear()
+        host.answer = Call.honest
+        found = acquire(source_of(host, md5=known or None), tmp_path)
+        assert Path(found.location).read_bytes() == tar
+        assert host.sent == len(tar) - have
+    assert left_in(tmp_path) == {NAME, f"{NAME}.json"}
+
+
+@dataclass
+class Begun:
+    """A download that was stopped: the server, and the record that it left."""
+
+    host: Host
+    record: dict[str, Any]
+    segments: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.segments = -(-len(self.host.body) // SEGMENT)
+
+    def lay(self, folder: Path, done: set[int], **changes: Any) -> None:
+        """Put a `.part` there whose segments `done` are right and the others rubbish, with its record."""
+        body, rubbish = self.host.body, b"\xa5" * SEGMENT
+        parts = [body[i * SEGMENT : (i + 1) * SEGMENT] if i in done else rubbish for i in range(self.segments)]
+        (folder / f"{NAME}.part").write_bytes(b"".join(parts)[: len(body)])
+        (folder / f"{NAME}.part.json").write_text(json.dumps(self.record | {"done": sorted(done)} | changes))
+        self.host.asked.clear()
+
+
+@pytest.fixture(scope="module")
+def begun(tar: bytes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Begun]:
+    folder = tmp_path_factory.mktemp("begun")
+    with serve(Host(tar)) as host, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download, "SEGMENT", SEGMENT)
+        host.answer = after_probe(first(4, Call.honest, status(403)))
+        with pytest.raises(DownloadError):
+            acquire(source_of(host, md5=None), folder, connections=1)
+        host.answer = Call.honest
+        assert done_in(folder) == [0, 1, 2, 3]
+        yield Begun(host, read_json(folder / f"{NAME}.part.json"))
+
+
+@given(data=st.data(), known=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_any_set_of_done_segments_is_gone_on_from(
+    begun: Begun, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, known: bool
+) -> None:
+    done = data.draw(st.sets(st.integers(0, begun.segments - 1)))
+    folder, body = tmp_path_factory.mktemp("resume"), begun.host.body
+    begun.lay(folder, done)
+    found = acquire(source_of(begun.host, md5=md5(body) if known else None), folder)
+    assert Path(found.location).read_bytes() == body
+    assert begun.host.sent == len(body) - segment_bytes(done, len(body))
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"validator": '"older"'}, {"validator": None}, {"size": 10240}, {"segment": SEGMENT // 2}, {"url": "http://a/b"}],
+    ids=str,
+)
+def test_a_record_of_another_file_is_not_gone_on_from(begun: Begun, tmp_path: Path, changes: dict[str, Any]) -> None:
+    begun.lay(tmp_path, {0, 1, 2}, **changes)
+    found = acquire(source_of(begun.host, md5=None), tmp_path)
+    assert Path(found.location).read_bytes() == begun.host.body
+    assert begun.host.sent == len(begun.host.body)
+
+
+@pytest.mark.parametrize("record", ["", "{", "[]", "null", '{"done": [0, 1]}'])
+def test_a_spoilt_record_is_not_gone_on_from(begun: Begun, tmp_path: Path, record: str) -> None:
+    begun.lay(tmp_path, set())
+    (tmp_path / f"{NAME}.part.json").write_text(record)
+    found = acquire(source_of(begun.host, md5=None), tmp_path)
+    assert Path(found.location).read_bytes() == begun.host.body
+
+
+def test_a_part_that_was_cut_short_is_not_gone_on_from(begun: Begun, tmp_path: Path) -> None:
+    begun.lay(tmp_path, {0, 1, 2, begun.segments - 1})
+    os.truncate(tmp_path / f"{NAME}.part", SEGMENT)
+    found = acquire(source_of(begun.host, md5=None), tmp_path)
+    assert Path(found.location).read_bytes() == begun.host.body
+
+
+def test_a_part_with_a_wrong_byte_is_fetched_anew(begun: Begun, tmp_path: Path) -> None:
+    begun.lay(tmp_path, {0, 1, 2})
+    part = tmp_path / f"{NAME}.part"
+    part.write_bytes(flipped(part.read_bytes(), SEGMENT + 7))
+    found = acquire(source_of(begun.host, md5=md5(begun.host.body)), tmp_path)
+    assert Path(found.location).read_bytes() == begun.host.body
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_one_url_gave_is_used_at_another_only_if_the_md5_is_known(
+    begun: Begun, tmp_path: Path, known: bool
+) -> None:
+    body = begun.host.body
+    begun.lay(tmp_path, {0, 5, 6})
+    with serve(Host(body, etag='"of the mirror"')) as mirror:
+        found = acquire(source_of(mirror, md5=md5(body) if known else None), tmp_path)
+    assert Path(found.location).read_bytes() == body
+    assert mirror.sent == len(body) - (segment_bytes([0, 5, 6], len(body)) if known else 0)
+
+
+def test_a_mirror_goes_on_from_where_the_host_failed(tmp_path: Path, tar: bytes) -> None:
+    with serve(Host(tar)) as host, serve(Host(tar, etag='"of the mirror"')) as mirror:
+        host.answer = after_probe(first(6, Call.honest, page))
+        found = acquire(source_of(host, mirror, md5=md5(tar)), tmp_path, connections=1)
+    assert Path(found.location).read_bytes() == tar
+    assert found.origin == mirror.url
+    assert mirror.sent == len(tar) - 6 * SEGMENT
+
+
+def test_a_page_in_place_of_a_range_does_not_cost_what_was_done(tmp_path: Path, tar: bytes) -> None:
+    with serve(Host(tar)) as host:
+        host.answer = after_probe(first(6, Call.honest, page))
+        portal = first(7, host.answer, page)
+        host.answer = portal
+        with pytest.raises(DownloadError, match="HTML page"):
+            acquire(source_of(host, md5=None), tmp_path, connections=1)
+        host.asked.clear()
+        host.answer = Call.honest
+        found = acquire(source_of(host, md5=None), tmp_path)
+    assert Path(found.location).read_bytes() == tar
+    assert host.sent == len(tar) - 6 * SEGMENT
+
+
+def test_an_interrupt_keeps_what_was_done(tmp_path: Path, tar: bytes) -> None:
+    def interrupt(what: str, done: int, total: int, unit: str) -> None:
+        if done > 5 * SEGMENT:
+            raise KeyboardInterrupt
+
+    with serve(Host(tar)) as host:
+        with pytest.raises(KeyboardInterrupt):
+            acquire(source_of(host, md5=None), tmp_path, connections=1, progress=interrupt)
+        assert done_in(tmp_path) == [0, 1, 2, 3, 4]
+        host.asked.clear()
+        found = acquire(source_of(host, md5=None), tmp_path)
+    assert Path(found.location).read_bytes() == tar
+    assert host.sent == len(tar) - 5 * SEGMENT
+
+
+# -- servers that fail for a while ------------------------------------------------------------------------------------
+
+
+def test_resets_every_few_tens_of_kib_do_not_end_it(tmp_path: Path, tar: bytes, monkeypatch: Any) -> None:
+    def answer(call: Call) -> None:
+        data = call.start()
+        call.send(data[:40960])
+        if len(data) > 40960:
+            call.reset()
+
+    monkeypatch.setattr(download, "ENOUGH", 1 << 15)
+    monkeypatch.setattr(download, "SEGMENT", 10 * SEGMENT)
+    with serve(Host(tar, after_probe(answer))) as host:
+        found = acquire(source_of(host, md5=None), tmp_path)
+    assert Path(found.location).read_bytes() == tar
+    assert len(host.fetches) >= len(tar) // 40960
+
+
+@pytest.mark.parametrize("when", [lambda a: a, after_probe], ids=["from the first", "midway"])
+@pytest.mark.parametrize(
+    "fault",
+    [status(500), status(503), status(429), status(408), Call.reset, half_then(close), half_then(Call.reset)],
+    ids=["500", "503", "429", "408", "reset", "cut short", "reset midway"],
+)
+def test_a_server_that_fails_a_few_times_is_asked_again(
+    tmp_path: Path, tar: bytes, fault: Answer, when: Callable[[Answer], Answer]
+) -> None:
+    with serve(Host(tar, when(first(2, fault)))) as host, serve(Host(tar)) as mirror:
+        found = acquire(source_of(host, mirror, md5=None), tmp_path)
+    assert Path(found.location).read_bytes() == tar
+    assert (found.origin, mirror.asked) == (host.url, [])
+
+
+@pytest.mark.parametrize("fault", [Call.stall, half_then(Call.stall)], ids=["before headers", "midway"])
+def test_a_stall_is_timed_out_and_tried_again(
+    tmp_path: Path, tar: bytes, fault: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(download, "TRIES", 6)
+    with serve(Host(tar, after_probe(first(3, fault)))) as host:
+        found = acquire(source_of(host, md5=None), tmp_path)
+    assert Path(found.location).read_bytes() == tar
+
+
+def test_tries_wait_twice_as_long_each_time_with_jitter(
+    tmp_path: Path, tar: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(download, "BACKOFF_S", 1.0)
+    monkeypatch.setattr(download, "TRIES", 6)
+    with serve(Host(tar, status(503))) as host, pytest.raises(DownloadError, match="6 times"):
+        acquire(source_of(host, md5=None), tmp_path)
+    assert len(host.asked) == 6
+    shares = [wait / 2**n for n, wait in enumerate(waits)]
+    assert len(set(shares)) == 5
+    assert all(0.5 <= share <= 1.5 for share in shares)
+
+
+FAULTS: dict[str, Answer] = {
+    "none": Call.honest,
+    "503": status(503),
+    "reset": Call.reset,
+    "reset midway": half_then(Call.reset),
+    "cut short": half_then(close),
+}
+
+
+@given(plan=st.lists(st.sampled_from(sorted(FAULTS)), max_size=12), ranges=st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_whatever_goes_wrong_for_a_while_the_file_is_right(
+    tar: bytes, tmp_path_factory: pytest.TempPathFactory, plan: list[str], ranges: bool
+) -> None:
+    folder, todo = tmp_path_factory.mktemp("faults"), iter(plan)
+    with pytest.MonkeyPatch.context() as patch, serve(Host(tar, ranges=ranges)) as host:
+        patch.setattr(download, "TRIES", len(plan) + 1)
+        patch.setattr(download, "BACKOFF_S", 0)
+        host.answer = lambda call: FAULTS[next(todo, "none")](call)
+        found = acquire(source_of(host, md5=None), folder)
+    assert Path(found.location).read_bytes() == tar
+    shutil.rmtree(folder)
+
+
+# -- servers that do not give the file --------------------------------------------------------------------------------
+
+
+@dataclass
+class Fault:
+    answer: Answer
+    reason: str
+    constants: dict[str, float] = field(default_factory=dict)
+    host: dict[str, Any] = field(default_factory=dict)
+    spoil: Callable[[bytes], bytes] = bytes
+
+
+QUICK: dict[str, float] = {"TIMEOUT_S": 0.15, "TRIES": 2}
+DRIP: dict[str, float] = QUICK | {"MIN_RATE": 1 << 20}
+LASTING = {
+    "403": Fault(status(403), "403 Forbidden"),
+    "404": Fault(status(404), "404 Not Found"),
+    "410": Fault(status(410), "410 Gone"),
+    "403 midway": Fault(after_probe(first(3, Call.honest, status(403))), "403 Forbidden"),
+    "500 always": Fault(status(500), "500 Internal Server Error, 3 times"),
+    "429 always": Fault(after_probe(status(429)), "429 Too Many Requests, 3 times"),
+    "HTML page": Fault(page, "an HTML page in place of a tar"),
+    "HTML page midway": Fault(first(5, Call.honest, page), "an HTML page in place of a tar"),
+    "not a tar": Fault(Call.honest, "not a tar archive", spoil=lambda tar: tar[::-1]),
+    "empty file": Fault(Call.honest, "416", spoil=lambda tar: b""),
+    "redirect loop": Fault(redirect_to_self, "redirects"),
+    "redirect to FTP": Fault(status(302, location="ftp://127.0.0.1/IXI-T1.tar"), "protocol"),
+    "wrong byte": Fault(Call.honest, "MD5 is [0-9a-f]{32}, not", spoil=lambda tar: flipped(tar, 500_000)),
+    "wrong byte in a stream": Fault(Call.honest, "MD5 is", host={"ranges": False}, spoil=lambda t: flipped(t, 9999)),
+    "wrong length": Fault(Call.honest, "MD5 is [0-9a-f]{32}, not", spoil=lambda tar: tar + bytes(10240)),
+    "short, length not said": Fault(
+        Call.honest, "MD5 is", host={"ranges": False, "says_length": False}, spoil=lambda tar: tar[:-20480]
+    ),
+    "another range": Fault(
+        after_probe(wrong_range(lambda start, stop, size: f"bytes {start + 512}-{stop + 512}/{size}")), "was given"
+    ),
+    "another size": Fault(
+        after_probe(wrong_range(lambda start, stop, size: f"bytes {start}-{stop}/{size + 1}")), "was given"
+    ),
+    "stream cut short": Fault(after_probe(half_then(close)), "3 times", host={"ranges": False}),
+    "stream cut short, length not said": Fault(
+        after_probe(half_of_who_knows), "announced, 3 times", host={"ranges": False}
+    ),
+    "empty ranges": Fault(after_probe(empty_range), "ended early, 3 times at byte"),
+    "ranges cut at once": Fault(after_probe(Call.reset), "3 times at byte"),
+    "stall": Fault(Call.stall, "timed out, 2 times", QUICK),
+    "stall midway": Fault(after_probe(Call.stall), "timed out, 2 times", QUICK),
+    "slow drip": Fault(after_probe(drip), "slower than 1048576 bytes a second, 2 times", DRIP),
+    "slow drip of a stream": Fault(after_probe(drip), "slower than 1048576", DRIP, host={"ranges": False}),
+}
+
+
+@pytest.fixture(params=sorted(LASTING))
+def fault(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Fault:
+    found = LASTING[request.param]
+    for name, value in found.constants.items():
+        monkeypatch.setattr(download, name, value)
+    return found
+
+
+def assert_one_clear_line(message: str, folder: Path, *said: str) -> None:
+    assert "\n" not in message
+    assert all(text in message for text in (NAME, *said))
+    assert not (folder / NAME).exists()
+
+
+def test_a_url_that_does_not_give_the_file_is_left_for_the_mirror(tmp_path: Path, tar: bytes, fault: Fault) -> None:
+    with serve(Host(fault.spoil(tar), fault.answer, **fault.host)) as host, serve(Host(tar, etag='"m"')) as mirror:
+        found = acquire(source_of(host, mirror, md5=md5(tar)), tmp_path)
+    assert Path(found.location).read_bytes() == tar
+    assert found.origin == mirror.url
+    assert left_in(tmp_path) == {NAME, f"{NAME}.json"}
+
+
+def test_without_a_mirror_one_line_says_what_was_wrong(tmp_path: Path, tar: bytes, fault: Fault) -> None:
+    with serve(Host(fault.spoil(tar), fault.answer, **fault.host)) as host:
+        source = source_of(host, md5=md5(tar))
+        with pytest.raises(DownloadError, match=f"{NAME}: .*{fault.reason}.*[Tt]ry again") as caught:
+            acquire(source, tmp_path)
+    assert_one_clear_line(str(caught.value), tmp_path, host.url, str(tmp_path / NAME))
+    assert not (tmp_path / f"{NAME}.json").exists()
+
+
+def test_a_first_block_that_drips_is_not_waited_for(
+    tmp_path: Path, tar: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in DRIP.items():
+        monkeypatch.setattr(download, name, value)
+    with serve(Host(tar, drip)) as host, pytest.raises(DownloadError, match="slower than 1048576"):
+        acquire(source_of(host, md5=None), tmp_path)
+    assert host.fetches == []
+
+
+def test_a_range_that_is_refused_stops_the_others(tmp_path: Path, tar: bytes) -> None:
+    def answer(call: Call) -> None:
+        if call.asked.range == f"bytes={SEGMENT}-{2 * SEGMENT - 1}":
+            call.plain(403)
+        elif call.asked.range == f"bytes=0-{SEGMENT - 1}":
+            data = call.start()
+            for at in range(0, SEGMENT, 4096):
+                call.send(data[at : at + 4096])
+                call.host.closing.wait(0.02)
+        else:
+            call.honest()
+
+    with serve(Host(tar, answer)) as host, pytest.raises(DownloadError, match="403"):
+        acquire(source_of(host, md5=None), tmp_path, connections=2)
+    assert done_in(tmp_path) == []
+    assert len(host.fetches) <= 2
+
+
+def test_the_error_says_of_each_url_why_not(tmp_path: Path, tar: bytes) -> None:
+    with serve(Host(tar, status(403))) as one, serve(Host(tar, page)) as two, serve(Host(tar, status(503))) as three:
+        with pytest.raises(DownloadError) as caught:
+            acquire(source_of(one, two, md5=md5(tar)), tmp_path)
+        assert_one_clear_line(str(caught.value), tmp_path, f"{one.url}: 403", f"{two.url}: an HTML page")
+        assert not caught.value.transient
+        with pytest.raises(DownloadError) as caught:
+            acquire(source_of(one, three, md5=md5(tar)), tmp_path)
+        assert caught.value.transient
+
+
+def test_a_host_that_is_not_there_is_left_for_the_mirror(tmp_path: Path, tar: bytes) -> None:
+    with serve(Host(tar)) as gone:
+        pass
+    with serve(Host(tar)) as mirror:
+        assert acquire(source_of(gone, mirror, md5=md5(tar)), tmp_path).origin == mirror.url
+
+
+# -- certificates -----------------------------------------------------------------------------------------------------
+
+
+def served_as(authority: trustme.CA, *names: str) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(*names).configure_cert(context)
+    return context
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize("name", ["localhost", "elsewhere.example"])
+def test_only_a_valid_certificate_is_accepted(
+    tmp_path: Path, tar: bytes, authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, trusted: bool, name: str
+) -> None:
+    if trusted:
+        authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    else:
+        monkeypatch.delenv("SSL_CERT_FILE")
+    with serve(Host(tar), served_as(authority, name), "localhost") as host, serve(Host(tar)) as mirror:
+        if trusted and name == "localhost":
+            assert acquire(source_of(host, md5=None), tmp_path).origin == host.url
+            return
+        with pytest.raises(DownloadError, match="certificate is not valid") as caught:
+            acquire(source_of(host, md5=md5(tar)), tmp_path)
+        assert_one_clear_line(str(caught.value), tmp_path, host.url, "--insecure-host")
+        assert acquire(source_of(host, mirror, md5=md5(tar)), tmp_path).origin == mirror.url
+    assert host.asked == []
+
+
+def test_insecure_hosts_lets_that_host_through_and_no_other(tmp_path: Path, tar: bytes, authority: trustme.CA) -> None:
+    context = served_as(authority, "localhost", "127.0.0.1")
+    with serve(Host(tar), context, "localhost") as named, serve(Host(tar), context, "127.0.0.1") as numbered:
+        found = acquire(source_of(named, md5=None), tmp_path / "named", insecure_hosts=("localhost",))
+        assert Path(found.location).read_bytes() == tar
+        named.asked.clear()
+        acquire(source_of(named, md5=None), tmp_path / "named", insecure_hosts=("localhost",))
+        assert [a.method for a in named.asked] == ["HEAD"]
+        with pytest.raises(DownloadError, match="certificate is not valid"):
+            acquire(source_of(numbered, md5=None), tmp_path / "numbered", insecure_hosts=("localhost",))
+
+
+# -- a file that changes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("switch_at", [2, 5])
+@pytest.mark.parametrize("honours_if_range", [True, False])
+@pytest.mark.parametrize("etags", [('"first"', '"second"'), (None, None), ('W/"first"', 'W/"second"')])
+@pytest.mark.parametrize("length", ["same", "longer"])
+def test_a_file_that_changes_midway_is_never_mixed(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    tar: bytes,
+    switch_at: int,
+    honours_if_range: bool,
+    etags: tuple[str | None, str | None],
+    length: str,
+) -> None:
+    new: bytes = request.getfixturevalue({"same": "other", "longer": "longer"}[length])
+    lock, calls = threading.Lock(), iter(range(1, 10**9))
+
+    def answer(call: Call) -> None:
+        with lock:
+            if next(calls) == switch_at:
+                host.body, host.etag = new, etags[1]
+            data = call.start()
+        call.send(data)
+
+    with serve(Host(tar, answer, etags[0], honours_if_range=honours_if_range)) as host:
+        for _ in range(2):
+            try:
+                found = acquire(source_of(host, md5=None), tmp_path)
+            except DownloadError as error:
+                assert_one_clear_line(str(error), tmp_path, host.url)
+                continue
+            break
+    served_once = etags[0] is None or etags[0].startswith("W/")
+    assert Path(found.location).read_bytes() == (tar if served_once and switch_at > 2 else new)
+
+
+# -- a file that is here already --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_verified_archive_costs_one_head_or_nothing_when_offline(tmp_path: Path, tar: bytes, known: bool) -> None:
+    with serve(Host(tar)) as host:
+        source = source_of(host, md5=md5(tar) if known else None)
+        found = acquire(source, tmp_path)
+        host.asked.clear()
+        assert acquire(source, tmp_path) == found
+        assert [a.method for a in host.asked] == ["HEAD"]
+        host.asked.clear()
+        assert acquire(source, tmp_path, offline=True) == found
+        assert host.asked == []
+    assert acquire(source, tmp_path) == found  # the host has gone
+
+
+def test_offline_with_nothing_there_is_an_error(tmp_path: Path, tar: bytes) -> None:
+    with serve(Host(tar)) as host:
+        with pytest.raises(DownloadError, match="without --offline") as caught:
+            acquire(source_of(host, md5=md5(tar)), tmp_path, offline=True)
+        assert_one_clear_line(str(caught.value), tmp_path)
+        (tmp_path / NAME).write_bytes(flipped(tar, 600))
+        with pytest.raises(DownloadError, match="not the right file"):
+            acquire(source_of(host, md5=md5(tar)), tmp_path, offline=True)
+        assert host.asked == []
+
+
+@pytest.mark.parametrize("change", ["etag", "length"])
+def test_a_changed_remote_is_fetched_again_unless_the_md5_is_the_published_one(
+    tmp_path: Path, tar: bytes, other: bytes, longer: bytes, change: str
+) -> None:
+    with serve(Host(tar)) as host:
+        kept = acquire(source_of(host, md5=md5(tar)), tmp_path / "kept")
+        followed = acquire(source_of(host, md5=None), tmp_path / "followed")
+        assert (kept.checked, followed.checked) == (True, False)
+        host.body, host.etag = (other, '"second"') if change == "etag" else (longer, host.etag)
+        host.asked.clear()
+        assert acquire(source_of(host, md5=md5(tar)), tmp_path / "kept") == kept
+        assert [a.method for a in host.asked] == ["HEAD"]
+        acquire(source_of(host, md5=None), tmp_path / "followed")
+    assert (tmp_path / "kept" / NAME).read_bytes() == tar
+    assert (tmp_path / "followed" / NAME).read_bytes() == host.body
+
+
+def test_a_changed_remote_that_fails_leaves_the_old_file_whole(tmp_path: Path, tar: bytes, other: bytes) -> None:
+    with serve(Host(tar)) as host:
+        acquire(source_of(host, md5=None), tmp_path)
+        host.body, host.etag, host.answer = other, '"second"', after_probe(first(3, Call.honest, status(403)))
+        with pytest.raises(DownloadError, match="403"):
+            acquire(source_of(host, md5=None), tmp_path)
+    assert (tmp_path / NAME).read_bytes() == tar
+
+
+def test_a_file_touched_since_it_was_verified_is_not_trusted(tmp_path: Path, tar: bytes) -> None:
+    with serve(Host(tar)) as host:
+        source = source_of(host, md5=md5(tar))
+        acquire(source, tmp_path)
+        (tmp_path / NAME).write_bytes(flipped(tar, 500_000))
+        found = acquire(source, tmp_path)
+    assert Path(found.location).read_bytes() == tar
+
+
+def test_the_file_of_one_unchecked_source_is_not_given_for_another(tmp_path: Path, tar: bytes, other: bytes) -> None:
+    with serve(Host(tar, etag=None)) as one, serve(Host(other, etag=None)) as two:
+        acquire(source_of(one, md5=None), tmp_path)
+        with pytest.raises(DownloadError, match="without --offline"):
+            acquire(source_of(two, md5=None), tmp_path, offline=True)
+        found = acquire(source_of(two, md5=None), tmp_path)
+    assert (found.origin, Path(found.location).read_bytes()) == (two.url, other)
+
+
+def test_a_right_file_put_there_by_hand_is_adopted(
+    tmp_path: Path, tar: bytes, begun: Begun, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun.lay(tmp_path, {0, 1})
+    (tmp_path / NAME).write_bytes(tar)
+    source = source_of(begun.host, md5=md5(tar))
+    found = acquire(source, tmp_path)
+    assert (found.md5, found.checked) == (md5(tar), True)
+    assert acquire(source, tmp_path) == found
+    assert [a.method for a in begun.host.asked] == ["HEAD"]
+    assert caplog.text == ""
+    assert left_in(tmp_path) == {NAME, f"{NAME}.json"}
+
+
+@pytest.mark.parametrize("record", ["", "[]", "null", '{"md5": 1}'])
+def test_a_spoilt_record_of_a_right_file_is_made_again(begun: Begun, tmp_path: Path, tar: bytes, record: str) -> None:
+    (tmp_path / NAME).write_bytes(tar)
+    (tmp_path / f"{NAME}.json").write_text(record)
+    found = acquire(source_of(begun.host, md5=md5(tar)), tmp_path, offline=True)
+    assert read_json(tmp_path / f"{NAME}.json")["stamp"] == found.stamp
+
+
+def test_a_wrong_file_put_there_by_hand_is_replaced(tmp_path: Path, tar: bytes) -> None:
+    (tmp_path / NAME).write_bytes(flipped(tar, 500_000))
+    with serve(Host(tar)) as host:
+        found = acquire(source_of(host, md5=md5(tar)), tmp_path)
+    assert Path(found.location).read_bytes() == tar
+    assert host.sent == len(tar)
+
+
+# -- a person's own files ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path: Path, tar: bytes, other: bytes) -> Path:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "IXI-T1.tar").write_bytes(tar)
+    (folder / "IXI-T2.tar").write_bytes(other)
+    return folder
+
+
+def test_own_archives_are_used_where_they_lie(tmp_path: Path, own: Path, tar: bytes) -> None:
+    got, seen = tmp_path / "got", Counter[str]()
+
+    def count(what: str, done: int, total: int, unit: str) -> None:
+        seen[what] += 1
+
+    (own / "MD5SUMS").write_text("".join(f"{md5(p.read_bytes())}  {p.name}\n" for p in own.glob("*.tar")))
+    sources = own_sources(str(own))
+    found = {m: acquire(source, got, progress=count) for m, source in sources.items()}
+    assert {m: f.location for m, f in found.items()} == {m: str(own / f"IXI-{m}.tar") for m in ("T1", "T2")}
+    assert all(f.checked for f in found.values())
+    assert found["T1"].md5 == md5(tar)
+    assert left_in(got) == {"IXI-T1.tar.json", "IXI-T2.tar.json"}
+
+    assert set(seen) == {"verify IXI-T1.tar", "verify IXI-T2.tar"}
+    seen.clear()
+    assert {m: acquire(source, got, progress=count, offline=True) for m, source in sources.items()} == found
+    assert not seen  # nothing was read again
+
+    stat = (own / NAME).stat()
+    os.utime(own / NAME, ns=(stat.st_atime_ns, stat.st_mtime_ns - 10**9))
+    assert acquire(sources["T1"], got, progress=count).md5 == md5(tar)
+    assert seen["verify IXI-T1.tar"] > 0
+    with open(own / NAME, "r+b") as file:
+        file.seek(500_000)
+        file.write(b"changed")
+    os.utime(own / NAME, ns=(stat.st_atime_ns, stat.st_mtime_ns - 10**9))
+    with pytest.raises(DownloadError, match="MD5SUMS"):
+        acquire(sources["T1"], got)
+
+
+def test_an_own_archive_without_md5sums_is_admitted_unchecked(tmp_path: Path, own: Path, tar: bytes) -> None:
+    unchecked = acquire(own_sources(str(own))["T1"], tmp_path / "got")
+    assert (unchecked.md5, unchecked.checked) == (md5(tar), False)
+    (own / "MD5SUMS").write_text(f"{md5(tar)} *{NAME}\n")
+    assert acquire(own_sources(str(own))["T1"], tmp_path / "got").checked
+
+
+def test_an_own_archive_that_md5sums_contradicts_is_refused(tmp_path: Path, own: Path, other: bytes) -> None:
+    source = own_sources(str(own))["T1"]
+    acquire(source, tmp_path / "got")
+    (own / "MD5SUMS").write_text(f"{md5(other)}  {NAME}\n")
+    with pytest.raises(DownloadError, match="MD5SUMS") as caught:
+        acquire(own_sources(str(own))["T1"], tmp_path / "got")
+    assert_one_clear_line(str(caught.value), tmp_path / "got", str(own / NAME), md5(other))
+
+
+def test_an_own_archive_still_being_written_is_refused(tmp_path: Path, own: Path) -> None:
+    def write_on(what: str, done: int, total: int, unit: str) -> None:
+        if done <= total:
+            with open(own / NAME, "ab") as file:
+                file.write(b"more")
+
+    with pytest.raises(DownloadError, match="changed while it was read"):
+        acquire(own_sources(str(own))["T1"], tmp_path / "got", progress=write_on)
+    assert left_in(tmp_path / "got") == set()
+
+
+def test_an_own_archive_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match="is not there; --source wants") as caught:
+        acquire(own_sources(str(tmp_path / "none"))["T1"], tmp_path)
+    assert_one_clear_line(str(caught.value), tmp_path, str(tmp_path / "none"))
+
+
+def test_an_own_store_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match=r"cannot read nosuch://store/IXI-T1.tar: .*nosuch") as caught:
+        acquire(own_sources("nosuch://store")["T1"], tmp_path)
+    assert_one_clear_line(str(caught.value), tmp_path)
+
+
+@pytest.mark.parametrize("failures", [0, 2])
+def test_md5sums_of_an_own_host_is_held_against_its_archives(tmp_path: Path, tar: bytes, failures: int) -> None:
+    def answer(call: Call) -> None:
+        call.plain(200, sums.encode()) if call.path == "/MD5SUMS" else call.honest()
+
+    with serve(Host(tar, first(failures, status(503), answer))) as host:
+        folder = host.url.rpartition("/")[0]
+        sums = f"{md5(tar)}  IXI-T1.tar\n{md5(b'')}  IXI-T2.tar\n"
+        sources = own_sources(folder)
+        assert acquire(sources["T1"], tmp_path).checked
+        with pytest.raises(DownloadError, match="MD5 is"):
+            acquire(sources["T2"], tmp_path)
+        host.asked.clear()
+        assert own_sources(folder, offline=True)["T1"].md5 is None
+        assert host.asked == []
+
+
+def test_an_own_host_without_md5sums_is_admitted_unchecked(tmp_path: Path, tar: bytes) -> None:
+    with serve(Host(tar, lambda call: call.plain(404) if call.path == "/MD5SUMS" else call.honest())) as host:
+        source = own_sources(host.url)["T1"]
+        assert source == source_of(host, md5=None)
+        assert not acquire(source, tmp_path).checked
+
+
+# -- the disk ---------------------------------------------------------------------------------------------------------
+
+
+def test_too_little_disk_is_said_before_anything_is_fetched(
+    tmp_path: Path, tar: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = len(tar) + download.SPARE_BYTES - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    with serve(Host(tar)) as host, serve(Host(tar)) as mirror:
+        source = source_of(host, mirror, md5=None)
+        with pytest.raises(DownloadError, match=r"GB free, but IXI-T1.tar needs .* GB more") as caught:
+            acquire(source, tmp_path)
+        assert_one_clear_line(str(caught.value), tmp_path, str(tmp_path))
+        assert (host.fetches, mirror.asked) == ([], [])
+        assert all(p.stat().st_size == 0 for p in tmp_path.iterdir())
+        free += 1
+        acquire(source, tmp_path)
+
+
+def test_what_is_there_already_needs_no_disk(begun: Begun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun.lay(tmp_path, {0, 1, 2})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=download.SPARE_BYTES + SEGMENT))
+    acquire(source_of(begun.host, md5=None), tmp_path)
+
+
+def test_a_full_disk_is_one_line_and_the_next_try_goes_on(
+    tmp_path: Path, tar: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.pwrite
+
+    def full(file: int, data: bytes, at: int) -> int:
+        if at >= 7 * SEGMENT:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, data[:10_000], at)  # a disk may take less than it is given
+
+    with serve(Host(tar)) as host:
+        source = source_of(host, md5=None)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", full)
+            with pytest.raises(DownloadError, match="No space left on device") as caught:
+                acquire(source, tmp_path, connections=1)
+        assert_one_clear_line(str(caught.value), tmp_path, str(tmp_path / NAME))
+        assert done_in(tmp_path) == [0, 1, 2, 3, 4, 5, 6]
+        host.asked.clear()
+        assert Path(acquire(source, tmp_path).location).read_bytes() == tar
+        assert host.sent == len(tar) - 7 * SEGMENT
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / NAME).mkdir()
+    with pytest.raises(DownloadError) as caught:
+        acquire(Source(NAME, ("http://127.0.0.1:9/IXI-T1.tar",), md5(b"")), tmp_path)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / NAME) in str(caught.value)
+
+
+# -- the catalogue ----------------------------------------------------------------------------------------------------
+
+
+def test_official_sources_have_their_md5_and_a_mirror() -> None:
+    source = catalog.official(NAME)
+    assert source.md5 == "34901a0593b41dd19c1a1f746eac2d58"
+    assert source.over_http
+    host, *mirrors = source.urls
+    assert host.startswith("https://biomedic.doc.ic.ac.uk/")
+    assert mirrors
+    assert all(m.startswith("https://") and m.endswith(f"/{NAME}") and "biomedic" not in m for m in mirrors)
+
+
+names = st.text(st.characters(exclude_categories=("Z", "C"), exclude_characters="/*"), min_size=1)
+digests = st.binary(min_size=16, max_size=16).map(bytes.hex)
+between = st.sampled_from(["  ", " *", "\t", "  ./", "  some/folder/"])
+
+
+@given(sums=st.dictionaries(names, st.tuples(digests, between, st.booleans())), end=st.sampled_from(["\n", "\r\n"]))
+def test_md5sums_are_parsed_as_md5sum_writes_them(sums: dict[str, tuple[str, str, bool]], end: str) -> None:
+    lines = [f"{digest.upper() if upper else digest}{gap}{name}" for name, (digest, gap, upper) in sums.items()]
+    text = end.join(["# a remark", *lines, "", "d41d8cd98f00b204e9800998ecf8427  one.digit.short"])
+    assert parse_md5sums(text) == {name: digest for name, (digest, _, _) in sums.items()}
