@@ -20,7 +20,7 @@ help:
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (some minutes the first time)"
-	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,test]"
 	@touch $(STAMP)
 
 demo: $(STAMP)

@@ -178,15 +178,16 @@ def _anatomical_slabs(t1: _Volume, t2: _Volume, config: DatasetConfig) -> tuple[
     foreground = target.values > align.otsu_threshold(target.values)
     t2_to_t1 = np.eye(4)
     chosen, inside = _resampled_slab(t1, target, t2_to_t1)
-    record: dict[str, Any] = {"nmi_before": _nmi_within(foreground & inside, chosen, target)}
+    similarity = _nmi_within(foreground & inside, chosen, target)
+    record: dict[str, Any] = {"nmi_before": similarity}
     if config.registration == "rigid":
         points = align.world_points(foreground, target.affine)
         found, flag = _registered(t1, t2, points)
         if not flag:
             candidate, candidate_inside = _resampled_slab(t1, target, found)
-            gain = _nmi_within(foreground & candidate_inside, candidate, target) - record["nmi_before"]
-            if gain > 0:
-                chosen, inside, t2_to_t1 = candidate, candidate_inside, found
+            after = _nmi_within(foreground & candidate_inside, candidate, target)
+            if after > similarity:
+                chosen, inside, t2_to_t1, similarity = candidate, candidate_inside, found, after
             else:
                 flag = "registration_no_gain"
         motion_mm, motion_deg = register.motion_of(t2_to_t1, points)
@@ -194,10 +195,7 @@ def _anatomical_slabs(t1: _Volume, t2: _Volume, config: DatasetConfig) -> tuple[
     outside = np.count_nonzero(foreground & ~inside) / max(int(np.count_nonzero(foreground)), 1)
     if outside > MAX_OUTSIDE:
         raise BadVolumeError("outside_fov", f"{outside:.1%} of the T2 slab's foreground lies outside the T1's grid")
-    record |= {
-        "t2_to_t1_ras_mm": json.dumps(t2_to_t1.tolist()),
-        "nmi_after": _nmi_within(foreground & inside, chosen, target),
-    }
+    record |= {"t2_to_t1_ras_mm": json.dumps(t2_to_t1.tolist()), "nmi_after": similarity}
     return {"T1": chosen, "T2": target}, record
 
 
@@ -242,7 +240,7 @@ def _quantise(slabs: Mapping[str, Slab]) -> dict[str, NDArray[np.int16]]:
             raise BadVolumeError("intensity_range", f"{modality}: values from {low:g} to {high:g} do not fit int16")
         values = slabs[modality].values
         rounded[modality] = (np.rint(values) if values.dtype.kind == "f" else values).astype(np.int16, order="C")
-        levels = np.unique_values(rounded[modality]).size
+        levels = np.count_nonzero(np.bincount(rounded[modality].ravel().astype(np.intp) - limits.min))
         if levels < MIN_LEVELS:
             raise BadVolumeError("intensity_range", f"{modality}: {levels} levels as integers, {MIN_LEVELS} are needed")
     return rounded

@@ -121,3 +121,15 @@ def test_otsu_parts_two_populations() -> None:
     above = image.ravel() > align.otsu_threshold(image)
     assert above[:5000].mean() < 0.01
     assert above[5000:].all()
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.2, 0.8), st.floats(150, 2000))
+def test_otsu_is_the_library_s_within_a_bin(seed: int, share: float, distance: float) -> None:
+    rng = np.random.default_rng(seed)
+    image = (rng.normal(100, 30, 4000) + distance * (rng.random(4000) < share)).astype(np.int16).reshape(10, 20, 20)
+    sitk = align.itk()
+    library = sitk.OtsuThresholdImageFilter()
+    library.SetNumberOfHistogramBins(256)
+    library.Execute(sitk.GetImageFromArray(image))
+    width = (int(image.max()) - int(image.min())) / 256
+    assert abs(align.otsu_threshold(image) - library.GetThreshold()) <= 1.01 * width + 1  # it rounds to a voxel value
