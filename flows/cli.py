@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -134,13 +135,12 @@ def refresh(
         "pictures": pictures,
         "split_seed": split_seed,
     }
-    # What a preset leaves at its default may be over-ridden without contradicting it.
-    chosen = PRESETS[preset].model_dump(exclude_unset=True) | {k: v for k, v in given.items() if v is not None}
+    chosen = PRESETS[preset] | {k: v for k, v in given.items() if v is not None}
     config = RefreshConfig(
         root=root,
         source=source,
         demographics=demographics,
-        dataset=DatasetConfig(**chosen),
+        dataset=DatasetConfig.model_validate(chosen),
         max_unreadable=max_unreadable,
         connections=connections,
         **({"workers": workers} if workers else {}),
@@ -246,7 +246,20 @@ def _run_flow(config: RefreshConfig) -> Refreshed:
 
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_not_a_users_mistake)
-    return refresh_dataset(config)
+    signal.signal(signal.SIGINT, _stop)
+    try:
+        return refresh_dataset(config)
+    except RuntimeError as error:
+        if "Failed to reach API" not in str(error):
+            raise
+        raise IxiError(f"no Prefect server answers ({error}); start it, or unset PREFECT_API_URL") from error
+
+
+def _stop(_signal: int, _frame: object) -> None:
+    """Ctrl-C: at once. What is on the disk outlives a kill, and Prefect would first want to tell its dead server."""
+    shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # the cursor, that a progress bar hides
+    os.write(2, f"{shown}\nstopped; the same command goes on from here\n".encode())
+    os._exit(130)
 
 
 def _not_a_users_mistake(record: logging.LogRecord) -> bool:
@@ -296,6 +309,8 @@ def main(arguments: list[str] | None = None) -> Any:
         return app(arguments)
     except IxiError as error:
         typer.echo(f"error: {error}", err=True)
+    except OSError as error:
+        typer.echo(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", err=True)
     except ValidationError as error:
         said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".lstrip(": ") for e in error.errors())
         typer.echo(f"error: {said}", err=True)

@@ -19,27 +19,26 @@ from flows.progress import show_progress
 from ixi_etl import refresh
 from ixi_etl.config import RefreshConfig
 from ixi_etl.download import Acquired
-from ixi_etl.errors import DownloadError, IxiError
+from ixi_etl.errors import DownloadError
 from ixi_etl.files import Progress, lock_root
 from ixi_etl.refresh import Inputs, Refreshed
 from ixi_etl.survey import survey
 
 
-def _worth_a_retry(_task: Any, _run: Any, state: Any) -> bool:
-    """A server that is down may be up again; a person's mistake stays one."""
+def _may_work_later(_task: Any, _run: Any, state: Any) -> bool:
+    """A server that is down may be up again; a person's mistake, and a bug, stay what they are."""
     error = state.result(raise_on_failure=False)
-    return error.transient if isinstance(error, DownloadError) else not isinstance(error, IxiError)
+    return isinstance(error, DownloadError) and error.transient
 
 
-RETRIED: Any = {
-    "retries": 2,
-    "retry_delay_seconds": [30, 120],
-    "retry_jitter_factor": 0.5,
-    "retry_condition_fn": _worth_a_retry,
-}
-
-
-@task(task_run_name="download {source.name}", cache_policy=NO_CACHE, **RETRIED)
+@task(
+    task_run_name="download {source.name}",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=[30, 120],
+    retry_jitter_factor=0.5,
+    retry_condition_fn=_may_work_later,
+)
 def download(config: RefreshConfig, source: Any, progress: Progress) -> Acquired:
     return refresh.acquire_file(config, source, progress)
 
@@ -54,7 +53,7 @@ def select_subjects(config: RefreshConfig, table: pd.DataFrame, inputs: Inputs) 
     return refresh.select_subjects(config, table, inputs)
 
 
-@task(task_run_name="cut for {version}", cache_policy=NO_CACHE, **RETRIED)
+@task(task_run_name="cut for {version}", cache_policy=NO_CACHE)
 def cut_subjects(
     config: RefreshConfig,
     version: str,
@@ -66,7 +65,7 @@ def cut_subjects(
     return refresh.cut_subjects(config, version, table, candidates, inputs, progress)
 
 
-@task(task_run_name="publish {version}", cache_policy=NO_CACHE, **RETRIED)
+@task(task_run_name="publish {version}", cache_policy=NO_CACHE)
 def publish_version(
     config: RefreshConfig,
     version: str,
@@ -93,9 +92,8 @@ def refresh_dataset(config: RefreshConfig | None = None) -> Refreshed:
     log = get_run_logger()
     with lock_root(config.root), show_progress() as progress:
         sources = refresh.find_sources(config)
-        downloads = {m: download.submit(config, source, progress) for m, source in sources.items()}
-        archives = {m: job.result() for m, job in downloads.items()}
-        inputs = Inputs(archives, refresh.acquire_demographics(config, progress))
+        downloads = {key: download.submit(config, source, progress) for key, source in sources.items()}
+        inputs = refresh.inputs_of(config, {key: job.result() for key, job in downloads.items()})
         version, facts = refresh.name_version(config, inputs)
         published = refresh.find_published(config, version, inputs)
         if published:

@@ -113,9 +113,11 @@ def _shift(x: float, y: float, z: float) -> Matrix:
 def otsu_threshold(image: NDArray[Any]) -> float:
     """The value that parts foreground (above it) from background, after Otsu (1979), on 256 bins.
 
-    The edge of bins that makes the variance between the two classes largest; of several the first.
+    The edge between bins that makes the variance between the two classes largest; of several the first.
     """
     counts, edges = np.histogram(image, 256)
+    if counts.max() == image.size:
+        return float(image.max())  # flat: all is background
     below = np.cumsum(counts)[:-1]
     centres = (edges[:-1] + edges[1:]) / 2
     sum_below = np.cumsum(counts * centres)

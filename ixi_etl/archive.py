@@ -25,7 +25,7 @@ class Member:
     """Where a member's bytes lie.
 
     Attributes:
-        name: as stored in the tar; only ever compared and shown, never used as a path.
+        name: as stored in the tar; compared and shown, never used as a path.
         offset: of its first byte in the archive.
         size: in bytes.
         problem: why it cannot be read in place ("" if it can).
@@ -43,24 +43,30 @@ def index_archive(location: str) -> list[Member]:
     Raises:
         ArchiveError: not there, or not a tar.
     """
-    filesystem, path = fsspec.url_to_fs(location)
     members = []
     try:
-        length = filesystem.size(path)
+        filesystem, path = fsspec.url_to_fs(location)
         with filesystem.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
-                problem = "" if info.isreg() and not info.issparse() else _KINDS.get(info.type, "not a regular file")
+                if info.size < 0:  # tarfile would go back there for ever
+                    raise tarfile.ReadError(f"a member of {info.size} bytes at byte {info.offset}")
                 if info.isdir():
                     continue
-                if not problem and info.offset_data + info.size > length:
-                    problem = "cut short by the end of the archive"
-                members.append(Member(info.name, info.offset_data, info.size, problem))
+                problem = "" if info.isreg() and not info.issparse() else _KINDS.get(info.type, "not a regular file")
+                # A name that is no UTF-8 can be neither shown nor written down as it is.
+                name = info.name.encode("utf-8", "backslashreplace").decode()
+                members.append(Member(name, info.offset_data, info.size, problem))
+            # tarfile takes a damaged header for the end of the archive; the end is a block of zeros.
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"damaged or cut short at byte {tar.offset}, after {len(members)} members")
     except FileNotFoundError:
-        raise ArchiveError(f"{location} is not there; --source wants a folder with IXI-T1.tar and IXI-T2.tar") from None
+        wanted = "--source wants a folder or URL with IXI-T1.tar and IXI-T2.tar"
+        raise ArchiveError(f"{location} is not there, or cannot be reached; {wanted}") from None
     except tarfile.TarError as error:
         raise ArchiveError(f"{location} is not a tar archive that can be read ({error}); fetch it again") from error
-    except OSError as error:
-        raise ArchiveError(f"cannot read {location}: {error.strerror or error}") from error
+    except (OSError, ValueError, ImportError) as error:  # fsspec's for a protocol that it does not know, or has not
+        raise ArchiveError(f"cannot read {location}: {getattr(error, 'strerror', None) or error}") from error
     return members
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 SPLITS = ("train", "val", "test")
 
@@ -77,15 +78,15 @@ class DatasetConfig(_Strict):
         return SPLITS[0] if draw < self.split[0] else SPLITS[1] if draw < self.split[0] + self.split[1] else SPLITS[2]
 
 
-PRESETS = {"paired": DatasetConfig(), "paper": DatasetConfig(pairing="index")}
-"""`paired` is what we recommend; `paper` is the published recipe, which pairs sagittal with axial slices."""
+PRESETS: dict[str, dict[str, Any]] = {"paired": {}, "paper": {"pairing": "index"}}
+"""What each sets. `paired`, the defaults, is what we recommend; `paper` is the published recipe."""
 
 
 class RefreshConfig(_Strict):
     """One refresh: where it reads and writes, how hard it works, and which data it makes."""
 
     root: Path = Field(Path("ixi-data"), description="folder that holds archives and datasets")
-    source: str | None = Field(
+    source: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="your own archives (folder, tar file, http(s):// or s3:// URL) instead of the official ones"
     )
     demographics: str | None = Field(
@@ -102,3 +103,10 @@ class RefreshConfig(_Strict):
     dask: str | None = Field(None, description="address of a Dask scheduler (tcp://host:port) to cut subjects on")
     offline: bool = Field(False, description="use the archives that are already verified; ask no server anything")
     insecure_hosts: tuple[str, ...] = Field((), description="hosts whose TLS certificate is not checked")
+
+    @field_validator("root", mode="before")
+    @classmethod
+    def _local_root(cls, root: Any) -> str:
+        if "://" in str(root) or re.match(r"[a-z0-9]+:/", str(root)):
+            raise ValueError(f"{root} is not a folder on this machine; datasets are written to local folders only")
+        return str(Path(root).expanduser().resolve())  # workers in other folders must find it

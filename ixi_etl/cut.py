@@ -21,7 +21,7 @@ from ixi_etl.archive import read_member
 from ixi_etl.catalog import MODALITIES
 from ixi_etl.config import DatasetConfig
 from ixi_etl.errors import BadVolumeError
-from ixi_etl.files import read_json, to_json, write_atomic
+from ixi_etl.files import read_json, sha256_file, to_json, write_atomic
 from ixi_etl.store import write_shard
 
 MAX_OUTSIDE = 0.05  # of the T2 slab's foreground
@@ -86,8 +86,8 @@ def cut_subject(job: Job, config: DatasetConfig, work: Path) -> dict[str, Any]:
     by a run that was killed, is not done again.
     """
     done = read_json(record_path(work, job.subject_id))
-    if done is not None:
-        return dict(done)
+    if isinstance(done, dict) and _still_there(done, job, work):
+        return done
     packed = {m: read_member(part.archive, part.offset, part.size) for m, part in job.parts.items()}
     record: dict[str, Any] = {f"{m.lower()}_sha256": hashlib.sha256(data).hexdigest() for m, data in packed.items()}
     if job.cut:
@@ -103,8 +103,7 @@ def _cut(job: Job, packed: dict[str, bytes], config: DatasetConfig, work: Path) 
     volumes = {m: _Volume(m, packed.pop(m)) for m in MODALITIES}
     if config.pairing == "index":
         slabs = {m: _index_slab(volume, config) for m, volume in volumes.items()}
-        foreground = slabs["T2"].values > align.otsu_threshold(slabs["T2"].values)
-        similarity = _nmi_within(foreground, slabs["T1"], slabs["T2"])
+        similarity = _nmi_within(_foreground(slabs["T2"]), slabs["T1"], slabs["T2"])
         record: dict[str, Any] = {"nmi_before": similarity, "nmi_after": similarity}
     else:
         slabs, record = _anatomical_slabs(volumes["T1"], volumes["T2"], config)
@@ -120,15 +119,28 @@ def _cut(job: Job, packed: dict[str, bytes], config: DatasetConfig, work: Path) 
             detail = f"normalised mutual information is {record['nmi_after']:.3f}; {config.min_nmi:g} is the least"
             return record | {"reason": "low_similarity", "detail": detail}
         record["flags"] = ",".join(filter(None, [record.get("flags"), "low_similarity"]))
+    files = {}
     if config.pictures:
         middle = len(voxels["T2"]) // 2
-        pictures.save(
-            pictures.pair_picture(voxels["T1"][middle], voxels["T2"][middle]), picture_path(work, job.subject_id)
+        picture, path = (
+            pictures.pair_picture(voxels["T1"][middle], voxels["T2"][middle]),
+            picture_path(work, job.subject_id),
         )
+        files[path.name] = pictures.save(picture, path)
     for modality in slabs:
-        write_shard(voxels[modality], shard_path(work, job.subject_id, modality))
+        path = shard_path(work, job.subject_id, modality)
+        files[path.name] = write_shard(voxels[modality], path)
     affines = {m.lower(): slab.affine.tolist() for m, slab in slabs.items()}
-    return record | {"affines": affines, "slab_shape": voxels["T2"].shape}
+    return record | {"affines": affines, "slab_shape": voxels["T2"].shape, "files": files}
+
+
+def _still_there(record: Mapping[str, Any], job: Job, work: Path) -> bool:
+    """Whether what an earlier run recorded is on the disk, whole: a power cut can lose what was written last."""
+    try:
+        whole = all(sha256_file(work / name) == digest for name, digest in record.get("files", {}).items())
+    except OSError:
+        return False
+    return whole and ("files" in record or "reason" in record or not job.cut)
 
 
 class _Volume:
@@ -175,7 +187,7 @@ def _axial_slab(t2: _Volume, config: DatasetConfig) -> Slab:
 def _anatomical_slabs(t1: _Volume, t2: _Volume, config: DatasetConfig) -> tuple[dict[str, Slab], dict[str, Any]]:
     """Both slabs on the T2's planes, the T1 interpolated once; and what is recorded of how they were aligned."""
     target = _axial_slab(t2, config)
-    foreground = target.values > align.otsu_threshold(target.values)
+    foreground = _foreground(target)
     t2_to_t1 = np.eye(4)
     chosen, inside = _resampled_slab(t1, target, t2_to_t1)
     similarity = _nmi_within(foreground & inside, chosen, target)
@@ -185,14 +197,16 @@ def _anatomical_slabs(t1: _Volume, t2: _Volume, config: DatasetConfig) -> tuple[
         found, flag = _registered(t1, t2, points)
         if not flag:
             candidate, candidate_inside = _resampled_slab(t1, target, found)
-            after = _nmi_within(foreground & candidate_inside, candidate, target)
-            if after > similarity:
+            both = foreground & inside & candidate_inside  # on other voxels, other figures would mean nothing
+            before, after = (_nmi_within(both, slab, target) for slab in (chosen, candidate))
+            if after > before and _share_outside(foreground, candidate_inside) <= MAX_OUTSIDE:
                 chosen, inside, t2_to_t1, similarity = candidate, candidate_inside, found, after
+                record["nmi_before"] = before
             else:
                 flag = "registration_no_gain"
         motion_mm, motion_deg = register.motion_of(t2_to_t1, points)
         record |= {"motion_mm": motion_mm, "motion_deg": motion_deg, "flags": flag}
-    outside = np.count_nonzero(foreground & ~inside) / max(int(np.count_nonzero(foreground)), 1)
+    outside = _share_outside(foreground, inside)
     if outside > MAX_OUTSIDE:
         raise BadVolumeError("outside_fov", f"{outside:.1%} of the T2 slab's foreground lies outside the T1's grid")
     record |= {"t2_to_t1_ras_mm": json.dumps(t2_to_t1.tolist()), "nmi_after": similarity}
@@ -210,8 +224,26 @@ def _registered(t1: _Volume, t2: _Volume, points: NDArray[np.float64]) -> tuple[
     return found, "registration_too_far" if too_far else ""
 
 
+def _foreground(slab: Slab) -> NDArray[np.bool_]:
+    values = _bounded(slab.values)
+    found: NDArray[np.bool_] = values > align.otsu_threshold(values)
+    return found
+
+
+def _share_outside(foreground: NDArray[np.bool_], inside: NDArray[np.bool_]) -> float:
+    return float(np.count_nonzero(foreground & ~inside)) / max(int(np.count_nonzero(foreground)), 1)
+
+
 def _nmi_within(mask: NDArray[np.bool_], a: Slab, b: Slab) -> float:
-    return register.nmi(a.values[mask], b.values[mask])
+    return register.nmi(_bounded(a.values[mask]), _bounded(b.values[mask]))
+
+
+def _bounded(values: NDArray[Any]) -> NDArray[Any]:
+    """Values within twice the range of int16, so that no sum overflows; who has others will be `intensity_range`."""
+    if values.dtype.kind != "f" and values.dtype.itemsize <= 2:
+        return values
+    bounded: NDArray[Any] = np.nan_to_num(np.clip(values, -65536.0, 65536.0))
+    return bounded
 
 
 def _resampled_slab(t1: _Volume, target: Slab, t2_to_t1: align.Matrix) -> tuple[Slab, NDArray[np.bool_]]:

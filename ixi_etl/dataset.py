@@ -93,16 +93,26 @@ def publish(places: Places, version: str, staged: Path, origins: Mapping[str, An
     target = places.version(version)
     for folder, _, _ in os.walk(staged):
         _sync_folder(Path(folder))
+    put_aside(places, version)
     staged.rename(target)
     _sync_folder(target.parent)
     point_to(places, version, origins)
     return target
 
 
+def put_aside(places: Places, version: str) -> None:
+    """Take what lies at a version's place, which is damaged or half there, out of the way into its staging folder."""
+    if places.version(version).exists():
+        aside = places.staging(version) / "damaged"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        places.version(version).rename(aside)
+
+
 def point_to(places: Places, version: str, origins: Mapping[str, Any]) -> None:
     """Make `latest.json` name `version`, unless it does already."""
-    pointer = read_json(places.datasets / POINTER) or {"history": []}
-    if pointer.get("version") == version:
+    pointer = _read_pointer(places) or {"version": None, "history": []}
+    if pointer["version"] == version:
         return
     entry = {"version": version, "published": datetime.now(UTC).isoformat(timespec="seconds"), "origins": origins}
     write_atomic(places.datasets / POINTER, to_json({**entry, "history": [*pointer["history"], entry]}))
@@ -127,8 +137,10 @@ def resolve(places: Places, version: str = "latest") -> str:
     """
     names = published(places)
     if version.removeprefix("@") == "latest":
-        pointer = read_json(places.datasets / POINTER)
-        if not isinstance(pointer, dict) or "version" not in pointer:
+        pointer = _read_pointer(places)
+        if pointer is None and (places.datasets / POINTER).exists():
+            raise DatasetError(f"{places.datasets / POINTER} is damaged; `ixi-etl refresh` writes it anew")
+        if pointer is None:
             raise DatasetError(f"{places.datasets} has no published version; run `ixi-etl refresh` first")
         if pointer["version"] not in names:
             raise DatasetError(
@@ -149,9 +161,20 @@ def published(places: Places) -> list[str]:
     if not places.datasets.is_dir():
         return []
     names = {p.name for p in places.datasets.iterdir() if not p.name.startswith(".") and (p / FACTS).is_file()}
-    pointer = read_json(places.datasets / POINTER) or {"history": []}
+    pointer = _read_pointer(places) or {"history": []}
     dated = list(dict.fromkeys(e["version"] for e in pointer["history"] if e["version"] in names))
     return [*sorted(names - set(dated)), *dated]
+
+
+def _read_pointer(places: Places) -> dict[str, Any] | None:
+    """What `latest.json` says; None where it is missing or damaged."""
+    pointer = read_json(places.datasets / POINTER)
+    try:
+        if isinstance(pointer["version"], str) and all(isinstance(e["version"], str) for e in pointer["history"]):
+            return dict(pointer)
+    except (TypeError, KeyError):
+        pass
+    return None
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -161,7 +184,14 @@ def read_facts(folder: Path) -> dict[str, Any]:
         DatasetError: it is missing or damaged.
     """
     facts = read_json(folder / FACTS)
-    if not isinstance(facts, dict) or "files" not in facts:
+    if not isinstance(facts, dict) or not facts.keys() >= {
+        "files",
+        "version",
+        "inputs",
+        "funnel",
+        "splits",
+        "subjects",
+    }:
         raise DatasetError(f"{folder / FACTS} is missing or damaged; refresh again, or restore it")
     return facts
 
@@ -174,14 +204,14 @@ def read_manifest(folder: Path) -> pd.DataFrame:
     """
     path = folder / MANIFEST
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} cannot be read ({error})") from error
     return manifest.from_csv(text, str(path))
 
 
-def verify(folder: Path, *, deep: bool = False, progress: Progress = silent) -> list[str]:
-    """What is wrong with a version, a line each; nothing if it is sound.
+def verify(folder: Path, *, version: str | None = None, deep: bool = False, progress: Progress = silent) -> list[str]:
+    """What is wrong with a version, a line each; nothing if it is sound. `version`: its name, if not the folder's.
 
     Cheap: every file is there with its size, the manifest keeps its schema, and counts agree. `deep`: every file's
     SHA-256, every chunk decoded (its CRC-32C checked), and every slab's percentiles as the manifest has them.
@@ -202,8 +232,10 @@ def verify(folder: Path, *, deep: bool = False, progress: Progress = silent) -> 
         progress("verify files", done, len(facts["files"]), "files")
     listed = {str(folder / name) for name in facts["files"]} | {str(folder / FACTS)}
     problems += [f"{p} does not belong here" for p in sorted(folder.rglob("*")) if p.is_file() and str(p) not in listed]
-    if version_name(facts["inputs"]) != facts["version"]:
-        problems.append(f"{folder / FACTS} is damaged: its version is not the hash of its inputs")
+    if not version_name(facts["inputs"]) == facts["version"] == (version or folder.name):
+        problems.append(
+            f"{folder / FACTS} is damaged: its version is not its folder's name, or not the hash of its inputs"
+        )
     try:
         table = read_manifest(folder)
         problems += _verify_store(folder, manifest.used(table), deep, progress)
@@ -256,5 +288,6 @@ def compare(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
     return both.reset_index(names="subject_id")
 
 
-def clear_staging(places: Places, version: str) -> None:
-    shutil.rmtree(places.staging(version), ignore_errors=True)
+def clear_staging(places: Places) -> None:
+    """Remove what refreshes left that were stopped; only with the root's lock held."""
+    shutil.rmtree(places.datasets / ".staging", ignore_errors=True)

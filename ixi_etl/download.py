@@ -369,6 +369,10 @@ def _discard(path: Path) -> None:
     path.with_name(f"{path.name}.part").unlink(missing_ok=True)
 
 
+_under_way: set[_Part] = set()
+_under_way_lock = threading.Lock()
+
+
 class _Part:
     """`NAME.part`, written at any offset, and the record of which segments of it are done."""
 
@@ -388,20 +392,28 @@ class _Part:
         self.done: set[int] = set(old.get("done", ()))
         self.resumed = bool(self.done)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        with _under_way_lock:
+            _under_way.add(self)
 
     def __enter__(self) -> _Part:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with _under_way_lock:
+            _under_way.discard(self)
         os.close(self._file)
 
     def segments(self) -> list[tuple[int, int, int]]:
         """(index, start, stop) of each segment, in bytes."""
         return [(i, a, min(a + SEGMENT, self._size)) for i, a in enumerate(range(0, self._size, SEGMENT))]
 
+    def missing(self) -> int:
+        """Bytes that are still to come, and to find room."""
+        return max(0, self._size - os.fstat(self._file).st_blocks * 512)
+
     def check_disk(self) -> None:
-        have = os.fstat(self._file).st_blocks * 512
-        need = self._size - have + SPARE_BYTES
+        with _under_way_lock:  # two archives at once must fit together
+            need = sum(part.missing() for part in _under_way) + SPARE_BYTES
         free = shutil.disk_usage(self.path.parent).free
         if need > free:
             raise DownloadError(

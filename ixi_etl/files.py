@@ -42,7 +42,7 @@ def to_json(value: Any) -> str:
 def read_json(path: Path) -> Any:
     """What a JSON file holds, or None where there is no such file or it was cut short."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
         return None
 

@@ -258,7 +258,29 @@ def validate(manifest: pd.DataFrame) -> pd.DataFrame:
     def sorted_by_subject(table: pd.DataFrame) -> bool:
         return bool(table["subject_id"].is_monotonic_increasing)
 
-    checks = [pa.Check(c) for c in (used_has_no_reason, used_has_a_split, rows_are_dense, sorted_by_subject)]
+    def out_has_a_detail(table: pd.DataFrame) -> Any:
+        return (table["status"] == EXCLUDED) == (table["detail"] != "")
+
+    def used_is_complete(table: pd.DataFrame) -> Any:
+        complete = table["t2_to_t1_ras_mm"].map(_is_matrix)
+        for name in ("t1", "t2"):
+            complete &= table[f"{name}_member"] != ""
+            complete &= table[f"{name}_sha256"].str.fullmatch("[0-9a-f]{64}")
+            complete &= (table[f"{name}_p_low"] <= table[f"{name}_p_high"]).fillna(False)
+        complete &= table["t2_window_start"].notna() & table["t2_window_stop"].notna()
+        return (table["status"] != USED) | complete
+
+    rules = (
+        used_has_no_reason,
+        used_has_a_split,
+        rows_are_dense,
+        sorted_by_subject,
+        out_has_a_detail,
+        used_is_complete,
+    )
+    checks = [pa.Check(rule) for rule in rules]
+    for name in ("nmi_before", "nmi_after"):
+        columns[name] = pa.Column("Float64", pa.Check.in_range(0, 1), nullable=True)
     schema = pa.DataFrameSchema({c: columns[c] for c in COLUMNS}, checks, strict=True, ordered=True)
     try:
         return schema.validate(manifest)
@@ -269,6 +291,14 @@ def validate(manifest: pd.DataFrame) -> pd.DataFrame:
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of a table as dictionaries."""
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
+def _is_matrix(text: str) -> bool:
+    """Whether it is a 4 x 4 matrix in JSON, or empty, as for pairs by index."""
+    try:
+        return text == "" or np.shape(json.loads(text)) == (4, 4)
+    except ValueError:
+        return False
 
 
 def _typed(table: pd.DataFrame) -> pd.DataFrame:

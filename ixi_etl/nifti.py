@@ -115,6 +115,19 @@ def _fill(header: Header, head: bytes, packed_size: int) -> None:
     else:
         raise BadVolumeError("unreadable", f"not a NIfTI file (it begins with {head[:16]!r})")
 
+    # As the standard has it: a slope of 0 or NaN means that no scaling is given.
+    slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])
+    if slope == slope and slope != 0:
+        if not np.isfinite([slope, intercept]).all():
+            raise BadVolumeError("unreadable", f"slope {slope} and intercept {intercept} are not finite")
+        header.slope, header.intercept = slope, intercept
+
+    offset = float(raw["vox_offset"])
+    smallest = 352 if len(raw.binaryblock) == 348 else 544
+    if not smallest <= offset <= 1 << 20:
+        raise BadVolumeError("unreadable", f"voxels are said to begin at byte {offset:g}")
+    header.voxel_offset = int(offset)
+
     ndim = int(raw["dim"][0])
     if not 1 <= ndim <= 7:
         raise BadVolumeError("not_3d", f"the header gives {ndim} dimensions")
@@ -135,18 +148,6 @@ def _fill(header: Header, head: bytes, packed_size: int) -> None:
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise BadVolumeError("unsupported_dtype", f"voxels are {dtype}; integers and floats up to 64 bits can be read")
 
-    # As the standard has it: a slope of 0 or NaN means that no scaling is given.
-    slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])
-    if slope == slope and slope != 0:
-        if not np.isfinite([slope, intercept]).all():
-            raise BadVolumeError("unreadable", f"slope {slope} and intercept {intercept} are not finite")
-        header.slope, header.intercept = slope, intercept
-
-    offset = float(raw["vox_offset"])
-    smallest = 352 if len(raw.binaryblock) == 348 else 544
-    if not smallest <= offset <= 1 << 20:
-        raise BadVolumeError("unreadable", f"voxels are said to begin at byte {offset:g}")
-    header.voxel_offset = int(offset)
     if header.voxel_bytes > MAX_VOLUME_BYTES or header.voxel_bytes > MAX_DEFLATE_RATIO * packed_size + (1 << 16):
         raise BadVolumeError(
             "unreadable", f"the header claims {header.voxel_bytes} bytes of voxels, of a member of {packed_size} bytes"

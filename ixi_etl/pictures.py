@@ -6,6 +6,8 @@ on the right.
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from ixi_etl.align import itk
+from ixi_etl.files import write_atomic
 
 EDGE_COLOUR = (255, 150, 0)
 QUALITY = 85  # of JPEG: about 40 kB a pair
@@ -29,9 +32,12 @@ def pair_picture(t1: NDArray[Any], t2: NDArray[Any]) -> Image.Image:
     return Image.fromarray(np.concatenate([*panels, overlay], axis=1)[::-1])
 
 
-def save(picture: Image.Image, path: Path) -> None:
-    """Write a JPEG; equal pictures are equal bytes."""
-    picture.save(path, "JPEG", quality=QUALITY, subsampling=0)
+def save(picture: Image.Image, path: Path) -> str:
+    """Write a JPEG, whole or not at all; its SHA-256. Equal pictures are equal bytes."""
+    packed = io.BytesIO()
+    picture.save(packed, "JPEG", quality=QUALITY, subsampling=0)
+    write_atomic(path, packed.getvalue())
+    return hashlib.sha256(packed.getvalue()).hexdigest()
 
 
 def sheet(paths: Sequence[Path], captions: Sequence[str]) -> Image.Image:

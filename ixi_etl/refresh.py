@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +26,11 @@ from ixi_etl.download import Acquired, acquire, own_sources
 from ixi_etl.errors import DatasetError
 from ixi_etl.files import Progress, lock_root, sha256_file, silent, to_json, write_atomic
 from ixi_etl.spread import spread
-from ixi_etl.survey import depth_histogram, modal_depths, survey
+from ixi_etl.survey import depth_histogram, modal_depths, modal_planes, survey
+
+log = logging.getLogger(__name__)
+
+OFFICIAL, DEMOGRAPHICS = "official", "IXI.xls"
 
 ALWAYS_ALLOWED_UNREADABLE = 10
 WORST_SHOWN = 10  # pairs on the sheet of the least alike
@@ -78,10 +84,17 @@ def refresh(config: RefreshConfig, progress: Progress = silent) -> Refreshed:
 
 
 def find_sources(config: RefreshConfig) -> dict[str, catalog.Source]:
-    """Modality -> where its archive is to come from."""
-    if config.source:
-        return own_sources(config.source, offline=config.offline, insecure_hosts=config.insecure_hosts)
-    return {m: catalog.official(catalog.archive_name(m)) for m in MODALITIES}
+    """Modality -> where its archive is to come from, and the same of `IXI.xls` if the official one is wanted.
+
+    Raises:
+        DatasetError: the demographics file is not there; better said before hours of download.
+    """
+    if config.demographics not in (None, OFFICIAL) and not Path(str(config.demographics)).expanduser().is_file():
+        raise DatasetError(f"{config.demographics} is not there; give IXI.xls, '{OFFICIAL}', or leave it out")
+    people = {DEMOGRAPHICS: catalog.official(DEMOGRAPHICS)} if config.demographics == OFFICIAL else {}
+    if config.source is not None:
+        return own_sources(config.source, offline=config.offline, insecure_hosts=config.insecure_hosts) | people
+    return {m: catalog.official(catalog.archive_name(m)) for m in MODALITIES} | people
 
 
 def acquire_file(config: RefreshConfig, source: catalog.Source, progress: Progress = silent) -> Acquired:
@@ -96,48 +109,53 @@ def acquire_file(config: RefreshConfig, source: catalog.Source, progress: Progre
     )
 
 
-def acquire_demographics(config: RefreshConfig, progress: Progress = silent) -> Path | None:
-    """The demographics file, fetched if it is the official one; None where none is wanted."""
-    if config.demographics is None:
-        return None
-    if config.demographics == "official":
-        return Path(acquire_file(config, catalog.official("IXI.xls"), progress).location)
-    return Path(config.demographics).expanduser()
-
-
 def acquire_inputs(config: RefreshConfig, progress: Progress = silent) -> Inputs:
-    """Both archives at once, and the demographics."""
+    """All files at once."""
     sources = find_sources(config)
     with ThreadPoolExecutor(len(sources)) as pool:
-        jobs = {m: pool.submit(acquire_file, config, source, progress) for m, source in sources.items()}
-        archives = {m: job.result() for m, job in jobs.items()}
-    return Inputs(archives, acquire_demographics(config, progress))
+        jobs = {key: pool.submit(acquire_file, config, source, progress) for key, source in sources.items()}
+        return inputs_of(config, {key: job.result() for key, job in jobs.items()})
+
+
+def inputs_of(config: RefreshConfig, acquired: Mapping[str, Acquired]) -> Inputs:
+    """What the version is made of, from the files that `find_sources` asked for."""
+    archives = {m: acquired[m] for m in MODALITIES}
+    if config.demographics is None:
+        return Inputs(archives, None)
+    if config.demographics == OFFICIAL:
+        return Inputs(archives, Path(acquired[DEMOGRAPHICS].location))
+    return Inputs(archives, Path(config.demographics).expanduser())
 
 
 def name_version(config: RefreshConfig, inputs: Inputs) -> tuple[str, dict[str, Any]]:
     """The version's name, and the inputs that it is the hash of."""
-    people = None
-    if inputs.demographics is not None:
-        if not inputs.demographics.is_file():
-            raise DatasetError(f"{inputs.demographics} is not there; give IXI.xls, 'official', or leave it out")
-        people = sha256_file(inputs.demographics)
+    people = sha256_file(inputs.demographics) if inputs.demographics else None
     facts = dataset.inputs_of({m: a.md5 for m, a in inputs.archives.items()}, people, config.dataset)
     return dataset.version_name(facts), facts
 
 
 def find_published(config: RefreshConfig, version: str, inputs: Inputs) -> Refreshed | None:
-    """The version, if it has been published; then it is the latest again."""
+    """The version, if it has been published and is sound; then it is the latest again."""
     places = Places(config.root)
     if version not in dataset.published(places):
         return None
+    problems = dataset.verify(places.version(version))
+    if problems:
+        log.warning("version %s is damaged and is made again: %s", version, problems[0])
+        dataset.put_aside(places, version)
+        return None
     dataset.point_to(places, version, inputs.origins)
-    dataset.clear_staging(places, version)
+    dataset.clear_staging(places)
     return Refreshed(version, places.version(version), is_new=False)
 
 
 def select_subjects(config: RefreshConfig, table: pd.DataFrame, inputs: Inputs) -> pd.DataFrame:
     """Candidates and exclusions, from headers alone."""
     people = read_demographics(inputs.demographics) if inputs.demographics else None
+    planes = modal_planes(table)
+    if config.dataset.pairing == "index" and len(set(planes.values())) > 1:
+        said = " and ".join(f"{m} slices are {plane}" for m, plane in planes.items())
+        log.warning("index pairing: %s, so the two pictures of a pair show different planes of the head", said)
     return manifest.select(table, config.dataset, people)
 
 
@@ -158,6 +176,7 @@ def cut_subjects(
     work = places.staging(version) / "work"
     work.mkdir(parents=True, exist_ok=True)
     jobs = _jobs(table, candidates, inputs.locations)
+    _check_disk(work, candidates, config.dataset.slices)
     results = spread(
         partial(cut_subject, config=config.dataset, work=work.resolve()),
         jobs,
@@ -181,6 +200,16 @@ def _jobs(table: pd.DataFrame, candidates: pd.DataFrame, locations: Mapping[str,
         parts.setdefault(row["subject_id"], {})[row["modality"]] = part
     wanted = set(candidates.loc[candidates["status"] == manifest.CANDIDATE, "subject_id"])
     return [Job(subject, parts[subject], subject in wanted) for subject in candidates["subject_id"]]
+
+
+def _check_disk(work: Path, candidates: pd.DataFrame, slices: int) -> None:
+    """Room for what is still to be cut: two int16 slabs a candidate, as if nothing could be compressed."""
+    wanted = candidates[candidates["status"] == manifest.CANDIDATE]
+    voxels = sum(math.prod(json.loads(shape)[:2]) for shape in wanted["t2_shape"])
+    have = sum(path.stat().st_size for path in work.glob("*.shard"))
+    need, free = len(MODALITIES) * 2 * slices * voxels - have, shutil.disk_usage(work).free
+    if need > free:
+        raise DatasetError(f"{work} has {free / 1e9:.2f} GB free, but the slabs need {need / 1e9:.2f} GB; free some")
 
 
 def _check_enough(settled: pd.DataFrame, max_unreadable: float, audit: Path) -> None:
@@ -222,6 +251,7 @@ def publish_version(
         "subjects": len(subjects),
         "splits": {str(k): int(v) for k, v in manifest.used(settled)["split"].value_counts().sort_index().items()},
         "modal_depth": modal_depths(table),
+        "planes": modal_planes(table),
         "histogram": json.loads(depth_histogram(table).reset_index().to_json(orient="records")),
         "funnel": json.loads(manifest.funnel(settled).to_json(orient="index")),
         "not_volumes": table.loc[table["subject_id"] == "", "member"].tolist(),
@@ -238,16 +268,16 @@ def publish_version(
     )
     if config.dataset.pictures:
         _put_pictures(work, staged / dataset.PICTURES, manifest.used(settled))
-    (staged / dataset.MANIFEST).write_text(manifest.to_csv(settled))
+    write_atomic(staged / dataset.MANIFEST, manifest.to_csv(settled))
     worst = staged / dataset.PICTURES / dataset.WORST
     page = report.dataset_report(summary, settled, worst.read_bytes() if config.dataset.pictures else None)
-    (staged / dataset.REPORT).write_text(page)
+    write_atomic(staged / dataset.REPORT, page)
     write_atomic(staged / dataset.FACTS, to_json(summary | {"files": dataset.list_files(staged)}))
-    problems = dataset.verify(staged)
+    problems = dataset.verify(staged, version=version)
     if problems:
         raise DatasetError(f"the staged version does not verify: {problems[0]}; run the refresh again")
     folder = dataset.publish(places, version, staged, inputs.origins)
-    dataset.clear_staging(places, version)
+    dataset.clear_staging(places)
     return Refreshed(version, folder, is_new=True)
 
 

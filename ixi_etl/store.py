@@ -7,6 +7,8 @@ number of workers, and put in their rows when it is known who is used.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import tempfile
 import threading
@@ -50,8 +52,10 @@ def _create(path: Path, shape: tuple[int, ...], pairing: str) -> zarr.Array[Any]
         )
 
 
-def write_shard(slab: NDArray[np.int16], path: Path) -> None:
-    """Write one subject's slab [z, y, x] as a shard file, whole or not at all, and read it back to be sure.
+def write_shard(slab: NDArray[np.int16], path: Path) -> str:
+    """Write one subject's slab [z, y, x] as a shard file, whole or not at all; its SHA-256.
+
+    It is read back, and is on the disk when this returns, not only in the system's memory.
 
     Raises:
         DatasetError: what was read back is not what was written.
@@ -61,7 +65,12 @@ def write_shard(slab: NDArray[np.int16], path: Path) -> None:
         array[0] = slab
         if not np.array_equal(np.asarray(array[0]), slab):
             raise DatasetError(f"{path}: the shard does not read back as it was written; is the disk sound?")
-        (Path(folder) / "a" / "c" / "0" / "0" / "0" / "0").replace(path)
+        shard = Path(folder) / "a" / "c" / "0" / "0" / "0" / "0"
+        with open(shard, "rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        shard.replace(path)
+    return digest
 
 
 def assemble(

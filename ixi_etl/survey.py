@@ -14,9 +14,13 @@ from ixi_etl.errors import BadVolumeError
 from ixi_etl.files import Progress, silent
 from ixi_etl.nifti import inflate_head, parse_header
 
+PLANES = ("sagittal", "coronal", "axial")  # across R-L, A-P, S-I
 HEAD_BYTES = 2048  # of each member, packed: holds a whole header whatever the compressor did
 
-NAME = re.compile(r"(?P<subject_id>(?P<person>[^/-]+)-(?P<site>[^/-]+)-[^/]+)-(?P<modality>[^/-]+)\.nii(\.gz)?")
+_WORD = "[A-Za-z0-9][A-Za-z0-9_.]{0,39}"  # a subject's id becomes a part of file names
+NAME = re.compile(
+    rf"(?P<subject_id>(?P<person>{_WORD})-(?P<site>{_WORD})-{_WORD}(-{_WORD}){{0,2}})-(?P<modality>{_WORD}?)\.nii\.gz"
+)
 
 COLUMNS = [
     "subject_id",
@@ -111,6 +115,13 @@ def modal_depths(table: pd.DataFrame) -> dict[str, int]:
     """Modality -> the commonest depth of its 3-D volumes; of several equally common ones the largest."""
     volumes = _volumes(table)
     return {str(m): int(depths.mode().max()) for m, depths in volumes.groupby("modality")["depth"]}
+
+
+def modal_planes(table: pd.DataFrame) -> dict[str, str]:
+    """Modality -> the plane of most of its slices as stored: sagittal, coronal or axial, by the last axis."""
+    known = table[table["orientation"].str.len() == 3]
+    planes = known["orientation"].str[2].map(dict(zip("RLAPSI", [p for p in PLANES for _ in "+-"], strict=True)))
+    return {str(m): str(of.mode().iloc[0]) for m, of in planes.groupby(known["modality"])}
 
 
 def _volumes(table: pd.DataFrame) -> pd.DataFrame:

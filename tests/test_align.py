@@ -26,15 +26,11 @@ def test_axial_slab_keeps_every_voxel_at_its_place_in_the_world(
     stop = data.draw(st.integers(start + 1, depth))
     slab, slab_affine = align.axial_slab(volume, affine, (start, stop))
     assert slab.shape[0] == stop - start
-    where = {
-        tuple(p): v for p, v in zip(world_of(affine, volume.shape).reshape(-1, 3).round(6), volume.flat, strict=True)
-    }
-    found = world_of(slab_affine, slab.shape).reshape(-1, 3).round(6)
+    found = world_of(slab_affine, slab.shape).reshape(-1, 3)
     nearest = np.linalg.inv(affine) @ np.c_[found, np.ones(len(found))].T
     i, j, k = nearest[:3].round().astype(int)
     assert np.abs(nearest[:3] - nearest[:3].round()).max() < 1e-4
     np.testing.assert_array_equal(volume[k, j, i], slab.ravel())
-    assert len(where) == volume.size
 
 
 @given(st.data(), shapes)

@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from flows.cli import app, main
+from ixi_etl.config import PRESETS, DatasetConfig
 from ixi_etl.refresh import Refreshed
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -72,6 +73,9 @@ def test_verify_and_versions(published: Refreshed, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["survey", "--source", "foo://x"], "cannot read foo://x/IXI-T1.tar"),
+        (["refresh", "--root", "s3://bucket/x"], "not a folder on this machine"),
+        (["refresh", "--preset", "paper", "--registration", "rigid"], "registration must be none"),
         (["survey", "--source", "/nowhere"], "/nowhere/IXI-T1.tar is not there"),
         (["survey", "--source", "/nowhere/brains.tar"], "cannot tell T1 from T2"),
         (["survey", "--root", "/nowhere"], "no archives yet"),
@@ -91,6 +95,12 @@ def test_a_mistake_is_one_line_and_no_trace(
     assert err.startswith("error: ")
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_presets_can_be_over_ridden() -> None:
+    assert DatasetConfig.model_validate(PRESETS["paper"]).registration == "none"
+    assert DatasetConfig.model_validate(PRESETS["paper"] | {"pairing": "anatomical"}).registration == "rigid"
+    assert DatasetConfig.model_validate(PRESETS["paired"]) == DatasetConfig()
 
 
 def test_a_wrong_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

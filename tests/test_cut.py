@@ -131,6 +131,10 @@ def replaced(values: NDArray[Any], value: float) -> NDArray[Any]:
     return values
 
 
+def packed_as(values: NDArray[Any], affine: NDArray[Any] = T2_GRID[0]) -> bytes:
+    return pack(values.astype("<f8"), affine)
+
+
 flipped = bytearray(T1)
 flipped[len(T1) // 2] ^= 0xFF
 FAULTS = {
@@ -164,6 +168,15 @@ FAULTS = {
     "too wide": (T1, pack(textured(T2_GRID[1]), T2_GRID[0], slope=20), "intensity_range", "T2"),
     "200 levels": (T1, pack(textured(T2_GRID[1]) // 15, T2_GRID[0]), "intensity_range", "T2"),
     "elsewhere": (pack(textured(T1_GRID[1]), rigid((0, 0, 0), (0, 0, 60)) @ T1_GRID[0]), T2, "outside_fov", "T2"),
+    "infinite after scaling": (T1, pack(textured(T2_GRID[1]), T2_GRID[0], slope=3e38), "intensity_range", "T2"),
+    "as wide as float64": (T1, packed_as((textured(T2_GRID[1]) / 1500 - 1) * 1.6e308), "intensity_range", "T2"),
+    "two huge values": (T1, packed_as(1e16 + 2.0 * (textured(T2_GRID[1]) % 2)), "intensity_range", "T2"),
+    "T1 as wide as float64": (
+        packed_as((textured(T1_GRID[1]) / 1500 - 1) * 1.6e308, T1_GRID[0]),
+        T2,
+        "intensity_range",
+        "T1",
+    ),
     "header changed since the survey": (gzip.compress(b"<html>" * 99), T2, "unreadable", "T1"),
 }
 
@@ -207,6 +220,20 @@ def test_who_was_done_before_is_not_done_again(tmp_path: Path) -> None:
     before = shard.stat().st_mtime_ns
     assert cut(tmp_path, b"now these bytes", b"are gone") == json.loads(json.dumps(first))
     assert shard.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("loss", ["shard gone", "shard cut short", "picture gone"])
+def test_a_record_whose_files_were_lost_does_not_count(loss: str, tmp_path: Path) -> None:
+    first = cut(tmp_path, T1, T2)
+    shard = shard_path(tmp_path, "IXI002-Guys-0828", "T2")
+    whole = shard.read_bytes()
+    if loss == "shard cut short":
+        shard.write_bytes(whole[:1000])
+    else:
+        (shard if loss == "shard gone" else tmp_path / "IXI002-Guys-0828.jpg").unlink()
+    assert cut(tmp_path, T1, T2) == first
+    assert shard.read_bytes() == whole
+    assert (tmp_path / "IXI002-Guys-0828.jpg").exists()
 
 
 def test_a_half_written_record_does_not_count(tmp_path: Path) -> None:

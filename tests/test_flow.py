@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from conftest import config_for
 
 from ixi_etl.errors import DownloadError
-from ixi_etl.refresh import Refreshed
+from ixi_etl.refresh import Refreshed, refresh
 from ixi_etl.serve import serve_folder
 
 
@@ -74,6 +76,34 @@ def test_the_command_line_says_a_mistake_in_one_line(tmp_path: Path) -> None:
     assert lines == [f"error: {tmp_path}/nowhere/IXI-T1.tar is not there; --source wants IXI-T1.tar and IXI-T2.tar"], (
         done.stderr
     )
+
+
+def test_a_prefect_server_that_is_not_there_is_one_line(archives: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "flows", "refresh", "--root", tmp_path / "root", "--source", archives],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PREFECT_API_URL": "http://127.0.0.1:9/api"},
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "error: no Prefect server answers" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_stops_at_once_and_the_next_run_goes_on(archives: Path, tmp_path: Path) -> None:
+    arguments = ["refresh", "--root", str(tmp_path), "--source", str(archives), "--slices", "12", "--workers", "1"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "flows", *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while child.poll() is None and not list(tmp_path.glob("datasets/*/.staging/*/work/*.json")):
+        time.sleep(0.01)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert "stopped; the same command goes on from here" in said
+    assert "Traceback" not in said
+    assert refresh(config_for(tmp_path, archives, registration="rigid")).is_new
 
 
 def test_the_command_line_refreshes_twice(published: Refreshed, archives: Path, tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ from ixi_etl.manifest import REASONS
 from ixi_etl.phantom import grid_affine
 from ixi_etl.survey import COLUMNS, modal_depths
 
+CUT = {"t1_sha256": "0" * 64, "t2_sha256": "a" * 64, "t1_p_low": 0, "t1_p_high": 9, "t2_p_low": 0, "t2_p_high": 9}
+CUT |= {"t2_window_start": 55, "t2_window_stop": 75}
+
 HEADER_REASONS = ["", "", "", "unreadable", "not_3d", "unsupported_dtype", "bad_affine"]
 
 
@@ -100,12 +103,8 @@ def test_settled_manifests_keep_the_contract_and_survive_the_csv(table: pd.DataF
     found: dict[str, Any] = {}
     for subject in selected.loc[selected["status"] == "candidate", "subject_id"]:
         if data.draw(st.booleans()):
-            found[subject] = {
-                "t1_p_low": data.draw(st.floats(-1e4, 1e4)),
-                "t1_window_start": 65,
-                "affines": [],
-                "flags": 'a, "b"',
-            }
+            low = data.draw(st.floats(-1e4, 1e4))
+            found[subject] = CUT | {"t1_p_low": low, "t1_p_high": low, "affines": [], "flags": 'a, "b"'}
         else:
             found[subject] = {"reason": "corrupt_voxels", "detail": "T1: cut short,\nor so"}
     settled = manifest.settle(selected, {s: found.get(s, {"t1_sha256": "0"}) for s in selected["subject_id"]}, config)
@@ -144,13 +143,22 @@ def test_columns_are_in_the_order_of_the_contract() -> None:
         (lambda t: t.assign(more=1), "more"),
         (lambda t: pd.concat([t, t.iloc[:1]]), "duplicate"),
         (lambda t: t.assign(t1_depth="many"), "many"),
+        (lambda t: t.assign(detail="a used row has none"), "detail"),
+        (lambda t: t.assign(t1_sha256=""), "complete"),
+        (lambda t: t.assign(t2_member=""), "complete"),
+        (lambda t: t.assign(t2_p_high=-1.0), "complete"),
+        (lambda t: t.assign(t1_p_low=float("nan")), "complete"),
+        (lambda t: t.assign(t2_window_stop=""), "complete"),
+        (lambda t: t.assign(t2_to_t1_ras_mm="hello"), "complete"),
+        (lambda t: t.assign(t2_to_t1_ras_mm="[1, 2]"), "complete"),
+        (lambda t: t.assign(nmi_after=-7), "in_range"),
     ],
 )
 def test_a_manifest_that_was_edited_is_refused(change: Any, said: str) -> None:
     table = table_of([*pair("IXI001-HH-1"), *pair("IXI002-HH-1")])
-    settled = manifest.settle(
-        manifest.select(table, DatasetConfig()), {"IXI001-HH-1": {}, "IXI002-HH-1": {}}, DatasetConfig()
-    )
+    found = {"IXI001-HH-1": CUT, "IXI002-HH-1": CUT}
+    settled = manifest.settle(manifest.select(table, DatasetConfig()), found, DatasetConfig())
+    assert manifest.from_csv(settled.to_csv(index=False), "m.csv").equals(settled)
     text = change(settled).to_csv(index=False)
     with pytest.raises(DatasetError, match=rf"m\.csv is not a manifest.*{said}"):
         manifest.from_csv(text, "m.csv")

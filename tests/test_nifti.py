@@ -69,6 +69,8 @@ def test_trailing_axes_of_one_are_dropped() -> None:
 
 nan = np.full(12, np.nan, "<f4").tobytes()
 NO_SFORM = changed(252, b"\1\0\0\0")
+HEADER_4D = changed(40, np.array([4, 8, 7, 3, 2], "<i2").tobytes())
+COMPLEX = changed(70, np.array([32, 64], "<i2").tobytes())
 HOSTILE = {
     "empty": (b"", "unreadable"),
     "not NIfTI": (b"<html>" * 100, "unreadable"),
@@ -79,6 +81,11 @@ HOSTILE = {
     "voxels at NaN": (changed(108, nan[:4]), "unreadable"),
     "infinite slope": (changed(112, np.array([np.inf, 0], "<f4").tobytes()), "unreadable"),
     "10^12 voxels": (changed(40, np.array([3, 10000, 10000, 10000], "<i2").tobytes()), "unreadable"),
+    "4-D, infinite slope": (
+        HEADER_4D[:112] + np.array([np.inf, 0], "<f4").tobytes() + HEADER_4D[120:],
+        "unreadable",
+    ),
+    "complex, voxels inside the header": (COMPLEX[:108] + np.array([8], "<f4").tobytes() + COMPLEX[112:], "unreadable"),
     "2-D": (changed(40, np.array([2, 8, 42], "<i2").tobytes()), "not_3d"),
     "4-D": (changed(40, np.array([4, 8, 7, 3, 2], "<i2").tobytes()), "not_3d"),
     "7-D": (changed(40, np.array([7, 2, 2, 2, 2, 2, 2, 2], "<i2").tobytes()), "not_3d"),

@@ -138,6 +138,14 @@ def test_what_touches_data_names_the_version_and_what_does_not_does_not(archives
     assert len(names) == 5
     assert dataset.version_name(dataset.inputs_of(md5s, "c", config.dataset)) not in names
     assert dataset.version_name(dataset.inputs_of({"T1": "a", "T2": "x"}, None, config.dataset)) not in names
+    # nothing else of a refresh is even asked
+    assert set(dataset.inputs_of(md5s, None, config.dataset)) == {
+        "archives_md5",
+        "demographics_sha256",
+        "config",
+        "pipeline_version",
+        "libraries",
+    }
 
 
 def test_the_pointer_moves_back_when_an_old_version_is_asked_for(archives: Path, tmp_path: Path) -> None:
@@ -224,6 +232,7 @@ def test_a_killed_publish_shows_no_half_version_and_is_mended(
 ) -> None:
     config, places = config_for(tmp_path, archives), dataset.Places(tmp_path)
     kill_when(config, lambda: (places.staging(published.version) / mark).exists())
+    assert places.staging(published.version).exists(), "it was not killed in time"
     for name in dataset.published(places):
         assert dataset.verify(places.version(name), deep=True) == []
     again = refresh(config)
@@ -402,6 +411,61 @@ def test_a_shard_in_another_subject_s_row_is_found(copy: Path) -> None:
     (copy / dataset.FACTS).write_text(json.dumps(facts))
     assert dataset.verify(copy) == []
     assert any("percentiles" in problem for problem in dataset.verify(copy, deep=True))
+
+
+@pytest.mark.parametrize("loss", ["a shard", "the facts", "half the facts"])
+def test_a_refresh_makes_a_damaged_version_again(
+    loss: str, published: Refreshed, archives: Path, tmp_path: Path
+) -> None:
+    config = config_for(tmp_path, archives)
+    folder = refresh(config).folder
+    facts = folder / dataset.FACTS
+    if loss == "half the facts":
+        os.truncate(facts, 300)
+    else:
+        (facts if loss == "the facts" else folder / "slices.zarr/t2/c/1/0/0/0").unlink()
+    again = refresh(config)
+    assert again.is_new
+    assert contents(again.folder) == contents(published.folder)
+    assert not (tmp_path / "datasets" / dataset.NAME / ".staging").exists()
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"version": "x"}', '{"version": 3, "history": []}', '{"version', ""])
+def test_a_damaged_pointer_is_one_clear_line_and_is_mended(text: str, archives: Path, tmp_path: Path) -> None:
+    places = dataset.Places(tmp_path)
+    done = refresh(config_for(tmp_path, archives))
+    (places.datasets / dataset.POINTER).write_text(text)
+    with pytest.raises(DatasetError, match=r"latest\.json is damaged; `ixi-etl refresh` writes it anew"):
+        dataset.resolve(places)
+    assert dataset.published(places) == [done.version]
+    refresh(config_for(tmp_path, archives))
+    assert dataset.resolve(places) == done.version
+
+
+def test_a_version_under_another_name_is_found(published: Refreshed, tmp_path: Path) -> None:
+    copied = shutil.copytree(published.folder, tmp_path / "0123456789ab")
+    assert any("its folder's name" in problem for problem in dataset.verify(Path(copied)))
+
+
+def test_a_missing_demographics_file_is_said_before_any_download(tmp_path: Path) -> None:
+    config = config_for(tmp_path, "http://127.0.0.1:9").model_copy(update={"demographics": str(tmp_path / "IXI.xls")})
+    with pytest.raises(DatasetError, match=r"IXI\.xls is not there; give IXI\.xls, 'official', or leave it out"):
+        refresh(config)
+
+
+def test_index_pairing_warns_with_both_planes(archives: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    refresh(config_for(tmp_path, archives, pairing="index"))
+    assert "T1 slices are sagittal and T2 slices are axial" in caplog.text
+
+
+def test_no_room_for_the_slabs_is_said_before_the_cut(
+    archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ixi_etl import refresh as module
+
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
+    with pytest.raises(DatasetError, match=r"has 0\.00 GB free, but the slabs need"):
+        refresh(config_for(tmp_path, archives))
 
 
 def test_a_pointer_to_a_missing_version_is_one_clear_line(archives: Path, tmp_path: Path) -> None:

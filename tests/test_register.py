@@ -180,6 +180,20 @@ def test_a_registration_that_cannot_stand_is_undone_and_flagged(
     assert "reason" not in record
 
 
+def test_similarities_are_compared_on_the_same_voxels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A motion that moves much of the T2 out of the T1's grid must not win by what is left."""
+    monkeypatch.setattr(register, "register", lambda t1, t2: rigid((0, 0, 0), (14.5, 0, 0)))
+    narrow = pack(
+        np.random.default_rng(0).integers(0, 3000, (20, 24, 24)).astype("<i2"), GRID1 @ np.diag([1, 1, 0.85, 1])
+    )
+    noise = pack(np.random.default_rng(1).integers(0, 3000, (14, 22, 26)).astype("<i2"), GRID2)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    without = cut(plain, narrow, noise, CONFIG.model_copy(update={"registration": "none"}))
+    record = cut(tmp_path, narrow, noise)
+    assert record.get("reason") == without.get("reason")
+
+
 def test_search_errors_of_the_library_are_flags() -> None:
     far = register.Scan(blobs((20, 24, 24), 0), rigid((0, 0, 0), (0, 0, 9000)) @ GRID1)
     flat = register.Scan(np.zeros((20, 24, 24), "<i2"), GRID1)

@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 
 from ixi_etl.archive import read_member
 from ixi_etl.phantom import grid_affine, pack, write_tar
-from ixi_etl.survey import COLUMNS, HEAD_BYTES, depth_histogram, draw_histogram, modal_depths, survey
+from ixi_etl.survey import (
+    COLUMNS,
+    HEAD_BYTES,
+    NAME,
+    depth_histogram,
+    draw_histogram,
+    modal_depths,
+    modal_planes,
+    survey,
+)
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +113,28 @@ def test_a_volume_of_the_other_modality_is_no_volume_of_this_archive(tmp_path: P
     write_tar(tmp_path / "IXI-T1.tar", {"IXI002-Guys-0828-T2.nii.gz": volume, "sub/IXI003-HH-0001-T1.nii.gz": volume})
     table = survey({"T1": str(tmp_path / "IXI-T1.tar")})
     assert table["subject_id"].tolist() == ["", "IXI003-HH-0001"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "._IXI002-Guys-0828-T1.nii.gz",  # what macOS puts beside each file
+        "IXI002-T1.nii.gz",
+        "IXI002-Guys-0828-T1.nii",
+        "IXI002-Züri-0828-T1.nii.gz",
+        "IXI002-Guys-..-T1.nii.gz",
+        f"IXI002-Guys-{'8' * 300}-T1.nii.gz",
+    ],
+)
+def test_what_has_no_subject_s_name_is_no_subject(name: str) -> None:
+    assert NAME.fullmatch(name) is None
+
+
+def test_the_pair_key_is_all_before_the_last_dash() -> None:
+    found = NAME.fullmatch("IXI002-Guys-0828-T1.nii.gz")
+    assert found is not None
+    assert found.groupdict() == {"subject_id": "IXI002-Guys-0828", "person": "IXI002", "site": "Guys", "modality": "T1"}
+
+
+def test_planes_are_measured(table: pd.DataFrame) -> None:
+    assert modal_planes(table) == {"T1": "sagittal", "T2": "axial"}
