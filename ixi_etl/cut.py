@@ -92,21 +92,22 @@ def cut_subject(job: Job, config: DatasetConfig, work: Path) -> dict[str, Any]:
     record: dict[str, Any] = {f"{m.lower()}_sha256": hashlib.sha256(data).hexdigest() for m, data in packed.items()}
     if job.cut:
         try:
-            record |= _cut(job, packed, config, work)
+            _cut(job, packed, config, work, record)
         except BadVolumeError as error:
             record |= {"reason": error.reason, "detail": error.detail}
     write_atomic(record_path(work, job.subject_id), to_json(record))
     return record
 
 
-def _cut(job: Job, packed: dict[str, bytes], config: DatasetConfig, work: Path) -> dict[str, Any]:
+def _cut(job: Job, packed: dict[str, bytes], config: DatasetConfig, work: Path, record: dict[str, Any]) -> None:
+    """Cut both slabs and write them into `work`; what is found goes into `record` as it is found."""
     volumes = {m: _Volume(m, packed.pop(m)) for m in MODALITIES}
     if config.pairing == "index":
         slabs = {m: _index_slab(volume, config) for m, volume in volumes.items()}
         similarity = _nmi_within(_foreground(slabs["T2"]), slabs["T1"], slabs["T2"])
-        record: dict[str, Any] = {"nmi_before": similarity, "nmi_after": similarity}
+        record |= {"nmi_before": similarity, "nmi_after": similarity}
     else:
-        slabs, record = _anatomical_slabs(volumes["T1"], volumes["T2"], config)
+        slabs = _anatomical_slabs(volumes["T1"], volumes["T2"], config, record)
     voxels = _quantise(slabs)
     for modality, slab in slabs.items():
         name = modality.lower()
@@ -117,7 +118,7 @@ def _cut(job: Job, packed: dict[str, bytes], config: DatasetConfig, work: Path) 
     if record["nmi_after"] < config.min_nmi:
         if config.low_similarity == "exclude":
             detail = f"normalised mutual information is {record['nmi_after']:.3f}; {config.min_nmi:g} is the least"
-            return record | {"reason": "low_similarity", "detail": detail}
+            raise BadVolumeError("low_similarity", detail)
         record["flags"] = ",".join(filter(None, [record.get("flags"), "low_similarity"]))
     files = {}
     if config.pictures:
@@ -131,7 +132,7 @@ def _cut(job: Job, packed: dict[str, bytes], config: DatasetConfig, work: Path) 
         path = shard_path(work, job.subject_id, modality)
         files[path.name] = write_shard(voxels[modality], path)
     affines = {m.lower(): slab.affine.tolist() for m, slab in slabs.items()}
-    return record | {"affines": affines, "slab_shape": voxels["T2"].shape, "files": files}
+    record |= {"affines": affines, "slab_shape": voxels["T2"].shape, "files": files}
 
 
 def _still_there(record: Mapping[str, Any], job: Job, work: Path) -> bool:
@@ -184,14 +185,14 @@ def _axial_slab(t2: _Volume, config: DatasetConfig) -> Slab:
     return Slab(t2.scaled(stored), affine, window)
 
 
-def _anatomical_slabs(t1: _Volume, t2: _Volume, config: DatasetConfig) -> tuple[dict[str, Slab], dict[str, Any]]:
-    """Both slabs on the T2's planes, the T1 interpolated once; and what is recorded of how they were aligned."""
+def _anatomical_slabs(t1: _Volume, t2: _Volume, config: DatasetConfig, record: dict[str, Any]) -> dict[str, Slab]:
+    """Both slabs on the T2's planes, the T1 interpolated once; how they were aligned goes into `record`."""
     target = _axial_slab(t2, config)
     foreground = _foreground(target)
     t2_to_t1 = np.eye(4)
     chosen, inside = _resampled_slab(t1, target, t2_to_t1)
     similarity = _nmi_within(foreground & inside, chosen, target)
-    record: dict[str, Any] = {"nmi_before": similarity}
+    record["nmi_before"] = similarity
     if config.registration == "rigid":
         points = align.world_points(foreground, target.affine)
         found, flag = _registered(t1, t2, points)
@@ -206,11 +207,11 @@ def _anatomical_slabs(t1: _Volume, t2: _Volume, config: DatasetConfig) -> tuple[
                 flag = "registration_no_gain"
         motion_mm, motion_deg = register.motion_of(t2_to_t1, points)
         record |= {"motion_mm": motion_mm, "motion_deg": motion_deg, "flags": flag}
+    record |= {"t2_to_t1_ras_mm": json.dumps(t2_to_t1.tolist()), "nmi_after": similarity}
     outside = _share_outside(foreground, inside)
     if outside > MAX_OUTSIDE:
         raise BadVolumeError("outside_fov", f"{outside:.1%} of the T2 slab's foreground lies outside the T1's grid")
-    record |= {"t2_to_t1_ras_mm": json.dumps(t2_to_t1.tolist()), "nmi_after": similarity}
-    return {"T1": chosen, "T2": target}, record
+    return {"T1": chosen, "T2": target}
 
 
 def _registered(t1: _Volume, t2: _Volume, points: NDArray[np.float64]) -> tuple[align.Matrix, str]:

@@ -96,7 +96,7 @@ def test_ctrl_c_stops_at_once_and_the_next_run_goes_on(archives: Path, tmp_path:
     child = subprocess.Popen(
         [sys.executable, "-m", "flows", *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    while child.poll() is None and not list(tmp_path.glob("datasets/*/.staging/*/work/*.json")):
+    while child.poll() is None and not list(tmp_path.glob("datasets/*/.staging/*/*/IXI*.json")):
         time.sleep(0.01)
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does
     _, said = child.communicate(timeout=60)

@@ -453,6 +453,18 @@ def test_a_missing_demographics_file_is_said_before_any_download(tmp_path: Path)
         refresh(config)
 
 
+def test_demographics_reach_the_manifest_and_the_version(published: Refreshed, archives: Path, tmp_path: Path) -> None:
+    people = tmp_path / "people.csv"
+    people.write_text("IXI_ID,SEX_ID,AGE\n2,2,30.5\n3,1,44\n3,1,44\n")
+    done = refresh(config_for(tmp_path, archives).model_copy(update={"demographics": str(people)}))
+    assert done.version != published.version
+    table = dataset.read_manifest(done.folder).set_index("subject_id")
+    assert len(table) == len(dataset.read_manifest(published.folder))
+    rows = {s[:6]: (row["age"], row["sex"]) for s, row in table.iterrows() if str(s)[:6] in ("IXI002", "IXI003")}
+    assert rows == {"IXI002": (30.5, "f"), "IXI003": (44.0, "m")}
+    assert table["age"].notna().sum() == 2
+
+
 def test_index_pairing_warns_with_both_planes(archives: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     refresh(config_for(tmp_path, archives, pairing="index"))
     assert "T1 slices are sagittal and T2 slices are axial" in caplog.text

@@ -147,11 +147,12 @@ def cut(folder: Path, t1: bytes, t2: bytes, config: DatasetConfig = CONFIG) -> d
 
 def test_no_overlap_is_a_flag_and_a_row(tmp_path: Path) -> None:
     record = cut(tmp_path, T1, pack(blobs((14, 22, 26), 1), rigid((0, 0, 0), (0, 0, 900)) @ GRID2))
-    assert record["reason"] == "outside_fov"
+    assert (record["reason"], record["flags"]) == ("outside_fov", "registration_failed")
 
 
-def test_a_flat_image_is_a_row(tmp_path: Path) -> None:
-    assert cut(tmp_path, T1, pack(np.full((14, 22, 26), 7, "<i2"), GRID2))["reason"] == "empty_image"
+def test_a_flat_image_is_a_flag_and_a_row(tmp_path: Path) -> None:
+    record = cut(tmp_path, T1, pack(np.full((14, 22, 26), 7, "<i2"), GRID2))
+    assert (record["reason"], record["flags"]) == ("empty_image", "registration_failed")
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_pairs_that_are_not_alike_are_flagged_or_excluded(rule: str, status: str
     record = cut(tmp_path, T1, T2, config)
     assert record.get("reason", "") == status
     assert ("low_similarity" in record.get("flags", "")) == (rule == "flag")
-    assert record["nmi_after"] < 0.99
+    assert record["nmi_after"] < 0.99  # an excluded row says it too
     assert bool(list(tmp_path.glob("*.shard"))) == (rule == "flag")
 
 
