@@ -194,12 +194,19 @@ refresh(RefreshConfig.model_validate_json(sys.argv[1]))
 
 
 def kill_when(config: Any, reached: Callable[[], bool]) -> None:
-    """Run a refresh in a process of its own, and SIGKILL it as soon as `reached` says so."""
-    child = subprocess.Popen([sys.executable, "-c", CHILD, config.model_dump_json()])
-    while child.poll() is None and not reached():
-        time.sleep(0.001)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    """Run a refresh in a process of its own, and SIGKILL it as soon as `reached` says so.
+
+    On a busy machine it may be done before this process is awake: then the same from the start, until the kill lands.
+    """
+    for _ in range(10):
+        child = subprocess.Popen([sys.executable, "-c", CHILD, config.model_dump_json()])
+        while child.poll() is None and not reached():
+            time.sleep(0.001)
+        child.send_signal(signal.SIGKILL)
+        if child.wait() == -signal.SIGKILL:
+            return
+        shutil.rmtree(config.root)
+    pytest.fail("no kill landed while the refresh was running")
 
 
 @pytest.mark.parametrize("records", [1, 5, 11])
@@ -232,7 +239,6 @@ def test_a_killed_publish_shows_no_half_version_and_is_mended(
 ) -> None:
     config, places = config_for(tmp_path, archives), dataset.Places(tmp_path)
     kill_when(config, lambda: (places.staging(published.version) / mark).exists())
-    assert places.staging(published.version).exists(), "it was not killed in time"
     for name in dataset.published(places):
         assert dataset.verify(places.version(name), deep=True) == []
     again = refresh(config)
