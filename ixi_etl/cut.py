@@ -80,7 +80,7 @@ def record_path(work: Path, subject_id: str) -> Path:
 
 
 def cut_subject(job: Job, config: DatasetConfig, work: Path) -> dict[str, Any]:
-    """Cut one subject into `work`, and return its record: manifest columns, and `affines` by modality.
+    """Cut one subject into `work`, and return its record: manifest columns, `affines`, and the `files` with SHA-256.
 
     A subject that cannot be used is a record with its reason; nothing about a volume raises. One that was done before,
     by a run that was killed, is not done again.
@@ -123,11 +123,8 @@ def _cut(job: Job, packed: dict[str, bytes], config: DatasetConfig, work: Path, 
     files = {}
     if config.pictures:
         middle = len(voxels["T2"]) // 2
-        picture, path = (
-            pictures.pair_picture(voxels["T1"][middle], voxels["T2"][middle]),
-            picture_path(work, job.subject_id),
-        )
-        files[path.name] = pictures.save(picture, path)
+        path = picture_path(work, job.subject_id)
+        files[path.name] = pictures.save(pictures.pair_picture(voxels["T1"][middle], voxels["T2"][middle]), path)
     for modality in slabs:
         path = shard_path(work, job.subject_id, modality)
         files[path.name] = write_shard(voxels[modality], path)

@@ -24,7 +24,10 @@ from ixi_etl.store import open_arrays
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 pytestmark = [
     pytest.mark.standin,
-    pytest.mark.skipif(not (SHARED / "standin").is_dir(), reason="the stand-in archives are not on this machine"),
+    pytest.mark.skipif(
+        not (SHARED / "standin").is_dir(),
+        reason="needs archives of real anatomy beside the checkout; test_cut and test_register pin the same on the phantom",
+    ),
 ]
 
 
