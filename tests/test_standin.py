@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.standin,
     pytest.mark.skipif(
         not (SHARED / "standin").is_dir(),
-        reason="needs archives of real anatomy beside the checkout; test_cut and test_register pin the same on the phantom",
+        reason="needs data beside the checkout; test_cut and test_register pin the same on the phantom",
     ),
 ]
 
