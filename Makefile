@@ -7,12 +7,13 @@ STAMP  := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-standin lint clean help
+.PHONY: demo test test-standin deploy lint clean help
 
 help:
 	@echo "make demo   run the whole job on a small simulated IXI, no server or account needed"
 	@echo "make test   run the tests"
 	@echo "make test-standin  the tests that need minutes, where their data are at hand"
+	@echo "make deploy pools, deployments and automation onto the Prefect server at PREFECT_API_URL"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove the environment and the demo"
 
@@ -31,6 +32,9 @@ test: $(STAMP)
 
 test-standin: $(STAMP)
 	@$(BIN)/pytest -m standin
+
+deploy: $(STAMP)
+	@$(BIN)/python -m flows.deploy
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

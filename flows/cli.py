@@ -117,6 +117,9 @@ def refresh(
     insecure_host: Annotated[
         list[str] | None, typer.Option(help="Host whose TLS certificate is not checked; may be repeated.")
     ] = None,
+    then_train: Annotated[
+        bool, typer.Option("--then-train", help="Train pix2pix on the version; go on with a training that was stopped.")
+    ] = False,
 ) -> None:
     """Make a dataset version: download, verify, survey, select, cut, publish.
 
@@ -148,7 +151,14 @@ def refresh(
         offline=offline,
         insecure_hosts=tuple(insecure_host or ()),
     )
-    _report(_run_flow(config))
+    refreshed = _run_flow(config)
+    _report(refreshed)
+    if then_train:
+        from flows.train_pix2pix import train_pix2pix
+        from ixi_etl import dataset
+
+        run = train_pix2pix(dataset=f"{dataset.NAME}@{refreshed.version}", root=config.root)
+        typer.echo(f"run       {run}")
 
 
 @app.command()

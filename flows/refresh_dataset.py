@@ -14,9 +14,10 @@ from typing import Any
 import pandas as pd
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.events import emit_event
 
 from flows.progress import show_progress
-from ixi_etl import refresh
+from ixi_etl import dataset, refresh
 from ixi_etl.config import RefreshConfig
 from ixi_etl.download import Acquired
 from ixi_etl.errors import DownloadError
@@ -78,6 +79,12 @@ def publish_version(
     return refresh.publish_version(config, version, facts, table, settled, records, inputs)
 
 
+def announce(refreshed: Refreshed) -> None:
+    """Tell whoever waits for a new version; `prefect.yaml` has the training wait for it."""
+    resource = {"prefect.resource.id": f"ixi.dataset.{dataset.NAME}", "prefect.resource.name": dataset.NAME}
+    emit_event("ixi.dataset.published", resource, payload={"version": refreshed.version})
+
+
 def _run_name() -> str:
     from prefect.runtime import flow_run
 
@@ -87,7 +94,10 @@ def _run_name() -> str:
 
 @flow(name="refresh-dataset", flow_run_name=_run_name, persist_result=False)
 def refresh_dataset(config: RefreshConfig | None = None) -> Refreshed:
-    """Make sure that the dataset version of this configuration and these archives is published."""
+    """Make sure that the dataset version of this configuration and these archives is published.
+
+    A version that is new is announced by an event; one that was there already is not.
+    """
     config = config or RefreshConfig()
     log = get_run_logger()
     with lock_root(config.root), show_progress() as progress:
@@ -103,5 +113,6 @@ def refresh_dataset(config: RefreshConfig | None = None) -> Refreshed:
         candidates = select_subjects(config, table, inputs)
         settled, records = cut_subjects(config, version, table, candidates, inputs, progress)
         refreshed = publish_version(config, version, facts, table, settled, records, inputs)
+        announce(refreshed)
         log.info("published version %s: %s", version, refreshed.folder)
         return refreshed

@@ -107,6 +107,8 @@ class RefreshConfig(_Strict):
     @field_validator("root", mode="before")
     @classmethod
     def _local_root(cls, root: Any) -> str:
+        if not str(root):
+            raise ValueError("root is empty; give a folder")
         if "://" in str(root) or re.match(r"[a-z0-9]+:/", str(root)):
             raise ValueError(f"{root} is not a folder on this machine; datasets are written to local folders only")
         return str(Path(root).expanduser().resolve())  # workers in other folders must find it

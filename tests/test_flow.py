@@ -38,6 +38,26 @@ def test_the_flow_publishes_the_same_version_from_http(published: Refreshed, arc
     assert not list((tmp_path / "archives").glob("*.part*"))
 
 
+def test_a_new_version_is_announced_once(published: Refreshed, archives: Path, tmp_path: Path) -> None:
+    from prefect.events.clients import AssertingEventsClient
+    from prefect.events.worker import EventsWorker
+
+    from flows.refresh_dataset import refresh_dataset
+
+    EventsWorker.instance().drain()
+    AssertingEventsClient.reset()
+    EventsWorker.set_client_override(AssertingEventsClient)
+    try:
+        for _ in range(2):
+            refresh_dataset(config_for(tmp_path, archives))
+        EventsWorker.instance().drain()
+    finally:
+        EventsWorker.set_client_override(None)
+    events = [event for client in AssertingEventsClient.all for event in client.events]
+    told = [(event.resource.id, event.payload) for event in events if event.event == "ixi.dataset.published"]
+    assert told == [("ixi.dataset.ixi-t1-t2", {"version": published.version})]
+
+
 def test_runs_have_names_a_person_can_read(archives: Path, tmp_path: Path) -> None:
     from prefect import get_client
 

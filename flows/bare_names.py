@@ -1,0 +1,35 @@
+"""Let `prefect deployment run train-pix2pix` do as typed; Prefect itself wants `train-pix2pix/train-pix2pix`.
+
+A Prefect plugin (entry point `prefect.plugins` in pyproject.toml), on where `[plugins] enabled` says so: in this
+folder by `prefect.toml`, in the image by its environment. Prefect calls the hook when it is imported.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prefect.plugins import register_hook
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.responses import DeploymentResponse
+    from prefect.plugins import HookContext
+
+
+@register_hook
+def setup_environment(*, ctx: HookContext) -> None:
+    """Give the client's look-up by name a second way: a bare name that exactly one deployment bears."""
+    from prefect.client.orchestration import PrefectClient
+
+    by_full_name = PrefectClient.read_deployment_by_name
+
+    async def read_deployment_by_name(client: PrefectClient, name: str) -> DeploymentResponse:
+        from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
+
+        if "/" not in name:
+            wanted = DeploymentFilter(name=DeploymentFilterName(any_=[name]))
+            found = await client.read_deployments(deployment_filter=wanted)
+            if len(found) == 1:
+                return found[0]
+        return await by_full_name(client, name)  # none, or several: what Prefect says of such a name
+
+    PrefectClient.read_deployment_by_name = read_deployment_by_name  # type: ignore[method-assign, assignment]

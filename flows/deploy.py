@@ -1,0 +1,88 @@
+"""Make the configured Prefect server ready: work pools, the deployments of `prefect.yaml`, and what ends lost runs.
+
+    make deploy        # which runs: python -m flows.deploy
+
+It may be run again at any time, and changes only what is its own. `prefect.yaml` takes from the environment where
+things lie: IXI_ROOT (a folder that all workers see; by default `ixi-data`) and IXI_DASK (the scheduler to cut on; by
+default none: threads of the worker).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from datetime import timedelta
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.settings import get_current_settings
+from prefect.workers.process import ProcessWorker
+
+POOLS = {"cpu": "refreshes the dataset", "gpu": "trains"}
+DEFAULTS = {"IXI_ROOT": "ixi-data", "IXI_DASK": ""}
+
+MISSED_BEATS = 3
+"""A run that was silent for so many heartbeats is lost."""
+
+
+def crash_lost_runs() -> AutomationCore:
+    """What ends a run whose process was killed, or whose machine went away: it would stay Running for ever.
+
+    How often runs beat is the setting `flows.heartbeat_frequency`, which must be the same here and for the workers.
+    """
+    beat = get_current_settings().flows.heartbeat_frequency or 180
+    final = ("Completed", "Failed", "Cancelled", "Crashed")
+    return AutomationCore(
+        name="crash-lost-runs",
+        description=f"A run that sent no heartbeat for {MISSED_BEATS * beat} s has crashed.",
+        trigger=EventTrigger(
+            posture=Posture.Proactive,
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in final)},
+            match={"prefect.resource.id": "prefect.flow-run.*"},
+            for_each={"prefect.resource.id"},
+            threshold=1,
+            within=timedelta(seconds=MISSED_BEATS * beat),
+        ),
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="No heartbeat: its process or machine is gone.")],
+    )
+
+
+async def prepare_server() -> None:
+    """Create the pools that are missing, and put the automation in its present form."""
+    async with get_client() as client:
+        for name, purpose in POOLS.items():
+            pool = WorkPoolCreate(
+                name=name,
+                type="process",
+                description=purpose,
+                base_job_template=ProcessWorker.get_default_base_job_template(),
+            )
+            with suppress(ObjectAlreadyExists):
+                await client.create_work_pool(pool)
+        automation = crash_lost_runs()
+        old = await client.read_automations_by_name(automation.name)
+        if old:
+            await client.update_automation(old[0].id, automation)
+        else:
+            await client.create_automation(automation)
+
+
+def main() -> None:
+    """The command; exit status 1 and one line where no server is configured."""
+    if not get_current_settings().api.url:
+        sys.exit("error: no Prefect server is configured; set PREFECT_API_URL to its address (http://host:4200/api)")
+    asyncio.run(prepare_server())
+    deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    sys.exit(subprocess.run(deploy, env=DEFAULTS | os.environ, check=False).returncode)  # noqa: S603 - no person's text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""What is deployed fits the flows, the server and the containers it is deployed with, and a deployment answers to its
+bare name."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows.deploy import POOLS, crash_lost_runs
+from ixi_etl.config import RefreshConfig
+
+PROJECT = Path(__file__).parent.parent
+DEPLOYMENTS = {d["name"]: d for d in yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"]}
+
+
+def flow_of(deployment: dict[str, Any]) -> Any:
+    from prefect.flows import load_flow_from_entrypoint
+
+    return load_flow_from_entrypoint(str(PROJECT / deployment["entrypoint"]))
+
+
+@pytest.mark.parametrize("name", sorted(DEPLOYMENTS))
+def test_a_deployment_is_of_a_flow_of_its_name_with_parameters_it_has(name: str) -> None:
+    deployment = DEPLOYMENTS[name]
+    flow = flow_of(deployment)
+    given = set(deployment["parameters"])
+    for trigger in deployment.get("triggers", ()):
+        given |= set(trigger["parameters"])
+    assert flow.name == name  # so that its bare name says it all
+    assert given <= set(inspect.signature(flow.fn).parameters)
+    assert deployment["work_pool"]["name"] in POOLS
+
+
+def test_the_refresh_s_parameters_are_a_configuration() -> None:
+    given = DEPLOYMENTS["refresh-dataset"]["parameters"]["config"]
+    assert RefreshConfig(**{key: "" if key == "dask" else "x" for key in given}).source is None
+
+
+def test_a_root_that_is_not_said_is_not_this_folder() -> None:
+    with pytest.raises(ValueError, match="root is empty"):  # IXI_ROOT, not set, comes out of prefect.yaml as ""
+        RefreshConfig(root="")
+
+
+def test_missed_refreshes_do_not_pile_up() -> None:
+    refresh = DEPLOYMENTS["refresh-dataset"]
+    assert refresh["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
+    assert [schedule["cron"] for schedule in refresh["schedules"]] == ["17 3 * * 1"]
+
+
+def test_the_training_waits_for_the_event_that_the_refresh_emits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import refresh_dataset
+    from ixi_etl.refresh import Refreshed
+
+    emitted: dict[str, Any] = {}
+
+    def emit_event(event: str, resource: dict[str, str], payload: dict[str, str]) -> None:
+        emitted.update(event=event, resource=resource, payload=payload)
+
+    monkeypatch.setattr(refresh_dataset, "emit_event", emit_event)
+    refresh_dataset.announce(Refreshed("0123456789ab", Path("x"), is_new=True))
+    [trigger] = DEPLOYMENTS["train-pix2pix"]["triggers"]
+    assert trigger["expect"] == [emitted["event"]]
+    assert trigger["match"].items() <= emitted["resource"].items()
+    assert trigger["parameters"] == {"dataset": "ixi-t1-t2@{{ event.payload.version }}"}
+    assert emitted["payload"] == {"version": "0123456789ab"}
+
+
+def test_a_run_is_lost_only_after_several_heartbeats() -> None:
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: 40}):
+        trigger: Any = crash_lost_runs().trigger
+    assert trigger.within.total_seconds() == 120
+    assert {"prefect.flow-run.heartbeat", "prefect.flow-run.Crashed"} < trigger.expect
+
+
+def test_deploying_without_a_server_is_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.deploy"],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"},
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: no Prefect server is configured; set PREFECT_API_URL")
+
+
+# -- bare names -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The API's address of a Prefect server with the deployments lone/lone, one/twin and two/twin."""
+    from prefect import get_client
+    from prefect.settings import get_current_settings
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=60):
+        with get_client(sync_client=True) as client:
+            for flow, name in (("lone", "lone"), ("one", "twin"), ("two", "twin")):
+                client.create_deployment(client.create_flow_from_name(flow), name)
+        yield str(get_current_settings().api.url)
+
+
+def type_run(server: str, name: str) -> subprocess.CompletedProcess[str]:
+    """Type `prefect deployment run NAME` in the project's folder, whose prefect.toml turns the plugin on."""
+    return subprocess.run(
+        [sys.executable, "-m", "prefect", "deployment", "run", name],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PREFECT_API_URL": server, "NO_COLOR": "1"},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", ["lone", "lone/lone", "two/twin"])
+def test_a_deployment_runs_by_its_bare_name_and_by_its_full_one(server: str, name: str) -> None:
+    done = type_run(server, name)
+    assert done.returncode == 0, done.stderr
+    assert "Created flow run" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["twin", "nobody"])
+def test_a_bare_name_that_is_not_one_deployment_s_gets_prefect_s_own_answer(server: str, name: str) -> None:
+    done = type_run(server, name)
+    assert done.returncode == 1
+    assert f"Invalid deployment name format: {name}. Expected format: <FLOW_NAME>/<DEPLOYMENT_NAME>" in (
+        " ".join((done.stdout + done.stderr).split())
+    )
