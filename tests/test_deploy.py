@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,6 +93,61 @@ def test_deploying_without_a_server_is_one_line() -> None:
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: no Prefect server is configured; set PREFECT_API_URL")
+
+
+# -- containers -------------------------------------------------------------------------------------------------------
+
+COMPOSE = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+ENV_EXAMPLE = (PROJECT / ".env.example").read_text()
+
+
+def test_the_compose_file_keeps_its_schema() -> None:
+    checker = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run([*checker, PROJECT / "docker-compose.yml"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_what_the_compose_file_demands_stands_in_the_example() -> None:
+    text = (PROJECT / "docker-compose.yml").read_text()
+    demanded = set(re.findall(r"\$\{(\w+):\?", text))
+    assert demanded == {"POSTGRES_PASSWORD", "PREFECT_AUTH"}
+    for name in set(re.findall(r"\$\{(\w+)", text)):
+        assert f"\n{name}=" in ENV_EXAMPLE
+
+
+def test_profiles_in_the_example_exist() -> None:
+    [given] = re.findall(r"^COMPOSE_PROFILES=(.+)$", ENV_EXAMPLE, re.MULTILINE)
+    assert {profile for service in SERVICES.values() for profile in service.get("profiles", ())} >= {given, "no-gpu"}
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_a_service_is_pinned_closed_and_unprivileged(name: str) -> None:
+    service = SERVICES[name]
+    image, _, tag = service["image"].partition(":")
+    assert tag not in ("", "latest")
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+    if image == "ixi-etl":
+        assert service["build"]["target"] == tag
+        assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+        assert "user" not in service  # the image's own, which is none of root's
+    for other, wanted in service.get("depends_on", {}).items():
+        assert wanted["condition"] != "service_healthy" or "healthcheck" in SERVICES[other]
+
+
+def test_images_are_built_from_the_constraints_and_end_unprivileged() -> None:
+    stages = re.split(r"^FROM ", (PROJECT / "Dockerfile").read_text(), flags=re.MULTILINE)[1:]
+    assert {re.search(r"AS (\w+)", stage)[1] for stage in stages} == {  # type: ignore[index]
+        service["build"]["target"] for service in SERVICES.values() if "build" in service
+    }
+    for stage in stages:
+        assert stage.count("pip install") == stage.count("--constraint constraints.txt") == 1
+        assert re.findall(r"^USER (\w+)$", stage, re.MULTILINE)[-1] == "ixi"
+
+
+def test_only_the_server_and_postgres_keep_the_passwords_they_need() -> None:
+    knows = {name for name, service in SERVICES.items() if "POSTGRES_PASSWORD" in str(service)}
+    assert knows == {"postgres", "server"}
 
 
 # -- bare names -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,18 @@
+# The project with every version that constraints.txt pins.
+#   docker build --target cpu -t ixi-etl:cpu .   Prefect server, deploying, refreshing, cutting: no torch
+#   docker build --target gpu -t ixi-etl:gpu .   training, with PyTorch's CUDA build, which also runs without a GPU
+
+FROM python:3.11.14-slim-bookworm AS cpu
+RUN useradd --uid 1000 --create-home ixi && install --directory --owner ixi --group ixi /data /prefect
+WORKDIR /app
+COPY . .
+RUN --mount=type=cache,target=/root/.cache/pip pip install --constraint constraints.txt --editable .
+# The root file system may be read-only: what is written goes to /data, /prefect or /tmp.
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MPLCONFIGDIR=/tmp/matplotlib \
+    PREFECT_HOME=/tmp/prefect PREFECT_PLUGINS_ENABLED=1
+USER ixi
+
+FROM cpu AS gpu
+USER root
+RUN --mount=type=cache,target=/root/.cache/pip pip install --constraint constraints.txt --editable ".[train]"
+USER ixi
