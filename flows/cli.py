@@ -33,6 +33,7 @@ OwnSource = Annotated[
     typer.Option("--source", help="Your own archives: a folder, a tar file, or a URL. Else the official ones."),
 ]
 DEFAULT_ROOT = Path("ixi-data")
+NAMING = "[NAME@]VERSION, the beginning of a version, or latest; NAME is ixi-t1-t2 or digits"
 
 
 @app.command()
@@ -163,7 +164,7 @@ def refresh(
 
 @app.command()
 def verify(
-    version: Annotated[str, typer.Argument(help="A version, the beginning of one, or latest.")] = "latest",
+    version: Annotated[str, typer.Argument(help=f"What to check: {NAMING}.")] = "latest",
     root: Root = DEFAULT_ROOT,
     deep: Annotated[bool, typer.Option("--deep", help="Every hash, every chunk, every value.")] = False,
 ) -> None:
@@ -171,21 +172,24 @@ def verify(
     from flows.progress import show_progress
     from ixi_etl import dataset
 
-    places = dataset.Places(root)
-    folder = places.version(dataset.resolve(places, version))
+    name, wanted = dataset.parse(version)
+    places = dataset.Places(root, name)
+    folder = places.version(dataset.resolve(places, wanted))
     with show_progress() as progress:
         problems = dataset.verify(folder, deep=deep, progress=progress)
     for problem in problems:
         typer.echo(problem, err=True)
     if problems:
-        raise DatasetError(f"{folder} is not sound: {len(problems)} problem(s); refresh to make it again")
+        raise DatasetError(
+            f"{folder} is not sound: {len(problems)} problem(s); `{dataset.COMMANDS[name]}` makes it again"
+        )
     typer.echo(f"{folder} is sound ({'every byte' if deep else 'files, schema and counts'} checked)")
 
 
 @app.command()
 def versions(
-    old: Annotated[str | None, typer.Argument(help="Compare this version ...")] = None,
-    new: Annotated[str, typer.Argument(help="... with this one.")] = "latest",
+    old: Annotated[str | None, typer.Argument(help=f"Compare this version ({NAMING}) ...")] = None,
+    new: Annotated[str | None, typer.Argument(help="... with this one.  [default: the latest]")] = None,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """List the published versions, or say what changed between two of them, subject by subject."""
@@ -193,9 +197,13 @@ def versions(
 
     from ixi_etl import dataset
 
-    places = dataset.Places(root)
     if old is not None:
-        names = dataset.resolve(places, old), dataset.resolve(places, new)
+        name, wanted = dataset.parse(old)
+        other, against = dataset.parse(new or f"{name}@latest")
+        if name != other:
+            raise DatasetError(f"{old} and {new} are of two datasets; give two versions of one, both as {name}@VERSION")
+        places = dataset.Places(root, name)
+        names = dataset.resolve(places, wanted), dataset.resolve(places, against)
         tables = [dataset.read_manifest(places.version(name)) for name in names]
         changes = dataset.compare(*tables)
         if changes.empty:
@@ -203,22 +211,21 @@ def versions(
         else:
             _print_table(changes, f"{len(changes)} subjects differ: {names[0]} (old), {names[1]} (new)")
         return
-    latest = dataset.resolve(places)
-    rows = []
-    for name in dataset.published(places):
-        facts = dataset.read_facts(places.version(name))
-        config = facts["inputs"]["config"]
-        splits = ", ".join(f"{n} {split}" for split, n in facts["splits"].items())
-        rows.append(
-            {
-                "version": name + (" (latest)" if name == latest else ""),
+    every = [dataset.Places(root, name) for name in dataset.COMMANDS]
+    for places in [p for p in every if dataset.published(p)] or every[:1]:
+        latest = dataset.resolve(places)
+        rows = []
+        for version in dataset.published(places):
+            facts = dataset.read_facts(places.version(version))
+            config = facts["inputs"]["config"]
+            row = {
+                "version": f"{places.name}@{version}{' (latest)' if version == latest else ''}",
                 "subjects": facts["subjects"],
-                "splits": splits,
-                "pairing": config["pairing"],
-                "window": config["window"],
+                "splits": ", ".join(f"{n} {split}" for split, n in facts["splits"].items()),
             }
-        )
-    _print_table(pd.DataFrame(rows), str(places.datasets))
+            told = [key for key in ("pairing", "window", "limit") if key in config]
+            rows.append(row | {key: config[key] for key in told})
+        _print_table(pd.DataFrame(rows), str(places.datasets))
 
 
 @app.command()

@@ -1,12 +1,13 @@
-"""Versions of the dataset: named by what goes in, published whole, verified, listed, compared.
+"""Versions of a dataset: named by what goes in, published whole, verified, listed, compared.
 
 ::
 
-    <root>/datasets/ixi-t1-t2/<version>/{slices.zarr, manifest.csv, dataset.json, report.html, pictures}
-    <root>/datasets/ixi-t1-t2/latest.json        the pointer, replaced last of all; the only file that knows a time
-    <root>/datasets/ixi-t1-t2/.staging/<version> what a refresh is still making
+    <root>/datasets/<name>/<version>/{slices.zarr, manifest.csv, dataset.json, report.html, pictures}
+    <root>/datasets/<name>/latest.json        the pointer, replaced last of all; the only file that knows a time
+    <root>/datasets/<name>/.staging/<version> what is still being made
 
-`dataset.json` lists every other file of its version with size and SHA-256.
+`dataset.json` names the arrays that are source and target, and lists every other file with size and SHA-256.
+People write `NAME@VERSION`, for example `ixi-t1-t2@latest`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from ixi_etl.errors import DatasetError
 from ixi_etl.files import Progress, read_json, sha256_file, silent, to_json, write_atomic
 from ixi_etl.store import open_arrays
 
-NAME = "ixi-t1-t2"
+COMMANDS = {"ixi-t1-t2": "ixi-etl refresh", "digits": "ixi-etl digits"}
+"""Every dataset that there is, with the command that makes a version of it."""
+
+NAME = "ixi-t1-t2"  # what a version is of, where nobody says
 MANIFEST, FACTS, REPORT, PICTURES, POINTER = "manifest.csv", "dataset.json", "report.html", "pictures", "latest.json"
 WORST = "worst.jpg"  # among the pictures
 
@@ -41,9 +45,10 @@ VOXEL_LIBRARIES = ("nibabel", "numpy", "simpleitk", "zarr", "zarrs")
 
 @dataclass(frozen=True)
 class Places:
-    """Where things lie under a root."""
+    """Where the archives, and the versions of the dataset `name`, lie under a root."""
 
     root: Path
+    name: str = NAME
 
     @property
     def archives(self) -> Path:
@@ -51,13 +56,30 @@ class Places:
 
     @property
     def datasets(self) -> Path:
-        return self.root / "datasets" / NAME
+        return self.root / "datasets" / self.name
 
     def version(self, version: str) -> Path:
         return self.datasets / version
 
     def staging(self, version: str) -> Path:
         return self.datasets / ".staging" / version
+
+
+def parse(text: str) -> tuple[str, str]:
+    """Dataset and version of `NAME@VERSION`; a version alone, or `latest`, is one of `ixi-t1-t2`.
+
+    `VERSION` is what `resolve` takes.
+
+    Raises:
+        DatasetError: there is no such dataset, or no version after the @.
+    """
+    name, _, version = text.rpartition("@")
+    name = name or NAME
+    if name not in COMMANDS:
+        raise DatasetError(f"there is no dataset {name}; give one of {', '.join(f'{n}@{version}' for n in COMMANDS)}")
+    if not version:
+        raise DatasetError(f"{text} names no version; give {name}@latest, or the beginning of one")
+    return name, version
 
 
 def inputs_of(md5s: Mapping[str, str], demographics_sha256: str | None, config: DatasetConfig) -> dict[str, Any]:
@@ -135,17 +157,15 @@ def resolve(places: Places, version: str = "latest") -> str:
     Raises:
         DatasetError: there is none, or several begin so.
     """
-    names = published(places)
-    if version.removeprefix("@") == "latest":
+    names, command = published(places), COMMANDS[places.name]
+    if version == "latest":
         pointer = _read_pointer(places)
         if pointer is None and (places.datasets / POINTER).exists():
-            raise DatasetError(f"{places.datasets / POINTER} is damaged; `ixi-etl refresh` writes it anew")
+            raise DatasetError(f"{places.datasets / POINTER} is damaged; `{command}` writes it anew")
         if pointer is None:
-            raise DatasetError(f"{places.datasets} has no published version; run `ixi-etl refresh` first")
+            raise DatasetError(f"{places.datasets} has no published version; run `{command}` first")
         if pointer["version"] not in names:
-            raise DatasetError(
-                f"{POINTER} names version {pointer['version']}, which is not there; run `ixi-etl refresh`"
-            )
+            raise DatasetError(f"{POINTER} names version {pointer['version']}, which is not there; run `{command}`")
         return str(pointer["version"])
     found = [name for name in names if name.startswith(version)]
     if version in found:
@@ -184,15 +204,9 @@ def read_facts(folder: Path) -> dict[str, Any]:
         DatasetError: it is missing or damaged.
     """
     facts = read_json(folder / FACTS)
-    if not isinstance(facts, dict) or not facts.keys() >= {
-        "files",
-        "version",
-        "inputs",
-        "funnel",
-        "splits",
-        "subjects",
-    }:
-        raise DatasetError(f"{folder / FACTS} is missing or damaged; refresh again, or restore it")
+    needed = {"name", "version", "inputs", "files", "funnel", "splits", "subjects", "source", "target"}
+    if not isinstance(facts, dict) or not facts.keys() >= needed or facts["name"] not in COMMANDS:
+        raise DatasetError(f"{folder / FACTS} is missing, damaged or of an older ixi-etl; make the version again")
     return facts
 
 
@@ -214,7 +228,8 @@ def verify(folder: Path, *, version: str | None = None, deep: bool = False, prog
     """What is wrong with a version, a line each; nothing if it is sound. `version`: its name, if not the folder's.
 
     Cheap: every file is there with its size, the manifest keeps its schema, and counts agree. `deep`: every file's
-    SHA-256, every chunk decoded (its CRC-32C checked), and every slab's percentiles as the manifest has them.
+    SHA-256, every chunk decoded (its CRC-32C checked), and every slab's percentiles as the manifest has them. The
+    arrays are those that `dataset.json` calls source and target.
     """
     try:
         facts = read_facts(folder)
@@ -238,7 +253,7 @@ def verify(folder: Path, *, version: str | None = None, deep: bool = False, prog
         )
     try:
         table = read_manifest(folder)
-        problems += _verify_store(folder, manifest.used(table), deep, progress)
+        problems += _verify_store(folder, (facts["source"], facts["target"]), manifest.used(table), deep, progress)
         if json.loads(manifest.funnel(table).to_json(orient="index")) != facts["funnel"]:
             problems.append(f"{folder / MANIFEST} does not give the funnel in {FACTS}")
     except DatasetError as error:
@@ -246,10 +261,12 @@ def verify(folder: Path, *, version: str | None = None, deep: bool = False, prog
     return problems
 
 
-def _verify_store(folder: Path, used: pd.DataFrame, deep: bool, progress: Progress) -> list[str]:
+def _verify_store(
+    folder: Path, names: tuple[str, str], used: pd.DataFrame, deep: bool, progress: Progress
+) -> list[str]:
     problems = []
     arrays = open_arrays(folder)
-    for name in ("t1", "t2"):
+    for name in names:
         array = arrays.get(name)
         if array is None or len(array.shape) != 4 or array.shape[0] != len(used):
             problems.append(f"{folder}: array {name} does not hold the {len(used)} used subjects of the manifest")
@@ -289,5 +306,5 @@ def compare(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
 
 
 def clear_staging(places: Places) -> None:
-    """Remove what refreshes left that were stopped; only with the root's lock held."""
+    """Remove what was left by those that were stopped; only with the root's lock held."""
     shutil.rmtree(places.datasets / ".staging", ignore_errors=True)

@@ -245,8 +245,10 @@ def publish_version(
     staged.mkdir()
     subjects = manifest.used(settled)["subject_id"].tolist()
     summary = {
-        "name": dataset.NAME,
+        "name": places.name,
         "version": version,
+        "source": "t1",
+        "target": "t2",
         "inputs": facts,
         "subjects": len(subjects),
         "splits": {str(k): int(v) for k, v in manifest.used(settled)["split"].value_counts().sort_index().items()},

@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from flows.cli import app, main
+from ixi_etl import dataset
 from ixi_etl.config import PRESETS, DatasetConfig
 from ixi_etl.refresh import Refreshed
 
@@ -66,8 +67,9 @@ def test_verify_and_versions(published: Refreshed, capsys: pytest.CaptureFixture
     assert (code, "is sound (every byte checked)" in out) == (0, True)
     code, out, _ = run("versions", "--root", root, capsys=capsys)
     assert (code, f"{published.version} (latest)" in out) == (0, True)
-    code, out, _ = run("versions", published.version[:5], "latest", "--root", root, capsys=capsys)
-    assert (code, "have the same subjects" in out) == (0, True)
+    for old_new in ((published.version[:5], "latest"), (f"ixi-t1-t2@{published.version[:5]}",)):
+        code, out, _ = run("versions", *old_new, "--root", root, capsys=capsys)
+        assert (code, "have the same subjects" in out) == (0, True)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,10 @@ def test_verify_and_versions(published: Refreshed, capsys: pytest.CaptureFixture
         (["verify", "--root", "/nowhere"], "no published version"),
         (["versions", "--root", "/nowhere"], "no published version"),
         (["verify", "abc", "--root", "/nowhere"], "there is no version abc"),
+        (["verify", "digits@latest", "--root", "/nowhere"], "run `ixi-etl digits` first"),
+        (["verify", "brains@latest"], "there is no dataset brains; give one of ixi-t1-t2@latest, digits@latest"),
+        (["verify", "digits@"], "digits@ names no version"),
+        (["versions", "digits@3f2a", "latest"], "are of two datasets"),
         (["refresh", "--window", "20", "10"], "window"),
         (["refresh", "--window", "-5", "10"], "window"),
     ],
@@ -134,3 +140,17 @@ def test_the_library_imports_neither_prefect_nor_torch() -> None:
     package = Path(__file__).parent.parent / "ixi_etl"
     names = [f"import ixi_etl.{path.stem}" for path in package.glob("*.py") if path.stem != "__init__"]
     assert not imported("; ".join(names)) & {"prefect", "torch", "flows", "model"}
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("latest", ("ixi-t1-t2", "latest")),
+        ("3f2a", ("ixi-t1-t2", "3f2a")),
+        ("@latest", ("ixi-t1-t2", "latest")),
+        ("ixi-t1-t2@3f2a", ("ixi-t1-t2", "3f2a")),
+        ("digits@latest", ("digits", "latest")),
+    ],
+)
+def test_a_version_is_named_in_one_way_everywhere(text: str, parsed: tuple[str, str]) -> None:
+    assert dataset.parse(text) == parsed
