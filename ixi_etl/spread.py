@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from ixi_etl.errors import IxiError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+WAIT_S = 20.0  # for a Dask scheduler, and for its first worker
 
 
 def spread(
@@ -18,13 +20,18 @@ def spread(
     *,
     workers: int,
     address: str | None = None,
+    libraries: Sequence[str] = (),
     on_done: Callable[[int], None] = lambda done: None,
 ) -> list[Result]:
     """`[function(item) for item in items]`, in parallel; `on_done` is told how many are done.
 
-    `address` is that of a Dask scheduler, whose workers must see the same files; without one, `workers` threads.
+    `address` is that of a Dask scheduler, whose workers must see the same files; without one, `workers` threads. What
+    a worker that dies had in hand or had done is done again by others. `libraries` are those whose versions must be
+    the same on every worker as here.
     """
-    return _on_cluster(function, items, address, on_done) if address else _on_threads(function, items, workers, on_done)
+    if address:
+        return _on_cluster(function, items, address, libraries, on_done)
+    return _on_threads(function, items, workers, on_done)
 
 
 def _on_threads(
@@ -48,16 +55,38 @@ def _on_threads(
 
 
 def _on_cluster(
-    function: Callable[[Item], Result], items: Sequence[Item], address: str, on_done: Callable[[int], None]
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    address: str,
+    libraries: Sequence[str],
+    on_done: Callable[[int], None],
 ) -> list[Result]:
-    from distributed import Client, as_completed
+    from distributed import CancelledError, Client, KilledWorker, as_completed
 
     try:
-        client = Client(address, timeout=20)
+        client = Client(address, timeout=WAIT_S)
     except (OSError, TimeoutError, ValueError) as error:
         raise IxiError(f"no Dask scheduler answers at {address} ({error}); start one, or leave --dask out") from error
     with client:
-        futures = client.map(function, items, pure=False)
-        for done, _ in enumerate(as_completed(futures), 1):
-            on_done(done)
-        return list(client.gather(futures))
+        try:
+            client.wait_for_workers(1, timeout=WAIT_S)
+            _check_versions(cast(Mapping[str, Any], client.get_versions(packages=libraries)), libraries)
+            futures = client.map(function, items, pure=False)
+            for done, _ in enumerate(as_completed(futures), 1):
+                on_done(done)
+            return list(client.gather(futures))
+        except TimeoutError as error:
+            raise IxiError(f"the Dask scheduler at {address} has no workers; start some") from error
+        except (CancelledError, KilledWorker, OSError) as error:
+            what = f"the Dask cluster at {address} was lost ({type(error).__name__})"
+            raise IxiError(f"{what}; start it, and run this again") from error
+
+
+def _check_versions(found: Mapping[str, Any], libraries: Sequence[str]) -> None:
+    """With another version of a library, a worker would make other bytes, and the version's name would be wrong."""
+    here = found["client"]["packages"]
+    for worker, there in found["workers"].items():
+        for name in libraries:
+            if there["packages"][name] != here[name]:
+                versions = f"{name} {there['packages'][name]}, here it is {here[name]}"
+                raise IxiError(f"the Dask worker {worker} has {versions}; install the same constraints.txt on both")

@@ -1,0 +1,119 @@
+"""A Dask cluster of real processes gives what threads give, whatever dies; what is wrong with it is one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from ixi_etl import spread as module
+from ixi_etl.errors import IxiError
+from ixi_etl.spread import spread
+
+
+class Cluster:
+    """A scheduler and its workers, each a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.workers: list[subprocess.Popen[bytes]] = []
+        note = folder / "scheduler.json"
+        arguments = ["--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(note)]
+        self.scheduler = self._start("scheduler", *arguments)
+        wait_for(note.exists)
+        self.address = json.loads(note.read_text())["address"]
+
+    def add_worker(self) -> subprocess.Popen[bytes]:
+        place = str(self.folder / "dask")
+        self.workers.append(
+            self._start(
+                "worker", self.address, "--no-nanny", "--nthreads", "1", "--no-dashboard", "--local-directory", place
+            )
+        )
+        return self.workers[-1]
+
+    def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        with open(self.folder / "log", "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "dask", *arguments],
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},  # what runs there is of this module
+            )
+
+    def stop(self) -> None:
+        for process in (*self.workers, self.scheduler):
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    with ExitStack() as stack:
+        made = Cluster(tmp_path)
+        stack.callback(made.stop)
+        yield made
+
+
+def wait_for(found: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def held_up(item: int, folder: Path) -> tuple[int, int]:
+    """The item twice over, and the process that did it; not before there is a file `go`."""
+    (folder / f"{item}.{os.getpid()}").touch()
+    wait_for((folder / "go").exists)
+    return 2 * item, os.getpid()
+
+
+def test_what_a_dead_worker_had_in_hand_is_done_by_another(cluster: Cluster, tmp_path: Path) -> None:
+    victim, survivor = cluster.add_worker(), cluster.add_worker()
+    done: list[int] = []
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(
+            spread, partial(held_up, folder=tmp_path), range(4), workers=1, address=cluster.address, on_done=done.append
+        )
+        wait_for(lambda: all(list(tmp_path.glob(f"*.{worker.pid}")) for worker in (victim, survivor)))
+        victim.send_signal(signal.SIGKILL)
+        (tmp_path / "go").touch()
+        results = job.result(120)
+    assert results == [(2 * item, survivor.pid) for item in range(4)]
+    assert done == [1, 2, 3, 4]
+
+
+def test_a_cluster_that_dies_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
+    worker = cluster.add_worker()
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(spread, partial(held_up, folder=tmp_path), range(2), workers=1, address=cluster.address)
+        wait_for(lambda: list(tmp_path.glob(f"*.{worker.pid}")))
+        cluster.stop()
+        with pytest.raises(IxiError, match=r"was lost \(\w+\); start it, and run this again$"):
+            job.result(120)
+
+
+def test_a_cluster_without_workers_is_one_line(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WAIT_S", 1.0)
+    with pytest.raises(IxiError, match="has no workers; start some"):
+        spread(abs, [1], workers=1, address=cluster.address)
+
+
+def test_a_worker_with_another_library_is_refused() -> None:
+    def packages(zarr: str) -> dict[str, object]:
+        return {"packages": {"zarr": zarr, "zict": "3"}}
+
+    found = {"client": packages("3.1.6"), "workers": {"tcp://a:1": packages("3.1.6"), "tcp://b:1": packages("3.2.0")}}
+    with pytest.raises(IxiError, match=r"tcp://b:1 has zarr 3\.2\.0, here it is 3\.1\.6"):
+        module._check_versions(found, ["zarr"])
