@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ixi_etl.config import RefreshConfig
-    from ixi_etl.refresh import Refreshed
+    from ixi_etl.publish import Refreshed
 
 app = typer.Typer(
     help="Turn the IXI brain MRI archives into a verified, versioned, paired T1/T2 dataset.",
@@ -153,6 +153,28 @@ def refresh(
 
 
 @app.command()
+def digits(
+    root: Root = DEFAULT_ROOT,
+    source: Annotated[
+        str | None, typer.Option("--source", help="Folder or URL with the four files. Else the official host.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=2, help="Only the first so many of the training and of the test file.")
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Use verified files; ask no server anything.")] = False,
+) -> None:
+    """Make a version of MNIST (outlines and digits), to try the training on: download, verify, publish."""
+    from flows.progress import show_progress
+    from ixi_etl.config import DigitsConfig, DigitsDataset
+    from ixi_etl.digits import make_digits
+
+    config = DigitsConfig(root=root, source=source, dataset=DigitsDataset(limit=limit), offline=offline)
+    with show_progress() as progress:
+        made = make_digits(config, progress)
+    _report(made)
+
+
+@app.command()
 def verify(
     version: Annotated[str, typer.Argument(help=f"What to check: {NAMING}.")] = "latest",
     root: Root = DEFAULT_ROOT,
@@ -277,15 +299,18 @@ def _not_a_users_mistake(record: logging.LogRecord) -> bool:
 
 def _report(refreshed: Refreshed) -> None:
     from ixi_etl import dataset, manifest
+    from ixi_etl.schema import EXCLUDED
 
     table = dataset.read_manifest(refreshed.folder)
-    _print_table(manifest.funnel(table).reset_index(), "Subjects left after each step")
-    if (table["status"] == manifest.EXCLUDED).any():
+    schema = dataset.SCHEMAS[dataset.read_facts(refreshed.folder)["name"]]
+    _print_table(manifest.funnel(table, schema).reset_index(), "Subjects left after each step")
+    if (table["status"] == EXCLUDED).any():
         _print_table(manifest.exclusions(table).reset_index(names="reason"), "Why the others are out")
     state = "published" if refreshed.is_new else "published before, nothing to do"
     lines = [f"version   {refreshed.version} ({state})"]
     for label, name in (("store", "slices.zarr"), ("manifest", dataset.MANIFEST), ("report", dataset.REPORT)):
-        lines.append(f"{label:<9} {refreshed.folder / name}")
+        if (refreshed.folder / name).exists():
+            lines.append(f"{label:<9} {refreshed.folder / name}")
     typer.echo("\n" + "\n".join(lines))
 
 
@@ -294,7 +319,7 @@ def _print_table(table: pd.DataFrame, title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, min_width=len(title))
     for name in table.columns:
         numeric = table[name].dtype.kind in "iuf"
         shown.add_column(str(name), justify="right" if numeric else "left", overflow="fold")

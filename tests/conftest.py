@@ -9,7 +9,8 @@ from hypothesis import settings
 
 from ixi_etl.config import DatasetConfig, RefreshConfig
 from ixi_etl.phantom import write_phantom
-from ixi_etl.refresh import Refreshed, refresh
+from ixi_etl.publish import Refreshed
+from ixi_etl.refresh import refresh
 
 settings.register_profile("here", deadline=None)  # machines differ, and the first call imports
 settings.load_profile("here")
