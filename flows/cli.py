@@ -236,7 +236,7 @@ def versions(
                 "splits": ", ".join(f"{n} {split}" for split, n in facts["splits"].items()),
             }
             told = [key for key in ("pairing", "window", "limit") if key in config]
-            rows.append(row | {key: config[key] for key in told})
+            rows.append(row | {key: "all" if config[key] is None else config[key] for key in told})
         _print_table(pd.DataFrame(rows), str(places.datasets))
 
 

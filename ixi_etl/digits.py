@@ -41,7 +41,7 @@ VAL_ONE_IN = 12  # the last twelfth of the training file is `val`: 5,000 of its 
 BYTE_LIBRARIES = ("numpy", "zarr", "zarrs")
 """Their versions are part of a version's name: another one may write other bytes."""
 
-LONG_NAMES = {"sketch": "outline of the ink, 0 or 255", "digit": "handwritten digit, 0 (paper) to 255 (ink)"}
+LONG_NAMES = {"sketch": f"outline, 0 or 255, of ink above {INK}", "digit": "handwritten digit, 0 (paper) to 255 (ink)"}
 
 
 def make_digits(config: DigitsConfig, progress: Progress = silent) -> Refreshed:

@@ -254,9 +254,8 @@ def test_shards_that_changed_places_are_found_subject_by_subject(made: Refreshed
     one, two = (shard.read_bytes() for shard in shards)
     shards[0].write_bytes(two)
     shards[1].write_bytes(one)
-    facts = dataset.read_facts(made.folder) | {
-        "files": publish.list_files(made.folder)
-    }  # whoever did it mended the list
+    listed = {"files": publish.list_files(made.folder)}  # whoever did it also mended the list
+    facts = dataset.read_facts(made.folder) | listed
     (made.folder / dataset.FACTS).write_text(json.dumps(facts))
     assert dataset.verify(made.folder) == []
     problems = dataset.verify(made.folder, deep=True)
@@ -276,6 +275,15 @@ def test_a_damaged_version_is_made_again(made: Refreshed, source: Path, tmp_path
     assert again.is_new
     assert contents(again.folder) == before
     assert not (again.folder.parent / ".staging").exists()
+
+
+def test_what_a_killed_run_left_is_not_published(made: Refreshed, source: Path, tmp_path: Path) -> None:
+    staged = dataset.Places(tmp_path / "b", "digits").staging(made.version) / "version"
+    staged.mkdir(parents=True)
+    (staged / dataset.MANIFEST).write_text("half of")
+    (staged / "scrap").touch()
+    again = make_digits(DigitsConfig(root=tmp_path / "b", source=str(source)))
+    assert contents(again.folder) == contents(made.folder)
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
