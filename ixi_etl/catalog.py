@@ -45,13 +45,11 @@ class Source:
         name: the name it gets on disk, for example `IXI-T1.tar`.
         urls: where it is served, in the order to try; a single path or URL for a person's own file.
         md5: what its MD5 must be, or None where nobody has said.
-        said_by: who says so, for the message of a file that has another.
     """
 
     name: str
     urls: tuple[str, ...]
     md5: str | None
-    said_by: str = "its publisher"
 
     @property
     def over_http(self) -> bool:

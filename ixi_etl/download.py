@@ -147,7 +147,7 @@ def own_sources(place: str, *, offline: bool = False, insecure_hosts: tuple[str,
         except _UnusableError as error:
             if error.transient:
                 log.warning("%s: %s; going on unchecked", beside, error)
-    return {m: Source(archive_name(m), (p,), sums.get(basename(p)), "MD5SUMS beside it") for m, p in places.items()}
+    return {m: Source(archive_name(m), (p,), sums.get(basename(p))) for m, p in places.items()}
 
 
 # -- what is known of a file ------------------------------------------------------------------------------------------
@@ -209,7 +209,8 @@ def _verify_in_place(source: Source, folder: Path, progress: Progress) -> Acquir
     except Exception as error:  # each kind of store has its own
         raise DownloadError(f"cannot read {location}: {getattr(error, 'strerror', None) or error}") from error
     if source.md5 not in (None, md5):
-        raise DownloadError(f"{location}: MD5 is {md5}, but {source.said_by} says {source.md5}; fetch the file again")
+        right = f"{source.md5}, as its publisher or MD5SUMS beside it says"
+        raise DownloadError(f"{location}: MD5 is {md5}, not {right}; fetch the file again")
     return _record(folder, source, location, md5, location, None)
 
 
