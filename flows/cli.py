@@ -201,7 +201,7 @@ def verify(
 @app.command()
 def versions(
     old: Annotated[str | None, typer.Argument(help=f"Compare this version ({NAMING}) ...")] = None,
-    new: Annotated[str | None, typer.Argument(help="... with this one.  [default: the latest]")] = None,
+    new: Annotated[str | None, typer.Argument(help="... with this one, or else with the latest.")] = None,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """List the published versions, or say what changed between two of them, subject by subject."""
