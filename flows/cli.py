@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from ixi_etl.config import RefreshConfig
-    from ixi_etl.refresh import Refreshed
+    from ixi_etl.publish import Refreshed
 
 app = typer.Typer(
     help="Turn the IXI brain MRI archives into a verified, versioned, paired T1/T2 dataset.",
@@ -27,12 +27,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Root = Annotated[Path, typer.Option("--root", envvar="IXI_ROOT", help="Folder that holds archives and datasets.")]
+Root = Annotated[
+    str, typer.Option("--root", envvar="IXI_ROOT", help="Folder, or s3://bucket/prefix, that holds datasets.")
+]
+Scratch = Annotated[
+    Path | None,
+    typer.Option(envvar="IXI_SCRATCH", help="Where the root is on S3: folder for archives and unfinished work."),
+]
 OwnSource = Annotated[
     str | None,
     typer.Option("--source", help="Your own archives: a folder, a tar file, or a URL. Else the official ones."),
 ]
-DEFAULT_ROOT = Path("ixi-data")
+DEFAULT_ROOT = "ixi-data"
 NAMING = "[NAME@]VERSION, the beginning of a version, or latest; NAME is ixi-t1-t2 or digits"
 
 
@@ -50,13 +56,15 @@ def survey(
     """
     from flows.progress import show_progress
     from ixi_etl.catalog import MODALITIES, archive_name, modality_of, own_archives
+    from ixi_etl.places import Places
     from ixi_etl.survey import depth_histogram, draw_histogram, modal_depths
     from ixi_etl.survey import survey as survey_archives
 
     if source is None:
-        places = {m: str(root / "archives" / archive_name(m)) for m in MODALITIES}
+        archives = Places(root).archives
+        places = {m: str(archives / archive_name(m)) for m in MODALITIES}
         if not all(Path(place).exists() for place in places.values()):
-            raise ArchiveError(f"{root}/archives has no archives yet; run `ixi-etl refresh`, or give --source")
+            raise ArchiveError(f"{archives} has no archives yet; run `ixi-etl refresh`, or give --source")
     else:
         places = own_archives(source)
         if source.endswith(".tar"):
@@ -64,7 +72,7 @@ def survey(
             places = {modality: places[modality]}
     with show_progress() as progress:
         table = survey_archives(places, progress)
-    out = out or root / "survey"
+    out = out or Places(root).local / "survey"
     out.mkdir(parents=True, exist_ok=True)
     table.to_csv(out / "survey.csv", index=False)
     histogram, modal = depth_histogram(table), modal_depths(table)
@@ -83,6 +91,7 @@ def survey(
 @app.command()
 def refresh(
     root: Root = DEFAULT_ROOT,
+    scratch: Scratch = None,
     source: OwnSource = None,
     preset: Annotated[
         Literal["paired", "paper"],
@@ -142,6 +151,7 @@ def refresh(
     chosen = PRESETS[preset] | {k: v for k, v in given.items() if v is not None}
     config = RefreshConfig(
         root=root,
+        scratch=scratch,
         source=source,
         demographics=demographics,
         dataset=DatasetConfig.model_validate(chosen),
@@ -156,10 +166,35 @@ def refresh(
     _report(refreshed)
     if then_train:
         from flows.train_pix2pix import train_pix2pix
-        from ixi_etl import dataset
+        from ixi_etl.places import NAME
 
-        run = train_pix2pix(dataset=f"{dataset.NAME}@{refreshed.version}", root=config.root)
+        run = train_pix2pix(dataset=f"{NAME}@{refreshed.version}", root=config.root)
         typer.echo(f"run       {run}")
+
+
+@app.command()
+def digits(
+    root: Root = DEFAULT_ROOT,
+    scratch: Scratch = None,
+    source: Annotated[
+        str | None, typer.Option("--source", help="Folder or URL with the four files. Else the official host.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=2, help="Only the first so many of the training and of the test file.")
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Use verified files; ask no server anything.")] = False,
+) -> None:
+    """Make a version of MNIST (outlines and digits), to try the training on: download, verify, publish."""
+    from flows.progress import show_progress
+    from ixi_etl.config import DigitsConfig, DigitsDataset
+    from ixi_etl.digits import make_digits
+
+    config = DigitsConfig(
+        root=root, scratch=scratch, source=source, dataset=DigitsDataset(limit=limit), offline=offline
+    )
+    with show_progress() as progress:
+        made = make_digits(config, progress)
+    _report(made)
 
 
 @app.command()
@@ -171,9 +206,10 @@ def verify(
     """Check a published version: files, schema and counts; with --deep every byte."""
     from flows.progress import show_progress
     from ixi_etl import dataset
+    from ixi_etl.places import Places
 
     name, wanted = dataset.parse(version)
-    places = dataset.Places(root, name)
+    places = Places(root, name)
     folder = places.version(dataset.resolve(places, wanted))
     with show_progress() as progress:
         problems = dataset.verify(folder, deep=deep, progress=progress)
@@ -189,20 +225,21 @@ def verify(
 @app.command()
 def versions(
     old: Annotated[str | None, typer.Argument(help=f"Compare this version ({NAMING}) ...")] = None,
-    new: Annotated[str | None, typer.Argument(help="... with this one.  [default: the latest]")] = None,
+    new: Annotated[str | None, typer.Argument(help="... with this one, or else with the latest.")] = None,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """List the published versions, or say what changed between two of them, subject by subject."""
     import pandas as pd
 
     from ixi_etl import dataset
+    from ixi_etl.places import Places
 
     if old is not None:
         name, wanted = dataset.parse(old)
         other, against = dataset.parse(new or f"{name}@latest")
         if name != other:
             raise DatasetError(f"{old} and {new} are of two datasets; give two versions of one, both as {name}@VERSION")
-        places = dataset.Places(root, name)
+        places = Places(root, name)
         names = dataset.resolve(places, wanted), dataset.resolve(places, against)
         tables = [dataset.read_manifest(places.version(name)) for name in names]
         changes = dataset.compare(*tables)
@@ -211,7 +248,7 @@ def versions(
         else:
             _print_table(changes, f"{len(changes)} subjects differ: {names[0]} (old), {names[1]} (new)")
         return
-    every = [dataset.Places(root, name) for name in dataset.COMMANDS]
+    every = [Places(root, name) for name in dataset.COMMANDS]
     for places in [p for p in every if dataset.published(p)] or every[:1]:
         latest = dataset.resolve(places)
         rows = []
@@ -224,7 +261,7 @@ def versions(
                 "splits": ", ".join(f"{n} {split}" for split, n in facts["splits"].items()),
             }
             told = [key for key in ("pairing", "window", "limit") if key in config]
-            rows.append(row | {key: config[key] for key in told})
+            rows.append(row | {key: "all" if config[key] is None else config[key] for key in told})
         _print_table(pd.DataFrame(rows), str(places.datasets))
 
 
@@ -245,7 +282,7 @@ def demo(
     with show_progress() as progress:
         write_phantom(folder / "archives-served", subjects, workers=os.cpu_count() or 1, progress=progress)
     with serve_folder(folder / "archives-served") as url:
-        refreshed = _run_flow(RefreshConfig(root=folder / "ixi-data", source=url))
+        refreshed = _run_flow(RefreshConfig(root=str(folder / "ixi-data"), source=url))
     _report(refreshed)
 
 
@@ -287,15 +324,18 @@ def _not_a_users_mistake(record: logging.LogRecord) -> bool:
 
 def _report(refreshed: Refreshed) -> None:
     from ixi_etl import dataset, manifest
+    from ixi_etl.schema import EXCLUDED
 
     table = dataset.read_manifest(refreshed.folder)
-    _print_table(manifest.funnel(table).reset_index(), "Subjects left after each step")
-    if (table["status"] == manifest.EXCLUDED).any():
+    schema = dataset.SCHEMAS[dataset.read_facts(refreshed.folder)["name"]]
+    _print_table(manifest.funnel(table, schema).reset_index(), "Subjects left after each step")
+    if (table["status"] == EXCLUDED).any():
         _print_table(manifest.exclusions(table).reset_index(names="reason"), "Why the others are out")
     state = "published" if refreshed.is_new else "published before, nothing to do"
     lines = [f"version   {refreshed.version} ({state})"]
     for label, name in (("store", "slices.zarr"), ("manifest", dataset.MANIFEST), ("report", dataset.REPORT)):
-        lines.append(f"{label:<9} {refreshed.folder / name}")
+        if (refreshed.folder / name).exists():
+            lines.append(f"{label:<9} {refreshed.folder / name}")
     typer.echo("\n" + "\n".join(lines))
 
 
@@ -304,7 +344,7 @@ def _print_table(table: pd.DataFrame, title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, min_width=len(title))
     for name in table.columns:
         numeric = table[name].dtype.kind in "iuf"
         shown.add_column(str(name), justify="right" if numeric else "left", overflow="fold")

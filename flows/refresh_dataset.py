@@ -17,12 +17,14 @@ from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
 from flows.progress import show_progress
-from ixi_etl import dataset, refresh
+from ixi_etl import refresh
 from ixi_etl.config import RefreshConfig
 from ixi_etl.download import Acquired
 from ixi_etl.errors import DownloadError
 from ixi_etl.files import Progress, lock_root
-from ixi_etl.refresh import Inputs, Refreshed
+from ixi_etl.places import NAME
+from ixi_etl.publish import Refreshed
+from ixi_etl.refresh import Inputs
 from ixi_etl.survey import survey
 
 
@@ -81,7 +83,7 @@ def publish_version(
 
 def announce(refreshed: Refreshed) -> None:
     """Tell whoever waits for a new version; `prefect.yaml` has the training wait for it."""
-    resource = {"prefect.resource.id": f"ixi.dataset.{dataset.NAME}", "prefect.resource.name": dataset.NAME}
+    resource = {"prefect.resource.id": f"ixi.dataset.{NAME}", "prefect.resource.name": NAME}
     emit_event("ixi.dataset.published", resource, payload={"version": refreshed.version})
 
 
@@ -100,7 +102,7 @@ def refresh_dataset(config: RefreshConfig | None = None) -> Refreshed:
     """
     config = config or RefreshConfig()
     log = get_run_logger()
-    with lock_root(config.root), show_progress() as progress:
+    with lock_root(config.places.local), show_progress() as progress:
         sources = refresh.find_sources(config)
         downloads = {key: download.submit(config, source, progress) for key, source in sources.items()}
         inputs = refresh.inputs_of(config, {key: job.result() for key, job in downloads.items()})

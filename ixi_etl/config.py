@@ -1,4 +1,4 @@
-"""What a refresh is told to do: two validated objects, unknown keys refused."""
+"""What a job is told to do, as validated objects; unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from ixi_etl.places import Places, is_url
 
 SPLITS = ("train", "val", "test")
 
@@ -82,10 +84,39 @@ PRESETS: dict[str, dict[str, Any]] = {"paired": {}, "paper": {"pairing": "index"
 """What each sets. `paired`, the defaults, is what we recommend; `paper` is the published recipe."""
 
 
-class RefreshConfig(_Strict):
+class _Job(_Strict):
+    """What every job that makes a dataset version must know."""
+
+    root: str = Field("ixi-data", description="folder, or s3://bucket/prefix, that holds datasets")
+    scratch: Path | None = Field(
+        None, description="folder for archives and what is still being made, where root is on S3; else it is root"
+    )
+    offline: bool = Field(False, description="use the archives that are already verified; ask no server anything")
+
+    @field_validator("root", mode="before")
+    @classmethod
+    def _whole_root(cls, root: Any) -> str:
+        if re.match(r"s3://[^/]", str(root)):
+            return str(root).rstrip("/")
+        if not str(root) or re.match(r"[a-z0-9]+:/", str(root)):
+            raise ValueError(f"{str(root)!r} is neither a folder nor s3://bucket/prefix")
+        return str(Path(root).expanduser().resolve())  # workers in other folders must find it
+
+    @field_validator("scratch", mode="before")
+    @classmethod
+    def _whole_scratch(cls, scratch: Any) -> Any:
+        return Path(scratch).expanduser().resolve() if scratch else None  # "" is what a variable gives that is not set
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if not is_url(self.root) and self.scratch not in (None, Path(self.root)):
+            raise ValueError(f"scratch is for a root on S3; what is made for {self.root} is made there")
+        return self
+
+
+class RefreshConfig(_Job):
     """One refresh: where it reads and writes, how hard it works, and which data it makes."""
 
-    root: Path = Field(Path("ixi-data"), description="folder that holds archives and datasets")
     source: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="your own archives (folder, tar file, http(s):// or s3:// URL) instead of the official ones"
     )
@@ -101,14 +132,29 @@ class RefreshConfig(_Strict):
         default_factory=lambda: os.cpu_count() or 1, description="threads that cut subjects on this machine"
     )
     dask: str | None = Field(None, description="address of a Dask scheduler (tcp://host:port) to cut subjects on")
-    offline: bool = Field(False, description="use the archives that are already verified; ask no server anything")
     insecure_hosts: tuple[str, ...] = Field((), description="hosts whose TLS certificate is not checked")
 
-    @field_validator("root", mode="before")
-    @classmethod
-    def _local_root(cls, root: Any) -> str:
-        if not str(root):
-            raise ValueError("root is empty; give a folder")
-        if "://" in str(root) or re.match(r"[a-z0-9]+:/", str(root)):
-            raise ValueError(f"{root} is not a folder on this machine; datasets are written to local folders only")
-        return str(Path(root).expanduser().resolve())  # workers in other folders must find it
+    @property
+    def places(self) -> Places:
+        return Places(self.root, scratch=self.scratch)
+
+
+class DigitsDataset(_Strict):
+    """Which digits. It goes into the version's name."""
+
+    limit: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="take the first so many of the training file and of the test file; omit for all"
+    )
+
+
+class DigitsConfig(_Job):
+    """One making of the MNIST dataset."""
+
+    source: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="folder or URL that holds the four original files, instead of the official host"
+    )
+    dataset: DigitsDataset = DigitsDataset()
+
+    @property
+    def places(self) -> Places:
+        return Places(self.root, "digits", self.scratch)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,12 @@ from ixi_etl import align, nifti, pictures, register
 from ixi_etl.archive import read_member
 from ixi_etl.catalog import MODALITIES
 from ixi_etl.config import DatasetConfig
-from ixi_etl.errors import BadVolumeError
+from ixi_etl.errors import BadVolumeError, DatasetError
 from ixi_etl.files import read_json, sha256_file, to_json, write_atomic
-from ixi_etl.store import write_shard
+from ixi_etl.store import percentiles, write_shard
 
 MAX_OUTSIDE = 0.05  # of the T2 slab's foreground
 MIN_LEVELS = 256  # distinct values; fewer and rounding to integers has thrown the picture away
-PERCENTILES = (0.1, 99.9)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,12 @@ def cut_subject(job: Job, config: DatasetConfig, work: Path) -> dict[str, Any]:
 
     A subject that cannot be used is a record with its reason; nothing about a volume raises. One that was done before,
     by a run that was killed, is not done again.
+
+    Raises:
+        DatasetError: `work` is not there, on the machine that this runs on.
     """
+    if not work.is_dir():
+        raise DatasetError(f"{socket.gethostname()} has no folder {work}; Dask's workers must have it in common")
     done = read_json(record_path(work, job.subject_id))
     if isinstance(done, dict) and _still_there(done, job, work):
         return done
@@ -111,7 +116,7 @@ def _cut(job: Job, packed: dict[str, bytes], config: DatasetConfig, work: Path, 
     voxels = _quantise(slabs)
     for modality, slab in slabs.items():
         name = modality.lower()
-        low, high = np.percentile(voxels[modality], PERCENTILES)
+        low, high = percentiles(voxels[modality][None])[0]
         record |= {f"{name}_p_low": float(low), f"{name}_p_high": float(high)}
         if slab.window:
             record |= {f"{name}_window_start": slab.window[0], f"{name}_window_stop": slab.window[1]}

@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ixi_etl.errors import IxiError, LockedError
+from ixi_etl.places import is_local
 
 Progress = Callable[[str, int, int, str], None]
 """Called as (what, done, total, unit) while a stage goes on; unit is `B` for bytes or a plural noun."""
@@ -26,6 +27,9 @@ def silent(what: str, done: int, total: int, unit: str) -> None:
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write so that a reader sees the old file or the new one, whatever stops this process."""
+    if not is_local(path):  # S3 has no other way
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+        return
     part = path.with_name(f".{path.name}.part")
     with open(part, "wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
@@ -48,7 +52,7 @@ def read_json(path: Path) -> Any:
 
 
 def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

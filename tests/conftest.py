@@ -9,7 +9,8 @@ from hypothesis import settings
 
 from ixi_etl.config import DatasetConfig, RefreshConfig
 from ixi_etl.phantom import write_phantom
-from ixi_etl.refresh import Refreshed, refresh
+from ixi_etl.publish import Refreshed
+from ixi_etl.refresh import refresh
 
 settings.register_profile("here", deadline=None)  # machines differ, and the first call imports
 settings.load_profile("here")
@@ -26,10 +27,10 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config_for(root: Path, source: Path | str, **dataset: object) -> RefreshConfig:
+def config_for(root: Path | str, source: Path | str, scratch: Path | None = None, **dataset: object) -> RefreshConfig:
     """A refresh of the phantom without registration, which has tests of its own and takes most of the time."""
     chosen = DatasetConfig.model_validate({"slices": SLICES, "registration": "none"} | dataset)
-    return RefreshConfig(root=root, source=str(source), dataset=chosen, workers=2)
+    return RefreshConfig(root=str(root), scratch=scratch, source=str(source), dataset=chosen, workers=2)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from flows.cli import app, main
 from ixi_etl import dataset
 from ixi_etl.config import PRESETS, DatasetConfig
-from ixi_etl.refresh import Refreshed
+from ixi_etl.publish import Refreshed
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -76,7 +76,7 @@ def test_verify_and_versions(published: Refreshed, capsys: pytest.CaptureFixture
     ("arguments", "said"),
     [
         (["survey", "--source", "foo://x"], "cannot read foo://x/IXI-T1.tar"),
-        (["refresh", "--root", "s3://bucket/x"], "not a folder on this machine"),
+        (["refresh", "--root", "gs://bucket/x"], "neither a folder nor s3://bucket/prefix"),
         (["refresh", "--preset", "paper", "--registration", "rigid"], "registration must be none"),
         (["survey", "--source", "/nowhere"], "/nowhere/IXI-T1.tar is not there"),
         (["survey", "--source", "/nowhere/brains.tar"], "cannot tell T1 from T2"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import pytest
 
 from ixi_etl import spread as module
 from ixi_etl.errors import IxiError
+from ixi_etl.files import read_json
 from ixi_etl.spread import spread
 
 
@@ -30,8 +30,8 @@ class Cluster:
         note = folder / "scheduler.json"
         arguments = ["--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(note)]
         self.scheduler = self._start("scheduler", *arguments)
-        wait_for(note.exists)
-        self.address = json.loads(note.read_text())["address"]
+        wait_for(lambda: read_json(note))
+        self.address = str(read_json(note)["address"])
 
     def add_worker(self) -> subprocess.Popen[bytes]:
         place = str(self.folder / "dask")

@@ -1,0 +1,122 @@
+"""Where things lie: in a folder, or under `s3://bucket/prefix`, which is read and written by the same paths.
+
+On S3 are published versions and runs. What is downloaded or still being made lies on this machine, in `scratch`. Which
+S3, and with what credentials, stands in the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import fsspec
+
+from ixi_etl.errors import IxiError
+
+NAME = "ixi-t1-t2"  # the dataset that a version is of, where nobody says
+SCRATCH = Path("ixi-data")
+
+
+def is_url(text: str) -> bool:
+    return "://" in text
+
+
+def place(where: str | Path) -> Path:
+    """The path of a folder, or of `s3://...`: then an object that does what `Path` does (UPath, no subclass of it)."""
+    if not is_url(str(where)):
+        return Path(where)
+    from upath import UPath
+
+    return cast(Path, UPath(where, use_listings_cache=False))  # others write there too, so no listing is remembered
+
+
+def is_local(path: Path) -> bool:
+    return isinstance(path, Path)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the archives, and the versions of the dataset `name`, lie.
+
+    Attributes:
+        root: a folder, or `s3://bucket/prefix`.
+        scratch: the folder for archives and what is still being made; None for the root itself, or `ixi-data` where
+            the root is on S3.
+    """
+
+    root: str | Path
+    name: str = NAME
+    scratch: Path | None = None
+
+    @property
+    def local(self) -> Path:
+        """The folder of this machine that is written to."""
+        root = place(self.root)
+        return self.scratch or (root if is_local(root) else SCRATCH)
+
+    @property
+    def archives(self) -> Path:
+        return self.local / "archives"
+
+    @property
+    def datasets(self) -> Path:
+        return place(self.root) / "datasets" / self.name
+
+    def version(self, version: str) -> Path:
+        return self.datasets / version
+
+    def staging(self, version: str) -> Path:
+        return self.unfinished / version
+
+    @property
+    def unfinished(self) -> Path:
+        return self.local / "datasets" / self.name / ".staging"
+
+
+def check_reachable(root: str | Path) -> None:
+    """Better said before hours of work than after.
+
+    Raises:
+        IxiError: `root` is on S3, and its bucket is not there or does not answer.
+    """
+    if is_local(place(root)):
+        return
+    filesystem, path = _filesystem(place(root))
+    bucket = path.partition("/")[0]
+    try:
+        filesystem.ls(bucket)
+    except Exception as error:  # botocore's, aiohttp's and fsspec's own
+        raise IxiError(
+            f"cannot reach the bucket {bucket} of {root} ({str(error) or type(error).__name__}); make it, or mend "
+            "AWS_ENDPOINT_URL and the credentials"
+        ) from error
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Relative path -> size in bytes of every file below a folder, in one listing."""
+    filesystem, top = _filesystem(folder)
+    found = filesystem.find(top, detail=True)
+    return {name[len(top) + 1 :]: int(info["size"]) for name, info in found.items()}
+
+
+def upload(folder: Path, target: Path, last: str) -> None:
+    """Copy a folder of this machine to S3, its file `last` when all others are there."""
+    filesystem, top = _filesystem(target)
+    names = sorted(file_sizes(folder).keys() - {last})
+    filesystem.put([str(folder / name) for name in names], [f"{top}/{name}" for name in names])
+    filesystem.put_file(str(folder / last), f"{top}/{last}")
+
+
+def remove(target: Path, first: str) -> None:
+    """Remove all that lies under a path of S3, its file `first` before all others."""
+    filesystem, top = _filesystem(target)
+    if filesystem.exists(f"{top}/{first}"):
+        filesystem.rm_file(f"{top}/{first}")
+    if filesystem.exists(top):
+        filesystem.rm(top, recursive=True)
+
+
+def _filesystem(path: Path) -> tuple[Any, str]:
+    filesystem, top = fsspec.url_to_fs(str(path), use_listings_cache=False)
+    return filesystem, str(top).rstrip("/")

@@ -1,0 +1,141 @@
+"""A root on S3 holds what a folder would, appears whole or not at all, and is read by the same functions."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import config_for
+
+from ixi_etl import dataset
+from ixi_etl.config import RefreshConfig
+from ixi_etl.errors import IxiError
+from ixi_etl.places import Places, file_sizes, place, upload
+from ixi_etl.refresh import Refreshed, refresh
+from ixi_etl.store import open_arrays
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[None]:
+    """A server with S3's interface on this machine, which the environment points to."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "anything")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield
+    server.stop()
+
+
+@pytest.fixture
+def root(s3: None) -> str:
+    """A prefix in a bucket of its own."""
+    bucket = f"bucket-{uuid.uuid4().hex}"
+    place(f"s3://{bucket}").mkdir()
+    return f"s3://{bucket}/some/prefix"
+
+
+@pytest.fixture
+def config(root: str, archives: Path, tmp_path: Path) -> RefreshConfig:
+    return config_for(root, archives, tmp_path)
+
+
+def test_a_version_on_s3_is_the_local_one(config: RefreshConfig, published: Refreshed, tmp_path: Path) -> None:
+    made = refresh(config)
+    assert (made.version, made.is_new) == (published.version, True)
+    assert str(made.folder) == f"{config.root}/datasets/ixi-t1-t2/{made.version}"
+    assert dataset.read_facts(made.folder) == dataset.read_facts(published.folder)  # with the SHA-256 of every file
+    assert dataset.verify(made.folder, deep=True) == []
+    assert dataset.read_manifest(made.folder).equals(dataset.read_manifest(published.folder))
+    there, here = open_arrays(made.folder), open_arrays(published.folder)
+    assert {n: a.attrs.asdict() for n, a in there.items()} == {n: a.attrs.asdict() for n, a in here.items()}
+    assert all(np.array_equal(np.asarray(there[n]), np.asarray(here[n])) for n in here)
+    again = refresh(config)
+    assert (again.version, again.is_new) == (published.version, False)
+    assert dataset.resolve(Places(config.root)) == published.version
+    assert not list(tmp_path.rglob("*.shard"))  # what was being made is cleared away
+    assert {name.partition("/")[0] for name in file_sizes(place(config.root))} == {"datasets"}
+
+
+def test_the_version_is_complete_before_it_says_so_and_the_pointer_is_last(
+    config: RefreshConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="werkzeug"):  # the server's own log
+        made = refresh(config)
+    written = [r.getMessage().split()[6] for r in caplog.records if '"PUT ' in r.getMessage()]
+    prefix = "/" + made.folder.parent.as_posix().removeprefix("s3://")
+    assert written[-2:] == [f"{prefix}/{made.version}/dataset.json", f"{prefix}/latest.json"]
+    assert len(written) > len(dataset.read_facts(made.folder)["files"])
+
+
+def test_an_upload_that_was_killed_is_no_version_and_is_done_again(config: RefreshConfig, published: Refreshed) -> None:
+    places = Places(config.root)
+    target = places.version(published.version)
+    upload(published.folder, target, last=dataset.FACTS)
+    (target / dataset.FACTS).unlink()
+    (target / "stray").write_bytes(b"of another time")
+    assert dataset.published(places) == []
+    with pytest.raises(IxiError, match="has no published version"):
+        dataset.resolve(places)
+    assert refresh(config).is_new
+    assert dataset.verify(target, deep=True) == []
+
+
+@pytest.mark.parametrize("what", ["remove", "shorten", "change"])
+def test_a_version_damaged_on_s3_is_seen_and_mended(what: str, config: RefreshConfig) -> None:
+    made = refresh(config)
+    shard = made.folder / "slices.zarr/t1/c/0/0/0/0"
+    whole = shard.read_bytes()
+    if what == "remove":
+        shard.unlink()
+    else:
+        shard.write_bytes(whole[:-1] if what == "shorten" else whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert dataset.verify(made.folder, deep=True) != []
+    if what != "change":  # which only --deep can see
+        assert refresh(config).is_new
+        assert dataset.verify(made.folder, deep=True) == []
+
+
+def test_archives_on_s3_are_read_where_they_lie(
+    config: RefreshConfig, root: str, archives: Path, published: Refreshed, tmp_path: Path
+) -> None:
+    upload(archives, place(f"{root}/archives"), last="MD5SUMS")
+    made = refresh(config.model_copy(update={"source": f"{root}/archives"}))
+    assert made.version == published.version
+    assert not list(tmp_path.rglob("*.tar"))
+
+
+def test_a_bucket_that_is_not_there_is_said_before_any_work(s3: None, archives: Path, tmp_path: Path) -> None:
+    with pytest.raises(IxiError, match=r"cannot reach the bucket nowhere of s3://nowhere/x .*does not exist"):
+        refresh(config_for("s3://nowhere/x", archives, tmp_path))
+    with pytest.raises(IxiError, match="cannot reach the bucket nowhere"):
+        dataset.resolve(Places("s3://nowhere/x"))
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_the_command_line_reads_from_s3(
+    config: RefreshConfig, published: Refreshed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flows.cli import main
+
+    refresh(config)
+    for command, said in (("verify", "is sound"), ("versions", f"{published.version} (latest)")):
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--root", config.root])
+        assert (ended.value.code or 0, said in capsys.readouterr().out) == (0, True)
+
+
+def test_scratch_is_for_a_root_on_s3_only(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="scratch is for a root on S3"):
+        RefreshConfig(root=str(tmp_path / "a"), scratch=tmp_path / "b")
+    assert RefreshConfig(root=str(tmp_path), scratch=tmp_path).places.archives == tmp_path / "archives"
+    assert RefreshConfig(root="s3://a/b", scratch=tmp_path).places.archives == tmp_path / "archives"
