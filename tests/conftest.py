@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from hypothesis import settings
 from ixi_etl.config import DatasetConfig, RefreshConfig
 from ixi_etl.phantom import write_phantom
 from ixi_etl.refresh import Refreshed, refresh
+
+# Networks of a few channels wait for each other more than they compute; and processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("here", deadline=None)  # machines differ, and the first call imports
 settings.load_profile("here")
