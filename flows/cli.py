@@ -18,7 +18,7 @@ from ixi_etl.errors import ArchiveError, DatasetError, IxiError, StoppedError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ixi_etl.refresh import Refreshed
+    from ixi_etl.publish import Refreshed
 
 app = typer.Typer(
     help="Turn the IXI brain MRI archives into a verified, versioned, paired T1/T2 dataset.",
@@ -239,6 +239,28 @@ def evaluate(
 
 
 @app.command()
+def digits(
+    root: Root = DEFAULT_ROOT,
+    source: Annotated[
+        str | None, typer.Option("--source", help="Folder or URL with the four files. Else the official host.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=2, help="Only the first so many of the training and of the test file.")
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Use verified files; ask no server anything.")] = False,
+) -> None:
+    """Make a version of MNIST (outlines and digits), to try the training on: download, verify, publish."""
+    from flows.progress import show_progress
+    from ixi_etl.config import DigitsConfig, DigitsDataset
+    from ixi_etl.digits import make_digits
+
+    config = DigitsConfig(root=root, source=source, dataset=DigitsDataset(limit=limit), offline=offline)
+    with show_progress() as progress:
+        made = make_digits(config, progress)
+    _report(made)
+
+
+@app.command()
 def verify(
     version: Annotated[str, typer.Argument(help=f"What to check: {NAMING}.")] = "latest",
     root: Root = DEFAULT_ROOT,
@@ -265,7 +287,7 @@ def verify(
 @app.command()
 def versions(
     old: Annotated[str | None, typer.Argument(help=f"Compare this version ({NAMING}) ...")] = None,
-    new: Annotated[str | None, typer.Argument(help="... with this one.  [default: the latest]")] = None,
+    new: Annotated[str | None, typer.Argument(help="... with this one, or else with the latest.")] = None,
     root: Root = DEFAULT_ROOT,
 ) -> None:
     """List the published versions, or say what changed between two of them, subject by subject."""
@@ -300,7 +322,7 @@ def versions(
                 "splits": ", ".join(f"{n} {split}" for split, n in facts["splits"].items()),
             }
             told = [key for key in ("pairing", "window", "limit") if key in config]
-            rows.append(row | {key: config[key] for key in told})
+            rows.append(row | {key: "all" if config[key] is None else config[key] for key in told})
         _print_table(pd.DataFrame(rows), str(places.datasets))
 
 
@@ -400,15 +422,18 @@ def _mean_sd(row: dict[str, Any], measure: str, digits: int) -> str:
 
 def _report(refreshed: Refreshed) -> None:
     from ixi_etl import dataset, manifest
+    from ixi_etl.schema import EXCLUDED
 
     table = dataset.read_manifest(refreshed.folder)
-    _print_table(manifest.funnel(table).reset_index(), "Subjects left after each step")
-    if (table["status"] == manifest.EXCLUDED).any():
+    schema = dataset.SCHEMAS[dataset.read_facts(refreshed.folder)["name"]]
+    _print_table(manifest.funnel(table, schema).reset_index(), "Subjects left after each step")
+    if (table["status"] == EXCLUDED).any():
         _print_table(manifest.exclusions(table).reset_index(names="reason"), "Why the others are out")
     state = "published" if refreshed.is_new else "published before, nothing to do"
     lines = [f"version   {refreshed.version} ({state})"]
     for label, name in (("store", "slices.zarr"), ("manifest", dataset.MANIFEST), ("report", dataset.REPORT)):
-        lines.append(f"{label:<9} {refreshed.folder / name}")
+        if (refreshed.folder / name).exists():
+            lines.append(f"{label:<9} {refreshed.folder / name}")
     typer.echo("\n" + "\n".join(lines))
 
 
@@ -417,7 +442,7 @@ def _print_table(table: pd.DataFrame, title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, min_width=len(title))
     for name in table.columns:
         numeric = table[name].dtype.kind in "iuf"
         shown.add_column(str(name), justify="right" if numeric else "left", overflow="fold")

@@ -21,7 +21,8 @@ from ixi_etl.config import RefreshConfig
 from ixi_etl.download import Acquired
 from ixi_etl.errors import DownloadError
 from ixi_etl.files import Progress, lock_root
-from ixi_etl.refresh import Inputs, Refreshed
+from ixi_etl.publish import Refreshed
+from ixi_etl.refresh import Inputs
 from ixi_etl.survey import survey
 
 

@@ -2,9 +2,10 @@
 
 The data walks one way through these modules::
 
-    catalog -> download -> archive -> nifti -> survey -> manifest -> align -> cut -> store -> dataset -> report
+    catalog -> download -> archive -> nifti -> survey -> manifest -> align -> cut -> store -> report -> publish
 
-``refresh`` strings them together. Nothing in this package imports Prefect or torch.
+``refresh`` strings them together, ``digits`` does the like for MNIST, and ``dataset`` reads what was published.
+Nothing in this package imports Prefect or torch.
 """
 
 __version__ = "0.1.0"

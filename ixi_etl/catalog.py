@@ -27,6 +27,15 @@ _MD5 = {
     "IXI.xls": "066002afe250e4375d132266fcfceac5",
 }
 
+MNIST_HOSTS = ("https://ossci-datasets.s3.amazonaws.com/mnist", "http://yann.lecun.com/exdb/mnist")
+MNIST_MD5 = {
+    "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+    "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+    "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+}
+MNIST_CREDIT = "MNIST handwritten digits, Y. LeCun, C. Cortes and C. J. C. Burges, yann.lecun.com/exdb/mnist"
+
 
 @dataclass(frozen=True)
 class Source:
@@ -57,6 +66,12 @@ def official(name: str) -> Source:
     return Source(name, (f"{_HOST}/{name}", f"{_MIRROR}/{name}"), _MD5[name])
 
 
+def mnist(folder: str | None = None) -> dict[str, Source]:
+    """The four files of MNIST by name, from their hosts or from your own folder or URL; always of the published MD5."""
+    hosts = MNIST_HOSTS if folder is None else (_absolute(folder),)
+    return {name: Source(name, tuple(f"{host}/{name}" for host in hosts), md5) for name, md5 in MNIST_MD5.items()}
+
+
 def archive_name(modality: str) -> str:
     return f"IXI-{modality}.tar"
 
@@ -67,14 +82,19 @@ def own_archives(source: str) -> dict[str, str]:
     `source` is a folder or URL that holds `IXI-T1.tar` and `IXI-T2.tar`, or one such tar: then its sibling of the
     other modality is taken from beside it.
     """
-    place = source if is_url(source) else str(Path(source).expanduser().resolve())
+    place = _absolute(source)
     if place.endswith(".tar"):
         folder, _, name = place.rpartition("/")
         modality = modality_of(name)
         if modality is None:
             raise ArchiveError(f"{source}: cannot tell T1 from T2 by the name {name}; call it IXI-T1.tar or IXI-T2.tar")
         return {m: f"{folder}/{name.replace(modality, m)}" for m in MODALITIES}
-    return {m: f"{place.rstrip('/')}/{archive_name(m)}" for m in MODALITIES}
+    return {m: f"{place}/{archive_name(m)}" for m in MODALITIES}
+
+
+def _absolute(place: str) -> str:
+    """A folder or URL without its last slash; a folder from the root of the file system."""
+    return (place if is_url(place) else str(Path(place).expanduser().resolve())).rstrip("/")
 
 
 def modality_of(tar_name: str) -> str | None:

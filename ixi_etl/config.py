@@ -1,4 +1,4 @@
-"""What a refresh is told to do: two validated objects, unknown keys refused."""
+"""What a job is told to do, as validated objects; unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -82,10 +82,23 @@ PRESETS: dict[str, dict[str, Any]] = {"paired": {}, "paper": {"pairing": "index"
 """What each sets. `paired`, the defaults, is what we recommend; `paper` is the published recipe."""
 
 
-class RefreshConfig(_Strict):
-    """One refresh: where it reads and writes, how hard it works, and which data it makes."""
+class _Job(_Strict):
+    """What every job that makes a dataset version must know."""
 
     root: Path = Field(Path("ixi-data"), description="folder that holds archives and datasets")
+    offline: bool = Field(False, description="use the archives that are already verified; ask no server anything")
+
+    @field_validator("root", mode="before")
+    @classmethod
+    def _local_root(cls, root: Any) -> str:
+        if "://" in str(root) or re.match(r"[a-z0-9]+:/", str(root)):
+            raise ValueError(f"{root} is not a folder on this machine; datasets are written to local folders only")
+        return str(Path(root).expanduser().resolve())  # workers in other folders must find it
+
+
+class RefreshConfig(_Job):
+    """One refresh: where it reads and writes, how hard it works, and which data it makes."""
+
     source: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="your own archives (folder, tar file, http(s):// or s3:// URL) instead of the official ones"
     )
@@ -101,12 +114,21 @@ class RefreshConfig(_Strict):
         default_factory=lambda: os.cpu_count() or 1, description="threads that cut subjects on this machine"
     )
     dask: str | None = Field(None, description="address of a Dask scheduler (tcp://host:port) to cut subjects on")
-    offline: bool = Field(False, description="use the archives that are already verified; ask no server anything")
     insecure_hosts: tuple[str, ...] = Field((), description="hosts whose TLS certificate is not checked")
 
-    @field_validator("root", mode="before")
-    @classmethod
-    def _local_root(cls, root: Any) -> str:
-        if "://" in str(root) or re.match(r"[a-z0-9]+:/", str(root)):
-            raise ValueError(f"{root} is not a folder on this machine; datasets are written to local folders only")
-        return str(Path(root).expanduser().resolve())  # workers in other folders must find it
+
+class DigitsDataset(_Strict):
+    """Which digits. It goes into the version's name."""
+
+    limit: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="take the first so many of the training file and of the test file; omit for all"
+    )
+
+
+class DigitsConfig(_Job):
+    """One making of the MNIST dataset."""
+
+    source: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="folder or URL that holds the four original files, instead of the official host"
+    )
+    dataset: DigitsDataset = DigitsDataset()

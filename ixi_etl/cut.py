@@ -22,11 +22,10 @@ from ixi_etl.catalog import MODALITIES
 from ixi_etl.config import DatasetConfig
 from ixi_etl.errors import BadVolumeError
 from ixi_etl.files import read_json, sha256_file, to_json, write_atomic
-from ixi_etl.store import write_shard
+from ixi_etl.store import percentiles, write_shard
 
 MAX_OUTSIDE = 0.05  # of the T2 slab's foreground
 MIN_LEVELS = 256  # distinct values; fewer and rounding to integers has thrown the picture away
-PERCENTILES = (0.1, 99.9)
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def _cut(job: Job, packed: dict[str, bytes], config: DatasetConfig, work: Path, 
     voxels = _quantise(slabs)
     for modality, slab in slabs.items():
         name = modality.lower()
-        low, high = np.percentile(voxels[modality], PERCENTILES)
+        low, high = percentiles(voxels[modality][None])[0]
         record |= {f"{name}_p_low": float(low), f"{name}_p_high": float(high)}
         if slab.window:
             record |= {f"{name}_window_start": slab.window[0], f"{name}_window_stop": slab.window[1]}

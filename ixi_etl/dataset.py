@@ -1,4 +1,4 @@
-"""Versions of a dataset: named by what goes in, published whole, verified, listed, compared.
+"""Versions of a dataset: named by what goes in, listed, read, verified, compared. `publish` makes them.
 
 ::
 
@@ -13,34 +13,30 @@ People write `NAME@VERSION`, for example `ixi-t1-t2@latest`.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from pydantic import BaseModel
 
 from ixi_etl import PIPELINE_VERSION, manifest
-from ixi_etl.config import DatasetConfig
 from ixi_etl.errors import DatasetError
-from ixi_etl.files import Progress, read_json, sha256_file, silent, to_json, write_atomic
-from ixi_etl.store import open_arrays
+from ixi_etl.files import Progress, read_json, sha256_file, silent, to_json
+from ixi_etl.schema import DIGITS, IXI
+from ixi_etl.store import open_arrays, percentiles
 
 COMMANDS = {"ixi-t1-t2": "ixi-etl refresh", "digits": "ixi-etl digits"}
 """Every dataset that there is, with the command that makes a version of it."""
 
+SCHEMAS = {"ixi-t1-t2": IXI, "digits": DIGITS}
+
 NAME = "ixi-t1-t2"  # what a version is of, where nobody says
 MANIFEST, FACTS, REPORT, PICTURES, POINTER = "manifest.csv", "dataset.json", "report.html", "pictures", "latest.json"
 WORST = "worst.jpg"  # among the pictures
-
-VOXEL_LIBRARIES = ("nibabel", "numpy", "simpleitk", "zarr", "zarrs")
-"""Their versions are part of a version's name: another one may compute other voxels or other bytes."""
 
 
 @dataclass(frozen=True)
@@ -82,73 +78,23 @@ def parse(text: str) -> tuple[str, str]:
     return name, version
 
 
-def inputs_of(md5s: Mapping[str, str], demographics_sha256: str | None, config: DatasetConfig) -> dict[str, Any]:
-    """All that decides the bytes of a version: contents, configuration and code, never a path, URL, count or time."""
+def inputs_of(md5s: Mapping[str, str], config: BaseModel, libraries: Iterable[str], **others: Any) -> dict[str, Any]:
+    """All that decides the bytes of a version: contents, configuration and code, never a path, URL, count or time.
+
+    `libraries` are those whose version may change a byte; `others` are hashes of what else goes in.
+    """
     return {
         "archives_md5": dict(md5s),
-        "demographics_sha256": demographics_sha256,
         "config": config.model_dump(mode="json"),
         "pipeline_version": PIPELINE_VERSION,
-        "libraries": {name: installed(name) for name in VOXEL_LIBRARIES},
+        "libraries": {name: installed(name) for name in libraries},
+        **others,
     }
 
 
 def version_name(inputs: Mapping[str, Any]) -> str:
     """12 hex digits: the SHA-256 of the inputs, cut."""
     return hashlib.sha256(to_json(inputs).encode()).hexdigest()[:12]
-
-
-# -- publishing -------------------------------------------------------------------------------------------------------
-
-
-def list_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Relative path -> size and SHA-256 of every file of a version but `dataset.json`, which holds this list."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / FACTS)
-    return {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256_file(p)} for p in paths}
-
-
-def publish(places: Places, version: str, staged: Path, origins: Mapping[str, Any]) -> Path:
-    """Move a staged folder, whole, to its place as `version`, and point `latest.json` at it.
-
-    `origins` (where the archives came from, and whether their MD5s were checked) goes into the pointer's history.
-    """
-    target = places.version(version)
-    for folder, _, _ in os.walk(staged):
-        _sync_folder(Path(folder))
-    put_aside(places, version)
-    staged.rename(target)
-    _sync_folder(target.parent)
-    point_to(places, version, origins)
-    return target
-
-
-def put_aside(places: Places, version: str) -> None:
-    """Take what lies at a version's place, which is damaged or half there, out of the way into its staging folder."""
-    if places.version(version).exists():
-        aside = places.staging(version) / "damaged"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        places.version(version).rename(aside)
-
-
-def point_to(places: Places, version: str, origins: Mapping[str, Any]) -> None:
-    """Make `latest.json` name `version`, unless it does already."""
-    pointer = _read_pointer(places) or {"version": None, "history": []}
-    if pointer["version"] == version:
-        return
-    entry = {"version": version, "published": datetime.now(UTC).isoformat(timespec="seconds"), "origins": origins}
-    write_atomic(places.datasets / POINTER, to_json({**entry, "history": [*pointer["history"], entry]}))
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def resolve(places: Places, version: str = "latest") -> str:
@@ -159,7 +105,7 @@ def resolve(places: Places, version: str = "latest") -> str:
     """
     names, command = published(places), COMMANDS[places.name]
     if version == "latest":
-        pointer = _read_pointer(places)
+        pointer = read_pointer(places)
         if pointer is None and (places.datasets / POINTER).exists():
             raise DatasetError(f"{places.datasets / POINTER} is damaged; `{command}` writes it anew")
         if pointer is None:
@@ -181,12 +127,12 @@ def published(places: Places) -> list[str]:
     if not places.datasets.is_dir():
         return []
     names = {p.name for p in places.datasets.iterdir() if not p.name.startswith(".") and (p / FACTS).is_file()}
-    pointer = _read_pointer(places) or {"history": []}
+    pointer = read_pointer(places) or {"history": []}
     dated = list(dict.fromkeys(e["version"] for e in pointer["history"] if e["version"] in names))
     return [*sorted(names - set(dated)), *dated]
 
 
-def _read_pointer(places: Places) -> dict[str, Any] | None:
+def read_pointer(places: Places) -> dict[str, Any] | None:
     """What `latest.json` says; None where it is missing or damaged."""
     pointer = read_json(places.datasets / POINTER)
     try:
@@ -216,12 +162,12 @@ def read_manifest(folder: Path) -> pd.DataFrame:
     Raises:
         DatasetError: it is missing, or breaks its schema.
     """
-    path = folder / MANIFEST
+    path, schema = folder / MANIFEST, SCHEMAS[read_facts(folder)["name"]]
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} cannot be read ({error})") from error
-    return manifest.from_csv(text, str(path))
+    return schema.from_csv(text, str(path))
 
 
 def verify(folder: Path, *, version: str | None = None, deep: bool = False, progress: Progress = silent) -> list[str]:
@@ -251,11 +197,14 @@ def verify(folder: Path, *, version: str | None = None, deep: bool = False, prog
         problems.append(
             f"{folder / FACTS} is damaged: its version is not its folder's name, or not the hash of its inputs"
         )
+    names, schema = (facts["source"], facts["target"]), SCHEMAS[facts["name"]]
+    if set(names) != set(schema.arrays):
+        return [*problems, f"{folder / FACTS} is damaged: {names[0]} and {names[1]} are not arrays of {facts['name']}"]
     try:
         table = read_manifest(folder)
-        problems += _verify_store(folder, (facts["source"], facts["target"]), manifest.used(table), deep, progress)
-        if json.loads(manifest.funnel(table).to_json(orient="index")) != facts["funnel"]:
-            problems.append(f"{folder / MANIFEST} does not give the funnel in {FACTS}")
+        problems += _verify_store(folder, names, manifest.used(table), deep, progress)
+        if not manifest.counts(table, schema).items() <= facts.items():
+            problems.append(f"{folder / MANIFEST} does not give the counts in {FACTS}")
     except DatasetError as error:
         problems.append(str(error))
     return problems
@@ -271,17 +220,21 @@ def _verify_store(
         if array is None or len(array.shape) != 4 or array.shape[0] != len(used):
             problems.append(f"{folder}: array {name} does not hold the {len(used)} used subjects of the manifest")
             continue
-        rows = list(used.itertuples()) if deep else []
-        for done, row in enumerate(rows, 1):
+        shards = range(0, array.shape[0], (array.shards or array.chunks)[0]) if deep else range(0)
+        for start in shards:
+            rows = used.iloc[start : start + shards.step]
+            done = start + len(rows)
+            subjects = rows["subject_id"].tolist()
             try:
-                slab = np.asarray(array[done - 1])
+                low_high = percentiles(np.asarray(array[start:done]))
             except Exception as error:  # whatever a codec raises on damaged bytes
-                problems.append(f"{folder}: {name} of {row.subject_id} cannot be decoded ({error})")
+                said = subjects[0] if len(rows) == 1 else f"{subjects[0]} to {subjects[-1]}"
+                problems.append(f"{folder}: {name} of {said} cannot be decoded ({error})")
                 continue
-            low, high = np.percentile(slab, (0.1, 99.9))
-            if (low, high) != (getattr(row, f"{name}_p_low"), getattr(row, f"{name}_p_high")):
-                problems.append(f"{folder}: {name} of {row.subject_id} has not the percentiles of the manifest")
-            progress(f"verify {name}", done, len(rows), "subjects")
+            differs = (low_high != rows[[f"{name}_p_low", f"{name}_p_high"]].to_numpy("float64")).any(axis=1)
+            wrong = [subject for subject, differ in zip(subjects, differs, strict=True) if differ]
+            problems += [f"{folder}: {name} of {s} has not the percentiles of the manifest" for s in wrong]
+            progress(f"verify {name}", done, array.shape[0], "subjects")
     return problems
 
 
@@ -299,12 +252,7 @@ def compare(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
     both = pd.DataFrame({"old": words(old), "new": words(new)}).sort_index()
     a, b = contents(old).reindex(both.index), contents(new).reindex(both.index)
     differs = ((a != b) & ~(a.isna() & b.isna())).fillna(True)
-    both["changed"] = [", ".join(c for c in differs.columns if differs.at[s, c]) for s in both.index]
     both = both[differs.any(axis=1)].fillna("absent")
+    both["changed"] = [", ".join(c for c in differs.columns if differs.at[s, c]) for s in both.index]
     both.loc[(both["old"] == "absent") | (both["new"] == "absent"), "changed"] = ""
     return both.reset_index(names="subject_id")
-
-
-def clear_staging(places: Places) -> None:
-    """Remove what was left by those that were stopped; only with the root's lock held."""
-    shutil.rmtree(places.datasets / ".staging", ignore_errors=True)

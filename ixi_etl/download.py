@@ -203,13 +203,14 @@ def _verify_in_place(source: Source, folder: Path, progress: Progress) -> Acquir
     try:
         md5 = _md5(location, progress)
     except FileNotFoundError:
-        raise DownloadError(f"{location} is not there; --source wants IXI-T1.tar and IXI-T2.tar") from None
+        raise DownloadError(f"{location} is not there; give a --source that has {source.name}") from None
     except DownloadError:
         raise
     except Exception as error:  # each kind of store has its own
         raise DownloadError(f"cannot read {location}: {getattr(error, 'strerror', None) or error}") from error
     if source.md5 not in (None, md5):
-        raise DownloadError(f"{location}: MD5 is {md5}, but MD5SUMS beside it says {source.md5}; fetch the file again")
+        right = f"{source.md5}, as its publisher or MD5SUMS beside it says"
+        raise DownloadError(f"{location}: MD5 is {md5}, not {right}; fetch the file again")
     return _record(folder, source, location, md5, location, None)
 
 

@@ -47,7 +47,7 @@ class BadVolumeError(IxiError):
     """One volume cannot be used: becomes a manifest row, never the end of a run.
 
     Attributes:
-        reason: one of `ixi_etl.manifest.REASONS`.
+        reason: one of `ixi_etl.schema.REASONS`.
         detail: the same in words.
     """
 

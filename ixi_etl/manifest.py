@@ -1,12 +1,11 @@
 """Who is in, who is out and why: one row per subject of the union of both archives.
 
-The table is pure data: `select` decides what headers alone can decide, `settle` adds what the cut found. The CSV is
-the audit copy, and is checked against `SCHEMA` whenever it is written or read.
+The table is pure data: `select` decides what headers alone can decide, `settle` adds what the cut found. What its
+columns may hold stands in `schema`.
 """
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -15,58 +14,15 @@ from typing import Any, TypeVar
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from pandas.api.types import pandas_dtype
 
 from ixi_etl.catalog import MODALITIES
-from ixi_etl.config import SPLITS, DatasetConfig
-from ixi_etl.errors import DatasetError
+from ixi_etl.config import DatasetConfig
+from ixi_etl.schema import CANDIDATE, EXCLUDED, IXI, REASONS, USED, Schema
 from ixi_etl.survey import modal_depths
 
 T = TypeVar("T")
 
-REASONS = {
-    "missing_t1": "no T1 of this subject in the archive",
-    "missing_t2": "no T2 of this subject in the archive",
-    "duplicate_member": "several members of the archive bear this subject's name",
-    "unreadable": "the member is no NIfTI file, or its header makes no sense",
-    "not_3d": "the volume has not three dimensions",
-    "unsupported_dtype": "voxels are complex, colours, or wider than 64 bits",
-    "bad_affine": "no usable sform or qform, or no usable spacing: where the voxels lie is unknown",
-    "depth_not_modal": "the number of slices is not the commonest of its modality",
-    "grid_not_modal": "the slices have not the commonest size and spacing, or the window does not fit",
-    "corrupt_voxels": "the voxels are cut short, damaged, or not finite",
-    "outside_fov": "over 5% of the T2's foreground lies outside the T1's grid",
-    "empty_image": "the cut slices hold one single value",
-    "intensity_range": "values do not fit 16 bits, or keep fewer than 256 levels in them",
-    "low_similarity": "the pair's similarity is under the threshold",
-}
-"""Why a subject can be out. The checks run in this order, T1 before T2; the first to fail gives the reason."""
-
-FUNNEL = {
-    "found": (),
-    "paired": ("missing_t1", "missing_t2", "duplicate_member"),
-    "readable": ("unreadable", "not_3d", "unsupported_dtype", "bad_affine"),
-    "modal depth": ("depth_not_modal",),
-    "modal grid": ("grid_not_modal",),
-    "cut": ("corrupt_voxels", "outside_fov", "empty_image", "intensity_range"),
-    "used": ("low_similarity",),
-}
-"""The steps that a subject passes, each with the reasons that end it there."""
-
 SPACING_TOLERANCE = 0.1  # of the modal spacing: 4.98 mm slices make no 25 mm slab
-
-_HEAD = ["subject_id", "site", "status", "reason", "detail", "split", "store_row", "age", "sex"]
-_VOLUME = ["member", "sha256", "depth", "shape", "spacing_mm", "orientation"]
-_VOLUME += ["window_start", "window_stop", "p_low", "p_high"]
-_TAIL = ["t2_to_t1_ras_mm", "motion_mm", "motion_deg", "nmi_before", "nmi_after", "flags"]
-COLUMNS = [*_HEAD, *(f"{m.lower()}_{c}" for m in MODALITIES for c in _VOLUME), *_TAIL]
-
-_INTEGER = {"store_row", *(f"{m}_{c}" for m in ("t1", "t2") for c in ("depth", "window_start", "window_stop"))}
-_NUMBER = {"age", "motion_mm", "motion_deg", "nmi_before", "nmi_after"}
-_NUMBER |= {f"{m}_{c}" for m in ("t1", "t2") for c in ("p_low", "p_high")}
-DTYPES = {c: "Int64" if c in _INTEGER else "Float64" if c in _NUMBER else "str" for c in COLUMNS}
-
-USED, EXCLUDED, CANDIDATE = "used", "excluded", "candidate"
 
 
 def select(
@@ -96,7 +52,7 @@ def select(
                 columns = ("member", "depth", "shape", "spacing_mm", "orientation")
                 row |= {f"{modality.lower()}_{c}": found[0][c] for c in columns}
         rows.append(row)
-    return _typed(pd.DataFrame(rows, columns=COLUMNS))
+    return IXI.typed(pd.DataFrame(rows, columns=IXI.columns))
 
 
 class _Rules:
@@ -170,14 +126,14 @@ def settle(manifest: pd.DataFrame, found: Mapping[str, Mapping[str, Any]], confi
     rows = []
     for row in records(manifest):
         record = found[row["subject_id"]]
-        row |= {column: value for column, value in record.items() if column in DTYPES}
+        row |= {column: value for column, value in record.items() if column in IXI.dtypes}
         if row["status"] == CANDIDATE:
             row["status"] = EXCLUDED if row["reason"] else USED
         rows.append(row)
     used = [row for row in rows if row["status"] == USED]
     for store_row, row in enumerate(used):
         row |= {"store_row": store_row, "split": config.split_of(person_of(row["subject_id"]))}
-    return _typed(pd.DataFrame(rows, columns=COLUMNS))
+    return IXI.typed(pd.DataFrame(rows, columns=IXI.columns))
 
 
 def used(manifest: pd.DataFrame) -> pd.DataFrame:
@@ -185,17 +141,27 @@ def used(manifest: pd.DataFrame) -> pd.DataFrame:
     return manifest[manifest["status"] == USED].sort_values("store_row")
 
 
-def funnel(manifest: pd.DataFrame) -> pd.DataFrame:
-    """How many subjects are left after each step of `FUNNEL`: a row per step, a column per site, and `all`."""
+def funnel(manifest: pd.DataFrame, schema: Schema = IXI) -> pd.DataFrame:
+    """How many subjects are left after each step of its schema: a row per step, a column per site, and `all`."""
     left = manifest
-    steps = {}
-    for step, reasons in FUNNEL.items():
+    counts = {}
+    sites = sorted(set(manifest["site"]) - {""})
+    for step, reasons in schema.steps.items():
         left = left[~left["reason"].isin(reasons)]
-        steps[step] = left["site"].value_counts()
-    sites = sorted(manifest["site"].unique())
-    table = pd.DataFrame(steps, index=sites).fillna(0).astype(int).T
+        counts[step] = {site: int((left["site"] == site).sum()) for site in sites} | {"all": len(left)}
+    table = pd.DataFrame.from_dict(counts, orient="index")
     table.index.name = "step"
-    return table.assign(all=table.sum(axis=1))
+    return table
+
+
+def counts(manifest: pd.DataFrame, schema: Schema = IXI) -> dict[str, Any]:
+    """What `dataset.json` says of a manifest: how many are used, in which split, and the funnel."""
+    rows = used(manifest)
+    return {
+        "subjects": len(rows),
+        "splits": {str(split): int(n) for split, n in rows["split"].value_counts().sort_index().items()},
+        "funnel": json.loads(funnel(manifest, schema).to_json(orient="index")),
+    }
 
 
 def exclusions(manifest: pd.DataFrame) -> pd.DataFrame:
@@ -206,114 +172,9 @@ def exclusions(manifest: pd.DataFrame) -> pd.DataFrame:
     return table.assign(all=table.sum(axis=1)).astype(int)
 
 
-def to_csv(manifest: pd.DataFrame) -> str:
-    """The CSV text of a manifest, checked first."""
-    return validate(manifest).to_csv(index=False, lineterminator="\n")
-
-
-def from_csv(text: str, name: str) -> pd.DataFrame:
-    """The manifest that `to_csv` wrote.
-
-    Raises:
-        DatasetError: it is not one; `name` is what the message calls it.
-    """
-    try:
-        raw = pd.read_csv(io.StringIO(text), dtype="str", keep_default_na=False)
-        if list(raw.columns) != COLUMNS:
-            wrong = sorted(set(raw.columns) ^ set(COLUMNS)) or "their order"
-            raise ValueError(f"its columns are not those of a manifest: {wrong}")
-        return validate(_typed(raw))
-    except (ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{name} is not a manifest: {' '.join(str(error).split())[:300]}") from error
-
-
-def validate(manifest: pd.DataFrame) -> pd.DataFrame:
-    """The manifest itself, if it keeps the contract.
-
-    Raises:
-        ValueError: which column or rule it breaks.
-    """
-    import pandera.errors
-    import pandera.pandas as pa
-
-    text = {c: pa.Column("str") for c in COLUMNS if DTYPES[c] == "str"}
-    other = {c: pa.Column(DTYPES[c], nullable=True) for c in COLUMNS if DTYPES[c] != "str"}
-    columns = text | other
-    columns["subject_id"] = pa.Column("str", unique=True)
-    columns["status"] = pa.Column("str", pa.Check.isin([USED, EXCLUDED]))
-    columns["reason"] = pa.Column("str", pa.Check.isin(["", *REASONS]))
-    columns["split"] = pa.Column("str", pa.Check.isin(["", *SPLITS]))
-    columns["sex"] = pa.Column("str", pa.Check.isin(["", "m", "f"]))
-
-    def used_has_no_reason(table: pd.DataFrame) -> Any:
-        return (table["status"] == USED) == (table["reason"] == "")
-
-    def used_has_a_split(table: pd.DataFrame) -> Any:
-        return (table["status"] == USED) == (table["split"] != "")
-
-    def rows_are_dense(table: pd.DataFrame) -> bool:
-        rows = table.loc[table["status"] == USED, "store_row"]
-        return rows.tolist() == list(range(len(rows))) and int(table["store_row"].notna().sum()) == len(rows)
-
-    def sorted_by_subject(table: pd.DataFrame) -> bool:
-        return bool(table["subject_id"].is_monotonic_increasing)
-
-    def out_has_a_detail(table: pd.DataFrame) -> Any:
-        return (table["status"] == EXCLUDED) == (table["detail"] != "")
-
-    def used_is_complete(table: pd.DataFrame) -> Any:
-        complete = table["t2_to_t1_ras_mm"].map(_is_matrix)
-        for name in ("t1", "t2"):
-            complete &= table[f"{name}_member"] != ""
-            complete &= table[f"{name}_sha256"].str.fullmatch("[0-9a-f]{64}")
-            complete &= (table[f"{name}_p_low"] <= table[f"{name}_p_high"]).fillna(False)
-        complete &= table["t2_window_start"].notna() & table["t2_window_stop"].notna()
-        return (table["status"] != USED) | complete
-
-    rules = (
-        used_has_no_reason,
-        used_has_a_split,
-        rows_are_dense,
-        sorted_by_subject,
-        out_has_a_detail,
-        used_is_complete,
-    )
-    checks = [pa.Check(rule) for rule in rules]
-    for name in ("nmi_before", "nmi_after"):
-        columns[name] = pa.Column("Float64", pa.Check.in_range(0, 1), nullable=True)
-    schema = pa.DataFrameSchema({c: columns[c] for c in COLUMNS}, checks, strict=True, ordered=True)
-    try:
-        return schema.validate(manifest)
-    except pandera.errors.SchemaError as error:
-        raise ValueError(str(error)) from error
-
-
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of a table as dictionaries."""
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
-
-
-def _is_matrix(text: str) -> bool:
-    """Whether it is a 4 x 4 matrix in JSON, or empty, as for pairs by index."""
-    try:
-        return text == "" or np.shape(json.loads(text)) == (4, 4)
-    except ValueError:
-        return False
-
-
-def _typed(table: pd.DataFrame) -> pd.DataFrame:
-    columns = {}
-    for name in COLUMNS:
-        column = table[name]
-        if DTYPES[name] == "str":
-            columns[name] = column.where(column.notna(), "").astype("str")
-        else:
-            columns[name] = (
-                column.mask(column.astype("object").isin(["", None]), None)
-                .astype("Float64")
-                .astype(pandas_dtype(DTYPES[name]))
-            )
-    return pd.DataFrame(columns)
 
 
 def _mode(values: Iterable[T]) -> T | None:

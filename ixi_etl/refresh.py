@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ixi_etl import catalog, dataset, manifest, pictures, report, store
+from ixi_etl import catalog, dataset, manifest, pictures, publish, report, store
 from ixi_etl.catalog import MODALITIES
 from ixi_etl.config import RefreshConfig
 from ixi_etl.cut import Job, Part, cut_subject, picture_path, shard_path
@@ -24,7 +24,9 @@ from ixi_etl.dataset import Places
 from ixi_etl.demographics import read_demographics
 from ixi_etl.download import Acquired, acquire, own_sources
 from ixi_etl.errors import DatasetError
-from ixi_etl.files import Progress, lock_root, sha256_file, silent, to_json, write_atomic
+from ixi_etl.files import Progress, lock_root, sha256_file, silent, write_atomic
+from ixi_etl.publish import Refreshed
+from ixi_etl.schema import CANDIDATE, IXI
 from ixi_etl.spread import spread
 from ixi_etl.survey import depth_histogram, modal_depths, modal_planes, survey
 
@@ -36,14 +38,8 @@ ALWAYS_ALLOWED_UNREADABLE = 10
 WORST_SHOWN = 10  # pairs on the sheet of the least alike
 UNREADABLE = ("unreadable", "corrupt_voxels")
 
-
-@dataclass(frozen=True)
-class Refreshed:
-    """What a refresh ends with. `is_new` is False where the version had been published before."""
-
-    version: str
-    folder: Path
-    is_new: bool
+VOXEL_LIBRARIES = ("nibabel", "numpy", "simpleitk", "zarr", "zarrs")
+"""Their versions are part of a version's name: another one may compute other voxels or other bytes."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class Inputs:
 
     @property
     def origins(self) -> dict[str, Any]:
-        return {a.name: {"from": a.origin, "md5": a.md5, "checked": a.checked} for a in self.archives.values()}
+        return publish.origins_of(self.archives)
 
 
 def refresh(config: RefreshConfig, progress: Progress = silent) -> Refreshed:
@@ -130,23 +126,14 @@ def inputs_of(config: RefreshConfig, acquired: Mapping[str, Acquired]) -> Inputs
 def name_version(config: RefreshConfig, inputs: Inputs) -> tuple[str, dict[str, Any]]:
     """The version's name, and the inputs that it is the hash of."""
     people = sha256_file(inputs.demographics) if inputs.demographics else None
-    facts = dataset.inputs_of({m: a.md5 for m, a in inputs.archives.items()}, people, config.dataset)
+    md5s = {m: a.md5 for m, a in inputs.archives.items()}
+    facts = dataset.inputs_of(md5s, config.dataset, VOXEL_LIBRARIES, demographics_sha256=people)
     return dataset.version_name(facts), facts
 
 
 def find_published(config: RefreshConfig, version: str, inputs: Inputs) -> Refreshed | None:
     """The version, if it has been published and is sound; then it is the latest again."""
-    places = Places(config.root)
-    if version not in dataset.published(places):
-        return None
-    problems = dataset.verify(places.version(version))
-    if problems:
-        log.warning("version %s is damaged and is made again: %s", version, problems[0])
-        dataset.put_aside(places, version)
-        return None
-    dataset.point_to(places, version, inputs.origins)
-    dataset.clear_staging(places)
-    return Refreshed(version, places.version(version), is_new=False)
+    return publish.find_published(Places(config.root), version, inputs.origins)
 
 
 def select_subjects(config: RefreshConfig, table: pd.DataFrame, inputs: Inputs) -> pd.DataFrame:
@@ -187,7 +174,7 @@ def cut_subjects(
     records = {job.subject_id: result for job, result in zip(jobs, results, strict=True)}
     settled = manifest.settle(candidates, records, config.dataset)
     audit = places.staging(version) / dataset.MANIFEST
-    write_atomic(audit, manifest.to_csv(settled))
+    write_atomic(audit, IXI.to_csv(settled))
     _check_enough(settled, config.max_unreadable, audit)
     return settled, records
 
@@ -198,13 +185,13 @@ def _jobs(table: pd.DataFrame, candidates: pd.DataFrame, locations: Mapping[str,
     for row in first.to_dict("records"):
         part = Part(locations[row["modality"]], row["offset"], row["size"])
         parts.setdefault(row["subject_id"], {})[row["modality"]] = part
-    wanted = set(candidates.loc[candidates["status"] == manifest.CANDIDATE, "subject_id"])
+    wanted = set(candidates.loc[candidates["status"] == CANDIDATE, "subject_id"])
     return [Job(subject, parts[subject], subject in wanted) for subject in candidates["subject_id"]]
 
 
 def _check_disk(work: Path, candidates: pd.DataFrame, slices: int) -> None:
     """Room for what is still to be cut: two int16 slabs a candidate, as if nothing could be compressed."""
-    wanted = candidates[candidates["status"] == manifest.CANDIDATE]
+    wanted = candidates[candidates["status"] == CANDIDATE]
     voxels = sum(math.prod(json.loads(shape)[:2]) for shape in wanted["t2_shape"])
     have = sum(path.stat().st_size for path in work.glob("*.shard"))
     need, free = len(MODALITIES) * 2 * slices * voxels - have, shutil.disk_usage(work).free
@@ -213,7 +200,7 @@ def _check_disk(work: Path, candidates: pd.DataFrame, slices: int) -> None:
 
 
 def _check_enough(settled: pd.DataFrame, max_unreadable: float, audit: Path) -> None:
-    paired = settled[~settled["reason"].isin(manifest.FUNNEL["paired"])]
+    paired = settled[~settled["reason"].isin(IXI.steps["paired"])]
     bad = paired[paired["reason"].isin(UNREADABLE)]
     if len(bad) > max(max_unreadable * len(paired), ALWAYS_ALLOWED_UNREADABLE):
         raise DatasetError(
@@ -240,9 +227,7 @@ def publish_version(
         DatasetError: what was staged does not verify.
     """
     places = Places(config.root)
-    work, staged = places.staging(version) / "work", places.staging(version) / "version"
-    shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed here; the shards are in `work`
-    staged.mkdir()
+    work, staged = places.staging(version) / "work", publish.start_staging(places, version)
     subjects = manifest.used(settled)["subject_id"].tolist()
     summary = {
         "name": places.name,
@@ -250,12 +235,10 @@ def publish_version(
         "source": "t1",
         "target": "t2",
         "inputs": facts,
-        "subjects": len(subjects),
-        "splits": {str(k): int(v) for k, v in manifest.used(settled)["split"].value_counts().sort_index().items()},
+        **manifest.counts(settled),
         "modal_depth": modal_depths(table),
         "planes": modal_planes(table),
         "histogram": json.loads(depth_histogram(table).reset_index().to_json(orient="records")),
-        "funnel": json.loads(manifest.funnel(settled).to_json(orient="index")),
         "not_volumes": table.loc[table["subject_id"] == "", "member"].tolist(),
         "licence": catalog.LICENCE,
         "credit": catalog.CREDIT,
@@ -270,17 +253,11 @@ def publish_version(
     )
     if config.dataset.pictures:
         _put_pictures(work, staged / dataset.PICTURES, manifest.used(settled))
-    write_atomic(staged / dataset.MANIFEST, manifest.to_csv(settled))
+    write_atomic(staged / dataset.MANIFEST, IXI.to_csv(settled))
     worst = staged / dataset.PICTURES / dataset.WORST
     page = report.dataset_report(summary, settled, worst.read_bytes() if config.dataset.pictures else None)
     write_atomic(staged / dataset.REPORT, page)
-    write_atomic(staged / dataset.FACTS, to_json(summary | {"files": dataset.list_files(staged)}))
-    problems = dataset.verify(staged, version=version)
-    if problems:
-        raise DatasetError(f"the staged version does not verify: {problems[0]}; run the refresh again")
-    folder = dataset.publish(places, version, staged, inputs.origins)
-    dataset.clear_staging(places)
-    return Refreshed(version, folder, is_new=True)
+    return publish.publish(places, staged, summary, inputs.origins)
 
 
 def _put_pictures(work: Path, folder: Path, used: pd.DataFrame) -> None:

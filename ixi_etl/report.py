@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from ixi_etl import manifest
+from ixi_etl.schema import EXCLUDED, REASONS
 
 MEASURES = {
     "NMI by headers": "nmi_before",
@@ -32,7 +33,7 @@ def dataset_report(summary: Mapping[str, Any], settled: pd.DataFrame, worst: byt
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    out = settled[settled["status"] == manifest.EXCLUDED]
+    out = settled[settled["status"] == EXCLUDED]
     used = manifest.used(settled)
     flags = used["flags"].str.split(",").explode()
     return pages.get_template("dataset.html").render(
@@ -47,6 +48,6 @@ def dataset_report(summary: Mapping[str, Any], settled: pd.DataFrame, worst: byt
         worst=base64.b64encode(worst).decode() if worst else "",
         funnel=manifest.records(manifest.funnel(settled).reset_index(names="name")),
         exclusions=manifest.records(manifest.exclusions(settled).reset_index(names="name")),
-        reasons=manifest.REASONS,
+        reasons=REASONS,
         excluded=manifest.records(out[["subject_id", "site", "reason", "detail"]]),
     )

@@ -1,8 +1,8 @@
-"""The Zarr v3 group `slices.zarr`: one slice a chunk, one subject a shard.
+"""The Zarr v3 group `slices.zarr`: of volumes one slice a chunk and one subject a shard; of small images many.
 
 Legend: N subjects; arrays are [subject, z, y, x] (`anatomical`) or [subject, k, j, i] (`index`), int16, in the
 scanner's units. A subject's shard is the same file whatever its row, so subjects are written in any order, by any
-number of workers, and put in their rows when it is known who is used.
+number of workers, and put in their rows when it is known who is used. Images are [image, z, y, x] with one z, uint8.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from ixi_etl.errors import DatasetError
 
 STORE = "slices.zarr"
+PERCENTILES = (0.1, 99.9)
+"""Of each slab, in the manifest: what a network's input is normalised by, and what tells one slab from another."""
+
+IMAGES_A_CHUNK, IMAGES_A_SHARD = 100, 1000  # a chunk of one image of 1 KB would be 70,000 chunks
 
 _settings_lock = threading.Lock()  # zarr's configuration is global to the process; arrays take it when opened
 _READING = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
@@ -37,19 +41,32 @@ def dimension_names(pairing: str) -> tuple[str, str, str, str]:
     return ("subject", "z", "y", "x") if pairing == "anatomical" else ("subject", "k", "j", "i")
 
 
-def _create(path: Path, shape: tuple[int, ...], pairing: str) -> zarr.Array[Any]:
+def percentiles(slabs: NDArray[Any]) -> NDArray[np.float64]:
+    """`PERCENTILES` of each of the slabs [N, z, y, x]: [N, 2]."""
+    return np.asarray(np.percentile(slabs, PERCENTILES, axis=(1, 2, 3)), np.float64).T
+
+
+def _create(
+    path: Path, shape: tuple[int, ...], dtype: str, chunk: tuple[int, int], shard: int, dimensions: Sequence[str]
+) -> zarr.Array[Any]:
+    """An array of whole slices: `chunk` is (subjects, slices) of a chunk, `shard` the subjects of a shard."""
+    typesize = np.dtype(dtype).itemsize
     with _settings_lock, zarr.config.set(_WRITING):
         return zarr.create_array(
             path,
             shape=shape,
-            dtype="int16",
-            chunks=(1, 1, *shape[2:]),
-            shards=(1, *shape[1:]),
+            dtype=dtype,
+            chunks=(*chunk, *shape[2:]),
+            shards=(shard, *shape[1:]),
             # Bitshuffle + LZ4 decodes fastest of what was measured, and is within 10% of Zstandard's size.
-            compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=2), Crc32cCodec()],
+            compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=typesize), Crc32cCodec()],
             fill_value=0,
-            dimension_names=dimension_names(pairing),
+            dimension_names=dimensions,
         )
+
+
+def _create_slabs(path: Path, shape: tuple[int, ...], pairing: str) -> zarr.Array[Any]:
+    return _create(path, shape, "int16", (1, 1), 1, dimension_names(pairing))
 
 
 def write_shard(slab: NDArray[np.int16], path: Path) -> str:
@@ -61,7 +78,7 @@ def write_shard(slab: NDArray[np.int16], path: Path) -> str:
         DatasetError: what was read back is not what was written.
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".shard-") as folder:
-        array = _create(Path(folder) / "a", (1, *slab.shape), "anatomical")
+        array = _create_slabs(Path(folder) / "a", (1, *slab.shape), "anatomical")
         array[0] = slab
         if not np.array_equal(np.asarray(array[0]), slab):
             raise DatasetError(f"{path}: the shard does not read back as it was written; is the disk sound?")
@@ -88,7 +105,7 @@ def assemble(
     names = list(shards[0])
     zarr.create_group(folder, attributes=attributes)
     for name in names:
-        array = _create(folder / name, (len(shards), *slab_shape), pairing)
+        array = _create_slabs(folder / name, (len(shards), *slab_shape), pairing)
         array.update_attributes({"long_name": f"{name.upper()}-weighted intensity", "units": "scanner units"})
         for row, shard in enumerate(shards):
             target = folder / name / "c" / str(row) / "0" / "0" / "0"
@@ -104,6 +121,31 @@ def assemble(
         )
         axes = ", ".join(reversed(dimension_names(pairing)[1:]))
         beside.update_attributes({"long_name": f"({axes}, 1) of {name} to RAS+ world (mm)", "units": "mm"})
+    _consolidate(folder)
+
+
+def write_images(
+    folder: Path, images: Mapping[str, NDArray[np.uint8]], long_names: Mapping[str, str], attributes: dict[str, Any]
+) -> None:
+    """Make the group in `folder` of small images: array name -> [N, 1, y, x]. Each shard is read back.
+
+    Raises:
+        DatasetError: what was read back is not what was written.
+    """
+    zarr.create_group(folder, attributes=attributes)
+    for name, values in images.items():
+        dimensions = ("image", "z", "y", "x")
+        array = _create(folder / name, values.shape, "uint8", (IMAGES_A_CHUNK, 1), IMAGES_A_SHARD, dimensions)
+        array.update_attributes({"long_name": long_names[name]})
+        for start in range(0, len(values), IMAGES_A_SHARD):
+            rows = slice(start, min(start + IMAGES_A_SHARD, len(values)))
+            array[rows] = values[rows]
+            if not np.array_equal(np.asarray(array[rows]), values[rows]):
+                raise DatasetError(f"{folder / name} does not read back as it was written; is the disk sound?")
+    _consolidate(folder)
+
+
+def _consolidate(folder: Path) -> None:
     with warnings.catch_warnings():  # consolidated metadata is an extension of v3, which plain readers pass over
         warnings.simplefilter("ignore")
         zarr.consolidate_metadata(folder)

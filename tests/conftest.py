@@ -10,7 +10,8 @@ from hypothesis import settings
 
 from ixi_etl.config import DatasetConfig, RefreshConfig
 from ixi_etl.phantom import write_phantom
-from ixi_etl.refresh import Refreshed, refresh
+from ixi_etl.publish import Refreshed
+from ixi_etl.refresh import refresh
 
 # Networks of a few channels wait for each other more than they compute; and processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from flows.cli import app, main
 from ixi_etl import dataset
 from ixi_etl.config import PRESETS, DatasetConfig
-from ixi_etl.refresh import Refreshed
+from ixi_etl.publish import Refreshed
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]

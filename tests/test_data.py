@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed; pip install
 
 from ixi_etl import dataset, manifest  # noqa: E402
 from ixi_etl.errors import DatasetError  # noqa: E402
-from ixi_etl.refresh import Refreshed  # noqa: E402
+from ixi_etl.publish import Refreshed  # noqa: E402
 from ixi_etl.store import open_arrays  # noqa: E402
 from model import data  # noqa: E402
 

@@ -914,7 +914,7 @@ def test_an_own_archive_still_being_written_is_refused(tmp_path: Path, own: Path
 
 
 def test_an_own_archive_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DownloadError, match="is not there; --source wants") as caught:
+    with pytest.raises(DownloadError, match="is not there; give a --source") as caught:
         acquire(own_sources(str(tmp_path / "none"))["T1"], tmp_path)
     assert_one_clear_line(str(caught.value), tmp_path, str(tmp_path / "none"))
 

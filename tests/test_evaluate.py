@@ -15,7 +15,7 @@ from scipy import stats
 torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
 
 from ixi_etl import dataset  # noqa: E402
-from ixi_etl.refresh import Refreshed  # noqa: E402
+from ixi_etl.publish import Refreshed  # noqa: E402
 from model import data, evaluate, metrics  # noqa: E402
 from model.checkpoint import CheckpointError  # noqa: E402
 from model.config import TrainConfig  # noqa: E402

@@ -14,7 +14,8 @@ import pytest
 from conftest import config_for
 
 from ixi_etl.errors import DownloadError
-from ixi_etl.refresh import Refreshed, refresh
+from ixi_etl.publish import Refreshed
+from ixi_etl.refresh import refresh
 from ixi_etl.serve import serve_folder
 
 
@@ -73,7 +74,7 @@ def test_the_command_line_says_a_mistake_in_one_line(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line]
-    assert lines == [f"error: {tmp_path}/nowhere/IXI-T1.tar is not there; --source wants IXI-T1.tar and IXI-T2.tar"], (
+    assert lines == [f"error: {tmp_path}/nowhere/IXI-T1.tar is not there; give a --source that has IXI-T1.tar"], (
         done.stderr
     )
 

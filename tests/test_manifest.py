@@ -18,6 +18,7 @@ from ixi_etl.demographics import read_demographics
 from ixi_etl.errors import DatasetError
 from ixi_etl.manifest import REASONS
 from ixi_etl.phantom import grid_affine
+from ixi_etl.schema import IXI
 from ixi_etl.survey import COLUMNS, modal_depths
 
 CUT = {"t1_sha256": "0" * 64, "t2_sha256": "a" * 64, "t1_p_low": 0, "t1_p_high": 9, "t2_p_low": 0, "t2_p_high": 9}
@@ -112,8 +113,8 @@ def test_settled_manifests_keep_the_contract_and_survive_the_csv(table: pd.DataF
     assert used["store_row"].tolist() == list(range(len(used)))
     assert used["subject_id"].is_monotonic_increasing
     assert set(used["subject_id"]) == {s for s, r in found.items() if "reason" not in r}
-    assert list(settled.columns) == manifest.COLUMNS
-    again = manifest.from_csv(manifest.to_csv(settled), "m.csv")
+    assert list(settled.columns) == IXI.columns
+    again = IXI.from_csv(IXI.to_csv(settled), "m.csv")
     pd.testing.assert_frame_equal(again, settled)
     funnel = manifest.funnel(settled)["all"]
     assert funnel.is_monotonic_decreasing
@@ -127,7 +128,7 @@ def test_columns_are_in_the_order_of_the_contract() -> None:
     contract = "subject_id site status reason detail split store_row age sex "
     contract += of_volume.format(m="t1") + of_volume.format(m="t2")
     contract += "t2_to_t1_ras_mm motion_mm motion_deg nmi_before nmi_after flags"
-    assert " ".join(manifest.COLUMNS) == contract
+    assert " ".join(IXI.columns) == contract
 
 
 @pytest.mark.parametrize(
@@ -158,10 +159,10 @@ def test_a_manifest_that_was_edited_is_refused(change: Any, said: str) -> None:
     table = table_of([*pair("IXI001-HH-1"), *pair("IXI002-HH-1")])
     found = {"IXI001-HH-1": CUT, "IXI002-HH-1": CUT}
     settled = manifest.settle(manifest.select(table, DatasetConfig()), found, DatasetConfig())
-    assert manifest.from_csv(settled.to_csv(index=False), "m.csv").equals(settled)
+    assert IXI.from_csv(settled.to_csv(index=False), "m.csv").equals(settled)
     text = change(settled).to_csv(index=False)
     with pytest.raises(DatasetError, match=rf"m\.csv is not a manifest.*{said}"):
-        manifest.from_csv(text, "m.csv")
+        IXI.from_csv(text, "m.csv")
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,14 @@ import pandas as pd
 import pytest
 from conftest import config_for
 
-from ixi_etl import dataset, manifest
+from ixi_etl import dataset, manifest, publish
 from ixi_etl.archive import read_member
+from ixi_etl.config import DatasetConfig
 from ixi_etl.errors import DatasetError, DownloadError, IxiError, LockedError
 from ixi_etl.files import lock_root
 from ixi_etl.phantom import write_tar
-from ixi_etl.refresh import Refreshed, refresh
+from ixi_etl.publish import Refreshed
+from ixi_etl.refresh import VOXEL_LIBRARIES, refresh
 from ixi_etl.store import open_arrays
 from ixi_etl.survey import survey
 
@@ -129,17 +131,19 @@ def test_a_second_refresh_finds_the_version_and_touches_nothing(archives: Path, 
 
 def test_what_touches_data_names_the_version_and_what_does_not_does_not(archives: Path, tmp_path: Path) -> None:
     config = config_for(tmp_path, archives)
-    md5s = {"T1": "a", "T2": "b"}
+
+    def inputs(chosen: DatasetConfig, t2: str = "b", people: str | None = None) -> dict[str, Any]:
+        return dataset.inputs_of({"T1": "a", "T2": t2}, chosen, VOXEL_LIBRARIES, demographics_sha256=people)
 
     def name(**changes: Any) -> str:
-        return dataset.version_name(dataset.inputs_of(md5s, None, config.dataset.model_copy(update=changes)))
+        return dataset.version_name(inputs(config.dataset.model_copy(update=changes)))
 
     names = {name(), name(window=(3, 9)), name(split_seed=1), name(pairing="index"), name(slices=8)}
     assert len(names) == 5
-    assert dataset.version_name(dataset.inputs_of(md5s, "c", config.dataset)) not in names
-    assert dataset.version_name(dataset.inputs_of({"T1": "a", "T2": "x"}, None, config.dataset)) not in names
+    assert dataset.version_name(inputs(config.dataset, people="c")) not in names
+    assert dataset.version_name(inputs(config.dataset, t2="x")) not in names
     # nothing else of a refresh is even asked
-    assert set(dataset.inputs_of(md5s, None, config.dataset)) == {
+    assert set(inputs(config.dataset)) == {
         "archives_md5",
         "demographics_sha256",
         "config",
@@ -188,7 +192,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from ixi_etl.config import RefreshConfig
-from ixi_etl.refresh import refresh
+from ixi_etl.refresh import VOXEL_LIBRARIES, refresh
 refresh(RefreshConfig.model_validate_json(sys.argv[1]))
 """
 
@@ -330,7 +334,7 @@ def test_archives_that_are_not_what_md5sums_says_are_refused(archives: Path, tmp
     with open(source / "IXI-T2.tar", "r+b") as file:
         file.seek(100_000)
         file.write(b"\0\1\2")
-    with pytest.raises(DownloadError, match=r"IXI-T2\.tar: MD5 is \w+, but MD5SUMS beside it says"):
+    with pytest.raises(DownloadError, match=r"IXI-T2\.tar: MD5 is \w+, not"):
         refresh(config_for(tmp_path / "root", source))
 
 
@@ -413,7 +417,7 @@ def test_a_shard_in_another_subject_s_row_is_found(copy: Path) -> None:
     rows[0].write_bytes(two)
     rows[1].write_bytes(one)
     facts = json.loads((copy / dataset.FACTS).read_text())
-    facts["files"] = dataset.list_files(copy)  # whoever did it also mended the list
+    facts["files"] = publish.list_files(copy)  # whoever did it also mended the list
     (copy / dataset.FACTS).write_text(json.dumps(facts))
     assert dataset.verify(copy) == []
     assert any("percentiles" in problem for problem in dataset.verify(copy, deep=True))

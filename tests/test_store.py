@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 
 from ixi_etl import manifest
 from ixi_etl.dataset import read_manifest
-from ixi_etl.refresh import Refreshed
+from ixi_etl.publish import Refreshed
 from ixi_etl.store import STORE, assemble, open_arrays, write_shard
 
 slab_shapes = st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 40))

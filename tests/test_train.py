@@ -17,7 +17,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
 
 from ixi_etl.errors import DatasetError, IxiError  # noqa: E402
-from ixi_etl.refresh import Refreshed  # noqa: E402
+from ixi_etl.publish import Refreshed  # noqa: E402
 from model import checkpoint  # noqa: E402
 from model.checkpoint import CheckpointError  # noqa: E402
 from model.config import PRESETS, TrainConfig, preset  # noqa: E402

@@ -1,0 +1,117 @@
+"""Make a version appear: whole, verified, and last of all pointed at, whatever dataset it is of."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ixi_etl.dataset import COMMANDS, FACTS, POINTER, Places, published, read_pointer, verify
+from ixi_etl.download import Acquired
+from ixi_etl.errors import DatasetError
+from ixi_etl.files import sha256_file, to_json, write_atomic
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Refreshed:
+    """The version that is published now. `is_new` is False where it had been published before."""
+
+    version: str
+    folder: Path
+    is_new: bool
+
+
+def origins_of(files: Mapping[str, Acquired]) -> dict[str, Any]:
+    """What the pointer's history tells of each file: where it came from, and whether its MD5 was checked."""
+    return {a.name: {"from": a.origin, "md5": a.md5, "checked": a.checked} for a in files.values()}
+
+
+def find_published(places: Places, version: str, origins: Mapping[str, Any]) -> Refreshed | None:
+    """The version, if it has been published and is sound; then it is the latest again."""
+    if version not in published(places):
+        return None
+    problems = verify(places.version(version))
+    if problems:
+        log.warning("version %s is damaged and is made again: %s", version, problems[0])
+        _put_aside(places, version)
+        return None
+    _point_to(places, version, origins)
+    _clear_staging(places)
+    return Refreshed(version, places.version(version), is_new=False)
+
+
+def start_staging(places: Places, version: str) -> Path:
+    """An empty folder to write all files of the version in; what a run that was killed left there is gone."""
+    staged = places.staging(version) / "version"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    return staged
+
+
+def publish(places: Places, staged: Path, summary: Mapping[str, Any], origins: Mapping[str, Any]) -> Refreshed:
+    """Write `dataset.json` of `summary` into a staged folder, verify it, move it to its place, point to it.
+
+    `origins` is what `origins_of` gives; it goes into the pointer's history.
+
+    Raises:
+        DatasetError: what was staged does not verify.
+    """
+    version = str(summary["version"])
+    write_atomic(staged / FACTS, to_json({**summary, "files": list_files(staged)}))
+    problems = verify(staged, version=version)
+    if problems:
+        raise DatasetError(f"the staged version does not verify: {problems[0]}; run `{COMMANDS[places.name]}` again")
+    target = places.version(version)
+    for path in (staged, *staged.rglob("*")):
+        _sync(path)
+    _put_aside(places, version)
+    staged.rename(target)
+    _sync(target.parent)
+    _point_to(places, version, origins)
+    _clear_staging(places)
+    return Refreshed(version, target, is_new=True)
+
+
+def list_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Relative path -> size and SHA-256 of every file of a version but `dataset.json`, which holds this list."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / FACTS)
+    return {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256_file(p)} for p in paths}
+
+
+def _put_aside(places: Places, version: str) -> None:
+    """Take what lies at a version's place, which is damaged or half there, out of the way into its staging folder."""
+    if places.version(version).exists():
+        aside = places.staging(version) / "damaged"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        places.version(version).rename(aside)
+
+
+def _point_to(places: Places, version: str, origins: Mapping[str, Any]) -> None:
+    """Make `latest.json` name `version`, unless it does already."""
+    pointer = read_pointer(places) or {"version": None, "history": []}
+    if pointer["version"] == version:
+        return
+    entry = {"version": version, "published": datetime.now(UTC).isoformat(timespec="seconds"), "origins": origins}
+    write_atomic(places.datasets / POINTER, to_json({**entry, "history": [*pointer["history"], entry]}))
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _clear_staging(places: Places) -> None:
+    """Remove what was left by those that were stopped; only with the root's lock held."""
+    shutil.rmtree(places.datasets / ".staging", ignore_errors=True)

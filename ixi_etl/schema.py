@@ -1,0 +1,214 @@
+"""What a manifest may hold, dataset by dataset. The CSV is the audit copy, checked whenever it is written or read.
+
+All manifests begin with the same columns, and have percentiles of the two slabs of a pair, named after the arrays.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pandas.api.types import pandas_dtype
+
+from ixi_etl.catalog import MODALITIES
+from ixi_etl.config import SPLITS
+from ixi_etl.errors import DatasetError
+
+USED, EXCLUDED, CANDIDATE = "used", "excluded", "candidate"
+
+REASONS = {
+    "missing_t1": "no T1 of this subject in the archive",
+    "missing_t2": "no T2 of this subject in the archive",
+    "duplicate_member": "several members of the archive bear this subject's name",
+    "unreadable": "the member is no NIfTI file, or its header makes no sense",
+    "not_3d": "the volume has not three dimensions",
+    "unsupported_dtype": "voxels are complex, colours, or wider than 64 bits",
+    "bad_affine": "no usable sform or qform, or no usable spacing: where the voxels lie is unknown",
+    "depth_not_modal": "the number of slices is not the commonest of its modality",
+    "grid_not_modal": "the slices have not the commonest size and spacing, or the window does not fit",
+    "corrupt_voxels": "the voxels are cut short, damaged, or not finite",
+    "outside_fov": "over 5% of the T2's foreground lies outside the T1's grid",
+    "empty_image": "the cut slices hold one single value, or a digit next to no ink",
+    "intensity_range": "values do not fit 16 bits, or keep fewer than 256 levels in them",
+    "low_similarity": "the pair's similarity is under the threshold",
+}
+"""Why a subject can be out. The checks run in this order, T1 before T2; the first to fail gives the reason."""
+
+_HEAD = dict.fromkeys(("subject_id", "site", "status", "reason", "detail", "split"), "str") | {"store_row": "Int64"}
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The manifest of one dataset.
+
+    Attributes:
+        dtypes: column -> `str`, `Int64` or `Float64`, in the order of the CSV.
+        steps: the steps that a subject passes, each with the reasons that end it there.
+        arrays: the two arrays of the store; a used row has `_p_low` and `_p_high` of both.
+        allowed: column -> the values it may have; of a number, the least and the most.
+        complete: given the manifest, which of its rows have all else that a used row must have.
+    """
+
+    dtypes: Mapping[str, str]
+    steps: Mapping[str, tuple[str, ...]]
+    arrays: tuple[str, str]
+    allowed: Mapping[str, tuple[Any, ...]]
+    complete: Callable[[pd.DataFrame], Any]
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.dtypes)
+
+    def to_csv(self, manifest: pd.DataFrame) -> str:
+        """The CSV text of a manifest, checked first."""
+        return self.validate(manifest).to_csv(index=False, lineterminator="\n")
+
+    def from_csv(self, text: str, name: str) -> pd.DataFrame:
+        """The manifest that `to_csv` wrote.
+
+        Raises:
+            DatasetError: it is not one; `name` is what the message calls it.
+        """
+        try:
+            raw = pd.read_csv(io.StringIO(text), dtype="str", keep_default_na=False)
+            if list(raw.columns) != self.columns:
+                wrong = sorted(set(raw.columns) ^ set(self.columns)) or "their order"
+                raise ValueError(f"its columns are not those of a manifest: {wrong}")
+            return self.validate(self.typed(raw))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DatasetError(f"{name} is not a manifest: {' '.join(str(error).split())[:300]}") from error
+
+    def typed(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The table with the dtypes of the manifest; what is empty becomes "" in text, and missing in numbers."""
+        columns = {}
+        for name, dtype in self.dtypes.items():
+            column = table[name]
+            if dtype == "str":
+                columns[name] = column.where(column.notna(), "").astype("str")
+            else:
+                columns[name] = (
+                    column.mask(column.astype("object").isin(["", None]), None)
+                    .astype("Float64")
+                    .astype(pandas_dtype(dtype))
+                )
+        return pd.DataFrame(columns)
+
+    def validate(self, manifest: pd.DataFrame) -> pd.DataFrame:
+        """The manifest itself, if it keeps the contract.
+
+        Raises:
+            ValueError: which column or rule it breaks.
+        """
+        import pandera.errors
+        import pandera.pandas as pa
+
+        allowed = {"status": (USED, EXCLUDED), "reason": ("", *REASONS), "split": ("", *SPLITS)} | dict(self.allowed)
+        columns = {}
+        for name, dtype in self.dtypes.items():
+            check = None
+            if name in allowed:
+                check = pa.Check.isin(allowed[name]) if dtype == "str" else pa.Check.in_range(*allowed[name])
+            columns[name] = pa.Column(dtype, check, nullable=dtype != "str", unique=name == "subject_id")
+
+        def used_has_no_reason(table: pd.DataFrame) -> Any:
+            return (table["status"] == USED) == (table["reason"] == "")
+
+        def used_has_a_split(table: pd.DataFrame) -> Any:
+            return (table["status"] == USED) == (table["split"] != "")
+
+        def rows_are_dense(table: pd.DataFrame) -> bool:
+            rows = table.loc[table["status"] == USED, "store_row"]
+            return rows.tolist() == list(range(len(rows))) and int(table["store_row"].notna().sum()) == len(rows)
+
+        def sorted_by_subject(table: pd.DataFrame) -> bool:
+            return bool(table["subject_id"].is_monotonic_increasing)
+
+        def out_has_a_detail(table: pd.DataFrame) -> Any:
+            return (table["status"] == EXCLUDED) == (table["detail"] != "")
+
+        def used_is_complete(table: pd.DataFrame) -> Any:
+            complete = self.complete(table)
+            for name in self.arrays:
+                complete &= (table[f"{name}_p_low"] <= table[f"{name}_p_high"]).fillna(False)
+            return (table["status"] != USED) | complete
+
+        rules = (
+            used_has_no_reason,
+            used_has_a_split,
+            rows_are_dense,
+            sorted_by_subject,
+            out_has_a_detail,
+            used_is_complete,
+        )
+        schema = pa.DataFrameSchema(columns, [pa.Check(rule) for rule in rules], strict=True, ordered=True)
+        try:
+            return schema.validate(manifest)
+        except pandera.errors.SchemaError as error:
+            raise ValueError(str(error)) from error
+
+
+# -- IXI --------------------------------------------------------------------------------------------------------------
+
+_VOLUME = dict.fromkeys(("member", "sha256"), "str") | {"depth": "Int64"}
+_VOLUME |= dict.fromkeys(("shape", "spacing_mm", "orientation"), "str")
+_VOLUME |= {"window_start": "Int64", "window_stop": "Int64", "p_low": "Float64", "p_high": "Float64"}
+_PAIR = {"t2_to_t1_ras_mm": "str"}
+_PAIR |= dict.fromkeys(("motion_mm", "motion_deg", "nmi_before", "nmi_after"), "Float64") | {"flags": "str"}
+
+
+def _is_matrix(text: str) -> bool:
+    """Whether it is a 4 x 4 matrix in JSON, or empty, as for pairs by index."""
+    try:
+        return text == "" or np.shape(json.loads(text)) == (4, 4)
+    except ValueError:
+        return False
+
+
+def _has_volumes_and_motion(table: pd.DataFrame) -> Any:
+    complete = table["t2_to_t1_ras_mm"].map(_is_matrix)
+    for name in ("t1", "t2"):
+        complete &= table[f"{name}_member"] != ""
+        complete &= table[f"{name}_sha256"].str.fullmatch("[0-9a-f]{64}")
+    return complete & table["t2_window_start"].notna() & table["t2_window_stop"].notna()
+
+
+IXI = Schema(
+    dtypes=_HEAD
+    | {"age": "Float64", "sex": "str"}
+    | {f"{m.lower()}_{column}": dtype for m in MODALITIES for column, dtype in _VOLUME.items()}
+    | _PAIR,
+    steps={
+        "found": (),
+        "paired": ("missing_t1", "missing_t2", "duplicate_member"),
+        "readable": ("unreadable", "not_3d", "unsupported_dtype", "bad_affine"),
+        "modal depth": ("depth_not_modal",),
+        "modal grid": ("grid_not_modal",),
+        "cut": ("corrupt_voxels", "outside_fov", "empty_image", "intensity_range"),
+        "used": ("low_similarity",),
+    },
+    arrays=("t1", "t2"),
+    allowed={"sex": ("", "m", "f"), "nmi_before": (0, 1), "nmi_after": (0, 1)},
+    complete=_has_volumes_and_motion,
+)
+
+# -- MNIST ------------------------------------------------------------------------------------------------------------
+
+
+def _has_label(table: pd.DataFrame) -> Any:
+    return table["label"].notna()
+
+
+DIGITS = Schema(
+    dtypes=_HEAD
+    | {"label": "Int64"}
+    | {f"{name}_{column}": "Float64" for name in ("sketch", "digit") for column in ("p_low", "p_high")},
+    steps={"found": (), "used": ("empty_image",)},
+    arrays=("sketch", "digit"),
+    allowed={"label": (0, 9)},
+    complete=_has_label,
+)
