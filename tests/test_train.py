@@ -16,8 +16,12 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
 
+from conftest import config_for  # noqa: E402
+
+from flows.cli import main  # noqa: E402
 from ixi_etl.errors import DatasetError, IxiError  # noqa: E402
 from ixi_etl.publish import Refreshed  # noqa: E402
+from ixi_etl.refresh import refresh  # noqa: E402
 from model import checkpoint  # noqa: E402
 from model.checkpoint import CheckpointError  # noqa: E402
 from model.config import PRESETS, TrainConfig, preset  # noqa: E402
@@ -263,3 +267,48 @@ def test_a_damaged_store_is_refused_by_the_name_of_its_file(published: Refreshed
     run = run_of(tmp_path / "root", "a")
     with pytest.raises(DatasetError, match=r"t1/c/\d/0/0/0 is damaged: its SHA-256"):
         train_run(run)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["train", "--dataset", "ixi-t1-t2@ffff"], "error: there is no version ffff in"),
+        (["train", "--set", "wormhole=1"], "error: wormhole: Extra inputs are not permitted"),
+        (["train", "--set", "steps"], "error: --set steps: give NAME=VALUE, for example --set steps=1000"),
+        (["train", "--set", "steps=-1"], "error: steps: Input should be greater than or equal to 1"),
+        (["train", "--preset", "smoke"], "error: crops of 128 x 128 do not fit slices of 64 x 64; set a smaller side"),
+        (["evaluate", "zz"], "error: there is no run zz in"),
+        (["evaluate", "a", "--split", "val"], "has no subject in split val"),
+        (["evaluate", "a", "--split", "train", "--weights", "nothing"], "error: nothing is not there"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong_in_one_line(
+    without_val: Path, arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--root", str(without_val)])
+    assert end.value.code == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert line in said[-1]
+    assert not [other for other in said[:-1] if "rror" in other]
+
+
+@pytest.fixture(scope="module")
+def without_val(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root whose version has training subjects only, with a run `a` on it."""
+    root = tmp_path_factory.mktemp("without_val")
+    refresh(config_for(root, archives, split=(1.0, 0.0, 0.0)))
+    train_run(run_of(root, "a", steps=2))
+    return root
+
+
+def test_without_validation_the_last_is_the_best_and_the_samples_are_of_training(
+    without_val: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_of(without_val, "b", steps=4)
+    train_run(run)
+    assert "has no subject in split val" in caplog.text
+    best = checkpoint.best(run.folder / "checkpoints")
+    assert best is not None
+    assert (best.step, best.validation) == (4, {})
+    assert list((run.folder / "samples").glob("*.png"))
