@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -12,12 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ixi_etl.errors import ArchiveError, DatasetError, IxiError
+from ixi_etl.errors import ArchiveError, DatasetError, IxiError, StoppedError
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from ixi_etl.config import RefreshConfig
     from ixi_etl.publish import Refreshed
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ OwnSource = Annotated[
     typer.Option("--source", help="Your own archives: a folder, a tar file, or a URL. Else the official ones."),
 ]
 DEFAULT_ROOT = "ixi-data"
+DEMO_SPLIT_SEED = 6  # of the six subjects, one is for validation and one for test
 NAMING = "[NAME@]VERSION, the beginning of a version, or latest; NAME is ixi-t1-t2 or digits"
 
 
@@ -162,14 +163,98 @@ def refresh(
         offline=offline,
         insecure_hosts=tuple(insecure_host or ()),
     )
-    refreshed = _run_flow(config)
+    refreshed = _run_flow("refresh_dataset", config)
     _report(refreshed)
     if then_train:
-        from flows.train_pix2pix import train_pix2pix
-        from ixi_etl.places import NAME
+        version = f"{config.places.name}@{refreshed.version}"
+        _report_run(_run_flow("train_pix2pix", dataset=version, root=config.root, scratch=config.scratch))
 
-        run = train_pix2pix(dataset=f"{NAME}@{refreshed.version}", root=config.root)
-        typer.echo(f"run       {run}")
+
+@app.command()
+def train(
+    preset: Annotated[
+        Literal["paper", "digits", "smoke", "gpu"],
+        typer.Option(help="paper: as published. digits: MNIST. smoke: seconds, on a CPU. gpu: large batches."),
+    ] = "paper",
+    dataset: Annotated[
+        str | None, typer.Option(help="NAME@VERSION.  [default: ixi-t1-t2@latest, digits@latest for digits]")
+    ] = None,
+    root: Root = DEFAULT_ROOT,
+    scratch: Scratch = None,
+    run: Annotated[str | None, typer.Option(help="Name of the run.  [default: from version and configuration]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint, if any.")] = False,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A field of the configuration; may be repeated."),
+    ] = None,
+) -> None:
+    """Train pix2pix on a dataset version, and measure it on the test split.
+
+    SIGTERM and Ctrl-C save and stop. For several GPUs: torchrun --nproc-per-node N -m flows train ...
+    """
+    from flows.progress import show_progress
+    from model import run as runs
+    from model.config import preset as preset_of
+    from model.data import EmptySplitError
+
+    settings = _settings(setting or []) | ({"dataset": dataset} if dataset else {})
+    prepared = runs.prepare(root, preset_of(preset, **settings), run, scratch)
+    typer.echo(f"run {prepared.folder} on {prepared.config.dataset}")
+    with show_progress() as progress:
+        runs.train_run(prepared, resume=resume, progress=progress)
+        if os.environ.get("RANK", "0") != "0":
+            return
+        try:
+            runs.evaluate_run(prepared, progress=progress)
+        except EmptySplitError as error:
+            logging.getLogger("model").warning("not evaluated: %s", error)
+    _report_run(prepared.folder)
+
+
+def _settings(given: list[str]) -> dict[str, Any]:
+    """`["steps=20", "side=null"]` -> {"steps": 20, "side": None}: values are JSON, or else words."""
+    settings: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise IxiError(f"--set {text}: give NAME=VALUE, for example --set steps=1000")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name] = value
+    return settings
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(help="A run, the beginning of its name, or latest.")] = "latest",
+    root: Root = DEFAULT_ROOT,
+    scratch: Scratch = None,
+    split: Annotated[Literal["train", "val", "test"], typer.Option(help="Which subjects.")] = "test",
+    weights: Annotated[
+        Path | None, typer.Option(help="A checkpoint's file.  [default: the run's best generator]")
+    ] = None,
+    dropout: Annotated[bool, typer.Option("--dropout", help="Leave dropout on, as published.")] = False,
+) -> None:
+    """Measure a trained generator by subject (PSNR, SSIM, MAE) next to three baselines.
+
+    Writes evaluation-SPLIT.csv (a row for each subject, method and mask) and evaluation-SPLIT.json into the run.
+    """
+    from flows.progress import show_progress
+    from model.run import evaluate_run, open_run
+
+    opened = open_run(root, run, scratch)
+    with show_progress() as progress:
+        _, comparison = evaluate_run(opened, split=split, weights=weights, dropout=dropout, progress=progress)
+    _report_run(opened.folder, split)
+    shown = comparison.assign(
+        better_by=[f"{row.better_by:+.4f} [{row.low_95:.4f}, {row.high_95:.4f}]" for row in comparison.itertuples()]
+    )
+    _print_table(
+        shown[["mask", "baseline", "measure", "better_by"]],
+        "The generator against each baseline: mean paired difference [95% interval], above 0 is better",
+    )
+    typer.echo(str(opened.folder / f"evaluation-{split}.csv"))
 
 
 @app.command()
@@ -270,9 +355,9 @@ def demo(
     folder: Annotated[Path, typer.Option(help="Where to work; what lies there is replaced.")] = Path("demo"),
     subjects: Annotated[int, typer.Option(min=4, help="How many sound subjects to simulate.")] = 6,
 ) -> None:
-    """Run the whole job on a small simulated IXI, served over HTTP on this machine."""
+    """Run the whole job on a small simulated IXI, served over HTTP on this machine: refresh, then a smoke training."""
     from flows.progress import show_progress
-    from ixi_etl.config import RefreshConfig
+    from ixi_etl.config import DatasetConfig, RefreshConfig
     from ixi_etl.phantom import write_phantom
     from ixi_etl.serve import serve_folder
 
@@ -281,28 +366,32 @@ def demo(
     shutil.rmtree(folder, ignore_errors=True)
     with show_progress() as progress:
         write_phantom(folder / "archives-served", subjects, workers=os.cpu_count() or 1, progress=progress)
+    root = str(folder / "ixi-data")
     with serve_folder(folder / "archives-served") as url:
-        refreshed = _run_flow(RefreshConfig(root=str(folder / "ixi-data"), source=url))
+        dataset = DatasetConfig(split_seed=DEMO_SPLIT_SEED)
+        refreshed = _run_flow("refresh_dataset", RefreshConfig(root=root, source=url, dataset=dataset))
     _report(refreshed)
+    run = _run_flow("train_pix2pix", preset="smoke", root=root)
+    _report_run(run)
 
 
-def _run_flow(config: RefreshConfig) -> Refreshed:
-    """The flow, in process. Prefect starts a server of its own for it if none is configured."""
+def _run_flow(name: str, *arguments: Any, **parameters: Any) -> Any:
+    """A flow, in process. Prefect starts a server of its own for it if none is configured."""
     defaults = {
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "60",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_LOGGING_LEVEL": "WARNING",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    from flows.refresh_dataset import refresh_dataset
+    for variable, value in defaults.items():
+        os.environ.setdefault(variable, value)
+    from importlib import import_module
 
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(_not_a_users_mistake)
+    for logger in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(logger).addFilter(_not_a_users_mistake)
     signal.signal(signal.SIGINT, _stop)
     try:
-        return refresh_dataset(config)
+        return getattr(import_module(f"flows.{name}"), name)(*arguments, **parameters)
     except RuntimeError as error:
         if "Failed to reach API" not in str(error):
             raise
@@ -320,6 +409,39 @@ def _not_a_users_mistake(record: logging.LogRecord) -> bool:
     """Prefect logs every exception with its trace; an `IxiError` is said once, by `main`, in one line."""
     said = record.getMessage()
     return not (record.exc_info and isinstance(record.exc_info[1], IxiError)) and "Finished in state Failed" not in said
+
+
+def _report_run(folder: Path, split: str = "test") -> None:
+    """The table against the baselines, and where the run's things lie."""
+    import pandas as pd
+
+    from ixi_etl.files import read_json
+
+    facts = read_json(folder / f"evaluation-{split}.json")
+    if facts:
+        rows = [
+            {
+                "mask": row["mask"],
+                "method": row["method"],
+                "PSNR (dB)": _mean_sd(row, "psnr", 2),
+                "SSIM": _mean_sd(row, "ssim", 3),
+                "MAE": _mean_sd(row, "mae", 4),
+            }
+            for row in facts["summary"]
+        ]
+        subjects = facts["summary"][0]["subjects"]
+        title = f"{facts['split']}: {subjects} subjects, mean (sd); {facts['normalisation']}, data range 1"
+        _print_table(pd.DataFrame(rows), title)
+    sheets = sorted((folder / "samples").glob("*-gray.png"))
+    lines = [f"run       {folder}", f"generator {folder / 'generator.safetensors'}"]
+    lines += [f"samples   {sheets[-1]}"] if sheets else []
+    typer.echo("\n" + "\n".join(lines))
+
+
+def _mean_sd(row: dict[str, Any], measure: str, digits: int) -> str:
+    mean, sd = row[f"{measure}_mean"], row[f"{measure}_std"]
+    spread = "" if sd is None else f" ({sd:.{digits}f})"  # of a single subject there is none
+    return ("-" if mean is None else f"{mean:.{digits}f}") + spread
 
 
 def _report(refreshed: Refreshed) -> None:
@@ -359,11 +481,15 @@ def main(arguments: list[str] | None = None) -> Any:
 
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("ixi_etl")
-    logger.setLevel(logging.INFO)
-    logger.handlers, logger.propagate = [handler], False
+    for name in ("ixi_etl", "model"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.handlers, logger.propagate = [handler], False
     try:
         return app(arguments)
+    except StoppedError as error:
+        typer.echo(str(error), err=True)
+        return sys.exit(128 + error.number)
     except IxiError as error:
         typer.echo(f"error: {error}", err=True)
     except OSError as error:

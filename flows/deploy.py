@@ -3,8 +3,9 @@
     make deploy        # which runs: python -m flows.deploy
 
 It may be run again at any time, and changes only what is its own. `prefect.yaml` takes from the environment where
-things lie: IXI_ROOT (a folder that all workers see; by default `ixi-data`) and IXI_DASK (the scheduler to cut on; by
-default none: threads of the worker).
+things lie: IXI_ROOT (a folder that all workers see, or s3://bucket/prefix; by default `ixi-data`), IXI_SCRATCH (where
+the root is on S3: the folder for archives and unfinished work) and IXI_DASK (the scheduler to cut on; by default none:
+threads of the worker).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
 
 POOLS = {"cpu": "refreshes the dataset", "gpu": "trains"}
-DEFAULTS = {"IXI_ROOT": "ixi-data", "IXI_DASK": ""}
+DEFAULTS = {"IXI_ROOT": "ixi-data", "IXI_SCRATCH": "", "IXI_DASK": ""}
 
 MISSED_BEATS = 3
 """A run that was silent for so many heartbeats is lost."""

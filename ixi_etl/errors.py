@@ -31,6 +31,18 @@ class LockedError(IxiError):
     """Another process works on the same root."""
 
 
+class StoppedError(IxiError):
+    """Somebody asked a job to stop; it has saved all that it needs to go on.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+
 class BadVolumeError(IxiError):
     """One volume cannot be used: becomes a manifest row, never the end of a run.
 

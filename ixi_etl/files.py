@@ -57,8 +57,10 @@ def sha256_file(path: Path) -> str:
 
 
 @contextmanager
-def lock_root(root: Path) -> Iterator[None]:
-    """Hold `root` for one refresh at a time; the kernel lets go when the process dies, however it dies.
+def lock_root(root: Path, option: str = "--root") -> Iterator[None]:
+    """Hold `root` for one process at a time; the kernel lets go when that dies, however it dies.
+
+    `option` is what a person gives to choose another folder.
 
     Raises:
         LockedError: with who holds it, since when.
@@ -72,9 +74,9 @@ def lock_root(root: Path) -> Iterator[None]:
     except Timeout:
         holder = read_json(note) or {}
         who = "process {pid} on {host} since {since}".format(**holder) if holder else "another process"
-        raise LockedError(f"{root} is in use by {who}; wait for it to end, or choose another --root") from None
+        raise LockedError(f"{root} is in use by {who}; wait for it to end, or choose another {option}") from None
     except OSError as error:
-        raise IxiError(f"cannot write to {root}: {error.strerror}; choose another --root") from error
+        raise IxiError(f"cannot write to {root}: {error.strerror}; choose another {option}") from error
     try:
         since = datetime.now(UTC).isoformat(timespec="seconds")
         write_atomic(note, to_json({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))

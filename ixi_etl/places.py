@@ -82,7 +82,7 @@ def check_reachable(root: str | Path) -> None:
     """
     if is_local(place(root)):
         return
-    filesystem, path = _filesystem(place(root))
+    filesystem, path = filesystem_of(place(root))
     bucket = path.partition("/")[0]
     try:
         filesystem.ls(bucket)
@@ -95,14 +95,14 @@ def check_reachable(root: str | Path) -> None:
 
 def file_sizes(folder: Path) -> dict[str, int]:
     """Relative path -> size in bytes of every file below a folder, in one listing."""
-    filesystem, top = _filesystem(folder)
+    filesystem, top = filesystem_of(folder)
     found = filesystem.find(top, detail=True)
     return {name[len(top) + 1 :]: int(info["size"]) for name, info in found.items()}
 
 
 def upload(folder: Path, target: Path, last: str) -> None:
     """Copy a folder of this machine to S3, its file `last` when all others are there."""
-    filesystem, top = _filesystem(target)
+    filesystem, top = filesystem_of(target)
     names = sorted(file_sizes(folder).keys() - {last})
     filesystem.put([str(folder / name) for name in names], [f"{top}/{name}" for name in names])
     filesystem.put_file(str(folder / last), f"{top}/{last}")
@@ -110,13 +110,14 @@ def upload(folder: Path, target: Path, last: str) -> None:
 
 def remove(target: Path, first: str) -> None:
     """Remove all that lies under a path of S3, its file `first` before all others."""
-    filesystem, top = _filesystem(target)
+    filesystem, top = filesystem_of(target)
     if filesystem.exists(f"{top}/{first}"):
         filesystem.rm_file(f"{top}/{first}")
     if filesystem.exists(top):
         filesystem.rm(top, recursive=True)
 
 
-def _filesystem(path: Path) -> tuple[Any, str]:
+def filesystem_of(path: Path) -> tuple[Any, str]:
+    """The fsspec file system of a path, and what it calls it."""
     filesystem, top = fsspec.url_to_fs(str(path), use_listings_cache=False)
     return filesystem, str(top).rstrip("/")

@@ -6,14 +6,17 @@ Legend: B, C, H, W are batch, channel, height, width. Images are in [-1, 1].
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 Norm = Literal["instance", "batch", "none"]
 Upsampling = Literal["transpose", "nearest"]
+Network = TypeVar("Network", bound=nn.Module)
 
+SIDES = (32, 64, 128, 256, 512)
 DROPOUT_LEVELS = 3  # of the decoder, from the innermost
 WIDEST = 8  # times the width, however deep
 
@@ -41,7 +44,7 @@ class UNetGenerator(nn.Module):
         norm: Norm = "instance",
     ) -> None:
         super().__init__()
-        if side not in (32, 64, 128, 256, 512):
+        if side not in SIDES:
             raise ValueError(f"side is {side}; the generator takes a power of two from 32 to 512")
         self.side = side
         levels = side.bit_length() - 1
@@ -84,6 +87,13 @@ class UNetGenerator(nn.Module):
             x = up(torch.cat([skips.pop(), x], dim=1))
         return x
 
+    def whole(self, source: Tensor) -> Tensor:
+        """Generate from (B, 1, H, W) of any size: up to the next multiples of `side`, background (-1) is put around."""
+        height, width = source.shape[-2:]
+        padded = functional.pad(source, (0, -width % self.side, 0, -height % self.side), value=-1.0)
+        generated: Tensor = self(padded)
+        return generated[..., :height, :width]
+
 
 class PatchDiscriminator(nn.Module):
     """Scores overlapping patches of a pair, real or not: from source and target (B, 1, H, W) to logits (B, 1, h, w).
@@ -109,6 +119,11 @@ class PatchDiscriminator(nn.Module):
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         scores: Tensor = self.layers(torch.cat([source, target], dim=1))
         return scores
+
+
+def place(network: Network, device: str | torch.device) -> Network:
+    """Move a network to a device, with channels last in memory: how convolutions run fastest."""
+    return network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def receptive_field(layers: list[tuple[int, int]]) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,8 +12,12 @@ from hypothesis import settings
 
 from ixi_etl.config import DatasetConfig, RefreshConfig
 from ixi_etl.phantom import write_phantom
+from ixi_etl.places import place
 from ixi_etl.publish import Refreshed
 from ixi_etl.refresh import refresh
+
+# Networks of a few channels wait for each other more than they compute; and processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("here", deadline=None)  # machines differ, and the first call imports
 settings.load_profile("here")
@@ -37,3 +44,28 @@ def config_for(root: Path | str, source: Path | str, scratch: Path | None = None
 def published(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Refreshed:
     """The version that `paired` makes of the phantom; tests only read it."""
     return refresh(config_for(tmp_path_factory.mktemp("root"), archives))
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[None]:
+    """A server with S3's interface on this machine, which the environment points to."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "anything")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield
+    server.stop()
+
+
+@pytest.fixture
+def s3_root(s3: None) -> str:
+    """A prefix in a bucket of its own."""
+    bucket = f"bucket-{uuid.uuid4().hex}"
+    place(f"s3://{bucket}").mkdir()
+    return f"s3://{bucket}/some/prefix"

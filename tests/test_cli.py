@@ -142,6 +142,13 @@ def test_the_library_imports_neither_prefect_nor_torch() -> None:
     assert not imported("; ".join(names)) & {"prefect", "torch", "flows", "model"}
 
 
+def test_the_model_imports_no_prefect() -> None:
+    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
+    package = Path(__file__).parent.parent / "model"
+    names = [f"import model.{path.stem}" for path in package.glob("*.py") if path.stem != "__init__"]
+    assert not imported("; ".join(names)) & {"prefect", "flows"}
+
+
 @pytest.mark.parametrize(
     ("text", "parsed"),
     [

@@ -42,11 +42,14 @@ def test_a_deployment_is_of_a_flow_of_its_name_with_parameters_it_has(name: str)
 
 def test_the_refresh_s_parameters_are_a_configuration() -> None:
     given = DEPLOYMENTS["refresh-dataset"]["parameters"]["config"]
-    assert RefreshConfig(**{key: "" if key == "dask" else "x" for key in given}).source is None
+    assert given.keys() == {"root", "scratch", "dask"}
+    for root, scratch in (("/data", "/data"), ("/data", ""), ("s3://bucket", "/data")):
+        config = RefreshConfig(root=root, scratch=scratch, dask="")  # a variable that is not set is ""
+        assert (config.places.root, config.dask or None) == (root, None)
 
 
 def test_a_root_that_is_not_said_is_not_this_folder() -> None:
-    with pytest.raises(ValueError, match="root is empty"):  # IXI_ROOT, not set, comes out of prefect.yaml as ""
+    with pytest.raises(ValueError, match="'' is neither a folder nor s3://"):  # IXI_ROOT, not set, comes out of prefect.yaml as ""
         RefreshConfig(root="")
 
 

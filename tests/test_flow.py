@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import config_for
 
+from ixi_etl.dataset import read_facts
 from ixi_etl.errors import DownloadError
 from ixi_etl.publish import Refreshed
 from ixi_etl.refresh import refresh
@@ -143,3 +144,22 @@ def test_the_command_line_refreshes_twice(published: Refreshed, archives: Path, 
         done = subprocess.run([sys.executable, "-m", "flows", *arguments], capture_output=True, text=True, check=True)
         assert f"version   {published.version} {said}" in done.stdout
         assert "Traceback" not in done.stderr
+
+
+SMALL = {"side": 32, "width": 4, "discriminator_width": 4, "discriminator_layers": 1, "steps": 2, "device": "cpu"}
+
+
+def test_the_training_flow_trains_measures_and_does_neither_twice(published: Refreshed, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
+    from flows.train_pix2pix import train_pix2pix
+
+    (tmp_path / "datasets").symlink_to(published.folder.parents[1])
+    folder = train_pix2pix(preset="smoke", root=tmp_path, settings=SMALL)
+    assert folder.parent == tmp_path / "runs"
+    assert published.version in folder.name  # `latest`, resolved
+    assert (folder / "generator.safetensors").exists()
+    splits = read_facts(published.folder)["splits"]
+    assert (folder / "evaluation-test.csv").exists() == ("test" in splits)
+    before = (folder / "checkpoints" / "step-00000002.safetensors").stat().st_mtime_ns
+    assert train_pix2pix(preset="smoke", root=tmp_path, settings=SMALL) == folder
+    assert (folder / "checkpoints" / "step-00000002.safetensors").stat().st_mtime_ns == before

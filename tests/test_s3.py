@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,34 +17,9 @@ from ixi_etl.refresh import Refreshed, refresh
 from ixi_etl.store import open_arrays
 
 
-@pytest.fixture(scope="module")
-def s3() -> Iterator[None]:
-    """A server with S3's interface on this machine, which the environment points to."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "anything")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        yield
-    server.stop()
-
-
 @pytest.fixture
-def root(s3: None) -> str:
-    """A prefix in a bucket of its own."""
-    bucket = f"bucket-{uuid.uuid4().hex}"
-    place(f"s3://{bucket}").mkdir()
-    return f"s3://{bucket}/some/prefix"
-
-
-@pytest.fixture
-def config(root: str, archives: Path, tmp_path: Path) -> RefreshConfig:
-    return config_for(root, archives, tmp_path)
+def config(s3_root: str, archives: Path, tmp_path: Path) -> RefreshConfig:
+    return config_for(s3_root, archives, tmp_path)
 
 
 def test_a_version_on_s3_is_the_local_one(config: RefreshConfig, published: Refreshed, tmp_path: Path) -> None:
@@ -106,10 +79,10 @@ def test_a_version_damaged_on_s3_is_seen_and_mended(what: str, config: RefreshCo
 
 
 def test_archives_on_s3_are_read_where_they_lie(
-    config: RefreshConfig, root: str, archives: Path, published: Refreshed, tmp_path: Path
+    config: RefreshConfig, s3_root: str, archives: Path, published: Refreshed, tmp_path: Path
 ) -> None:
-    upload(archives, place(f"{root}/archives"), last="MD5SUMS")
-    made = refresh(config.model_copy(update={"source": f"{root}/archives"}))
+    upload(archives, place(f"{s3_root}/archives"), last="MD5SUMS")
+    made = refresh(config.model_copy(update={"source": f"{s3_root}/archives"}))
     assert made.version == published.version
     assert not list(tmp_path.rglob("*.tar"))
 

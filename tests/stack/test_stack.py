@@ -44,7 +44,7 @@ def local(source: str, tmp_path_factory: pytest.TempPathFactory) -> Refreshed:
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("stack")
-    values = {"IXI_ROOT": "/data", "DASK_THREADS": "1", "HEARTBEAT_S": "30"}
+    values = {"IXI_ROOT": ROOT, "DASK_THREADS": "1", "HEARTBEAT_S": "30"}
     with Stack(folder, values) as stack:
         try:
             start(stack)

@@ -1,0 +1,64 @@
+"""Flow `train-pix2pix`: a dataset version in, a trained and measured generator out. `model.run` has the stages.
+
+Run it without a server from Python, ``train_pix2pix(preset="smoke")``; or as a deployment::
+
+    prefect deployment run train-pix2pix/train-pix2pix --param preset=gpu
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from flows.progress import show_progress
+from ixi_etl.files import Progress
+from model import run as runs
+from model.config import preset as preset_of
+from model.data import EmptySplitError
+from model.run import Run
+
+
+@task(task_run_name="train {run.folder.name}", cache_policy=NO_CACHE)
+def train(run: Run, progress: Progress) -> Path:
+    return runs.train_run(run, resume=True, progress=progress)
+
+
+@task(task_run_name="evaluate {run.folder.name}", cache_policy=NO_CACHE)
+def evaluate(run: Run, progress: Progress) -> None:
+    runs.evaluate_run(run, progress=progress)
+
+
+@flow(name="train-pix2pix", flow_run_name="train {preset} on {dataset}", persist_result=False)
+def train_pix2pix(
+    dataset: str = "ixi-t1-t2@latest",
+    preset: str = "paper",
+    root: str | Path = "ixi-data",
+    scratch: str | Path | None = None,
+    run: str | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Path:
+    """Train on a dataset version and evaluate on its test split; where the run is kept.
+
+    The version is resolved once, here. A run is named by version and configuration unless `run` names it: one that died
+    goes on from its newest checkpoint, one that has ended is only evaluated again.
+
+    Args:
+        dataset: NAME@VERSION.
+        preset: paper, digits, smoke or gpu; `settings` go over its fields.
+        root: a folder, or s3://bucket/prefix; then `scratch` is the folder of this machine to work in.
+    """
+    log = get_run_logger()
+    prepared = runs.prepare(
+        root, preset_of(preset, dataset=dataset, **(settings or {})), run, Path(scratch) if scratch else None
+    )
+    log.info("run %s trains on %s", prepared.folder, prepared.config.dataset)
+    with show_progress() as progress:
+        train(prepared, progress)
+        try:
+            evaluate(prepared, progress)
+        except EmptySplitError as error:
+            log.warning("not evaluated: %s", error)
+    return prepared.kept or prepared.folder

@@ -1,0 +1,135 @@
+"""Checkpoints: one safetensors file each, written whole, that carries its own digest. Nothing is ever unpickled.
+
+`<run>/checkpoints/step-00001000.safetensors` holds the tensors of the learner (both networks, both optimisers, the
+moving average, random states), and in its header, as JSON: step, configuration, validation and digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ixi_etl.errors import IxiError
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(IxiError):
+    """A checkpoint is damaged, missing, or of another training."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the header says. `validation` is empty where there was nothing to validate on."""
+
+    path: Path
+    step: int
+    config: dict[str, Any]
+    validation: dict[str, float]
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies among the others in `folder`."""
+    return folder / f"step-{step:08d}.safetensors"
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write a safetensors file with `facts` and the digest of all in its header, whole or not at all.
+
+    It is on the disk when this returns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    part = path.with_name(f".{path.name}.part")
+    said = json.dumps(facts)
+    save_file(plain, part, metadata={"facts": said, "sha256": _digest(plain, said)})
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file that `save` wrote, and its facts.
+
+    Raises:
+        CheckpointError: it is missing, cut short, or not what was written.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        said = metadata["facts"]
+        facts = json.loads(said)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is not there") from None
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint of this project ({error})") from error
+    if _digest(tensors, said) != metadata.get("sha256"):
+        raise CheckpointError(f"{path} is damaged: it has not the SHA-256 in its header")
+    return tensors, facts
+
+
+def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
+    digest = hashlib.sha256(facts.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+# -- which there are --------------------------------------------------------------------------------------------------
+
+
+def found(folder: Path) -> list[Checkpoint]:
+    """The checkpoints whose header can be read, oldest first; of the others a warning says so."""
+    good = []
+    for path in sorted(folder.glob("step-*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads((file.metadata() or {})["facts"])
+            good.append(Checkpoint(path, facts["step"], facts["config"], facts["validation"]))
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            log.warning("%s is damaged and is passed over (%s)", path, error)
+    return good
+
+
+def newest_whole(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | None:
+    """The newest checkpoint that is whole, and its tensors; None if there is none."""
+    for checkpoint in reversed(found(folder)):
+        try:
+            return checkpoint, load(checkpoint.path)[0]
+        except CheckpointError as error:
+            log.warning("%s; an older one is used", error)
+    return None
+
+
+def best(folder: Path) -> Checkpoint | None:
+    """The one with the lowest validated MAE (the newer of equals); where nothing was validated, the newest."""
+    there = found(folder)
+    validated = [c for c in there if c.validation]
+    return min(validated or there, key=lambda c: (c.validation.get("mae", 0.0), -c.step), default=None)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` and the best."""
+    there, good = found(folder), best(folder)
+    for checkpoint in there[:-keep]:
+        if good is None or checkpoint.step != good.step:
+            checkpoint.path.unlink()

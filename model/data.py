@@ -1,0 +1,195 @@
+"""One split of a dataset version, held whole in the memory of the device that trains on it.
+
+Legend: N pairs of slices, of S subjects with Z slices each; B, H, W are batch, height, width. Pairs lie in their stored
+dtype (int16, uint8); batches are float32 (B, 1, H, W) in [-1, 1]. Which pairs a step sees, and how they are
+augmented, is a function of the seed and the step alone, so a training that goes on needs no more than its step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ixi_etl import dataset, manifest
+from ixi_etl.errors import DatasetError
+from ixi_etl.store import open_arrays
+from model.config import Augment
+
+JITTER = 286 / 256  # as published: enlarge by so much, then crop at random
+
+
+class EmptySplitError(DatasetError):
+    """A version has nobody in a split."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Slices of a split, in the order of subjects and slices.
+
+    Attributes:
+        direction: names of the two arrays, source and target.
+        subjects: S ids.
+        source, target: (N, H, W) as stored.
+        subject: (N,) which of the subjects a slice is of.
+        position: (N,) which of the Z slices of its slab it is.
+        source_range, target_range: (S, 2) float32, the values that become -1 and 1: the manifest's percentiles.
+        origin: `lower` where row 0 is shown at the bottom (y runs to the anterior), `upper` where it is on top.
+    """
+
+    direction: tuple[str, str]
+    subjects: Sequence[str]
+    source: Tensor
+    target: Tensor
+    subject: Tensor
+    position: Tensor
+    source_range: Tensor
+    target_range: Tensor
+    origin: Literal["lower", "upper"]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def normalised(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Sources and targets of the pairs `index` (B,), whole: (B, 1, H, W) in [-1, 1]."""
+        subject = self.subject[index]
+        return (
+            normalise(self.source[index], self.source_range[subject]),
+            normalise(self.target[index], self.target_range[subject]),
+        )
+
+
+def normalise(stored: Tensor, low_high: Tensor) -> Tensor:
+    """(B, H, W) as stored -> (B, 1, H, W) float32: low_high (B, 2) becomes [-1, 1], and what lies beyond is clipped."""
+    low, high = low_high[:, 0, None, None], low_high[:, 1, None, None]
+    return ((stored.float() - low) / (high - low) * 2 - 1).clamp_(-1, 1).unsqueeze(1)
+
+
+def parse_direction(direction: str | None, names: tuple[str, str]) -> tuple[str, str]:
+    """`t1->t2` -> (`t1`, `t2`); None is the dataset's own.
+
+    Raises:
+        DatasetError: these are not the two arrays of the dataset.
+    """
+    if direction is None:
+        return names
+    source, _, target = direction.partition("->")
+    if {source.strip(), target.strip()} != set(names):
+        there = f"{names[0]}->{names[1]} or {names[1]}->{names[0]}"
+        raise DatasetError(f"direction {direction!r} does not fit the dataset: it is {there}")
+    return source.strip(), target.strip()
+
+
+def load(folder: Path, split: str, direction: str | None = None, device: str | torch.device = "cpu") -> Pairs:
+    """Read one split of the version in `folder`, once.
+
+    Raises:
+        EmptySplitError: nobody is in the split.
+        DatasetError: the version is damaged, or the device's memory too small.
+    """
+    facts = dataset.read_facts(folder)
+    source, target = parse_direction(direction, (facts["source"], facts["target"]))
+    used = manifest.used(dataset.read_manifest(folder))
+    chosen = used[used["split"] == split]
+    if chosen.empty:
+        there = ", ".join(f"{n} {name}" for name, n in facts["splits"].items())
+        raise EmptySplitError(f"{folder} has no subject in split {split} (it has {there}); try another split_seed")
+    arrays = open_arrays(folder)
+    rows = chosen["store_row"].to_numpy(dtype=np.int64)
+    slices = arrays[source].shape[1]
+    slab = sum(arrays[name].nbytes // arrays[name].shape[0] for name in (source, target))
+    _check_memory(folder, split, slab * len(rows), device)
+
+    def ranges(name: str) -> Tensor:
+        return torch.from_numpy(chosen[[f"{name}_p_low", f"{name}_p_high"]].to_numpy(dtype=np.float32)).to(device)
+
+    def slabs(name: str) -> Tensor:
+        try:
+            read = np.asarray(arrays[name].oindex[rows])
+        except Exception as error:  # whatever a codec raises on damaged bytes
+            damaged = dataset.verify(folder, deep=True)
+            raise DatasetError(damaged[0] if damaged else f"{folder}: {name} cannot be read ({error})") from error
+        return torch.from_numpy(read.reshape(-1, *read.shape[2:])).to(device)
+
+    return Pairs(
+        direction=(source, target),
+        subjects=chosen["subject_id"].tolist(),
+        source=slabs(source),
+        target=slabs(target),
+        subject=torch.arange(len(rows), device=device).repeat_interleave(slices),
+        position=torch.arange(slices, device=device).repeat(len(rows)),
+        source_range=ranges(source),
+        target_range=ranges(target),
+        origin="lower" if f"{source}_affine" in arrays else "upper",
+    )
+
+
+def _check_memory(folder: Path, split: str, need: int, device: str | torch.device) -> None:
+    device = torch.device(device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if need > free:
+        raise DatasetError(
+            f"split {split} of {folder} needs {need / 1e9:.2f} GB in the memory of {device}, which has "
+            f"{free / 1e9:.2f} GB free; train on a device with more, or on a version of fewer slices"
+        )
+
+
+# -- which pairs, and how they are changed ----------------------------------------------------------------------------
+
+
+def indices(pairs: int, seed: int, start: int, count: int) -> Tensor:
+    """(count,) pairs `start`, `start + 1`, ... of an endless stream: every pass over the data in a new random order."""
+    wanted = torch.arange(start, start + count)
+    passes = [_order(pairs, seed, int(n)) for n in range(start // pairs, (start + count - 1) // pairs + 1)]
+    return torch.cat(passes)[wanted - start // pairs * pairs]
+
+
+@lru_cache(maxsize=4)
+def _order(pairs: int, seed: int, number: int) -> Tensor:
+    return torch.randperm(pairs, generator=_generator(seed, 0, number))
+
+
+def _generator(seed: int, stream: int, number: int) -> torch.Generator:
+    """Random numbers of their own for each (stream, number)."""
+    words = np.random.SeedSequence([seed % 2**63, stream, number]).generate_state(2)
+    return torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+
+
+def augment(images: Sequence[Tensor], kind: Augment, side: int, seed: int, step: int) -> list[Tensor]:
+    """The same change to each of `images` (B, 1, H, W): enlarged, cropped to (B, 1, side, side), flipped, as drawn.
+
+    Raises:
+        DatasetError: the images are smaller than the crop.
+    """
+    draws = _generator(seed, 1, step)
+    if kind == "jitter":
+        size = [round(n * JITTER) for n in images[0].shape[-2:]]
+        images = [functional.interpolate(i, size=size, mode="bilinear", align_corners=False) for i in images]
+    batch, _, height, width = images[0].shape
+    check_side(side, height, width)
+    top = torch.randint(height - side + 1, (batch, 1), generator=draws)
+    left = torch.randint(width - side + 1, (batch, 1), generator=draws)
+    flipped = torch.randint(2, (batch, 1), generator=draws) * (kind != "none")
+    if height == width == side and not flipped.any():
+        return list(images)
+    ahead = torch.arange(side)
+    rows, columns = top + ahead, left + torch.where(flipped.bool(), ahead.flip(0), ahead)
+    device = images[0].device
+    image, row, column = (
+        i.to(device) for i in (torch.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :])
+    )
+    return [i[image, 0, row, column].unsqueeze(1) for i in images]
+
+
+def check_side(side: int, height: int, width: int) -> None:
+    """Raise `DatasetError` if crops of `side` do not fit slices of height x width."""
+    if side > min(height, width):
+        raise DatasetError(f"crops of {side} x {side} do not fit slices of {height} x {width}; set a smaller side")

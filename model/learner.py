@@ -1,0 +1,166 @@
+"""What learns: both networks with their optimisers, one step of pix2pix, and all of it as tensors and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Adam
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from model.config import TrainConfig
+from model.losses import discriminator_loss, generator_loss
+from model.networks import PatchDiscriminator, UNetGenerator, place
+
+LOSSES = ("loss_d", "loss_d_real", "loss_d_fake", "loss_g", "loss_g_adversarial", "loss_g_reconstruction")
+
+
+class Learner:
+    """Networks and optimisers of a resolved configuration, on one device.
+
+    Under `torchrun` both networks average their gradients over all processes.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.rank = distributed.get_rank() if distributed.is_initialized() else 0
+        torch.manual_seed(config.seed)  # the same weights everywhere
+        self.generator = place(build_generator(config), device)
+        self.discriminator: PatchDiscriminator | None = None
+        if config.adversarial != "none":
+            discriminator = PatchDiscriminator(config.discriminator_width, config.discriminator_layers, config.norm)
+            self.discriminator = place(discriminator, device)
+        torch.manual_seed(config.seed + self.rank)  # but dropout of its own in each process
+        self.optimizers = {name: self._adam(network) for name, network in self._networks().items()}
+        self.average: AveragedModel | None = None
+        if config.ema:
+            decayed = get_ema_multi_avg_fn(config.ema)
+            self.average = AveragedModel(self.generator, multi_avg_fn=decayed, use_buffers=True)
+        self._generate = self._parallel(self.generator)
+        self._judge = None if self.discriminator is None else self._parallel(self.discriminator)
+
+    def _networks(self) -> dict[str, nn.Module]:
+        both = {"generator": self.generator, "discriminator": self.discriminator}
+        return {name: network for name, network in both.items() if network is not None}
+
+    def _adam(self, network: nn.Module) -> Adam:
+        return Adam(network.parameters(), self.config.lr, self.config.betas, fused=True)
+
+    def _parallel(self, network: nn.Module) -> nn.Module:
+        if not distributed.is_initialized():
+            return network
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(network, device_ids=ids)
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            yield
+
+    def step(self, source: Tensor, target: Tensor, lr: float) -> Tensor:
+        """Learn from one batch (B, 1, H, W) in [-1, 1]; the losses, (6,) in the order of `LOSSES`."""
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        source = source.contiguous(memory_format=torch.channels_last)
+        target = target.contiguous(memory_format=torch.channels_last)
+        self.generator.train()
+        with self.autocast():
+            generated = self._generate(source)
+        zero = torch.zeros((), device=self.device)
+        told = [zero, zero, zero]
+        if self._judge is not None:
+            with self.autocast():
+                real, fake = self._judge(source, target), self._judge(source, generated.detach())
+            loss = discriminator_loss(self.config, real, fake)
+            self._descend("discriminator", loss.total)
+            told = [part.detach() for part in loss]
+        logits = None
+        if self.discriminator is not None:
+            self.discriminator.requires_grad_(False)  # its gradients of the generator's loss would be thrown away
+            with self.autocast():
+                logits = self.discriminator(source, generated)
+        missed = generator_loss(self.config, logits, generated, target)
+        self._descend("generator", missed.total)
+        if self.discriminator is not None:
+            self.discriminator.requires_grad_(True)
+        if self.average is not None:
+            self.average.update_parameters(self.generator)
+        return torch.stack([*told, *(part.detach() for part in missed)])
+
+    def _descend(self, name: str, loss: Tensor) -> None:
+        self.optimizers[name].zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizers[name].step()
+
+    @property
+    def best_generator(self) -> UNetGenerator:
+        """The one to use: the moving average, if there is one."""
+        network = self.generator if self.average is None else self.average.module
+        assert isinstance(network, UNetGenerator)
+        return network
+
+    # -- as tensors -----------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, by name. Under `torchrun` every process must call this."""
+        state = {f"{n}.{k}": v for n, network in self._networks().items() for k, v in network.state_dict().items()}
+        for name, optimizer in self.optimizers.items():
+            for number, values in optimizer.state_dict()["state"].items():
+                state |= {f"{name}_optimizer.{number}.{k}": v for k, v in values.items()}
+        if self.average is not None:
+            state |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        return state | self._random_states()
+
+    def _random_states(self) -> dict[str, Tensor]:
+        mine = {f"random.cpu.{self.rank}": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            mine[f"random.cuda.{self.rank}"] = torch.cuda.get_rng_state(self.device)
+        if not distributed.is_initialized():
+            return mine
+        everybody: list[dict[str, Tensor]] = [{}] * distributed.get_world_size()
+        distributed.all_gather_object(everybody, mine)
+        return {name: state for theirs in everybody for name, state in theirs.items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take up the state that `tensors` gave."""
+        for name, network in self._networks().items():
+            network.load_state_dict(_under(state, name))
+            moments: dict[int, dict[str, Tensor]] = {}
+            for key, value in _under(state, f"{name}_optimizer").items():
+                number, what = key.split(".")
+                moments.setdefault(int(number), {})[what] = value
+            for i, parameter in enumerate(network.parameters()):
+                # The fused step walks through memory, so moments must lie as their parameter does.
+                for what in ("exp_avg", "exp_avg_sq"):
+                    moments[i][what] = torch.empty_like(parameter).copy_(moments[i][what])
+            groups = self.optimizers[name].state_dict()["param_groups"]
+            self.optimizers[name].load_state_dict({"state": moments, "param_groups": groups})
+        if self.average is not None:
+            self.average.load_state_dict(_under(state, "average"))
+        if f"random.cpu.{self.rank}" in state:
+            torch.set_rng_state(state[f"random.cpu.{self.rank}"])
+        if self.device.type == "cuda" and f"random.cuda.{self.rank}" in state:
+            torch.cuda.set_rng_state(state[f"random.cuda.{self.rank}"], self.device)
+
+
+def _under(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+
+
+def build_generator(config: TrainConfig) -> UNetGenerator:
+    """The generator of a resolved configuration, with fresh weights."""
+    assert config.side is not None
+    return UNetGenerator(config.side, config.width, config.dropout, config.upsampling, config.norm)
+
+
+def generator_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights to generate with: of a learner's tensors the moving average, if there is one, or a generator's."""
+    for name in ("average.module", "generator"):
+        weights = _under(state, name)
+        if weights:
+            return weights
+    return state

@@ -1,0 +1,95 @@
+"""Sample sheets: source, target, generated and absolute error, in gray and in colour, for fixed subjects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model.data import Pairs
+from model.networks import UNetGenerator
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHOWN = 4  # subjects
+COLUMNS = ("source", "target", "generated", "error")
+MAPS = {"gray": ("gray", "gray"), "colour": ("viridis", "inferno")}  # of images, of errors
+ERROR_SHOWN = 0.5  # of the data range: where the error's scale ends
+
+
+def choose(pairs: Pairs, shown: int = SHOWN) -> Tensor:
+    """(n,) indices of the middle slices of up to `shown` subjects, evenly spread over the split: always the same."""
+    middle = torch.nonzero(pairs.position == pairs.position.max() // 2 + pairs.position.max() % 2).flatten()
+    return middle[torch.linspace(0, len(middle) - 1, min(shown, len(middle))).round().long().to(middle.device)]
+
+
+@torch.no_grad()
+def draw(generator: UNetGenerator, pairs: Pairs, folder: Path, name: str) -> list[Path]:
+    """Write `<name>-gray.png` and `<name>-colour.png`, and single images under `<name>/`; the paths of the sheets.
+
+    The generator is used as it is in synthesis: without dropout. Images are shown from -1 (black) to 1.
+    """
+    index = choose(pairs)
+    training, _ = generator.training, generator.eval()
+    source, target = pairs.normalised(index)
+    generated = generator.whole(source).float()
+    generator.train(training)
+    rows = {"source": source, "target": target, "generated": generated, "error": (generated - target).abs() / 2}
+    up = -1 if pairs.origin == "lower" else 1  # a picture has its first row on top
+    images = {what: values[:, 0].cpu().numpy()[:, ::up] for what, values in rows.items()}
+    labels = [f"{pairs.subjects[int(pairs.subject[i])]} slice {int(pairs.position[i])}" for i in index]
+    singles = folder / name
+    singles.mkdir(parents=True, exist_ok=True)
+    for what, values in images.items():
+        scale = (0.0, ERROR_SHOWN) if what == "error" else (-1.0, 1.0)
+        for label, image in zip(labels, values, strict=True):
+            _save_gray(image, scale, singles / f"{label.replace(' slice ', '-')}-{what}.png")
+    paths = []
+    for kind, maps in MAPS.items():
+        figure = _sheet(images, labels, pairs.direction, maps, f"{name}, {' -> '.join(pairs.direction)}")
+        path = folder / f"{name}-{kind}.png"
+        figure.savefig(path)
+        paths.append(path)
+    return paths
+
+
+def _save_gray(image: np.ndarray, scale: tuple[float, float], path: Path) -> None:
+    low, high = scale
+    Image.fromarray(np.round((image - low) / (high - low) * 255).clip(0, 255).astype(np.uint8)).save(path)
+
+
+def _sheet(
+    images: dict[str, np.ndarray], labels: Sequence[str], direction: tuple[str, str], maps: tuple[str, str], title: str
+) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.2 * len(COLUMNS) + 0.8, 2.35 * len(labels) + 0.5), dpi=110, layout="constrained")
+    axes = figure.subplots(len(labels), len(COLUMNS), squeeze=False)
+    heads = dict(
+        zip(COLUMNS, (f"source ({direction[0]})", f"target ({direction[1]})", "generated", "|error|"), strict=True)
+    )
+    for row, label in enumerate(labels):
+        for column, what in enumerate(COLUMNS):
+            axis = axes[row, column]
+            error = what == "error"
+            shown = axis.imshow(
+                images[what][row],
+                cmap=maps[error],
+                vmin=0 if error else -1,
+                vmax=ERROR_SHOWN if error else 1,
+                interpolation="nearest",
+            )
+            axis.set(xticks=[], yticks=[])
+            if row == 0:
+                axis.set_title(heads[what], fontsize=9)
+            if column == 0:
+                axis.set_ylabel(label, fontsize=7)
+    figure.colorbar(shown, ax=axes[:, -1], label="|error| as a share of the data range", fraction=0.1)
+    figure.suptitle(title, fontsize=10)
+    return figure

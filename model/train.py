@@ -1,0 +1,217 @@
+"""Train pix2pix on one dataset version. `train` has the loop; this is the command line that runs it::
+
+    ixi-etl train --preset paper                                    # on this machine
+    ixi-etl train --preset smoke --set steps=20 --set width=8       # seconds, on a CPU
+    torchrun --nproc-per-node 4 -m flows train --preset gpu         # on four GPUs
+
+A run lies in `<root>/runs/<run id>/`: config.json, metrics.csv, validation.csv, tensorboard/, samples/, checkpoints/,
+and at the end generator.safetensors, the best generator. SIGTERM and Ctrl-C save and stop; `--resume` goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor, distributed
+
+from ixi_etl.errors import IxiError, StoppedError
+from ixi_etl.files import Progress, silent
+from model import checkpoint, data, evaluate, samples
+from model.checkpoint import CheckpointError
+from model.config import TrainConfig
+from model.data import Pairs
+from model.learner import Learner, generator_weights
+from model.logbook import Logbook
+
+log = logging.getLogger(__name__)
+
+GENERATOR = "generator.safetensors"
+
+
+class TrainingError(IxiError):
+    """A training cannot go on."""
+
+
+def nothing() -> None:
+    """What is done after each checkpoint, if nobody says otherwise."""
+
+
+def train(
+    run: Path,
+    config: TrainConfig,
+    version: Path,
+    *,
+    resume: bool = False,
+    progress: Progress = silent,
+    on_saved: Callable[[], None] = nothing,
+) -> Path:
+    """Train as the resolved `config` says on the version in `version`, in the folder `run`; the best generator's file.
+
+    `on_saved` is called after each checkpoint.
+
+    Raises:
+        TrainingError: the loss is not finite, or memory is short.
+        StoppedError: on SIGTERM or SIGINT, after saving.
+        CheckpointError: `run` holds a training already and `resume` is not set, or one of another configuration.
+    """
+    device = torch.device(config.device)
+    rank, processes = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    assert config.side is not None
+    pairs = data.load(version, "train", config.direction, device)
+    shown, validated = _held_out(version, config, pairs, device)
+    learner = Learner(config, device)
+    start = _restore(learner, run, config, resume)
+    logbook = Logbook(run, config, learner, start, images_a_step=config.batch_size * processes) if rank == 0 else None
+    sampled = {round((n + 1) * config.steps / config.samples) for n in range(config.samples)}
+
+    with _out_of_memory_in_a_line(config), _told_to_stop() as came:
+        for step in range(start, config.steps):
+            first = (step * processes + rank) * config.batch_size
+            index = data.indices(len(pairs), config.seed, first, config.batch_size).to(device)
+            batch = pairs.normalised(index)
+            source, target = data.augment(batch, config.augment, config.side, config.seed, step * processes + rank)
+            losses = learner.step(source, target, config.lr_at(step))
+
+            done = step + 1
+            progress("train", done, config.steps, "steps")
+            ends, stopping = done == config.steps, bool(came)
+            if logbook is not None:
+                logbook.add(losses)
+                if done % config.log_every == 0 or ends:
+                    logbook.line(done)
+                if done in sampled:
+                    with logbook.aside():
+                        sheets = samples.draw(learner.best_generator, shown, run / "samples", f"step-{done:08d}")
+                    logbook.images(done, sheets)
+            if done % config.checkpoint_every == 0 or ends or stopping:
+                _check_finite(losses, done, run)
+                tensors = learner.tensors()  # of every process
+                if logbook is not None:
+                    with logbook.aside():
+                        # Asked to stop, there may be seconds left before the kill: save, and do not validate.
+                        found = validate(learner, validated) if validated is not None and not stopping else {}
+                        facts = config.model_dump(mode="json")
+                        path = checkpoint.path_of(run / "checkpoints", done)
+                        checkpoint.save(path, tensors, {"step": done, "config": facts, "validation": found})
+                        checkpoint.prune(run / "checkpoints", config.keep)
+                    logbook.validation(done, found)
+                    with logbook.aside():
+                        on_saved()
+            if stopping and not ends:
+                said = f"stopped at step {done} of {config.steps} and saved in {run}; --resume goes on"
+                raise StoppedError(said, came[0])
+    if logbook is not None:
+        logbook.close()
+        keep_best(run, config)
+    return run / GENERATOR
+
+
+def validate(learner: Learner, pairs: Pairs) -> dict[str, float]:
+    """Means over the subjects of the validation split: `mae`, `psnr` (dB) and `ssim` of whole slices."""
+    with learner.autocast():
+        table = evaluate.measure(pairs, {"generated": evaluate.generated_by(learner.best_generator)})
+    return {str(k): float(v) for k, v in table[table["mask"] == "whole"][["mae", "psnr", "ssim"]].mean().items()}
+
+
+def keep_best(run: Path, config: TrainConfig) -> None:
+    """Write the best validated generator (without validation, the last) as a file of its own."""
+    best = checkpoint.best(run / "checkpoints")
+    if best is None:
+        raise CheckpointError(f"{run / 'checkpoints'} has no whole checkpoint; train again")
+    weights = generator_weights(checkpoint.load(best.path)[0])
+    facts = {"step": best.step, "config": config.model_dump(mode="json"), "validation": best.validation}
+    checkpoint.save(run / GENERATOR, weights, facts)
+
+
+def _held_out(version: Path, config: TrainConfig, pairs: Pairs, device: torch.device) -> tuple[Pairs, Pairs | None]:
+    """What samples are drawn of, and what is validated on: the validation split; without one, training and nothing."""
+    try:
+        held_out = data.load(version, "val", config.direction, device)
+    except data.EmptySplitError as error:
+        log.warning("%s: nothing is validated, the last checkpoint counts as the best, samples are of training", error)
+        return pairs, None
+    return held_out, held_out
+
+
+def _restore(learner: Learner, run: Path, config: TrainConfig, resume: bool) -> int:
+    """Take up the newest whole checkpoint, if there is one to go on from; the step to go on with."""
+    newest = checkpoint.newest_whole(run / "checkpoints")
+    if newest is None:
+        return 0
+    if not resume:
+        step = newest[0].step
+        raise CheckpointError(f"{run} has trained to step {step}; --resume goes on, another --run begins anew")
+    check_same(newest[0], config)
+    learner.restore(newest[1])
+    log.info("going on from %s", newest[0].path)
+    return newest[0].step
+
+
+def check_same(there: checkpoint.Checkpoint, config: TrainConfig) -> None:
+    """Raise `CheckpointError` unless a training with `config` may go on from the checkpoint `there`."""
+    unlike = config.difference(TrainConfig.model_validate(there.config))
+    if unlike:
+        raise CheckpointError(f"{there.path} has another configuration ({unlike}); set the same, or give another --run")
+
+
+def _check_finite(losses: Tensor, step: int, run: Path) -> None:
+    if not torch.isfinite(losses).all():
+        good = checkpoint.best(run / "checkpoints")
+        last = f"the last good checkpoint is {good.path}" if good else "there is no checkpoint yet"
+        raise TrainingError(f"the loss is not finite at step {step}; {last}; try a lower lr, or precision fp32")
+
+
+@contextmanager
+def _out_of_memory_in_a_line(config: TrainConfig) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # of which torch.OutOfMemoryError is one; the CPU's allocator has none of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        smaller = f"batch_size {config.batch_size // 2}" if config.batch_size > 1 else "a smaller width or side"
+        raise TrainingError(f"out of memory at batch_size {config.batch_size}; try {smaller}") from error
+
+
+@contextmanager
+def _told_to_stop() -> Iterator[list[int]]:
+    """The signals that came while the block runs, of SIGTERM and SIGINT; only the main thread can listen to them."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+
+    def told(number: int, _frame: FrameType | None) -> None:
+        log.warning("%s: saving after this step", signal.Signals(number).name)
+        came.append(number)
+
+    before = {number: signal.signal(number, told) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def under_torchrun(device: str) -> Iterator[str]:
+    """Join the other processes if `torchrun` started this one; the device that is this process's."""
+    if "RANK" not in os.environ:
+        yield device
+        return
+    cuda = device.startswith("cuda")
+    if cuda:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield device
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,314 @@
+"""Training: it goes on exactly where a kill left it, stops when it is told to, and says what is wrong in one line."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
+
+from conftest import config_for  # noqa: E402
+
+from flows.cli import main  # noqa: E402
+from ixi_etl.errors import DatasetError, IxiError  # noqa: E402
+from ixi_etl.publish import Refreshed  # noqa: E402
+from ixi_etl.refresh import refresh  # noqa: E402
+from model import checkpoint  # noqa: E402
+from model.checkpoint import CheckpointError  # noqa: E402
+from model.config import PRESETS, TrainConfig, preset  # noqa: E402
+from model.run import open_run, prepare, train_run  # noqa: E402
+from model.train import TrainingError  # noqa: E402
+
+SMALL: dict[str, Any] = {
+    "side": 32,
+    "width": 4,
+    "discriminator_width": 4,
+    "discriminator_layers": 1,
+    "batch_size": 2,
+    "steps": 6,
+    "checkpoint_every": 2,
+    "log_every": 2,
+    "samples": 1,
+    "precision": "fp32",
+    "device": "cpu",
+}
+
+
+@pytest.fixture
+def root(published: Refreshed, tmp_path: Path) -> Path:
+    """A root of its own with the published dataset in it."""
+    (tmp_path / "datasets").symlink_to(published.folder.parents[1])
+    return tmp_path
+
+
+def run_of(root: Path, name: str, **settings: Any) -> Any:
+    return prepare(root, TrainConfig.model_validate(SMALL | settings), name)
+
+
+def command(root: Path, run: str, *more: str, **settings: Any) -> list[str]:
+    chosen = [f"--set={k}={v}" for k, v in (SMALL | settings).items()]
+    return [sys.executable, "-m", "flows", "train", "--root", str(root), "--run", run, *chosen, *more]
+
+
+def wait_for(condition: Any, process: subprocess.Popen[bytes]) -> None:
+    """Until it is so; the process must still be at work then."""
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, "it ended before it was there"
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# -- going on ---------------------------------------------------------------------------------------------------------
+
+
+# All that has a state: two optimisers, dropout's random numbers, the moving average, the order, crops and flips, lr.
+FULL = {"steps": 400, "checkpoint_every": 50, "keep": 20, "ema": 0.9, "decay": 0.5, "augment": "jitter"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_training_killed_between_checkpoints_goes_on_bit_for_bit(root: Path, precision: str) -> None:
+    subprocess.run(command(root, "whole", precision=precision, **FULL), check=True, capture_output=True)
+    folder = root / "runs" / "killed" / "checkpoints"
+    killed = subprocess.Popen(command(root, "killed", precision=precision, **FULL), stderr=subprocess.DEVNULL)
+    wait_for(lambda: checkpoint.path_of(folder, 100).exists(), killed)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    steps = [c.step for c in checkpoint.found(folder)]
+    assert 100 <= steps[-1] < FULL["steps"]
+    subprocess.run(command(root, "killed", "--resume", precision=precision, **FULL), check=True, capture_output=True)
+
+    for step in (steps[-1], steps[-1] + 50, FULL["steps"]):
+        wanted, _ = checkpoint.load(checkpoint.path_of(root / "runs" / "whole" / "checkpoints", step))
+        got, _ = checkpoint.load(checkpoint.path_of(folder, step))
+        assert got.keys() == wanted.keys()
+        assert any(name.startswith("discriminator_optimizer") for name in got)
+        for name in wanted:
+            assert torch.equal(got[name], wanted[name]), f"{name} differs at step {step}"
+    rows = read_rows(root / "runs" / "killed" / "metrics.csv")
+    assert [int(r["step"]) for r in rows] == list(range(2, FULL["steps"] + 1, 2))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_it_saves_and_says_so(root: Path, number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        command(root, "stopped", steps=100_000, checkpoint_every=90_000, samples=0), stderr=subprocess.PIPE
+    )
+    wait_for(lambda: (root / "runs" / "stopped" / "metrics.csv").exists(), process)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert b"Traceback" not in said
+    (saved,) = checkpoint.found(root / "runs" / "stopped" / "checkpoints")
+    assert f"stopped at step {saved.step} of 100000 and saved" in said.decode()
+    assert "--resume goes on" in said.decode().splitlines()[-1]
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_newest_whole_one(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_run(run_of(root, "a", steps=4))
+    newest = checkpoint.path_of(root / "runs" / "a" / "checkpoints", 4)
+    newest.write_bytes(newest.read_bytes()[:1000])
+    train_run(run_of(root, "a"), resume=True)
+    assert str(newest) in caplog.text
+    assert "going on from" in caplog.text
+    assert checkpoint.found(newest.parent)[-1].step == 6
+
+
+# -- what a run leaves ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_its_documentation_says(root: Path) -> None:
+    run = run_of(root, "a", samples=3)
+    train_run(run)
+    there = {str(p.relative_to(run.folder)) for p in run.folder.rglob("*")}
+    assert {"config.json", "metrics.csv", "generator.safetensors", "samples", "tensorboard"} <= there
+    assert [c.step for c in checkpoint.found(run.folder / "checkpoints")][-2:] == [4, 6]
+    for step in (2, 4, 6):
+        assert {f"samples/step-{step:08d}-gray.png", f"samples/step-{step:08d}-colour.png"} <= there
+    assert any(path.startswith("samples/step-00000006/") and path.endswith("-generated.png") for path in there)
+    assert any("tfevents" in path for path in there)
+    row = read_rows(run.folder / "metrics.csv")[-1]
+    assert {"step", "loss_d", "loss_g", "loss_g_reconstruction", "ms_per_step", "images_per_s"} <= row.keys()
+    assert str(root) not in (run.folder / "config.json").read_text()
+
+
+def test_a_run_is_named_by_what_decides_its_weights(root: Path) -> None:
+    def name(**settings: Any) -> str:
+        return str(prepare(root, TrainConfig.model_validate(SMALL | settings)).folder.name)
+
+    assert name() == name() == name(log_every=7) == name(keep=9)
+    assert len({name(), name(seed=1), name(lr=1e-3), name(steps=8), name(direction="t2->t1")}) == 5
+    assert name() == name(dataset="@latest") == name(direction="t1->t2")
+
+
+def test_the_best_generator_is_kept_and_found_again(root: Path) -> None:
+    from model.evaluate import load_generator
+
+    run = run_of(root, "a", ema=0.9)
+    path = train_run(run)
+    best = checkpoint.best(run.folder / "checkpoints")
+    assert best is not None
+    kept, config, step = load_generator(path)
+    again, _, _ = load_generator(best.path)
+    assert step == best.step
+    assert config == run.config
+    for a, b in zip(kept.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert open_run(root, "a").generator == open_run(root, "latest").generator == path
+
+
+def test_a_finished_run_is_not_trained_again(root: Path) -> None:
+    run = run_of(root, "a")
+    train_run(run)
+    before = {p: p.stat().st_mtime_ns for p in (run.folder / "checkpoints").iterdir()}
+    train_run(run, resume=True)
+    assert {p: p.stat().st_mtime_ns for p in (run.folder / "checkpoints").iterdir()} == before
+
+
+def test_the_learning_rate_falls_in_a_straight_line_at_the_end() -> None:
+    config = TrainConfig(steps=100, lr=1.0, decay=0.25)
+    assert [config.lr_at(step) for step in (0, 75, 80, 99)] == pytest.approx([1, 1, 0.8, 0.04])
+    assert TrainConfig(steps=100, lr=1.0).lr_at(99) == 1
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_sound(name: str) -> None:
+    config = preset(name)
+    if name == "paper":  # to the letter
+        assert (config.steps, config.batch_size, config.lambda_l1) == (49_200, 1, 100)
+        assert (config.width, config.dropout, config.discriminator_layers, config.augment) == (64, 0.5, 3, "none")
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_learn_what_one_learns_from_both_their_batches(root: Path) -> None:
+    plain = {"dropout": 0.0, "steps": 4, "checkpoint_every": 4, "samples": 0, "norm": "instance", "lr": 1e-3}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    two = launch + command(root, "two", **plain, batch_size=1)[2:]
+    subprocess.run(two, check=True, capture_output=True, env=env)
+    train_run(run_of(root, "one", **plain, batch_size=2))
+    (a,), (b,) = (checkpoint.found(root / "runs" / name / "checkpoints") for name in ("one", "two"))
+    one, both = checkpoint.load(a.path)[0], checkpoint.load(b.path)[0]
+    assert {"random.cpu.0", "random.cpu.1"} <= both.keys()
+    start = prepare(root, run_of(root, "x", **plain).config)
+    assert start.config.steps == 4
+    for name in one:
+        if name.startswith(("generator.", "discriminator.")):
+            torch.testing.assert_close(both[name], one[name], rtol=1e-3, atol=1e-4)
+
+
+# -- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_ends_it_with_the_last_good_checkpoint_named(root: Path) -> None:
+    train_run(run_of(root, "a", steps=2))
+    with pytest.raises(CheckpointError, match="has another configuration"):
+        train_run(run_of(root, "a", lr=1e20), resume=True)
+    with pytest.raises(TrainingError, match="not finite at step 2; there is no checkpoint yet; try a lower lr"):
+        train_run(run_of(root, "b", lr=1e38))
+
+
+def test_a_run_is_not_overwritten(root: Path) -> None:
+    train_run(run_of(root, "a"))
+    with pytest.raises(CheckpointError, match="has trained to step 6; --resume goes on, another --run begins anew"):
+        train_run(run_of(root, "a"))
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_and_the_difference_named(root: Path) -> None:
+    train_run(run_of(root, "a"))
+    with pytest.raises(CheckpointError, match=r"another configuration \(width 4, not 8\)"):
+        train_run(run_of(root, "a", width=8), resume=True)
+    train_run(run_of(root, "a", steps=8, log_every=1), resume=True)  # longer is the same training, without decay
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"dataset": "ixi-t1-t2@ffff"}, "there is no version ffff in"),
+        ({"dataset": "mnist@latest"}, "there is no dataset mnist"),
+        ({"side": 256}, "crops of 256 x 256 do not fit slices of 64 x 64; set a smaller side"),
+        ({"direction": "t1->t1"}, "direction 't1->t1' does not fit the dataset: it is t1->t2 or t2->t1"),
+        ({"device": "cuda:7"}, "device cuda:7 is not to be had here"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_one_line_before_anything_is_made(
+    root: Path, settings: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(IxiError, match=line) as error:
+        run_of(root, "a", **settings)
+    assert "\n" not in str(error.value)
+    assert not (root / "runs").exists()
+
+
+def test_a_damaged_store_is_refused_by_the_name_of_its_file(published: Refreshed, tmp_path: Path) -> None:
+    shutil.copytree(published.folder.parents[2], tmp_path / "root")
+    for shard in (tmp_path / "root").rglob("t1/c/*/0/0/0"):
+        whole = bytearray(shard.read_bytes())
+        whole[len(whole) // 3] ^= 1
+        shard.write_bytes(whole)
+    run = run_of(tmp_path / "root", "a")
+    with pytest.raises(DatasetError, match=r"t1/c/\d/0/0/0 is damaged: its SHA-256"):
+        train_run(run)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["train", "--dataset", "ixi-t1-t2@ffff"], "error: there is no version ffff in"),
+        (["train", "--set", "wormhole=1"], "error: wormhole: Extra inputs are not permitted"),
+        (["train", "--set", "steps"], "error: --set steps: give NAME=VALUE, for example --set steps=1000"),
+        (["train", "--set", "steps=-1"], "error: steps: Input should be greater than or equal to 1"),
+        (["train", "--preset", "smoke"], "error: crops of 128 x 128 do not fit slices of 64 x 64; set a smaller side"),
+        (["evaluate", "zz"], "error: there is no run zz in"),
+        (["evaluate", "a", "--split", "val"], "has no subject in split val"),
+        (["evaluate", "a", "--split", "train", "--weights", "nothing"], "error: nothing is not there"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong_in_one_line(
+    without_val: Path, arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--root", str(without_val)])
+    assert end.value.code == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert line in said[-1]
+    assert not [other for other in said[:-1] if "rror" in other]
+
+
+@pytest.fixture(scope="module")
+def without_val(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root whose version has training subjects only, with a run `a` on it."""
+    root = tmp_path_factory.mktemp("without_val")
+    refresh(config_for(root, archives, split=(1.0, 0.0, 0.0)))
+    train_run(run_of(root, "a", steps=2))
+    return root
+
+
+def test_without_validation_the_last_is_the_best_and_the_samples_are_of_training(
+    without_val: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_of(without_val, "b", steps=4)
+    train_run(run)
+    assert "has no subject in split val" in caplog.text
+    best = checkpoint.best(run.folder / "checkpoints")
+    assert best is not None
+    assert (best.step, best.validation) == (4, {})
+    assert list((run.folder / "samples").glob("*.png"))
