@@ -7,12 +7,13 @@ STAMP  := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-standin deploy lint clean help
+.PHONY: demo test test-standin test-stack deploy lint clean help
 
 help:
 	@echo "make demo   run the whole job on a small simulated IXI, no server or account needed"
 	@echo "make test   run the tests"
 	@echo "make test-standin  the tests that need minutes, where their data are at hand"
+	@echo "make test-stack    the deployed stack: PostgreSQL, Prefect, workers, Dask and S3 as processes, 6 minutes"
 	@echo "make deploy pools, deployments and automation onto the Prefect server at PREFECT_API_URL"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove the environment and the demo"
@@ -28,10 +29,14 @@ demo: $(STAMP)
 	@$(BIN)/ixi-etl demo
 
 test: $(STAMP)
-	@$(BIN)/pytest -n 2 --dist loadfile -m "not standin"
+	@$(BIN)/pytest -n 2 --dist loadfile -m "not standin and not stack"
 
 test-standin: $(STAMP)
 	@$(BIN)/pytest -m standin
+
+test-stack: $(STAMP)
+	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null || { echo "first: apt-get install postgresql"; exit 1; }
+	@$(BIN)/pytest -m stack
 
 deploy: $(STAMP)
 	@$(BIN)/python -m flows.deploy

@@ -69,11 +69,11 @@ async def prepare_server() -> None:
             with suppress(ObjectAlreadyExists):
                 await client.create_work_pool(pool)
         automation = crash_lost_runs()
-        old = await client.read_automations_by_name(automation.name)
-        if old:
-            await client.update_automation(old[0].id, automation)
-        else:
-            await client.create_automation(automation)
+        for old in await client.read_automations_by_name(automation.name):
+            if AutomationCore.model_validate(old.model_dump(exclude={"id"})) == automation:
+                return  # to write it anew would make it forget the runs that it waits for
+            await client.delete_automation(old.id)
+        await client.create_automation(automation)
 
 
 def main() -> None:

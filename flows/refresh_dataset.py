@@ -81,10 +81,10 @@ def publish_version(
     return refresh.publish_version(config, version, facts, table, settled, records, inputs)
 
 
-def announce(refreshed: Refreshed) -> None:
+def announce(config: RefreshConfig, refreshed: Refreshed) -> None:
     """Tell whoever waits for a new version; `prefect.yaml` has the training wait for it."""
     resource = {"prefect.resource.id": f"ixi.dataset.{NAME}", "prefect.resource.name": NAME}
-    emit_event("ixi.dataset.published", resource, payload={"version": refreshed.version})
+    emit_event("ixi.dataset.published", resource, payload={"version": refreshed.version, "root": config.root})
 
 
 def _run_name() -> str:
@@ -115,6 +115,6 @@ def refresh_dataset(config: RefreshConfig | None = None) -> Refreshed:
         candidates = select_subjects(config, table, inputs)
         settled, records = cut_subjects(config, version, table, candidates, inputs, progress)
         refreshed = publish_version(config, version, facts, table, settled, records, inputs)
-        announce(refreshed)
+        announce(config, refreshed)
         log.info("published version %s: %s", version, refreshed.folder)
         return refreshed

@@ -6,11 +6,11 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ixi_etl.places import Places, is_url
+from ixi_etl.places import Places
 
 SPLITS = ("train", "val", "test")
 
@@ -89,7 +89,7 @@ class _Job(_Strict):
 
     root: str = Field("ixi-data", description="folder, or s3://bucket/prefix, that holds datasets")
     scratch: Path | None = Field(
-        None, description="folder for archives and what is still being made, where root is on S3; else it is root"
+        None, description="where root is on S3: folder for archives and what is still being made (else that is root)"
     )
     offline: bool = Field(False, description="use the archives that are already verified; ask no server anything")
 
@@ -106,12 +106,6 @@ class _Job(_Strict):
     @classmethod
     def _whole_scratch(cls, scratch: Any) -> Any:
         return Path(scratch).expanduser().resolve() if scratch else None  # "" is what a variable gives that is not set
-
-    @model_validator(mode="after")
-    def _one_place(self) -> Self:
-        if not is_url(self.root) and self.scratch not in (None, Path(self.root)):
-            raise ValueError(f"scratch is for a root on S3; what is made for {self.root} is made there")
-        return self
 
 
 class RefreshConfig(_Job):

@@ -41,8 +41,7 @@ class Places:
 
     Attributes:
         root: a folder, or `s3://bucket/prefix`.
-        scratch: the folder for archives and what is still being made; None for the root itself, or `ixi-data` where
-            the root is on S3.
+        scratch: where the root is on S3, the folder for archives and what is still being made; None for `ixi-data`.
     """
 
     root: str | Path
@@ -51,9 +50,9 @@ class Places:
 
     @property
     def local(self) -> Path:
-        """The folder of this machine that is written to."""
+        """The folder of this machine that is written to: the root itself, unless that is on S3."""
         root = place(self.root)
-        return self.scratch or (root if is_local(root) else SCRATCH)
+        return root if is_local(root) else self.scratch or SCRATCH
 
     @property
     def archives(self) -> Path:

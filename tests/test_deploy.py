@@ -49,8 +49,8 @@ def test_the_refresh_s_parameters_are_a_configuration() -> None:
 
 
 def test_a_root_that_is_not_said_is_not_this_folder() -> None:
-    with pytest.raises(ValueError, match="'' is neither a folder nor s3://"):  # IXI_ROOT, not set, comes out of prefect.yaml as ""
-        RefreshConfig(root="")
+    with pytest.raises(ValueError, match="'' is neither a folder nor s3://"):
+        RefreshConfig(root="")  # what comes out of prefect.yaml where IXI_ROOT is not set
 
 
 def test_missed_refreshes_do_not_pile_up() -> None:
@@ -69,12 +69,15 @@ def test_the_training_waits_for_the_event_that_the_refresh_emits(monkeypatch: py
         emitted.update(event=event, resource=resource, payload=payload)
 
     monkeypatch.setattr(refresh_dataset, "emit_event", emit_event)
-    refresh_dataset.announce(Refreshed("0123456789ab", Path("x"), is_new=True))
+    refresh_dataset.announce(RefreshConfig(root="s3://b/x"), Refreshed("0123456789ab", Path("x"), is_new=True))
     [trigger] = DEPLOYMENTS["train-pix2pix"]["triggers"]
     assert trigger["expect"] == [emitted["event"]]
     assert trigger["match"].items() <= emitted["resource"].items()
-    assert trigger["parameters"] == {"dataset": "ixi-t1-t2@{{ event.payload.version }}"}
-    assert emitted["payload"] == {"version": "0123456789ab"}
+    assert trigger["parameters"] == {
+        "dataset": "ixi-t1-t2@{{ event.payload.version }}",
+        "root": "{{ event.payload.root }}",
+    }
+    assert emitted["payload"] == {"version": "0123456789ab", "root": "s3://b/x"}
 
 
 def test_a_run_is_lost_only_after_several_heartbeats() -> None:

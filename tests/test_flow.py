@@ -57,7 +57,7 @@ def test_a_new_version_is_announced_once(published: Refreshed, archives: Path, t
         EventsWorker.set_client_override(None)
     events = [event for client in AssertingEventsClient.all for event in client.events]
     told = [(event.resource.id, event.payload) for event in events if event.event == "ixi.dataset.published"]
-    assert told == [("ixi.dataset.ixi-t1-t2", {"version": published.version})]
+    assert told == [("ixi.dataset.ixi-t1-t2", {"version": published.version, "root": str(tmp_path)})]
 
 
 def test_runs_have_names_a_person_can_read(archives: Path, tmp_path: Path) -> None:

@@ -108,7 +108,5 @@ def test_the_command_line_reads_from_s3(
 
 
 def test_scratch_is_for_a_root_on_s3_only(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="scratch is for a root on S3"):
-        RefreshConfig(root=str(tmp_path / "a"), scratch=tmp_path / "b")
-    assert RefreshConfig(root=str(tmp_path), scratch=tmp_path).places.archives == tmp_path / "archives"
-    assert RefreshConfig(root="s3://a/b", scratch=tmp_path).places.archives == tmp_path / "archives"
+    assert RefreshConfig(root=tmp_path / "a", scratch=tmp_path / "b").places.archives == tmp_path / "a/archives"
+    assert RefreshConfig(root="s3://a/b", scratch=tmp_path / "b").places.archives == tmp_path / "b/archives"

@@ -58,6 +58,7 @@ class Stack:
         self.values |= values
         self.ports = {name: free_port() for name in PORTS}
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.ran: set[str] = set()
         self._stopping = ExitStack()
         for volume in VOLUMES:
             (folder / volume[1:]).mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,7 @@ class Stack:
 
     def __exit__(self, *_: object) -> None:
         for name in reversed(list(self.running)):
-            self.stop(name)
+            self.kill(name)
         self._stopping.close()
 
     # -- what the compose file says, for this machine
@@ -96,6 +97,7 @@ class Stack:
         return str(self.folder / text[1:]) if text.startswith(VOLUMES) else text
 
     def command(self, service: str) -> list[str]:
+        self.ran.add(service)
         return [self.here(part) for part in SERVICES[service]["command"]]
 
     def environment(self, service: str) -> dict[str, str]:
@@ -142,7 +144,7 @@ class Stack:
         process = self.running.pop(name)
         process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(20)
+            process.wait(10)
         self._kill(process)
 
     def kill(self, name: str) -> None:
@@ -189,6 +191,25 @@ class Stack:
         wait_until("PostgreSQL", lambda: subprocess.run(ready, capture_output=True, check=False).returncode == 0)
         environment = os.environ | {"PGPASSWORD": self.values["POSTGRES_PASSWORD"]}
         subprocess.run([binaries / "createdb", *address, "prefect"], check=True, env=environment)
+
+    def start_s3(self, bucket: str) -> None:
+        """A moto server in place of S3, with a bucket; `values` then has where it is, as `.env` would."""
+        port = free_port()
+        self.spawn("s3", [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port], os.environ)
+        self.values |= {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "anything",
+            "AWS_SECRET_ACCESS_KEY": "anything",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+        def made() -> bool:
+            try:
+                return httpx.put(f"{self.values['AWS_ENDPOINT_URL']}/{bucket}").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        wait_until("S3", made)
 
     # -- Prefect's API
 

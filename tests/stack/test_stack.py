@@ -13,17 +13,20 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import config_for
-from services import Stack, wait_until
+from services import SERVICES, Stack, wait_until
 
 from ixi_etl import dataset
 from ixi_etl.phantom import write_phantom
-from ixi_etl.refresh import Refreshed, refresh
+from ixi_etl.places import Places, place
+from ixi_etl.publish import Refreshed
+from ixi_etl.refresh import refresh
 from ixi_etl.serve import serve_folder
 
 pytestmark = pytest.mark.stack
 
-DATASET = {"slices": 12}  # with registration: enough work for a kill to land in
-TRAINING = {"steps": 20, "width": 8}
+BUCKET = "ixi"
+ROOT = f"s3://{BUCKET}/root"
+TRAINING = {"steps": 4, "width": 4, "discriminator_width": 4, "samples": 1, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def local(source: str, tmp_path_factory: pytest.TempPathFactory) -> Refreshed:
-    """The version that one process on threads makes of the same archives."""
+    """The version that one process on threads makes of the same archives; with registration, so that a cut lasts."""
     return refresh(config_for(tmp_path_factory.mktemp("local"), source, registration="rigid"))
 
 
@@ -45,9 +48,12 @@ def local(source: str, tmp_path_factory: pytest.TempPathFactory) -> Refreshed:
 def stack(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("stack")
     values = {"IXI_ROOT": ROOT, "DASK_THREADS": "1", "HEARTBEAT_S": "30"}
-    with Stack(folder, values) as stack:
+    with Stack(folder, values) as stack, pytest.MonkeyPatch.context() as patch:
         try:
             start(stack)
+            for name, value in stack.values.items():
+                if name.startswith("AWS_"):  # the tests look into the bucket, too
+                    patch.setenv(name, value)
             yield stack
         finally:
             if request.session.testsfailed:
@@ -59,6 +65,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
 def start(stack: Stack) -> None:
     """In the order of docker-compose.yml's `depends_on`."""
     stack.start_postgres()
+    stack.start_s3(BUCKET)
     stack.start("server")
     stack.start("dask-scheduler")
     for number in (1, 2):
@@ -66,145 +73,170 @@ def start(stack: Stack) -> None:
     stack.wait_for_server()
     done = stack.run("deploy")
     assert done.returncode == 0, done.stdout + done.stderr
-    for deployment in stack.ask("deployments/filter", deployments={"name": {"any_": ["train-pix2pix"]}}):
-        few = deployment["parameters"] | {"settings": TRAINING}
-        stack.ask(f"deployments/{deployment['id']}", "PATCH", parameters=few)
+    [training] = stack.ask("deployments/filter", deployments={"name": {"any_": ["train-pix2pix"]}})
+    few = training["parameters"] | {"settings": TRAINING}
+    stack.ask(f"deployments/{training['id']}", "PATCH", parameters=few)
     stack.start("worker-cpu")
     stack.start("worker-no-gpu")
 
 
-def refresh_parameters(stack: Stack, source: str, root: str) -> str:
-    config = {
-        "root": root,
-        "source": source,
-        "dask": stack.here("tcp://dask-scheduler:8786"),
-        "dataset": DATASET,
-    }
-    return f"config={json.dumps(config)}"
+def run(stack: Stack, deployment: str, **parameters: object) -> str:
+    """Start a deployment through the API, which takes no seconds to import; the run's id."""
+    [found] = stack.ask("deployments/filter", deployments={"name": {"any_": [deployment]}})
+    return str(stack.ask(f"deployments/{found['id']}/create_flow_run", parameters=parameters)["id"])
 
 
-def deployed_run(stack: Stack, deployment: str, *arguments: str) -> str:
+def type_run(stack: Stack, deployment: str, *arguments: str) -> str:
     """Type `prefect deployment run`; the run's id."""
     done = stack.run("worker-cpu", ["prefect", "deployment", "run", deployment, *arguments])
     assert done.returncode == 0, done.stdout + done.stderr
     return str(re.findall(r"UUID: (\S+)", done.stdout)[0])
 
 
-def final_state(stack: Stack, run_id: str, seconds: float = 120) -> str:
+def refresh_into(stack: Stack, source: str, root: str) -> dict[str, object]:
+    """The refresh's configuration."""
+    return {
+        "root": root,
+        "scratch": stack.here("/data"),
+        "source": source,
+        "dask": stack.here("tcp://dask-scheduler:8786"),
+        "dataset": {"slices": 12},
+    }
+
+
+def end_of(stack: Stack, run: str, seconds: float = 120) -> str:
+    """The state that a run ends in."""
     final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-    return wait_until("the end of the run", lambda: (s := stack.state_of(run_id)) in final and s, seconds)
+    return wait_until("the end of the run", lambda: (state := stack.state_of(run)) in final and state, seconds)
 
 
-def test_the_deployments_are_there_and_the_schedule_made_runs(stack: Stack) -> None:
-    made = {d["name"] for d in stack.ask("deployments/filter")}
-    assert made == {"refresh-dataset", "train-pix2pix"}
-    scheduled = {"auto_scheduled": True}
-    runs = wait_until(
-        "scheduled runs",
-        lambda: [r for r in stack.ask("flow_runs/filter") if scheduled.items() <= r.items()],
-    )
-    assert {run["work_pool_name"] for run in runs} == {"cpu"}
-
-
-def test_to_deploy_again_changes_nothing(stack: Stack) -> None:
-    before = {a["name"] for a in stack.ask("automations/filter")}
-    assert stack.run("deploy").returncode == 0
-    after = [a["name"] for a in stack.ask("automations/filter")]
-    assert sorted(after) == sorted(before)
-    assert "crash-lost-runs" in after
-
-
-def test_who_does_not_say_the_password_is_refused(stack: Stack) -> None:
-    assert httpx.post(f"{stack.url}/api/deployments/filter", json={}).status_code == 401
-    assert httpx.post(f"{stack.url}/api/deployments/filter", json={}, auth=("admin", "guess")).status_code == 401
-
-
-def test_a_refresh_cut_on_dask_makes_the_same_bytes(stack: Stack, source: str, local: Refreshed) -> None:
-    root = stack.here("/data")
-    run = deployed_run(stack, "refresh-dataset", "--param", refresh_parameters(stack, source, root))
-    assert final_state(stack, run) == "COMPLETED"
-    places = dataset.Places(Path(root))
+def assert_same_bytes(root: str, local: Refreshed) -> None:
+    """What `local` is, is in the bucket, the latest there, and sound to the last byte."""
+    places = Places(root)
     assert dataset.resolve(places) == local.version
     assert dataset.read_facts(places.version(local.version)) == dataset.read_facts(local.folder)
     assert dataset.verify(places.version(local.version), deep=True) == []
 
 
+def trained() -> list[str]:
+    """The runs that are kept in the bucket."""
+    return [folder.name for folder in (place(ROOT) / "runs").iterdir()]
+
+
+# -- deployed ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_deployments_are_there_and_the_schedule_made_runs(stack: Stack) -> None:
+    assert {d["name"] for d in stack.ask("deployments/filter")} == {"refresh-dataset", "train-pix2pix"}
+    runs = wait_until(
+        "scheduled runs", lambda: [r for r in stack.ask("flow_runs/filter") if r["auto_scheduled"]], seconds=120
+    )
+    assert {run["work_pool_name"] for run in runs} == {"cpu"}
+    assert "03:17:00" in runs[0]["expected_start_time"]
+
+
+def test_who_does_not_say_the_password_is_refused(stack: Stack) -> None:
+    for auth in (None, ("admin", "guess")):
+        answer = httpx.post(f"{stack.url}/api/deployments/filter", json={}, auth=auth)
+        assert answer.status_code == 401
+
+
+# -- refreshed and trained --------------------------------------------------------------------------------------------
+
+
+def test_a_refresh_onto_s3_cut_on_dask_makes_the_same_bytes(stack: Stack, source: str, local: Refreshed) -> None:
+    config = json.dumps(refresh_into(stack, source, ROOT))
+    assert end_of(stack, type_run(stack, "refresh-dataset", "--param", f"config={config}")) == "COMPLETED"
+    assert_same_bytes(ROOT, local)
+
+
 def test_the_new_version_is_handed_over_to_the_gpu_pool(stack: Stack, local: Refreshed) -> None:
-    runs = wait_until("a run of the training", lambda: stack.runs_of("train-pix2pix"))
-    assert final_state(stack, runs[0]["id"]) == "COMPLETED"
-    assert runs[0]["parameters"]["dataset"] == f"ixi-t1-t2@{local.version}"
-    assert runs[0]["work_pool_name"] == "gpu"
-    assert len(trained(stack)) == 1
+    [started] = wait_until("a run of the training", lambda: stack.runs_of("train-pix2pix"))
+    assert started["parameters"]["dataset"] == f"ixi-t1-t2@{local.version}"
+    assert started["work_pool_name"] == "gpu"
+    assert end_of(stack, started["id"]) == "COMPLETED"
+    [name] = trained()
+    assert (place(ROOT) / "runs" / name / "generator.safetensors").is_file()
 
 
 def test_a_refresh_that_changes_nothing_starts_nothing(stack: Stack, source: str) -> None:
-    parameters = refresh_parameters(stack, source, stack.here("/data"))
-    run = deployed_run(stack, "refresh-dataset/refresh-dataset", "--param", parameters)
-    assert final_state(stack, run) == "COMPLETED"
+    config = json.dumps(refresh_into(stack, source, ROOT))
+    typed = type_run(stack, "refresh-dataset/refresh-dataset", "--param", f"config={config}")
+    assert end_of(stack, typed) == "COMPLETED"
     told = stack.ask("events/filter", filter={"event": {"name": ["ixi.dataset.published"]}})
     assert told["total"] == 1
     assert len(stack.runs_of("train-pix2pix")) == 1
 
 
-@pytest.mark.parametrize("name", ["train-pix2pix", "train-pix2pix/train-pix2pix"])
-def test_a_training_started_by_hand_is_not_done_twice(stack: Stack, name: str) -> None:
-    assert final_state(stack, deployed_run(stack, name)) == "COMPLETED"
-    assert len(trained(stack)) == 1
+# -- killed -----------------------------------------------------------------------------------------------------------
 
 
-def trained(stack: Stack) -> list[str]:
-    """The run folders that there are."""
-    return [folder.name for folder in Path(stack.here("/data"), "runs").iterdir()]
+def cut_under_way(stack: Stack, source: str, root: str) -> str:
+    """Start a refresh into another root; the run's id, when a first subject is done and others are not."""
+    started = run(stack, "refresh-dataset", config=refresh_into(stack, source, root))
+    work = Path(stack.here("/data"))
+    wait_until("a first subject", lambda: list(work.glob("datasets/*/.staging/*/work/*.json")))
+    return started
 
 
-# -- kills ------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def lost(stack: Stack, source: str) -> str:
+    """A run whose worker died during the cut, with all its processes."""
+    started = cut_under_way(stack, source, f"s3://{BUCKET}/worker-killed")
+    stack.kill("worker-cpu")
+    stack.start("worker-cpu")
+    return started
 
 
-def cut_under_way(stack: Stack, source: str, root: Path) -> str:
-    """Start a refresh into another root; the run's id, as soon as a first subject is done and others are not."""
-    run = deployed_run(stack, "refresh-dataset", "--param", refresh_parameters(stack, source, str(root)))
-    wait_until("a first subject", lambda: list(root.glob("datasets/*/.staging/*/work/*.json")))
-    return run
+@pytest.mark.usefixtures("lost")  # it takes its time to be found lost
+def test_to_deploy_again_changes_nothing(stack: Stack) -> None:
+    before = sorted(automation["name"] for automation in stack.ask("automations/filter"))
+    assert stack.run("deploy").returncode == 0
+    assert sorted(automation["name"] for automation in stack.ask("automations/filter")) == before
+    assert "crash-lost-runs" in before
 
 
-def assert_same_bytes(root: Path, local: Refreshed) -> None:
-    places = dataset.Places(root)
-    assert dataset.resolve(places) == local.version
-    assert dataset.read_facts(places.version(local.version)) == dataset.read_facts(local.folder)
-    assert dataset.verify(places.version(local.version), deep=True) == []
+@pytest.mark.usefixtures("lost")
+def test_a_training_started_by_hand_is_not_done_twice(stack: Stack) -> None:
+    settings = f"settings={json.dumps(TRAINING)}"  # which deploying again took away
+    assert end_of(stack, type_run(stack, "train-pix2pix", "--param", settings)) == "COMPLETED"
+    assert len(trained()) == 1
+
+
+def test_after_the_death_of_a_worker_the_next_run_ends_the_same(
+    stack: Stack, lost: str, source: str, local: Refreshed
+) -> None:
+    stack.stop("worker-no-gpu")  # the versions that are published from here on need not be trained on
+    assert end_of(stack, lost) == "CRASHED"  # by the automation: nobody else can say so
+    root = f"s3://{BUCKET}/worker-killed"
+    again = run(stack, "refresh-dataset", config=refresh_into(stack, source, root))
+    assert end_of(stack, again) == "COMPLETED"
+    assert_same_bytes(root, local)
 
 
 def test_a_dask_worker_that_dies_costs_nothing(stack: Stack, source: str, local: Refreshed) -> None:
-    root = Path(stack.here("/data/dask-killed"))
-    run = cut_under_way(stack, source, root)
+    started = cut_under_way(stack, source, f"s3://{BUCKET}/dask-worker-killed")
     stack.kill("dask-worker-1")
-    assert final_state(stack, run) == "COMPLETED"
-    assert_same_bytes(root, local)
+    assert end_of(stack, started) == "COMPLETED"
+    assert_same_bytes(f"s3://{BUCKET}/dask-worker-killed", local)
     stack.start("dask-worker", "dask-worker-1")
 
 
 def test_after_a_restart_of_the_server_the_next_run_ends_the_same(stack: Stack, source: str, local: Refreshed) -> None:
-    root = Path(stack.here("/data/server-restarted"))
-    run = cut_under_way(stack, source, root)
+    root = f"s3://{BUCKET}/server-restarted"
+    started = cut_under_way(stack, source, root)
     stack.stop("server")
     stack.start("server")
     stack.wait_for_server()
-    final_state(stack, run)
-    again = deployed_run(stack, "refresh-dataset", "--param", refresh_parameters(stack, source, str(root)))
-    assert final_state(stack, again) == "COMPLETED"
+    end_of(stack, started)
+    again = run(stack, "refresh-dataset", config=refresh_into(stack, source, root))
+    assert end_of(stack, again) == "COMPLETED"
     assert_same_bytes(root, local)
 
 
-def test_after_the_death_of_a_worker_the_next_run_ends_the_same(stack: Stack, source: str, local: Refreshed) -> None:
-    root = Path(stack.here("/data/worker-killed"))
-    run = cut_under_way(stack, source, root)
-    stack.kill("worker-cpu")
-    stack.start("worker-cpu")
-    assert final_state(stack, run) == "CRASHED"  # by the automation: nobody else can say so
-    again = deployed_run(stack, "refresh-dataset", "--param", refresh_parameters(stack, source, str(root)))
-    assert final_state(stack, again) == "COMPLETED"
-    assert_same_bytes(root, local)
-
-
-def test_no_service_died_of_itself(stack: Stack) -> None:
+def test_every_service_of_the_compose_file_ran_and_none_died_of_itself(stack: Stack) -> None:
+    commands = {name: service.get("command") for name, service in SERVICES.items()}
+    assert commands.pop("postgres") is None  # its image's own; Debian's ran
+    assert commands.pop("worker-gpu") == commands["worker-no-gpu"]
+    assert stack.ran == commands.keys()
     assert stack.lost() == []
