@@ -31,9 +31,16 @@ def evaluate(run: Run, progress: Progress) -> None:
     runs.evaluate_run(run, progress=progress)
 
 
-@flow(name="train-pix2pix", flow_run_name="train {preset} on {dataset}", persist_result=False)
+def _run_name() -> str:
+    from prefect.runtime import flow_run
+
+    given = flow_run.parameters
+    return f"train {given['preset']} on {given['dataset'] or 'the latest version'}"
+
+
+@flow(name="train-pix2pix", flow_run_name=_run_name, persist_result=False)
 def train_pix2pix(
-    dataset: str = "ixi-t1-t2@latest",
+    dataset: str | None = None,
     preset: str = "paper",
     root: str | Path = "ixi-data",
     scratch: str | Path | None = None,
@@ -46,14 +53,14 @@ def train_pix2pix(
     goes on from its newest checkpoint, one that has ended is only evaluated again.
 
     Args:
-        dataset: NAME@VERSION.
+        dataset: NAME@VERSION; by default the latest version of the preset's dataset.
         preset: paper, digits, smoke or gpu; `settings` go over its fields.
         root: a folder, or s3://bucket/prefix; then `scratch` is the folder of this machine to work in.
     """
     log = get_run_logger()
-    prepared = runs.prepare(
-        root, preset_of(preset, dataset=dataset, **(settings or {})), run, Path(scratch) if scratch else None
-    )
+    named = {"dataset": dataset} if dataset else {}
+    config = preset_of(preset, **(settings or {}) | named)
+    prepared = runs.prepare(root, config, run, Path(scratch) if scratch else None)
     log.info("run %s trains on %s", prepared.folder, prepared.config.dataset)
     with show_progress() as progress:
         train(prepared, progress)

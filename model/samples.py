@@ -12,12 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from model.data import Pairs
+from model.evaluate import generated_by
 from model.networks import UNetGenerator
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHOWN = 4  # subjects
+SHOWN = 6  # subjects
 COLUMNS = ("source", "target", "generated", "error")
 MAPS = {"gray": ("gray", "gray"), "colour": ("viridis", "inferno")}  # of images, of errors
 ERROR_SHOWN = 0.5  # of the data range: where the error's scale ends
@@ -25,7 +26,7 @@ ERROR_SHOWN = 0.5  # of the data range: where the error's scale ends
 
 def choose(pairs: Pairs, shown: int = SHOWN) -> Tensor:
     """(n,) indices of the middle slices of up to `shown` subjects, evenly spread over the split: always the same."""
-    middle = torch.nonzero(pairs.position == pairs.position.max() // 2 + pairs.position.max() % 2).flatten()
+    middle = torch.nonzero(pairs.position == (pairs.position.max() + 1) // 2).flatten()
     return middle[torch.linspace(0, len(middle) - 1, min(shown, len(middle))).round().long().to(middle.device)]
 
 
@@ -36,10 +37,8 @@ def draw(generator: UNetGenerator, pairs: Pairs, folder: Path, name: str) -> lis
     The generator is used as it is in synthesis: without dropout. Images are shown from -1 (black) to 1.
     """
     index = choose(pairs)
-    training, _ = generator.training, generator.eval()
     source, target = pairs.normalised(index)
-    generated = generator.whole(source).float()
-    generator.train(training)
+    generated = generated_by(generator)(source, pairs.position[index])
     rows = {"source": source, "target": target, "generated": generated, "error": (generated - target).abs() / 2}
     up = -1 if pairs.origin == "lower" else 1  # a picture has its first row on top
     images = {what: values[:, 0].cpu().numpy()[:, ::up] for what, values in rows.items()}
