@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -22,47 +21,47 @@ from ixi_etl.spread import spread
 
 
 class Cluster:
-    """A scheduler and its workers, each a process of its own."""
+    """A scheduler and its workers, each a process of its own, until the block ends."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.workers: list[subprocess.Popen[bytes]] = []
-        note = folder / "scheduler.json"
-        arguments = ["--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(note)]
-        self.scheduler = self._start("scheduler", *arguments)
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def start_scheduler(self) -> None:
+        note = self.folder / "scheduler.json"
+        self._start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(note))
         wait_for(lambda: read_json(note))
         self.address = str(read_json(note)["address"])
 
     def add_worker(self) -> subprocess.Popen[bytes]:
-        place = str(self.folder / "dask")
-        self.workers.append(
-            self._start(
-                "worker", self.address, "--no-nanny", "--nthreads", "1", "--no-dashboard", "--local-directory", place
-            )
-        )
-        return self.workers[-1]
+        options = ["--no-nanny", "--nthreads", "1", "--no-dashboard", "--local-directory", str(self.folder / "dask")]
+        return self._start("worker", self.address, *options)
 
     def _start(self, *arguments: str) -> subprocess.Popen[bytes]:
         with open(self.folder / "log", "ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "dask", *arguments],
                 stdout=log,
                 stderr=log,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},  # what runs there is of this module
             )
-
-    def stop(self) -> None:
-        for process in (*self.workers, self.scheduler):
-            process.kill()
-            process.wait()
+        self.processes.append(process)
+        return process
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    with ExitStack() as stack:
-        made = Cluster(tmp_path)
-        stack.callback(made.stop)
-        yield made
+    with Cluster(tmp_path) as cluster:
+        cluster.start_scheduler()
+        yield cluster
 
 
 def wait_for(found: Callable[[], object], seconds: float = 60) -> None:
@@ -99,7 +98,7 @@ def test_a_cluster_that_dies_is_one_line(cluster: Cluster, tmp_path: Path) -> No
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(spread, partial(held_up, folder=tmp_path), range(2), workers=1, address=cluster.address)
         wait_for(lambda: list(tmp_path.glob(f"*.{worker.pid}")))
-        cluster.stop()
+        cluster.__exit__()
         with pytest.raises(IxiError, match=r"was lost \(\w+\); start it, and run this again$"):
             job.result(120)
 
