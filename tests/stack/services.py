@@ -39,7 +39,7 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
-def wait_until(what: str, found: Callable[[], T | None], seconds: float = 90) -> T:
+def wait_until(what: str, found: Callable[[], T | None], seconds: float = 300) -> T:
     """What `found` gives as soon as it is true; the test fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -224,7 +224,7 @@ class Stack:
             except httpx.TransportError:
                 return False
 
-        wait_until("the Prefect server", answers, 120)
+        wait_until("the Prefect server", answers)
 
     def ask(self, path: str, method: str = "POST", **body: Any) -> Any:
         """What the server's API answers."""

@@ -104,10 +104,10 @@ def refresh_into(stack: Stack, source: str, root: str) -> dict[str, object]:
     }
 
 
-def end_of(stack: Stack, run: str, seconds: float = 120) -> str:
+def end_of(stack: Stack, run: str) -> str:
     """The state that a run ends in."""
     final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-    return wait_until("the end of the run", lambda: (state := stack.state_of(run)) in final and state, seconds)
+    return wait_until("the end of the run", lambda: (state := stack.state_of(run)) in final and state)
 
 
 def assert_same_bytes(root: str, local: Refreshed) -> None:
@@ -128,9 +128,7 @@ def trained() -> list[str]:
 
 def test_the_deployments_are_there_and_the_schedule_made_runs(stack: Stack) -> None:
     assert {d["name"] for d in stack.ask("deployments/filter")} == {"refresh-dataset", "train-pix2pix"}
-    runs = wait_until(
-        "scheduled runs", lambda: [r for r in stack.ask("flow_runs/filter") if r["auto_scheduled"]], seconds=120
-    )
+    runs = wait_until("scheduled runs", lambda: [r for r in stack.ask("flow_runs/filter") if r["auto_scheduled"]])
     assert {run["work_pool_name"] for run in runs} == {"cpu"}
     assert "03:17:00" in runs[0]["expected_start_time"]
 
