@@ -6,6 +6,7 @@
                         /checkpoints/ /samples/ /tensorboard/ /metrics.csv /validation.csv
                         /generator.safetensors  the best generator, written when training has ended
                         /evaluation-test.csv /evaluation-test.json
+                        /report.html            all of it to look at
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from model.checkpoint import CheckpointError
 from model.config import TrainConfig
 from model.data import check_side, parse_direction
 from model.networks import SIDES
+from model.report import write_report
 from model.train import GENERATOR, train, under_torchrun
 
 log = logging.getLogger(__name__)
@@ -120,7 +122,9 @@ def train_run(run: Run, *, resume: bool = False, progress: Progress = silent) ->
             }
             if not (run.folder / CONFIG).exists():
                 write_atomic(run.folder / CONFIG, to_json(record))
-            return train(run.folder, config, run.version, resume=resume, progress=progress)
+            generator = train(run.folder, config, run.version, resume=resume, progress=progress)
+            write_report(run.folder)
+            return generator
 
 
 def _hardware(device: str) -> dict[str, str | int]:
@@ -133,7 +137,7 @@ def evaluate_run(
     run: Run, *, split: str = "test", weights: Path | None = None, dropout: bool = False, progress: Progress = silent
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Evaluate the best generator, or that of another checkpoint; (summary, comparison), see `model.evaluate`."""
-    return evaluate.evaluate(
+    tables = evaluate.evaluate(
         run.folder,
         run.version,
         weights or run.generator,
@@ -142,6 +146,8 @@ def evaluate_run(
         dropout=dropout,
         progress=progress,
     )
+    write_report(run.folder)
+    return tables
 
 
 def open_run(root: Path, name: str) -> Run:
