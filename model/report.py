@@ -18,7 +18,7 @@ from ixi_etl.config import SPLITS
 from ixi_etl.files import read_json, write_atomic
 
 REPORT = "report.html"
-FRAMES = 20  # of the slider: with 4 subjects 2 MB
+FRAMES = 10  # of the slider; even of noise, with 4 subjects, they take 4 MB
 SMALL = 100  # pixels: smaller images are enlarged without smoothing
 LISTED = 100  # subjects in the table; all stand in the CSV
 
@@ -174,20 +174,22 @@ def _mean_sd(row: Mapping[str, Any], measure: str, digits: int) -> str:
 
 
 def _comparison(rows: Sequence[Mapping[str, Any]], mask: str) -> list[dict[str, str]]:
-    """A row for each baseline: by how much the generator is better, the 95% interval, and what that tells."""
-    told: dict[str, dict[str, str]] = {}
+    """A row for each baseline and measure: by how much the generator is better, the 95% interval, what that tells."""
+    told = []
     for row in rows:
-        if row["mask"] == mask:
+        if row["mask"] == mask and row["better_by"] is not None:
             title, digits = MEASURES[row["measure"]]
-            told.setdefault(row["baseline"], {"baseline": row["baseline"]})[title] = _better(row, digits)
-    return list(told.values())
-
-
-def _better(row: Mapping[str, Any], digits: int) -> str:
-    low, high = row["low_95"], row["high_95"]
-    if row["better_by"] is None:
-        return "-"
-    if low is None:  # of a single subject there is no interval
-        return f"{row['better_by']:+.{digits}f}"
-    verdict = "better" if low > 0 else "worse" if high < 0 else "open"
-    return f"{row['better_by']:+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}] {verdict}"
+            low, high = row["low_95"], row["high_95"]
+            single = low is None  # subject: there is no interval
+            told.append(
+                {
+                    "baseline": row["baseline"],
+                    "measure": title,
+                    "better by": f"{row['better_by']:+.{digits}f}",
+                    "95% interval": "-"
+                    if single
+                    else f"{low:.{digits}f}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{high:.{digits}f}",
+                    "verdict": "open" if single or low <= 0 <= high else "better" if low > 0 else "worse",
+                }
+            )
+    return told
