@@ -435,6 +435,7 @@ def _report_run(folder: Path, split: str = "test") -> None:
     sheets = sorted((folder / "samples").glob("*-gray.png"))
     lines = [f"run       {folder}", f"generator {folder / 'generator.safetensors'}"]
     lines += [f"samples   {sheets[-1]}"] if sheets else []
+    lines += [f"report    {folder / 'report.html'}"]
     typer.echo("\n" + "\n".join(lines))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,23 @@ from ixi_etl.files import write_atomic
 
 EDGE_COLOUR = (255, 150, 0)
 QUALITY = 85  # of JPEG: about 40 kB a pair
+
+
+@dataclass(frozen=True)
+class Layers:
+    """One slice of a pair as pictures to lay over each other: T1 and T2 in gray, and the T1's edges on nothing."""
+
+    t1: Image.Image
+    t2: Image.Image
+    edges: Image.Image
+
+
+def layers(t1: NDArray[Any], t2: NDArray[Any]) -> Layers:
+    """The layers of one slice each."""
+    left, right = _gray(t1), _gray(t2)
+    edges = np.zeros((*left.shape, 4), np.uint8)
+    edges[_edges(left)] = (*EDGE_COLOUR, 255)
+    return Layers(*(Image.fromarray(np.ascontiguousarray(p[::-1])) for p in (left, right, edges)))
 
 
 def pair_picture(t1: NDArray[Any], t2: NDArray[Any]) -> Image.Image:

@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 OFFICIAL, DEMOGRAPHICS = "official", "IXI.xls"
 
 ALWAYS_ALLOWED_UNREADABLE = 10
-WORST_SHOWN = 10  # pairs on the sheet of the least alike
 UNREADABLE = ("unreadable", "corrupt_voxels")
 
 VOXEL_LIBRARIES = ("nibabel", "numpy", "simpleitk", "zarr", "zarrs")
@@ -263,20 +262,29 @@ def publish_version(
         attributes={"subject_id": subjects, **{k: summary[k] for k in ("name", "version", "licence", "credit")}},
     )
     if config.dataset.pictures:
-        _put_pictures(work, staged / dataset.PICTURES, manifest.used(settled))
+        _put_pictures(work, staged / dataset.PICTURES, settled)
     write_atomic(staged / dataset.MANIFEST, IXI.to_csv(settled))
-    worst = staged / dataset.PICTURES / dataset.WORST
-    page = report.dataset_report(summary, settled, worst.read_bytes() if config.dataset.pictures else None)
-    write_atomic(staged / dataset.REPORT, page)
+    layers = _middle_layers(staged, settled) if config.dataset.pictures else {}
+    write_atomic(staged / dataset.REPORT, report.dataset_report(summary, settled, layers))
     return publish.publish(places, staged, summary, inputs.origins)
 
 
-def _put_pictures(work: Path, folder: Path, used: pd.DataFrame) -> None:
-    """One picture per used subject, and a sheet of the ten pairs that are least alike."""
+def _put_pictures(work: Path, folder: Path, settled: pd.DataFrame) -> None:
+    """One picture per used subject, and a sheet of the pairs that are least alike."""
     folder.mkdir()
-    for subject in used["subject_id"]:
+    for subject in manifest.used(settled)["subject_id"]:
         store.link(picture_path(work, subject), folder / f"{subject}.jpg")
-    worst = manifest.records(used.sort_values(["nmi_after", "subject_id"]).head(WORST_SHOWN))
+    worst = manifest.records(report.worst(settled))
     captions = [f"{row['subject_id']}   NMI {row['nmi_before']:.3f} -> {row['nmi_after']:.3f}" for row in worst]
     paths = [picture_path(work, row["subject_id"]) for row in worst]
     pictures.save(pictures.sheet(paths, captions), folder / dataset.WORST)
+
+
+def _middle_layers(version: Path, settled: pd.DataFrame) -> dict[str, pictures.Layers]:
+    """The middle slices of the pairs that the report shows, from the store."""
+    arrays, rows = store.open_arrays(version), settled.set_index("subject_id")["store_row"]
+    pair = [arrays[m.lower()] for m in MODALITIES]
+    return {
+        subject: pictures.layers(*(np.asarray(array[int(rows[subject]), array.shape[1] // 2]) for array in pair))
+        for subject in report.drawn(settled)
+    }

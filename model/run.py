@@ -6,6 +6,7 @@
                         /checkpoints/ /samples/ /tensorboard/ /metrics.csv /validation.csv
                         /generator.safetensors  the best generator, written when training has ended
                         /evaluation-test.csv /evaluation-test.json
+                        /report.html            all of it to look at
 
 Where the root is on S3, the run is kept there, and worked on in the scratch folder: `model.mirror`.
 """
@@ -33,6 +34,7 @@ from model.checkpoint import CheckpointError
 from model.config import TrainConfig
 from model.data import check_side, parse_direction
 from model.networks import SIDES
+from model.report import write_report
 from model.train import GENERATOR, nothing, train, under_torchrun
 
 log = logging.getLogger(__name__)
@@ -145,9 +147,10 @@ def train_run(run: Run, *, resume: bool = False, progress: Progress = silent) ->
             if not (run.folder / CONFIG).exists():
                 write_atomic(run.folder / CONFIG, to_json(record))
             saved = partial(mirror.keep_if_possible, run.folder, run.kept) if run.kept else nothing
-            weights = train(run.folder, config, run.version, resume=resume, progress=progress, on_saved=saved)
+            generator = train(run.folder, config, run.version, resume=resume, progress=progress, on_saved=saved)
+            write_report(run.folder)
             run.keep()
-            return weights
+            return generator
 
 
 def _hardware(device: str) -> dict[str, str | int]:
@@ -160,7 +163,7 @@ def evaluate_run(
     run: Run, *, split: str = "test", weights: Path | None = None, dropout: bool = False, progress: Progress = silent
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Evaluate the best generator, or that of another checkpoint; (summary, comparison), see `model.evaluate`."""
-    found = evaluate.evaluate(
+    tables = evaluate.evaluate(
         run.folder,
         run.version,
         weights or run.generator,
@@ -169,8 +172,9 @@ def evaluate_run(
         dropout=dropout,
         progress=progress,
     )
+    write_report(run.folder)
     run.keep()
-    return found
+    return tables
 
 
 def open_run(root: str | Path, name: str, scratch: Path | None = None) -> Run:

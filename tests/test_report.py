@@ -1,0 +1,168 @@
+"""The report pages: whole in one file, small, the same for the same facts, and true to the manifest."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import config_for
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from ixi_etl import charts, dataset, manifest, pages
+from ixi_etl.pictures import layers
+from ixi_etl.publish import Refreshed
+from ixi_etl.refresh import refresh
+from ixi_etl.report import SHOWN, WORST_SHOWN, dataset_report, drawn, spread_over_sites, worst
+
+numbers = st.floats(-1e6, 1e6, allow_nan=False)
+
+
+@pytest.fixture(scope="module")
+def settled(published: Refreshed) -> pd.DataFrame:
+    return dataset.read_manifest(published.folder)
+
+
+@pytest.fixture(scope="module")
+def summary(published: Refreshed) -> dict[str, Any]:
+    return dataset.read_facts(published.folder)
+
+
+def many(settled: pd.DataFrame, count: int) -> pd.DataFrame:
+    """A manifest of `count` used subjects of three sites, after one that is used."""
+    row = manifest.used(settled).iloc[[0]]
+    table = pd.concat([row] * count, ignore_index=True)
+    table["site"] = [("Guys", "HH", "IOP")[min(k % 20, 2)] for k in range(count)]  # 1 : 1 : 18
+    table["subject_id"] = [f"IXI{k:04}-{site}-{k:04}" for k, site in enumerate(table["site"])]
+    table["store_row"] = pd.array(range(count), dtype="Int64")
+    table["nmi_after"] = np.linspace(0.1, 0.9, count)
+    return table
+
+
+# -- the dataset's page -----------------------------------------------------------------------------------------------
+
+
+def test_the_page_needs_nothing_but_itself(published: Refreshed) -> None:
+    page = (published.folder / dataset.REPORT).read_text()
+    assert "default-src 'none'" in page
+    linked = re.findall(r"""(?:src|href)=["']([^"']*)|url\(([^)]*)""", page)
+    assert linked
+    assert {(a or b).partition(":")[0] for a, b in linked if not a.startswith("#")} == {"data"}
+
+
+def test_the_page_accounts_for_each_subject_that_is_out(published: Refreshed, settled: pd.DataFrame) -> None:
+    page = (published.folder / dataset.REPORT).read_text()
+    body = page[page.index('id="excluded"') :]
+    rows = re.findall(r'<tr>\s*<th scope="row">([^<]*)</th><td>([^<]*)</td><td>([^<]*)</td>', body)
+    out = settled[settled["status"] == "excluded"]
+    assert rows[: len(out)] == list(out[["subject_id", "site", "reason"]].itertuples(index=False, name=None))
+
+
+def test_text_of_a_file_cannot_become_a_part_of_the_page(summary: dict[str, Any], settled: pd.DataFrame) -> None:
+    table = settled.copy()
+    hostile = "<script>alert(1)</script>"
+    table.loc[table["status"] == "excluded", "detail"] = hostile
+    table["site"] = hostile
+    assert hostile not in dataset_report(summary, table, {})
+
+
+def test_a_version_of_500_subjects_gives_a_small_page(summary: dict[str, Any], settled: pd.DataFrame) -> None:
+    noise = np.random.default_rng(0).normal(500, 100, (2, 256, 256))  # nothing is harder to compress
+    table = many(settled, 500)
+    shown = dict.fromkeys(drawn(table), layers(*noise))
+    page = dataset_report(summary, table, shown)
+    assert page.count('class="pair"') == SHOWN + WORST_SHOWN
+    assert f"{SHOWN} of {summary['subjects']} pairs" in page
+    assert len(page) < 5e6
+
+
+def test_each_site_is_shown_and_the_least_alike_first(settled: pd.DataFrame) -> None:
+    table = many(settled, 60)
+    shown = spread_over_sites(table)
+    assert shown["site"].value_counts().to_dict() == {"Guys": 3, "HH": 3, "IOP": SHOWN - 6}
+    assert shown["subject_id"].is_unique
+    assert worst(table)["subject_id"].tolist() == table["subject_id"].head(WORST_SHOWN).tolist()
+    assert len(spread_over_sites(table.head(5))) == 5
+
+
+def test_what_the_modal_rule_costs_stands_by_site(summary: dict[str, Any], settled: pd.DataFrame) -> None:
+    page = dataset_report(summary, settled, {})
+    funnel = manifest.funnel(settled)
+    for site in funnel:
+        before, after = funnel.at["readable", site], funnel.at["modal depth", site]
+        row = rf'<th scope="row">{site}</th><td>{before}</td><td>{before - after}</td>'
+        assert re.search(row, page)
+    anything = json.loads(json.dumps(summary))
+    anything["inputs"]["config"]["depth"] = "any"
+    assert "What the modal rule costs" not in dataset_report(anything, settled, {})
+
+
+def test_age_and_sex_are_shown_where_they_are_known(summary: dict[str, Any], settled: pd.DataFrame) -> None:
+    assert "Age in years" not in dataset_report(summary, settled, {})
+    known = settled.copy()
+    known["age"], known["sex"] = 40.5, "f"
+    assert "40.5 (40 to 40)" in dataset_report(summary, known, {})
+
+
+def test_without_pictures_there_is_no_contact_sheet(archives: Path, tmp_path: Path) -> None:
+    done = refresh(config_for(tmp_path, archives, pictures=False))
+    assert 'class="pair"' not in (done.folder / dataset.REPORT).read_text()
+
+
+# -- charts and pictures ----------------------------------------------------------------------------------------------
+
+
+@given(st.dictionaries(st.text(max_size=8), st.lists(numbers, max_size=20), max_size=4))
+def test_strips_stay_in_the_picture_whatever_the_values(rows: dict[str, list[float]]) -> None:
+    stays_inside(str(charts.strips(rows, "label")), any(rows.values()))
+
+
+@given(
+    st.dictionaries(st.text(max_size=8), st.lists(st.tuples(st.integers(0, 10**6), numbers), max_size=20), max_size=3)
+)
+def test_lines_stay_in_the_picture_whatever_the_values(series: dict[str, list[tuple[float, float]]]) -> None:
+    stays_inside(str(charts.lines(series, "label")), any(series.values()))
+
+
+def stays_inside(svg: str, drawn: bool) -> None:
+    assert bool(svg) == drawn
+    for x in re.findall(r'(?:c?x="|M)(-?[\d.e+]+)', svg):
+        assert 0 <= float(x) <= charts.WIDTH
+
+
+@given(st.lists(st.dictionaries(st.sampled_from("abc"), st.integers(0, 700)), max_size=9))
+def test_bars_are_as_long_as_their_counts(counts: list[dict[str, int]]) -> None:
+    svg = str(charts.bars({str(k): row for k, row in enumerate(counts)}, "label"))
+    wide = [float(w) for w in re.findall(r'<rect[^>]*width="([\d.]+)"', svg)]
+    given_ = [n for row in counts for n in row.values()]
+    most = max((sum(row.values()) for row in counts), default=0) or 1
+    assert wide == pytest.approx([n / most * (charts.WIDTH - charts.LEFT - charts.RIGHT) for n in given_], abs=0.051)
+
+
+def test_a_long_line_is_thinned_and_keeps_its_level() -> None:
+    points = [(float(k), 5.0) for k in range(100_000)]
+    svg = str(charts.lines({"a": points, "b": [(k, 0.0) for k, _ in points]}, "label"))
+    assert len(svg) < 20_000
+    assert "a from 5 to 5" in svg
+
+
+def test_values_that_are_no_numbers_are_left_out() -> None:
+    assert "NaN" not in str(charts.strips({"a": [1.0, float("nan")]}, "x")).replace("nan", "NaN")
+    assert charts.lines({"a": [(1.0, float("nan"))]}, "x") == ""
+
+
+def test_a_large_picture_is_made_small_and_a_small_one_left() -> None:
+    def size(uri: str) -> tuple[int, int]:
+        import base64
+        import io
+
+        return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size
+
+    assert size(pages.jpeg_uri(Image.new("L", (1024, 512)))) == (256, 128)
+    assert size(pages.png_uri(Image.new("RGBA", (32, 30)))) == (32, 30)

@@ -1,0 +1,180 @@
+"""The page of a run: from whatever of a training is there, small, and true to the tables it shows."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from model.report import FRAMES, LISTED, run_report, write_report
+
+METHODS = ("generated", "source as it is", "mean training target", "intensity mapping")
+STEPS = range(100, 100 * (FRAMES + 20), 100)
+
+
+def write_run(folder: Path, subjects: int, steps: range = STEPS) -> Path:
+    """A run's folder with every file that the page reads, of pictures that nothing can compress."""
+    random = np.random.default_rng(0)
+    folder.mkdir()
+    record: dict[str, Any] = {
+        "config": {"dataset": "ixi-t1-t2@abc", "direction": "t1->t2", "steps": 4000, "batch_size": 1}
+        | {"precision": "fp32", "log_every": 1},
+        "hardware": {"device": "a GPU"},
+        "software": {"torch": "2"},
+    }
+    (folder / "config.json").write_text(json.dumps(record))
+    losses = ["loss_d", "loss_d_real", "loss_d_fake", "loss_g", "loss_g_adversarial", "loss_g_reconstruction"]
+    speed = {"lr": 1e-4, "ms_per_step": 50.0, "images_per_s": 20.0, "peak_memory_mb": 1000.0}
+    lines = pd.DataFrame(random.random((50_000, len(losses))), columns=losses).assign(**speed)
+    lines.insert(0, "step", range(1, len(lines) + 1))
+    lines.to_csv(folder / "metrics.csv", index=False)
+    validated = {"step": steps, "mae": np.linspace(0.2, 0.1, len(steps)), "psnr": 20.0, "ssim": 0.5}
+    pd.DataFrame(validated).to_csv(folder / "validation.csv", index=False)
+    for step in steps:
+        singles = folder / "samples" / f"step-{step:08}"
+        singles.mkdir(parents=True)
+        for subject in range(4):
+            for what in ("source", "target", "generated", "error"):
+                pixels = random.integers(0, 256, (256, 256), np.uint8)
+                Image.fromarray(pixels).save(singles / f"IXI{subject:03}-HH-1-10-{what}.png", compress_level=0)
+    write_evaluation(folder, subjects)
+    return folder
+
+
+def write_evaluation(folder: Path, subjects: int) -> None:
+    random = np.random.default_rng(1)
+    names = [f"test-{k:05}" for k in range(subjects)]
+    parts = [
+        pd.DataFrame({"subject_id": names, "method": method, "mask": mask, **measures(random, subjects)})
+        for mask in ("whole", "head")
+        for method in METHODS
+    ]
+    pd.concat(parts).to_csv(folder / "evaluation-test.csv", index=False)
+    mean = {f"{m}_{what}": 1.0 for m in ("psnr", "ssim", "mae") for what in ("mean", "std")}
+    facts = {
+        "split": "test",
+        "weights": "generator.safetensors",
+        "step": 100,
+        "dropout": False,
+        "normalisation": "percentiles",
+        "masks": {"whole": "every pixel", "head": "the head"},
+        "summary": [{"mask": mask, "method": m, **mean} for mask in ("whole", "head") for m in METHODS],
+        "comparison": [
+            difference("source as it is", "psnr", 3.0, 1.0, 5.0),
+            difference("mean training target", "psnr", -3.0, -5.0, -1.0),
+            difference("intensity mapping", "psnr", 3.0, -1.0, 7.0),
+            difference("intensity mapping", "mae", 0.25, None, None),
+            difference("intensity mapping", "ssim", None, None, None),
+        ],
+    }
+    (folder / "evaluation-test.json").write_text(json.dumps(facts))
+
+
+def measures(random: np.random.Generator, subjects: int) -> dict[str, Any]:
+    return {"psnr": random.normal(25, 2, subjects), "ssim": random.random(subjects), "mae": random.random(subjects)}
+
+
+def difference(
+    baseline: str, measure: str, mean: float | None, low: float | None, high: float | None
+) -> dict[str, Any]:
+    return {"mask": "head", "baseline": baseline, "measure": measure} | {
+        "better_by": mean,
+        "low_95": low,
+        "high_95": high,
+    }
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "full", subjects=10_000)
+
+
+@pytest.fixture
+def run(full: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to take things from."""
+    return Path(shutil.copytree(full, tmp_path / "run"))
+
+
+def test_the_largest_run_gives_a_small_page_and_the_same_again(full: Path) -> None:
+    page = write_report(full).read_text()
+    assert len(page) < 5e6
+    assert page == run_report(full)
+    assert f"{LISTED} of 10000, all in evaluation-test.csv" in page
+
+
+def test_the_slider_has_the_first_and_the_last_sample_and_some_between(full: Path) -> None:
+    page = run_report(full)
+    steps = json.loads(page.partition('data-steps="')[2].partition('"')[0].replace("&#34;", '"'))
+    assert len(steps) == FRAMES
+    assert (steps[0], steps[-1]) == ("step 100", f"step {STEPS[-1]:,}")
+    assert page.count('data-frame="0"') == 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("better_by", "interval", "verdict"),
+    [
+        ("+3.00", "1.00 to 5.00", "better"),
+        ("-3.00", "-5.00 to -1.00", "worse"),
+        ("+3.00", "-1.00 to 7.00", "open"),
+        ("+0.2500", "-", "open"),
+    ],
+)
+def test_a_difference_is_called_what_its_interval_tells(
+    full: Path, better_by: str, interval: str, verdict: str
+) -> None:
+    page = run_report(full).replace("\N{NO-BREAK SPACE}", " ")
+    assert f"<td>{better_by}</td><td>{interval}</td><td>{verdict}</td>" in page
+
+
+def test_the_step_with_the_least_mae_is_marked(full: Path) -> None:
+    assert f'<tr class="marked"><th scope="row">{STEPS[-1]:,}</th><td>20.00</td>' in run_report(full)
+
+
+def test_the_time_in_steps_is_that_of_all_steps(full: Path) -> None:
+    assert "41.7 min" in run_report(full)  # 50,000 of 50 ms
+
+
+def test_the_worst_subject_stands_first(full: Path) -> None:
+    table = pd.read_csv(full / "evaluation-test.csv")
+    ours = table[(table["method"] == "generated") & (table["mask"] == "head")]
+    body = run_report(full).partition('id="subjects-test"')[2]
+    assert body.index(f">{ours.loc[ours['psnr'].idxmin(), 'subject_id']}<") == body.index(">test-")
+
+
+def test_a_run_that_has_only_begun_has_a_page(run: Path) -> None:
+    for path in run.iterdir():
+        if path.name != "config.json":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = run_report(run)
+    assert "ixi-etl evaluate run" in page
+    assert "None were drawn" in page
+    assert "There was none" in page
+
+
+def test_losses_that_are_off_are_not_drawn(run: Path) -> None:
+    lines = pd.read_csv(run / "metrics.csv").head(10)
+    lines[["loss_d", "loss_d_real", "loss_d_fake", "loss_g_adversarial"]] = 0.0
+    lines.to_csv(run / "metrics.csv", index=False)
+    page = run_report(run)
+    assert 'aria-label="Generator: reconstruction' in page
+    assert 'aria-label="Generator: adversarial' not in page
+    assert 'aria-label="Discriminator' not in page
+
+
+def test_a_single_subject_with_an_endless_psnr_is_shown(run: Path) -> None:
+    write_evaluation(run, 1)
+    table = pd.read_csv(run / "evaluation-test.csv")
+    table["psnr"] = math.inf  # equal pictures
+    table.to_csv(run / "evaluation-test.csv", index=False)
+    page = run_report(run)
+    assert "1 of 1 rows" not in page  # the script counts
+    assert "<td>inf</td>" in page
+    assert 'aria-label="test: PSNR' not in page
+    assert 'aria-label="test: SSIM' in page
