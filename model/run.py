@@ -65,7 +65,7 @@ def prepare(root: Path, config: TrainConfig, run: str | None = None) -> Run:
     source, target = parse_direction(config.direction, (facts["source"], facts["target"]))
     arrays = open_arrays(folder)
     height, width = arrays[source].shape[-2:]
-    device = _device(config.device)
+    device = pick_device(config.device)
     chosen = {
         "dataset": f"{name}@{version}",
         "direction": f"{source}->{target}",
@@ -85,7 +85,12 @@ def _whole_side(height: int, width: int) -> int:
     return height
 
 
-def _device(wanted: str) -> str:
+def pick_device(wanted: str) -> str:
+    """`auto` is the GPU if there is one.
+
+    Raises:
+        DatasetError: the device is not there.
+    """
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -144,8 +149,8 @@ def evaluate_run(
     )
 
 
-def open_run(root: Path, name: str) -> Run:
-    """A run that has been trained, by its id or the unique beginning of one; or `latest`, the one last written to.
+def find_run(root: Path, name: str) -> Path:
+    """The folder of a run, by its id or the unique beginning of one; or `latest`, the one last written to.
 
     Raises:
         CheckpointError: there is no such run.
@@ -157,11 +162,22 @@ def open_run(root: Path, name: str) -> Run:
     if len(found) != 1:
         which = f"{len(found)} runs begin with {name}" if found else f"there is no run {name}"
         raise CheckpointError(f"{which} in {folder}; there are: {', '.join(p.name for p in there) or 'none'}")
-    record = read_json(found[0] / CONFIG)
+    return found[0]
+
+
+def open_run(root: Path, name: str) -> Run:
+    """A run that has been trained, named as for `find_run`, with the dataset version that it was trained on.
+
+    Raises:
+        CheckpointError: there is no such run.
+        DatasetError: its dataset version is not there.
+    """
+    folder = find_run(root, name)
+    record = read_json(folder / CONFIG)
     if not isinstance(record, dict) or "config" not in record:
-        raise CheckpointError(f"{found[0] / CONFIG} is damaged; it holds the run's configuration")
+        raise CheckpointError(f"{folder / CONFIG} is damaged; it holds the run's configuration")
     config = TrainConfig.model_validate(record["config"])
     dataset_name, version = dataset.parse(config.dataset)
     places = Places(root, dataset_name)
-    config = config.model_copy(update={"device": _device("auto")})
-    return Run(found[0], config, places.version(dataset.resolve(places, version)))
+    config = config.model_copy(update={"device": pick_device("auto")})
+    return Run(folder, config, places.version(dataset.resolve(places, version)))
