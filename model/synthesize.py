@@ -126,7 +126,7 @@ def load(path: Path, device: str = "cpu", *, dropout: bool = False, seed: int = 
 def synthesize_volume(
     trained: Trained, volume: NDArray[Any], affine: Matrix, progress: Progress = silent, what: str = "synthesize"
 ) -> Synthesis:
-    """The other modality of `volume` [k, j, i], on its own grid.
+    """The other modality of `volume` [k, j, i], on its own grid; the low end of its range where there is no head.
 
     Raises:
         SynthesisError: it is too unlike what the generator was trained on, or empty.
@@ -145,15 +145,16 @@ def synthesize_volume(
     source = normalise(torch.from_numpy(sampled), torch.tensor([[low, high]]))
     source[~torch.from_numpy(inside).unsqueeze(1)] = -1  # background, as in training
     warnings += _modality_warnings(trained, source[slab, 0].numpy())
-    parts = []
+    # Where there is no head there is nothing to translate: a network that was never shown air draws patterns into it.
+    of_head = torch.nonzero(source.amax((1, 2, 3)) > align.otsu_threshold(source[slab].numpy())).flatten()
+    generated = torch.full_like(source, -1)
     with torch.no_grad():
-        for at in torch.arange(shape[0]).split(BATCH):
-            parts.append(trained.method(source[at].to(trained.device), at.to(trained.device)).cpu())
-            progress(what, int(at[-1]) + 1, shape[0], "planes")
-    generated = torch.cat(parts)[:, 0].clamp(-1, 1).numpy()
+        for done, at in enumerate(of_head.split(BATCH), 1):
+            generated[at] = trained.method(source[at].to(trained.device), at.to(trained.device)).clamp(-1, 1).cpu()
+            progress(what, min(done * BATCH, len(of_head)), len(of_head), "planes")
 
     low_target, high_target = wanted.target_low_high
-    scaled = (generated + 1) / 2 * (high_target - low_target) + low_target
+    scaled = ((generated[:, 0] + 1) / 2 * (high_target - low_target) + low_target).numpy()
     values, known = align.resample(scaled, align.sampling_matrix(affine, grid, np.eye(4)), volume.shape)
     values[~known] = low_target
     beyond = float((head & ~known).sum() / max(head.sum(), 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,11 @@ def identity(shape: tuple[int, int] = (24, 24), spacing_mm: float = 2.0, low_hig
 
 
 def head(shape_ijk: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
-    """Smooth lopsided signal, [k, j, i], about the world's origin, 0 to 1000, nothing at the edges."""
+    """Smooth lopsided signal, [k, j, i], about the world's z axis, 0 to 1000, next to nothing 20 mm from it."""
     i, j, k = np.indices(shape_ijk)
     world = np.stack([i, j, k, np.ones(shape_ijk)], axis=-1) @ affine.T
     x, y, z = (world[..., n] for n in range(3))
-    ball = np.exp(-((x / 10) ** 2 + (y / 12) ** 2 + (z / 14) ** 2))
+    ball = np.exp(-((x / 10) ** 2 + (y / 12) ** 2 + (z / 60) ** 2))
     return (1000 * ball * (0.75 + 0.25 * np.sin(x / 9) * np.cos(y / 8 + z / 7))).astype(np.float32).T
 
 
@@ -97,14 +98,14 @@ def nifti_of(values: np.ndarray, affine: np.ndarray, qform: int = 2, sform: int 
 def test_an_identity_gives_back_the_input_however_it_is_stored(
     orientation: str, tilt_deg: float, tmp_path: Path
 ) -> None:
-    shape = (22, 24, 26)
+    shape = (28, 29, 30)
     affine = rigid((tilt_deg, -tilt_deg, tilt_deg / 2), (1, -2, 3)) @ grid_affine(shape, (2.1, 1.9, 2.2), orientation)
     values = head(shape, affine)
     source = tmp_path / "x-T1.nii"
     source.write_bytes(nifti_of(values, affine))
-    made = identity((32, 32), 1.7)
+    made = identity((40, 40), 1.7)
     low, high = synthesize.synthesize_volume(made, values, affine).source_low_high
-    out = synthesize.synthesize_file(identity((32, 32), 1.7, (low, high)), source, tmp_path / "out.nii.gz")
+    out = synthesize.synthesize_file(identity((40, 40), 1.7, (low, high)), source, tmp_path / "out.nii.gz")
     before, after = nib.load(source), nib.load(out)
     np.testing.assert_array_equal(after.affine, before.affine)
     for what in ("qform", "sform"):
@@ -116,7 +117,7 @@ def test_an_identity_gives_back_the_input_however_it_is_stored(
     assert after.get_data_dtype() == np.int16
     error = np.abs(after.get_fdata().T - values.clip(low, high))
     assert error.max() <= 45  # of 1000: what two linear interpolations take off a peak
-    assert error.mean() <= 2
+    assert error.mean() <= 3
 
 
 @given(orientation=st.sampled_from(ORIENTATIONS), shape=st.tuples(*[st.integers(5, 24)] * 3))
@@ -141,6 +142,23 @@ def test_a_volume_wider_than_a_training_slice_is_centred_on_its_head() -> None:
     assert made.warnings == []
     too_small = synthesize.synthesize_volume(identity(shape=(8, 8)), values, affine)
     assert "of the head lies beyond the 16 x 16 mm of a training slice" in too_small.warnings[0]
+
+
+def test_planes_without_a_head_are_left_empty() -> None:
+    affine = grid_affine((24, 24, 20), (2.0, 2.0, 2.0), "RAS")
+    values = head((24, 24, 20), affine)
+    values[15:] *= 0.1  # the air above it is noisy
+    made = identity(low_high=(10, 20))
+    seen: list[int] = []
+
+    def invents(source: Any, position: Any) -> Any:
+        seen.extend(position.tolist())
+        return torch.ones_like(source)
+
+    got = synthesize.synthesize_volume(replace(made, method=invents), values, affine).values
+    assert seen == list(range(15))
+    assert (got[:15] == 20).all()
+    assert (got[15:] == 10).all()
 
 
 @pytest.mark.parametrize("direction", ["t1->t2", "t2->t1"])
@@ -212,8 +230,8 @@ def bad_inputs() -> dict[str, tuple[bytes, str]]:
         "four axes": (nifti_of(np.stack([values, values]), affine), "shape is 20 x 20 x 20 x 2"),
         "not finite": (nifti_of(broken, affine), "voxels that are NaN or infinite"),
         "empty": (nifti_of(values * 0, affine), "it is empty: its middle 14 mm hold no other value than 0"),
-        "in metres": (nifti_of(values, affine @ np.diag([1e-3, 1e-3, 1e-3, 1])), "is singular"),
-        "far spacing": (nifti_of(values, affine @ np.diag([1, 1, 10, 1])), "is the header's spacing in mm?"),
+        "in metres": (nifti_of(values, affine @ np.diag([1e-3, 1e-3, 1e-3, 1])), "is the header's spacing in mm?"),
+        "thick slices": (nifti_of(values, affine @ np.diag([1, 1, 10, 1])), "voxels of 2 x 2 x 20 mm"),
         "cut short": (packed[: len(packed) // 2], "is cut short"),
         "a plain file cut short": (nifti_of(values, affine)[:-1], "the header announces"),
         "not NIfTI": (b"<html>403 Forbidden</html>" * 40, "not a NIfTI file"),
