@@ -258,6 +258,50 @@ def evaluate(
 
 
 @app.command()
+def synthesize(
+    run: Annotated[str, typer.Argument(help="A run, the beginning of its name, or latest; or a generator's file.")],
+    inputs: Annotated[list[Path], typer.Argument(help="NIfTI volumes (.nii, .nii.gz), or folders of them.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="A .nii or .nii.gz for one input; else a folder.")],
+    root: Root = DEFAULT_ROOT,
+    scratch: Scratch = None,
+    device: Annotated[str, typer.Option(help="auto: the GPU if there is one; else as torch names it.")] = "auto",
+    dropout: Annotated[bool, typer.Option("--dropout", help="Leave dropout on, as published.")] = False,
+    seed: Annotated[int, typer.Option(help="Of dropout's noise.")] = 0,
+) -> None:
+    """Generate a whole volume of the other modality from each input, on its own grid.
+
+    Beside each output lies a JSON file that says how it came to be.
+    """
+    from flows.progress import show_progress
+    from model import synthesize as synthesis
+    from model.run import pick_device
+
+    generator = synthesis.find_generator(root, run, scratch)
+    trained = synthesis.load(generator, pick_device(device), dropout=dropout, seed=seed)
+    jobs = synthesis.plan(inputs, out, trained.direction)
+    with show_progress() as progress:
+        written = synthesis.synthesize(trained, jobs, progress)
+    for path in written:
+        typer.echo(str(path))
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A run, the beginning of its name, or latest; or a generator's file.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the generator and its config.json.")],
+    form: Annotated[Literal["safetensors", "onnx"], typer.Option("--format", help="What to write.")] = "onnx",
+    root: Root = DEFAULT_ROOT,
+    scratch: Scratch = None,
+) -> None:
+    """Write the generator to be used elsewhere; it is read back and compared before this says that it is done."""
+    from model.export import export as export_generator
+    from model.synthesize import find_generator
+
+    path, difference = export_generator(find_generator(root, run, scratch), form, out)
+    typer.echo(f"{path}\nread back: its slices differ from the original's by {difference:.1e} of [-1, 1] at most")
+
+
+@app.command()
 def digits(
     root: Root = DEFAULT_ROOT,
     scratch: Scratch = None,

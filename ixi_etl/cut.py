@@ -152,23 +152,11 @@ class _Volume:
     def __init__(self, modality: str, packed: bytes) -> None:
         self.modality = modality
         try:
-            self.header = nifti.parse_header(nifti.inflate_head(packed), len(packed))
-            if self.header.reason:  # the survey saw another file at this place
-                raise BadVolumeError(self.header.reason, self.header.problem)
-            size = self.header.voxel_offset + self.header.voxel_bytes
-            self.stored = nifti.voxels(nifti.inflate(packed, size), self.header)
-            if self.stored.dtype.kind == "f" and not np.isfinite(self.stored).all():
-                raise BadVolumeError("corrupt_voxels", "voxels that are NaN or infinite")
+            self.header, self.stored = nifti.read(packed)
         except BadVolumeError as error:
             raise BadVolumeError(error.reason, f"{modality}: {error.detail}") from error
         assert self.header.affine is not None
         self.affine = self.header.affine
-
-    def scaled(self, stored: NDArray[Any]) -> NDArray[Any]:
-        """Stored values in the scanner's units; float64 unless nothing is to be done."""
-        if (self.header.slope, self.header.intercept) == (1.0, 0.0):
-            return stored
-        return stored * np.float64(self.header.slope) + self.header.intercept
 
 
 def _index_slab(volume: _Volume, config: DatasetConfig) -> Slab:
@@ -176,7 +164,7 @@ def _index_slab(volume: _Volume, config: DatasetConfig) -> Slab:
     window = config.window_in(len(volume.stored))
     assert window is not None, "select let a window through that does not fit"
     stored, affine = align.stored_slab(volume.stored, volume.affine, window)
-    return Slab(volume.scaled(stored), affine, window)
+    return Slab(volume.header.scaled(stored), affine, window)
 
 
 def _axial_slab(t2: _Volume, config: DatasetConfig) -> Slab:
@@ -184,7 +172,7 @@ def _axial_slab(t2: _Volume, config: DatasetConfig) -> Slab:
     window = config.window_in(align.axial_depth(t2.header.shape, t2.affine))
     assert window is not None, "select let a window through that does not fit"
     stored, affine = align.axial_slab(t2.stored, t2.affine, window)
-    return Slab(t2.scaled(stored), affine, window)
+    return Slab(t2.header.scaled(stored), affine, window)
 
 
 def _anatomical_slabs(t1: _Volume, t2: _Volume, config: DatasetConfig, record: dict[str, Any]) -> dict[str, Slab]:
@@ -253,7 +241,7 @@ def _resampled_slab(t1: _Volume, target: Slab, t2_to_t1: align.Matrix) -> tuple[
     """The T1 interpolated onto exactly the target's planes, and where its grid reaches; beyond it 0."""
     matrix = align.sampling_matrix(target.affine, t1.affine, t2_to_t1)
     stored, inside = align.resample(t1.stored, matrix, target.values.shape)
-    values = t1.scaled(stored)
+    values = t1.header.scaled(stored)
     values[~inside] = 0
     return Slab(values, target.affine, None), inside
 

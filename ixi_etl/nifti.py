@@ -1,4 +1,4 @@
-"""Gzipped NIfTI from bytes in memory: the header alone, or the voxels, checked to the last byte.
+"""NIfTI from bytes in memory, gzipped or plain: the header alone, or the voxels, checked to the last byte.
 
 Legend: I, J, K are the voxel axes as stored (I fastest). An affine takes (i, j, k, 1) to RAS+ world points in mm.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -53,6 +54,45 @@ class Header:
             count *= n
         return count * np.dtype(self.dtype).itemsize
 
+    def scaled(self, stored: NDArray[Any]) -> NDArray[Any]:
+        """Stored values in the scanner's units; float64 unless nothing is to be done."""
+        if (self.slope, self.intercept) == (1.0, 0.0):
+            return stored
+        return stored * np.float64(self.slope) + self.intercept
+
+
+def read(data: bytes) -> tuple[Header, NDArray[Any]]:
+    """A whole file, gzipped or plain: its header, and its voxels as stored [k, j, i], all of them finite.
+
+    Raises:
+        BadVolumeError: it is no such volume, or damaged.
+    """
+    header = parse_header(head_of(data), len(data))
+    if header.reason:
+        raise BadVolumeError(header.reason, header.problem)
+    size = header.voxel_offset + header.voxel_bytes
+    if is_gzip(data):
+        data = inflate(data, size)
+    elif len(data) != size:
+        raise BadVolumeError("corrupt_voxels", f"{len(data)} bytes; the header announces {size}")
+    stored = voxels(data, header)
+    if stored.dtype.kind == "f" and not np.isfinite(stored).all():
+        raise BadVolumeError("corrupt_voxels", "voxels that are NaN or infinite")
+    return header, stored
+
+
+def is_gzip(data: bytes) -> bool:
+    return data.startswith(b"\x1f\x8b")
+
+
+def head_of(data: bytes) -> bytes:
+    """The first bytes of a NIfTI file, gzipped or plain: all of its header.
+
+    Raises:
+        BadVolumeError: `unreadable`, a damaged gzip stream.
+    """
+    return inflate_head(data) if is_gzip(data) else data[:HEADER_BYTES]
+
 
 def inflate_head(packed: bytes, size: int = HEADER_BYTES) -> bytes:
     """The first `size` bytes that a gzip stream holds; fewer where it is shorter.
@@ -87,7 +127,7 @@ def inflate(packed: bytes, size: int) -> bytes:
         if not stream.eof:
             raise BadVolumeError("corrupt_voxels", f"the gzip stream is cut short after {len(whole)} of {size} bytes")
         rest = stream.unused_data
-        if not rest.startswith(b"\x1f\x8b"):
+        if not is_gzip(rest):
             break
     if len(whole) < size:
         raise BadVolumeError("corrupt_voxels", f"{len(whole)} bytes of the {size} that the header announces")
@@ -108,12 +148,7 @@ def parse_header(head: bytes, packed_size: int) -> Header:
 
 
 def _fill(header: Header, head: bytes, packed_size: int) -> None:
-    if head[344:348] in (b"n+1\0", b"n+1 ") and len(head) >= 348:
-        raw = nib.Nifti1Header(head[:348], check=False)
-    elif head[4:8] == b"n+2\0" and len(head) >= 540:
-        raw = nib.Nifti2Header(head[:540], check=False)
-    else:
-        raise BadVolumeError("unreadable", f"not a NIfTI file (it begins with {head[:16]!r})")
+    raw = _raw_header(head)
 
     # As the standard has it: a slope of 0 or NaN means that no scaling is given.
     slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])
@@ -157,6 +192,15 @@ def _fill(header: Header, head: bytes, packed_size: int) -> None:
     header.orientation = "".join(nib.aff2axcodes(header.affine))
 
 
+def _raw_header(head: bytes) -> nib.Nifti1Header:
+    """Raises `BadVolumeError` if it is neither NIfTI-1's nor NIfTI-2's."""
+    if head[344:348] in (b"n+1\0", b"n+1 ") and len(head) >= 348:
+        return nib.Nifti1Header(head[:348], check=False)
+    if head[4:8] == b"n+2\0" and len(head) >= 540:
+        return nib.Nifti2Header(head[:540], check=False)
+    raise BadVolumeError("unreadable", f"not a NIfTI file (it begins with {head[:16]!r})")
+
+
 def _affine(raw: nib.Nifti1Header) -> NDArray[np.float64]:
     spacing = np.asarray(raw["pixdim"][1:4], np.float64)
     if not (np.isfinite(spacing).all() and (spacing > 0).all()):
@@ -188,6 +232,32 @@ def voxels(inflated: bytes, header: Header) -> NDArray[np.generic]:
     i, j, k = header.shape
     flat = np.frombuffer(inflated, np.dtype(header.dtype), i * j * k, header.voxel_offset)
     return flat.reshape(k, j, i)
+
+
+def pack_like(head: bytes, values: NDArray[np.int16], description: str) -> bytes:
+    """A plain NIfTI file of `values` [k, j, i] on the grid of the volume that `head` is of.
+
+    Affines and their codes, spacing, units and byte order are copied bit for bit; values are the scanner's units, so
+    there is no slope. `description` is cut to 80 bytes. What else a header or its extensions hold is not taken along.
+    """
+    theirs = _raw_header(head)
+    ours = type(theirs)(endianness=theirs.endianness)
+    ours.set_data_dtype(np.int16)
+    ours.set_data_shape(values.shape[::-1])
+    for field in _GEOMETRY:
+        ours[field] = theirs[field]
+    ours["vox_offset"] = len(ours.binaryblock) + 4  # of which four say that no extension follows
+    ours["magic"] = theirs["magic"]
+    ours["scl_slope"], ours["scl_inter"] = 1, 0
+    ours["descrip"] = description.encode("ascii", "replace")[:80]
+    stored = values.astype(values.dtype.newbyteorder(ours.endianness))
+    return bytes(ours.binaryblock) + bytes(4) + stored.tobytes()
+
+
+_GEOMETRY = (
+    *("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
+    *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
+)
 
 
 def _exact(value: np.floating) -> float:

@@ -85,6 +85,21 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts of a file that `save` wrote, from its header alone.
+
+    Raises:
+        CheckpointError: it is missing, or has no such header.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(json.loads((file.metadata() or {})["facts"]))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is not there") from None
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint of this project ({error})") from error
+
+
 def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
     digest = hashlib.sha256(facts.encode())
     for name in sorted(tensors):
@@ -102,11 +117,10 @@ def found(folder: Path) -> list[Checkpoint]:
     good = []
     for path in sorted(folder.glob("step-*.safetensors")):
         try:
-            with safe_open(path, framework="pt") as file:
-                facts = json.loads((file.metadata() or {})["facts"])
+            facts = read_facts(path)
             good.append(Checkpoint(path, facts["step"], facts["config"], facts["validation"]))
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            log.warning("%s is damaged and is passed over (%s)", path, error)
+        except (CheckpointError, KeyError) as error:
+            log.warning("%s is passed over: %s", path, error)
     return good
 
 

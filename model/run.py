@@ -81,7 +81,7 @@ def prepare(root: str | Path, config: TrainConfig, run: str | None = None, scrat
     source, target = parse_direction(config.direction, (facts["source"], facts["target"]))
     arrays = open_arrays(folder)
     height, width = arrays[source].shape[-2:]
-    device = _device(config.device)
+    device = pick_device(config.device)
     chosen = {
         "dataset": f"{name}@{version}",
         "direction": f"{source}->{target}",
@@ -106,7 +106,12 @@ def _whole_side(height: int, width: int) -> int:
     return height
 
 
-def _device(wanted: str) -> str:
+def pick_device(wanted: str) -> str:
+    """`auto` is the GPU if there is one.
+
+    Raises:
+        DatasetError: the device is not there.
+    """
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -177,8 +182,10 @@ def evaluate_run(
     return tables
 
 
-def open_run(root: str | Path, name: str, scratch: Path | None = None) -> Run:
-    """A run that has been trained, by its id or the unique beginning of one; or `latest`, the one last written to.
+def find_run(root: str | Path, name: str, scratch: Path | None = None) -> Path:
+    """The folder of a run, by its id or the unique beginning of one; or `latest`, the one last written to.
+
+    A run that is kept on S3 is fetched first.
 
     Raises:
         CheckpointError: there is no such run.
@@ -191,17 +198,29 @@ def open_run(root: str | Path, name: str, scratch: Path | None = None) -> Run:
     if len(found) != 1:
         which = f"{len(found)} runs begin with {name}" if found else f"there is no run {name}"
         raise CheckpointError(f"{which} in {folder}; there are: {', '.join(p.name for p in there) or 'none'}")
-    record = read_json(found[0] / CONFIG)
+    if is_local(found[0]):
+        return found[0]
+    here = Places(root, scratch=scratch).local / "runs" / found[0].name
+    mirror.fetch(found[0], here)
+    return here
+
+
+def open_run(root: str | Path, name: str, scratch: Path | None = None) -> Run:
+    """A run that has been trained, named as for `find_run`, with the dataset version that it was trained on.
+
+    Raises:
+        CheckpointError: there is no such run.
+        DatasetError: its dataset version is not there.
+    """
+    folder = find_run(root, name, scratch)
+    record = read_json(folder / CONFIG)
     if not isinstance(record, dict) or "config" not in record:
-        raise CheckpointError(f"{found[0] / CONFIG} is damaged; it holds the run's configuration")
+        raise CheckpointError(f"{folder / CONFIG} is damaged; it holds the run's configuration")
     config = TrainConfig.model_validate(record["config"])
     dataset_name, version = dataset.parse(config.dataset)
     places = Places(root, dataset_name, scratch)
-    config = config.model_copy(update={"device": _device("auto")})
-    run = _run(places, found[0].name, config, places.version(dataset.resolve(places, version)))
-    if run.kept:
-        mirror.fetch(run.kept, run.folder)
-    return run
+    config = config.model_copy(update={"device": pick_device("auto")})
+    return _run(places, folder.name, config, places.version(dataset.resolve(places, version)))
 
 
 def _written(run: Path) -> float:

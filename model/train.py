@@ -24,12 +24,13 @@ from torch import Tensor, distributed
 
 from ixi_etl.errors import IxiError, StoppedError
 from ixi_etl.files import Progress, silent
-from model import checkpoint, data, evaluate, samples
+from model import checkpoint, data, evaluate, planes, samples
 from model.checkpoint import CheckpointError
 from model.config import TrainConfig
 from model.data import Pairs
 from model.learner import Learner, generator_weights
 from model.logbook import Logbook
+from model.planes import Planes
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def train(
                 raise StoppedError(said, came[0])
     if logbook is not None:
         logbook.close()
-        keep_best(run, config)
+        keep_best(run, config, planes.describe(version, pairs))
     return run / GENERATOR
 
 
@@ -121,13 +122,17 @@ def validate(learner: Learner, pairs: Pairs) -> dict[str, float]:
     return {str(k): float(v) for k, v in table[table["mask"] == "whole"][["mae", "psnr", "ssim"]].mean().items()}
 
 
-def keep_best(run: Path, config: TrainConfig) -> None:
-    """Write the best validated generator (without validation, the last) as a file of its own."""
+def keep_best(run: Path, config: TrainConfig, trained_on: Planes | None) -> None:
+    """Write the best validated generator (without validation, the last) as a file of its own.
+
+    It holds all that synthesis needs: the weights, how they were trained, and which planes they were trained on.
+    """
     best = checkpoint.best(run / "checkpoints")
     if best is None:
         raise CheckpointError(f"{run / 'checkpoints'} has no whole checkpoint; train again")
     weights = generator_weights(checkpoint.load(best.path)[0])
     facts = {"step": best.step, "config": config.model_dump(mode="json"), "validation": best.validation}
+    facts["planes"] = trained_on.model_dump(mode="json") if trained_on else None
     checkpoint.save(run / GENERATOR, weights, facts)
 
 

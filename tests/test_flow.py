@@ -163,3 +163,25 @@ def test_the_training_flow_trains_measures_and_does_neither_twice(published: Ref
     before = (folder / "checkpoints" / "step-00000002.safetensors").stat().st_mtime_ns
     assert train_pix2pix(preset="smoke", root=tmp_path, settings=SMALL) == folder
     assert (folder / "checkpoints" / "step-00000002.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_synthesis_flow_writes_what_the_plain_function_writes(published: Refreshed, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
+    import numpy as np
+
+    from flows.synthesize import synthesize
+    from ixi_etl.phantom import pack
+    from ixi_etl.store import open_arrays
+    from model import synthesize as synthesis
+    from model.config import TrainConfig
+    from model.run import prepare, train_run
+
+    (tmp_path / "datasets").symlink_to(published.folder.parents[1])
+    generator = train_run(prepare(tmp_path, TrainConfig.model_validate(SMALL | {"samples": 0}), "a"))
+    arrays = open_arrays(published.folder)
+    source = tmp_path / "slab-T1.nii.gz"
+    source.write_bytes(pack(np.asarray(arrays["t1"][0]), np.asarray(arrays["t1_affine"][0])))
+    (made,) = synthesize("latest", [source], tmp_path / "out", root=tmp_path)
+    assert made == tmp_path / "out" / "slab-T2.nii.gz"
+    plain = synthesis.synthesize_file(synthesis.load(generator), source, tmp_path / "plain.nii.gz")
+    assert made.read_bytes() == plain.read_bytes()

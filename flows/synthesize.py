@@ -1,0 +1,53 @@
+"""Flow `synthesize`: volumes in, volumes of the other modality out. `model.synthesize` does it.
+
+Run it without a server from Python, ``synthesize("latest", ["sub-01_T1w.nii.gz"], "out")``; or as a deployment::
+
+    prefect deployment run synthesize/synthesize --param run=latest --param inputs='["/scans"]' --param out=/made
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from flows.progress import show_progress
+from ixi_etl.files import Progress
+from model import synthesize as synthesis
+from model.run import pick_device
+from model.synthesize import Trained
+
+
+@task(cache_policy=NO_CACHE)
+def synthesize_volumes(trained: Trained, jobs: Sequence[tuple[Path, Path]], progress: Progress) -> list[Path]:
+    return synthesis.synthesize(trained, jobs, progress)
+
+
+@flow(name="synthesize", flow_run_name="synthesize with {run}", persist_result=False)
+def synthesize(
+    run: str,
+    inputs: list[Path],
+    out: Path,
+    root: str = "ixi-data",
+    scratch: Path | None = None,
+    device: str = "auto",
+    dropout: bool = False,
+    seed: int = 0,
+) -> list[Path]:
+    """Generate a volume from each input, which may be a file or a folder; the volumes written.
+
+    Args:
+        run: a run, the beginning of its name, or `latest`; or the file of a generator.
+        out: a file for a single input, else a folder.
+        root, scratch: where runs lie, see `ixi_etl.places.Places`.
+        device: `auto`, or as torch names it.
+        dropout: leave it on, with noise drawn from `seed`.
+    """
+    generator = synthesis.find_generator(root, run, scratch)
+    trained = synthesis.load(generator, pick_device(device), dropout=dropout, seed=seed)
+    jobs = synthesis.plan(inputs, out, trained.direction)
+    get_run_logger().info("%d volumes with %s", len(jobs), generator)
+    with show_progress() as progress:
+        return synthesize_volumes(trained, jobs, progress)

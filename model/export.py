@@ -1,0 +1,131 @@
+"""The generator, to be used elsewhere: as safetensors or as ONNX, with a config.json that says what it takes and gives.
+
+What was written is read back and compared with the original before it gets its name.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ixi_etl.errors import IxiError
+from ixi_etl.files import to_json, write_atomic
+from model import checkpoint
+from model.evaluate import load_generator
+from model.networks import UNetGenerator
+from model.train import GENERATOR
+
+Format = Literal["safetensors", "onnx"]
+ONNX = "generator.onnx"
+TOLERANCE = 1e-4
+"""Of outputs in [-1, 1]: torch and ONNX Runtime add up in another order, and differ by some 1e-6."""
+
+
+class ExportError(IxiError):
+    """A generator cannot be exported, or what was exported is not the generator."""
+
+
+def export(generator: Path, form: Format, out: Path) -> tuple[Path, float]:
+    """Write the generator of the file `generator` and config.json into the folder `out`.
+
+    Returns:
+        The file, and the largest difference to the original's output, over batches of 1 and 3 slices of noise.
+
+    Raises:
+        ExportError: something is missing, or what was written differs by more than `TOLERANCE`.
+    """
+    network, config, step = load_generator(generator)
+    facts = checkpoint.read_facts(generator)
+    planes = facts.get("planes")
+    shape = tuple(planes["shape"]) if planes else (network.side, network.side)
+    out.mkdir(parents=True, exist_ok=True)
+    path, write = (out / GENERATOR, _write_safetensors) if form == "safetensors" else (out / ONNX, _write_onnx)
+    if path.resolve() == generator.resolve():
+        raise ExportError(f"{path} is the generator itself; give another -o")
+    part = path.with_name(f".part-{path.name}")
+    try:
+        generate = write(generator, network, shape, part)
+        difference = _difference(network, generate, shape)
+        if not difference <= TOLERANCE:
+            raise ExportError(f"{path} would give other slices than {generator}, by up to {difference:g}: not written")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    said: dict[str, Any] = {
+        "config": config.model_dump(mode="json"),
+        "step": step,
+        "planes": planes,
+        "input": {
+            "name": "source",
+            "dtype": "float32",
+            "shape": ["batch", 1, *shape],
+            "range": [-1, 1],
+            "normalisation": "percentiles 0.1 and 99.9 of the subject's slab become -1 and 1; clipped",
+        },
+        "output": {"name": "generated", "dtype": "float32", "shape": ["batch", 1, *shape], "range": [-1, 1]},
+    }
+    write_atomic(out / "config.json", to_json(said))
+    return path, difference
+
+
+def _write_safetensors(generator: Path, _network: UNetGenerator, _shape: Any, path: Path) -> Callable[[Tensor], Tensor]:
+    checkpoint.save(path, *checkpoint.load(generator))
+    return load_generator(path)[0].whole
+
+
+class _Whole(nn.Module):
+    """The generator as it is used in synthesis: on whole slices."""
+
+    def __init__(self, generator: UNetGenerator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, source: Tensor) -> Tensor:
+        return self.generator.whole(source)
+
+
+def _write_onnx(
+    _generator: Path, network: UNetGenerator, shape: tuple[int, int], path: Path
+) -> Callable[[Tensor], Tensor]:
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ExportError(f"ONNX needs {', '.join(missing)}; pip install -c constraints.txt -e '.[export]'")
+    import onnx
+    import onnxruntime
+
+    for name in ("torch.onnx", "onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():  # torch's exporter warns of itself
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            _Whole(network).eval(),
+            (torch.zeros(2, 1, *shape),),  # two, since a one would be taken for a constant
+            dynamo=True,
+            input_names=["source"],
+            output_names=["generated"],
+            dynamic_shapes={"source": {0: torch.export.Dim("batch")}},
+            verbose=False,
+        )
+    assert program is not None
+    program.save(path)
+    onnx.checker.check_model(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda source: torch.from_numpy(session.run(None, {"source": source.numpy()})[0])
+
+
+@torch.no_grad()
+def _difference(network: UNetGenerator, generate: Callable[[Tensor], Tensor], shape: tuple[int, int]) -> float:
+    noise = torch.Generator().manual_seed(0)
+    furthest = 0.0
+    for batch in (1, 3):
+        source = torch.rand((batch, 1, *shape), generator=noise) * 2 - 1
+        furthest = max(furthest, float((generate(source) - network.whole(source)).abs().max()))
+    return furthest

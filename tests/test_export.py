@@ -1,0 +1,91 @@
+"""What is exported gives the slices that the original gives, on batches of any size, or is not written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
+
+from flows.cli import main  # noqa: E402
+from model import checkpoint, export  # noqa: E402
+from model.config import TrainConfig  # noqa: E402
+from model.evaluate import load_generator  # noqa: E402
+from model.export import ExportError  # noqa: E402
+from model.learner import build_generator  # noqa: E402
+from model.networks import UNetGenerator  # noqa: E402
+from model.synthesize import find_generator  # noqa: E402
+
+
+@pytest.fixture(params=["transpose", "nearest"])
+def generator(request: Any, tmp_path: Path) -> Path:
+    """A small generator, trained (so it says) on planes of 48 x 32, which its side of 32 does not divide."""
+    config = TrainConfig(side=32, width=4, upsampling=request.param, dataset="ixi-t1-t2@0123", direction="t1->t2")
+    torch.manual_seed(0)
+    planes = {"shape": [48, 32]}
+    facts = {"step": 7, "config": config.model_dump(mode="json"), "validation": {}, "planes": planes}
+    path = tmp_path / "run" / "generator.safetensors"
+    checkpoint.save(path, build_generator(config).state_dict(), facts)
+    return path
+
+
+def slices(batch: int) -> Any:
+    return torch.rand((batch, 1, 48, 32), generator=torch.Generator().manual_seed(batch)) * 2 - 1
+
+
+def test_safetensors_are_the_same_weights_and_say_the_same(generator: Path, tmp_path: Path) -> None:
+    path, difference = export.export(generator, "safetensors", tmp_path / "out")
+    assert difference == 0
+    assert checkpoint.read_facts(path) == checkpoint.read_facts(generator)
+    wanted, got = (load_generator(p)[0].state_dict() for p in (generator, path))
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    assert find_generator(tmp_path / "no root", str(tmp_path / "out")) == path
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (said["step"], said["config"]["width"], said["input"]["shape"]) == (7, 4, ["batch", 1, 48, 32])
+
+
+def test_onnx_gives_the_same_slices_for_any_batch(generator: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -c constraints.txt -e '.[export]'")
+    path, difference = export.export(generator, "onnx", tmp_path / "out")
+    assert difference <= export.TOLERANCE
+    session = onnxruntime.InferenceSession(path)
+    (given,) = session.get_inputs()
+    assert (given.name, given.type, given.shape[1:]) == ("source", "tensor(float)", [1, 48, 32])
+    original = load_generator(generator)[0]
+    for batch in (1, 2, 5):
+        (got,) = session.run(["generated"], {"source": slices(batch).numpy()})
+        with torch.no_grad():
+            np.testing.assert_allclose(got, original.whole(slices(batch)).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("generator", ["transpose"], indirect=True)
+def test_what_gives_other_slices_is_not_written(
+    generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrongly(source: Path, network: UNetGenerator, shape: tuple[int, int], path: Path) -> Any:
+        path.write_bytes(b"weights of another")
+        return lambda source: network.whole(source) + 0.01
+
+    monkeypatch.setattr(export, "_write_onnx", wrongly)
+    with pytest.raises(ExportError, match=r"would give other slices than .*, by up to 0.01"):
+        export.export(generator, "onnx", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("generator", ["transpose"], indirect=True)
+def test_the_command_says_what_it_wrote(generator: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def command(*arguments: str) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main(["export", *arguments])
+        return int(ended.value.code or 0)
+
+    assert command(str(generator), "--format", "safetensors", "-o", str(tmp_path / "out")) == 0
+    assert "its slices differ from the original's by 0.0e+00" in capsys.readouterr().out
+    assert command(str(generator), "--format", "safetensors", "-o", str(generator.parent)) == 1
+    assert "is the generator itself; give another -o" in capsys.readouterr().err
+    assert command("zz", "-o", str(tmp_path), "--root", str(tmp_path)) == 1
+    assert "there is no run zz" in capsys.readouterr().err

@@ -1,0 +1,408 @@
+"""A volume goes through the planes of the training and comes back to where it was; what is unlike is said."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
+
+from hypothesis import given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from strategies import ORIENTATIONS  # noqa: E402
+
+from flows.cli import main  # noqa: E402
+from ixi_etl import dataset, manifest  # noqa: E402
+from ixi_etl.phantom import grid_affine, pack, rigid  # noqa: E402
+from ixi_etl.publish import Refreshed  # noqa: E402
+from ixi_etl.store import open_arrays  # noqa: E402
+from model import data, planes, synthesize  # noqa: E402
+from model.config import TrainConfig  # noqa: E402
+from model.evaluate import BATCH, generated_by, load_generator  # noqa: E402
+from model.planes import Planes  # noqa: E402
+from model.run import prepare, train_run  # noqa: E402
+from model.synthesize import SynthesisError, Trained  # noqa: E402
+
+SMALL: dict[str, Any] = {
+    "side": 32,
+    "width": 4,
+    "discriminator_width": 4,
+    "discriminator_layers": 1,
+    "steps": 2,
+    "samples": 0,
+    "precision": "fp32",
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def root(published: Refreshed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with a run `a`, and without the dataset that it was trained on."""
+    root = tmp_path_factory.mktemp("synthesis")
+    (root / "datasets").symlink_to(published.folder.parents[1])
+    train_run(prepare(root, TrainConfig.model_validate(SMALL), "a"))
+    (root / "datasets").unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(root: Path) -> Trained:
+    return synthesize.load(synthesize.find_generator(root, "a"))
+
+
+def identity(shape: tuple[int, int] = (24, 24), spacing_mm: float = 2.0, low_high: tuple[float, float] = (0, 1)) -> Any:
+    """What is trained to give back its source, on planes of that shape and spacing; targets lie in `low_high`."""
+    wanted = Planes(
+        shape=shape,
+        spacing_mm=(spacing_mm, spacing_mm),
+        slab_mm=14.0,
+        slab_offset_mm=0.0,
+        source_spacing_mm=(2.0, 2.0, 2.0),
+        target_low_high=low_high,
+        source_histogram=tuple(np.eye(planes.BINS)[20]),
+        target_histogram=tuple(np.eye(planes.BINS)[1]),
+    )
+    return Trained(lambda source, _: source, wanted, ("t1", "t2"), "cpu", {"GeneratorSHA256": "0" * 64})
+
+
+def head(shape_ijk: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    """Smooth lopsided signal, [k, j, i], about the world's z axis, 0 to 1000, next to nothing 20 mm from it."""
+    i, j, k = np.indices(shape_ijk)
+    world = np.stack([i, j, k, np.ones(shape_ijk)], axis=-1) @ affine.T
+    x, y, z = (world[..., n] for n in range(3))
+    ball = np.exp(-((x / 10) ** 2 + (y / 12) ** 2 + (z / 60) ** 2))
+    return (1000 * ball * (0.75 + 0.25 * np.sin(x / 9) * np.cos(y / 8 + z / 7))).astype(np.float32).T
+
+
+def nifti_of(values: np.ndarray, affine: np.ndarray, qform: int = 2, sform: int = 1) -> bytes:
+    """A plain NIfTI file of float32 [k, j, i], with codes of its own."""
+    image = nib.Nifti1Image(values.T, affine)
+    image.set_qform(affine, qform)
+    image.set_sform(affine, sform)
+    return bytes(image.to_bytes())
+
+
+# -- there and back ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tilt_deg", [0, 9])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_an_identity_gives_back_the_input_however_it_is_stored(
+    orientation: str, tilt_deg: float, tmp_path: Path
+) -> None:
+    shape = (28, 29, 30)
+    affine = rigid((tilt_deg, -tilt_deg, tilt_deg / 2), (1, -2, 3)) @ grid_affine(shape, (2.1, 1.9, 2.2), orientation)
+    values = head(shape, affine)
+    source = tmp_path / "x-T1.nii"
+    source.write_bytes(nifti_of(values, affine))
+    made = identity((40, 40), 1.7)
+    low, high = synthesize.synthesize_volume(made, values, affine).source_low_high
+    out = synthesize.synthesize_file(identity((40, 40), 1.7, (low, high)), source, tmp_path / "out.nii.gz")
+    before, after = nib.load(source), nib.load(out)
+    np.testing.assert_array_equal(after.affine, before.affine)
+    for what in ("qform", "sform"):
+        (was, code), (now, new_code) = (getattr(i, f"get_{what}")(coded=True) for i in (before, after))
+        np.testing.assert_array_equal(now, was)
+        assert new_code == code
+    assert after.shape == before.shape
+    assert after.header.get_zooms() == before.header.get_zooms()
+    assert after.get_data_dtype() == np.int16
+    error = np.abs(after.get_fdata().T - values.clip(low, high))
+    assert error.max() <= 45  # of 1000: what two linear interpolations take off a peak
+    assert error.mean() <= 3
+
+
+@given(orientation=st.sampled_from(ORIENTATIONS), shape=st.tuples(*[st.integers(5, 24)] * 3))
+def test_with_the_training_s_spacing_nothing_is_interpolated(orientation: str, shape: tuple[int, int, int]) -> None:
+    affine = rigid((5, 4, -3), (2, 1, 0)) @ grid_affine(shape, (2.0, 2.0, 2.0), orientation)
+    values = np.random.default_rng(0).uniform(0, 1000, shape[::-1]).astype(np.float32)
+    made = identity()
+    low, high = synthesize.synthesize_volume(made, values, affine).source_low_high
+    again = synthesize.synthesize_volume(identity(low_high=(low, high)), values, affine)
+    np.testing.assert_allclose(again.values, values.clip(low, high), atol=0.01)
+
+
+def test_a_volume_wider_than_a_training_slice_is_centred_on_its_head() -> None:
+    shape = (60, 24, 20)
+    affine = grid_affine(shape, (2.0, 2.0, 2.0), "RAS")
+    affine[0, 3] -= 25  # the head, at the world's origin, is far from the middle of the volume
+    values = head(shape, affine)
+    made = synthesize.synthesize_volume(identity(), values, affine)
+    low, high = made.source_low_high
+    again = synthesize.synthesize_volume(identity(low_high=(low, high)), values, affine)
+    np.testing.assert_allclose(again.values[values > 200], values[values > 200].clip(low, high), atol=0.01)
+    assert made.warnings == []
+    too_small = synthesize.synthesize_volume(identity(shape=(8, 8)), values, affine)
+    assert "of the head lies beyond the 16 x 16 mm of a training slice" in too_small.warnings[0]
+
+
+def test_planes_without_a_head_are_left_empty() -> None:
+    affine = grid_affine((24, 24, 20), (2.0, 2.0, 2.0), "RAS")
+    values = head((24, 24, 20), affine)
+    values[15:] *= 0.1  # the air above it is noisy
+    made = identity(low_high=(10, 20))
+    seen: list[int] = []
+
+    def invents(source: Any, position: Any) -> Any:
+        seen.extend(position.tolist())
+        return torch.ones_like(source)
+
+    got = synthesize.synthesize_volume(replace(made, method=invents), values, affine).values
+    assert seen == list(range(15))
+    assert (got[:15] == 20).all()
+    assert (got[15:] == 10).all()
+
+
+@pytest.mark.parametrize("direction", ["t1->t2", "t2->t1"])
+def test_evaluation_and_synthesis_generate_the_same_slices(
+    direction: str, published: Refreshed, tmp_path: Path
+) -> None:
+    """Put through as a file, a slab of the store becomes what evaluation generates from it, on the same planes."""
+    (tmp_path / "datasets").symlink_to(published.folder.parents[1])
+    run = prepare(tmp_path, TrainConfig.model_validate(SMALL | {"direction": direction}), "a")
+    path = train_run(run)
+    made = synthesize.load(path)
+    source, _ = made.direction
+    pairs = data.load(published.folder, "train", direction)
+    rows = manifest.used(dataset.read_manifest(published.folder))
+    row = rows[rows["subject_id"] == pairs.subjects[0]].iloc[0]
+    arrays = open_arrays(published.folder)
+    slab, affine = (np.asarray(arrays[name][row["store_row"]]) for name in (source, f"{source}_affine"))
+    index = torch.nonzero(pairs.subject == 0).flatten()
+    method = generated_by(load_generator(path)[0])
+    with torch.no_grad():
+        wanted = torch.cat([method(pairs.normalised(part)[0], part) for part in index.split(BATCH)])[:, 0].numpy()
+    stored = tmp_path / "slab.nii.gz"
+    stored.write_bytes(pack(slab, affine))
+    low, high = made.planes.target_low_high
+    out = synthesize.synthesize_file(made, stored, tmp_path / "out.nii")
+    np.testing.assert_allclose(nib.load(out).get_fdata().T, (wanted + 1) / 2 * (high - low) + low, atol=0.51)
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["SourceRange"] == pytest.approx([row[f"{source}_p_low"], row[f"{source}_p_high"]])
+
+
+# -- what the run says of its training --------------------------------------------------------------------------------
+
+
+def test_the_run_says_on_which_planes_it_was_trained(trained: Trained, published: Refreshed) -> None:
+    table = manifest.used(dataset.read_manifest(published.folder))
+    rows = table[table["split"] == "train"]
+    wanted = trained.planes
+    slices, height, width = open_arrays(published.folder)["t2"].shape[1:]
+    assert wanted.shape == (height, width)
+    assert wanted.spacing_mm == pytest.approx((3.75, 3.75))  # the phantom's, a quarter of IXI's resolution
+    assert wanted.slab_mm == pytest.approx(slices * 5)
+    assert wanted.source_spacing_mm == pytest.approx((4.8, 3.75, 3.75))  # sagittal slices of 4.8 mm
+    assert wanted.target_low_high == pytest.approx((rows["t2_p_low"].median(), rows["t2_p_high"].median()))
+    assert sum(wanted.source_histogram) == pytest.approx(1, abs=1e-4)
+    assert planes.distance(wanted.source_histogram, wanted.target_histogram) > 0.05
+
+
+def test_the_slab_lies_where_the_training_s_window_lay(published: Refreshed, trained: Trained) -> None:
+    row = manifest.used(dataset.read_manifest(published.folder)).iloc[0]
+    depth = json.loads(row["t2_shape"])[2]
+    slab = planes.slab_of(trained.planes, depth, 5.0)
+    assert (slab.start, slab.stop) == (row["t2_window_start"], row["t2_window_stop"])
+    higher = trained.planes.model_copy(update={"slab_offset_mm": trained.planes.slab_offset_mm + 10})
+    assert planes.slab_of(higher, depth, 5.0).start == slab.start + 2
+    assert planes.slab_of(trained.planes, 3, 5.0) == slice(0, 3)
+
+
+# -- refusals and warnings --------------------------------------------------------------------------------------------
+
+
+def bad_inputs() -> dict[str, tuple[bytes, str]]:
+    affine = grid_affine((20, 20, 20), (2, 2, 2), "LAS")
+    values = head((20, 20, 20), affine)
+    broken = values.copy()
+    broken[3, 4, 5] = np.nan
+    packed = gzip.compress(nifti_of(values, affine))
+    return {
+        "no orientation": (nifti_of(values, affine, 0, 0), "neither sform nor qform is set"),
+        "four axes": (nifti_of(np.stack([values, values]), affine), "shape is 20 x 20 x 20 x 2"),
+        "not finite": (nifti_of(broken, affine), "voxels that are NaN or infinite"),
+        "empty": (nifti_of(values * 0, affine), "it is empty: its middle 14 mm hold no other value than 0"),
+        "in metres": (nifti_of(values, affine @ np.diag([1e-3, 1e-3, 1e-3, 1])), "is the header's spacing in mm?"),
+        "thick slices": (nifti_of(values, affine @ np.diag([1, 1, 10, 1])), "voxels of 2 x 2 x 20 mm"),
+        "cut short": (packed[: len(packed) // 2], "is cut short"),
+        "a plain file cut short": (nifti_of(values, affine)[:-1], "the header announces"),
+        "not NIfTI": (b"<html>403 Forbidden</html>" * 40, "not a NIfTI file"),
+    }
+
+
+@pytest.mark.parametrize("what", bad_inputs())
+def test_what_cannot_be_used_is_refused_in_one_line(what: str, tmp_path: Path) -> None:
+    contents, said = bad_inputs()[what]
+    path = tmp_path / "x.nii.gz"
+    path.write_bytes(contents)
+    with pytest.raises(SynthesisError) as error:
+        synthesize.synthesize_file(identity(), path, tmp_path / "out.nii.gz")
+    assert str(error.value).startswith(f"{path} cannot be used: ")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_another_spacing_is_warned_of(tmp_path: Path) -> None:
+    affine = grid_affine((20, 20, 10), (2, 2, 4), "LAS")
+    made = synthesize.synthesize_volume(identity(), head((20, 20, 10), affine), affine)
+    assert made.warnings[0].startswith("voxels of 2 x 2 x 4 mm (along x, y, z) are far from the 2 x 2 x 2 mm")
+
+
+def volume_of(folder: Path, name: str) -> bytes:
+    import tarfile
+
+    with tarfile.open(folder / f"IXI-{name[-9:-7]}.tar") as tar:
+        member = tar.extractfile(name)
+        assert member is not None
+        return member.read()
+
+
+def test_the_wrong_modality_is_suspected_and_the_right_one_is_not(
+    archives: Path, published: Refreshed, trained: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    for row in manifest.used(dataset.read_manifest(published.folder)).itertuples():
+        for member, wrong in ((row.t1_member, False), (row.t2_member, True)):
+            path = tmp_path / str(member)
+            path.write_bytes(volume_of(archives, str(member)))
+            out = synthesize.synthesize_file(trained, path, tmp_path / "out.nii.gz")
+            said = json.loads(out.with_name("out.json").read_text())["Warnings"]
+            assert any("looks more like a T2 than a T1" in line for line in said) is wrong, member
+    assert "is it the right file?" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("pairing", "line"), [("index", "was trained on slices paired by index"), ("digits", "was trained on digits")]
+)
+def test_a_run_on_no_planes_of_a_head_is_refused(
+    pairing: str, line: str, archives: Path, tmp_path: Path, root: Path
+) -> None:
+    from model import checkpoint
+
+    path = root / "runs" / "a" / "generator.safetensors"
+    weights, facts = checkpoint.load(path)
+    if pairing == "digits":
+        facts["config"]["dataset"] = "digits@0123"
+        facts["planes"] = None
+        path = tmp_path / "generator.safetensors"
+        checkpoint.save(path, weights, facts)
+    else:
+        from conftest import config_for
+
+        from ixi_etl.refresh import refresh
+
+        refresh(config_for(tmp_path, archives, pairing="index"))
+        path = train_run(prepare(tmp_path, TrainConfig.model_validate(SMALL), "a"))
+    with pytest.raises(SynthesisError, match=line):
+        synthesize.load(path)
+
+
+# -- files and the command --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "renamed"),
+    [
+        ("IXI002-Guys-0828-T1.nii.gz", "IXI002-Guys-0828-T2.nii.gz"),
+        ("sub-01_T1w.nii", "sub-01_T2w.nii"),
+        ("t1.nii.gz", "T2.nii.gz"),
+        ("head.nii.gz", "head-T2.nii.gz"),
+        ("CT1.nii.gz", "CT1-T2.nii.gz"),
+    ],
+)
+def test_outputs_are_named_after_their_inputs(name: str, renamed: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    assert synthesize.plan([tmp_path], tmp_path / "out", ("t1", "t2")) == [
+        (tmp_path / name, tmp_path / "out" / renamed)
+    ]
+
+
+def command(root: Path, *arguments: Any, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, arguments), "--root", str(root)])
+    said = capsys.readouterr()
+    return int(ended.value.code or 0), said.out, said.err
+
+
+def test_the_command_takes_files_and_folders_and_leaves_out_what_it_cannot_use(
+    archives: Path, published: Refreshed, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = manifest.used(dataset.read_manifest(published.folder))["t1_member"].tolist()[:2]
+    (tmp_path / "in").mkdir()
+    for member in members:
+        (tmp_path / "in" / member).write_bytes(volume_of(archives, member))
+    one = tmp_path / "in" / members[0]
+    code, out, _ = command(root, "synthesize", "a", one, "-o", tmp_path / "T2.nii.gz", capsys=capsys)
+    assert (code, out.strip()) == (0, str(tmp_path / "T2.nii.gz"))
+    first, made = nib.load(one), nib.load(tmp_path / "T2.nii.gz")
+    assert made.shape == first.shape
+    assert bytes(made.header["descrip"]).startswith(b"SYNTHETIC T2 of a T1, ixi-etl ")
+    record = json.loads((tmp_path / "T2.json").read_text())
+    assert record["Sources"] == [members[0]]
+    assert str(tmp_path) not in (tmp_path / "T2.json").read_text()
+    assert record["SkullStripped"] is False
+
+    (tmp_path / "bad.nii").write_bytes(b"nothing")
+    code, out, err = command(
+        root, "synthesize", "latest", tmp_path / "in", tmp_path / "bad.nii", "-o", tmp_path / "all", capsys=capsys
+    )
+    assert code == 1
+    assert "1 of 3 inputs could not be used; the first: " in err.splitlines()[-1]
+    there = {p.name for p in (tmp_path / "all").glob("*.nii.gz")}
+    assert there == {m.replace("T1", "T2") for m in members}
+    assert (tmp_path / "all" / members[0].replace("T1", "T2")).read_bytes() == (tmp_path / "T2.nii.gz").read_bytes()
+
+
+def test_dropout_is_noise_that_its_seed_repeats(root: Path, tmp_path: Path) -> None:
+    affine = grid_affine((40, 40, 12), (3.75, 3.75, 5), "LAS")
+    values = head((40, 40, 12), affine @ np.diag([0.3, 0.3, 0.5, 1]))
+    path = synthesize.find_generator(root, "a")
+
+    def made(**options: Any) -> np.ndarray:
+        loaded = synthesize.load(path, **options)
+        return synthesize.synthesize_volume(loaded, values, affine).values
+
+    assert np.array_equal(made(), made(seed=1))
+    assert np.array_equal(made(dropout=True, seed=1), made(dropout=True, seed=1))
+    assert not np.array_equal(made(dropout=True, seed=1), made(dropout=True, seed=2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["zz", "x.nii", "-o", "y.nii"], "there is no run zz in"),
+        (["a", "nowhere.nii", "-o", "y.nii"], "nowhere.nii is not there"),
+        (["a", "README.md", "-o", "y.nii"], "README.md is no NIfTI file by its name"),
+        (["a", "x.nii", "z.nii", "-o", "y.nii"], "is one file, and there may be several to write; give a folder"),
+        (["a", "nowhere.nii", "-o", "nowhere.nii"], "nowhere.nii is not there"),
+        (["a", "x.nii", "-o", "y.nii", "--device", "cuda:9"], "device cuda:9 is not to be had here"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], line: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = command(root, "synthesize", *arguments, capsys=capsys)
+    assert (code, out) == (1, "")
+    assert line in err
+    assert err.count("\n") == 1
+
+
+def test_nothing_is_written_over_an_input_or_twice(tmp_path: Path) -> None:
+    (tmp_path / "a-T1.nii").touch()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "a-T1.nii").touch()
+    direction = ("t1", "t2")
+    with pytest.raises(SynthesisError, match="is an input, or would be written twice"):
+        synthesize.plan([tmp_path / "a-T1.nii"], tmp_path / "a-T1.nii", direction)
+    with pytest.raises(SynthesisError, match="is an input, or would be written twice"):
+        synthesize.plan([tmp_path / "a-T1.nii", tmp_path / "b"], tmp_path / "out", direction)
+    (tmp_path / "c").mkdir()
+    with pytest.raises(SynthesisError, match="has no volume in it"):
+        synthesize.plan([tmp_path / "c"], tmp_path / "out", direction)
