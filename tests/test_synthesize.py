@@ -120,6 +120,30 @@ def test_an_identity_gives_back_the_input_however_it_is_stored(
     assert error.mean() <= 3
 
 
+@pytest.mark.parametrize("kind", ["qform alone", "big-endian", "NIfTI-2", "unlike forms"])
+def test_the_header_s_geometry_is_kept_to_the_bit(kind: str, tmp_path: Path) -> None:
+    shape = (20, 22, 18)
+    affine = rigid((7, -3, 11), (1, 2, 3)) @ grid_affine(shape, (1.7, 1.9, 2.3), "PSR")
+    image = (nib.Nifti2Image if kind == "NIfTI-2" else nib.Nifti1Image)(head(shape, affine).T, affine)
+    if kind == "big-endian":
+        image = nib.Nifti1Image(image.get_fdata(), affine, image.header.as_byteswapped(">"))
+    image.set_qform(rigid((1, 0, 0), (0, 5, 0)) @ affine if kind == "unlike forms" else affine, 1)
+    image.set_sform(affine, 0 if kind == "qform alone" else 4)
+    image.header.set_xyzt_units("mm", "sec")
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"the name of a person"))
+    image.header["db_name"] = b"the name of a person"
+    source = tmp_path / "x.nii"
+    image.to_filename(source)
+    out = synthesize.synthesize_file(identity(low_high=(0, 1000)), source, tmp_path / "out.nii")
+    before, after = nib.load(source).header, nib.load(out).header
+    assert type(after) is type(before)
+    assert after.endianness == before.endianness
+    for name in ("pixdim", "qform_code", "sform_code", "quatern_b", "qoffset_x", "srow_x", "srow_z", "xyzt_units"):
+        np.testing.assert_array_equal(after[name], before[name])
+    assert b"the name of a person" not in out.read_bytes()
+    assert nib.load(out).get_fdata().max() > 500
+
+
 @given(orientation=st.sampled_from(ORIENTATIONS), shape=st.tuples(*[st.integers(5, 24)] * 3))
 def test_with_the_training_s_spacing_nothing_is_interpolated(orientation: str, shape: tuple[int, int, int]) -> None:
     affine = rigid((5, 4, -3), (2, 1, 0)) @ grid_affine(shape, (2.0, 2.0, 2.0), orientation)
