@@ -31,7 +31,7 @@ def synthesize(
     inputs: list[Path],
     out: Path,
     root: str = "ixi-data",
-    scratch: Path | None = None,
+    scratch: str | Path | None = None,
     device: str = "auto",
     dropout: bool = False,
     seed: int = 0,
@@ -45,7 +45,7 @@ def synthesize(
         device: `auto`, or as torch names it.
         dropout: leave it on, with noise drawn from `seed`.
     """
-    generator = synthesis.find_generator(root, run, scratch)
+    generator = synthesis.find_generator(root, run, Path(scratch) if scratch else None)
     trained = synthesis.load(generator, pick_device(device), dropout=dropout, seed=seed)
     jobs = synthesis.plan(inputs, out, trained.direction)
     get_run_logger().info("%d volumes with %s", len(jobs), generator)
