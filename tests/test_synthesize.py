@@ -131,7 +131,7 @@ def test_the_header_s_geometry_is_kept_to_the_bit(kind: str, tmp_path: Path) -> 
     image.set_sform(affine, 0 if kind == "qform alone" else 4)
     image.header.set_xyzt_units("mm", "sec")
     image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"the name of a person"))
-    image.header["db_name"] = b"the name of a person"
+    image.header["aux_file"] = b"the name of a person"
     source = tmp_path / "x.nii"
     image.to_filename(source)
     out = synthesize.synthesize_file(identity(low_high=(0, 1000)), source, tmp_path / "out.nii")
