@@ -181,7 +181,8 @@ def train(
     ] = None,
     root: Root = DEFAULT_ROOT,
     scratch: Scratch = None,
-    run: Annotated[str | None, typer.Option(help="Name of the run.  [default: from version and configuration]")] = None,
+    # Not --run: torchrun would take that for the beginning of an option of its own.
+    run_id: Annotated[str | None, typer.Option(help="Name of the run.  [default: from version and settings]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint, if any.")] = False,
     setting: Annotated[
         list[str] | None,
@@ -198,7 +199,7 @@ def train(
     from model.data import EmptySplitError
 
     settings = _settings(setting or []) | ({"dataset": dataset} if dataset else {})
-    prepared = runs.prepare(root, preset_of(preset, **settings), run, scratch)
+    prepared = runs.prepare(root, preset_of(preset, **settings), run_id, scratch)
     typer.echo(f"run {prepared.folder} on {prepared.config.dataset}")
     with show_progress() as progress:
         runs.train_run(prepared, resume=resume, progress=progress)

@@ -139,7 +139,7 @@ def train_run(run: Run, *, resume: bool = False, progress: Progress = silent) ->
         if distributed.is_initialized() and distributed.get_rank() > 0:
             distributed.barrier()  # until the first process has fetched the run
             return train(run.folder, config, run.version, resume=resume, progress=silent)
-        with lock_root(run.folder, "--run"):
+        with lock_root(run.folder, "--run-id"):
             if run.kept:
                 mirror.fetch(run.kept, run.folder)
             if distributed.is_initialized():

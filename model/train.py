@@ -153,7 +153,7 @@ def _restore(learner: Learner, run: Path, config: TrainConfig, resume: bool) -> 
         return 0
     if not resume:
         step = newest[0].step
-        raise CheckpointError(f"{run} has trained to step {step}; --resume goes on, another --run begins anew")
+        raise CheckpointError(f"{run} has trained to step {step}; --resume goes on, another --run-id begins anew")
     check_same(newest[0], config)
     learner.restore(newest[1])
     log.info("going on from %s", newest[0].path)
@@ -164,7 +164,9 @@ def check_same(there: checkpoint.Checkpoint, config: TrainConfig) -> None:
     """Raise `CheckpointError` unless a training with `config` may go on from the checkpoint `there`."""
     unlike = config.difference(TrainConfig.model_validate(there.config))
     if unlike:
-        raise CheckpointError(f"{there.path} has another configuration ({unlike}); set the same, or give another --run")
+        raise CheckpointError(
+            f"{there.path} has another configuration ({unlike}); set the same, or give another --run-id"
+        )
 
 
 def _check_finite(losses: Tensor, step: int, run: Path) -> None:

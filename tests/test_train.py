@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import shutil
 import signal
@@ -56,7 +57,7 @@ def run_of(root: Path, name: str, **settings: Any) -> Any:
 
 def command(root: Path, run: str, *more: str, **settings: Any) -> list[str]:
     chosen = [f"--set={k}={v}" for k, v in (SMALL | settings).items()]
-    return [sys.executable, "-m", "flows", "train", "--root", str(root), "--run", run, *chosen, *more]
+    return [sys.executable, "-m", "flows", "train", "--root", str(root), "--run-id", run, *chosen, *more]
 
 
 def wait_for(condition: Any, process: subprocess.Popen[bytes]) -> None:
@@ -124,7 +125,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_whole_one(
     train_run(run_of(root, "a", steps=4))
     newest = checkpoint.path_of(root / "runs" / "a" / "checkpoints", 4)
     newest.write_bytes(newest.read_bytes()[:1000])
-    train_run(run_of(root, "a"), resume=True)
+    with caplog.at_level(logging.INFO, "model"):
+        train_run(run_of(root, "a"), resume=True)
     assert str(newest) in caplog.text
     assert "going on from" in caplog.text
     assert checkpoint.found(newest.parent)[-1].step == 6
@@ -228,7 +230,7 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_last_good_checkpoint_named(r
 
 def test_a_run_is_not_overwritten(root: Path) -> None:
     train_run(run_of(root, "a"))
-    with pytest.raises(CheckpointError, match="has trained to step 6; --resume goes on, another --run begins anew"):
+    with pytest.raises(CheckpointError, match="has trained to step 6; --resume goes on, another --run-id begins anew"):
         train_run(run_of(root, "a"))
 
 
