@@ -30,7 +30,7 @@ def synthesize(
     run: str,
     inputs: list[Path],
     out: Path,
-    root: str = "ixi-data",
+    root: str | Path = "ixi-data",
     scratch: str | Path | None = None,
     device: str = "auto",
     dropout: bool = False,
