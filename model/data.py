@@ -163,23 +163,27 @@ def _generator(seed: int, stream: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
 
-def augment(images: Sequence[Tensor], kind: Augment, side: int, seed: int, step: int) -> list[Tensor]:
+def augment(images: Sequence[Tensor], kind: Augment, side: int, seed: int, first: int) -> list[Tensor]:
     """The same change to each of `images` (B, 1, H, W): enlarged, cropped to (B, 1, side, side), flipped, as drawn.
+
+    What is drawn for a pair depends on its place in the stream of `indices`, where these begin with `first`; so it is
+    the same in batches of any size, on any number of processes.
 
     Raises:
         DatasetError: the images are smaller than the crop.
     """
-    draws = _generator(seed, 1, step)
     if kind == "jitter":
         size = [round(n * JITTER) for n in images[0].shape[-2:]]
         images = [functional.interpolate(i, size=size, mode="bilinear", align_corners=False) for i in images]
     batch, _, height, width = images[0].shape
     check_side(side, height, width)
-    top = torch.randint(height - side + 1, (batch, 1), generator=draws)
-    left = torch.randint(width - side + 1, (batch, 1), generator=draws)
-    flipped = torch.randint(2, (batch, 1), generator=draws) * (kind != "none")
-    if height == width == side and not flipped.any():
+    if height == width == side and kind == "none":
         return list(images)
+    draws = [_generator(seed, 1, first + n) for n in range(batch)]
+    top, left, flipped = (
+        torch.stack([torch.randint(choices, (1,), generator=draw) for draw in draws])
+        for choices in (height - side + 1, width - side + 1, 2 if kind != "none" else 1)
+    )
     ahead = torch.arange(side)
     rows, columns = top + ahead, left + torch.where(flipped.bool(), ahead.flip(0), ahead)
     device = images[0].device

@@ -78,7 +78,7 @@ def train(
             first = (step * processes + rank) * config.batch_size
             index = data.indices(len(pairs), config.seed, first, config.batch_size).to(device)
             batch = pairs.normalised(index)
-            source, target = data.augment(batch, config.augment, config.side, config.seed, step * processes + rank)
+            source, target = data.augment(batch, config.augment, config.side, config.seed, first)
             losses = learner.step(source, target, config.lr_at(step))
 
             done = step + 1

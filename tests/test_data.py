@@ -107,15 +107,17 @@ def test_passes_differ() -> None:
     kind=st.sampled_from(["none", "flip", "jitter"]),
     size=st.integers(32, 48),
     batch=st.integers(1, 4),
-    step=st.integers(0, 1000),
+    first=st.integers(0, 1000),
 )
-def test_both_images_of_a_pair_are_changed_alike(kind: str, size: int, batch: int, step: int) -> None:
+def test_both_images_of_a_pair_are_changed_alike(kind: str, size: int, batch: int, first: int) -> None:
     image = torch.arange(batch * size * size, dtype=torch.float32).reshape(batch, 1, size, size)
-    a, b = data.augment((image, -image), kind, 32, seed=0, step=step)  # type: ignore[arg-type]
+    a, b = data.augment((image, -image), kind, 32, seed=0, first=first)  # type: ignore[arg-type]
     assert a.shape == (batch, 1, 32, 32)
     assert torch.equal(a, -b)
-    again, _ = data.augment((image, -image), kind, 32, seed=0, step=step)  # type: ignore[arg-type]
+    again, _ = data.augment((image, -image), kind, 32, seed=0, first=first)  # type: ignore[arg-type]
     assert torch.equal(a, again)
+    alone = [data.augment((image[n : n + 1],), kind, 32, seed=0, first=first + n)[0] for n in range(batch)]  # type: ignore[arg-type]
+    assert torch.equal(a, torch.cat(alone))  # whatever else is in the batch
     if kind != "jitter":  # then it is a window of the image, or its mirror image, and nothing is interpolated
         for one, of in zip(a, image, strict=True):
             rows = one[0] if one[0, 0, 1] > one[0, 0, 0] else one[0].flip(1)
@@ -125,20 +127,20 @@ def test_both_images_of_a_pair_are_changed_alike(kind: str, size: int, batch: in
 
 def test_flips_and_crops_do_vary() -> None:
     image = torch.arange(40 * 40, dtype=torch.float32).reshape(1, 1, 40, 40)
-    seen = [data.augment((image,), "flip", 32, seed=0, step=step)[0] for step in range(20)]
+    seen = [data.augment((image,), "flip", 32, seed=0, first=first)[0] for first in range(20)]
     assert len({int(s.min()) for s in seen}) > 5
     assert {bool(s[0, 0, 0, 1] > s[0, 0, 0, 0]) for s in seen} == {True, False}
-    whole = [data.augment((image[..., :32, :32],), "none", 32, seed=0, step=step)[0] for step in range(5)]
+    whole = [data.augment((image[..., :32, :32],), "none", 32, seed=0, first=first)[0] for first in range(5)]
     assert all(torch.equal(w, image[..., :32, :32]) for w in whole)
 
 
 def test_jitter_enlarges_by_what_was_published() -> None:
     ramp = torch.linspace(0, 1, 256).repeat(256, 1)[None, None]
-    (out,) = data.augment((ramp,), "jitter", 256, seed=0, step=0)
+    (out,) = data.augment((ramp,), "jitter", 256, seed=0, first=0)
     slope = (out[0, 0, 0, 200] - out[0, 0, 0, 50]).abs() / 150
     assert float(slope) == pytest.approx(1 / 255 * 256 / 286, rel=1e-3)
 
 
 def test_a_crop_larger_than_the_slices_is_refused() -> None:
     with pytest.raises(DatasetError, match="crops of 64 x 64 do not fit slices of 32 x 32; set a smaller side"):
-        data.augment((torch.zeros(1, 1, 32, 32),), "none", 64, seed=0, step=0)
+        data.augment((torch.zeros(1, 1, 32, 32),), "none", 64, seed=0, first=0)

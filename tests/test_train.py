@@ -23,9 +23,11 @@ from flows.cli import main  # noqa: E402
 from ixi_etl.errors import DatasetError, IxiError  # noqa: E402
 from ixi_etl.publish import Refreshed  # noqa: E402
 from ixi_etl.refresh import refresh  # noqa: E402
-from model import checkpoint  # noqa: E402
+from model import checkpoint, data  # noqa: E402
 from model.checkpoint import CheckpointError  # noqa: E402
 from model.config import PRESETS, TrainConfig, preset  # noqa: E402
+from model.evaluate import load_generator  # noqa: E402
+from model.learner import build_generator  # noqa: E402
 from model.run import open_run, prepare, train_run  # noqa: E402
 from model.train import TrainingError  # noqa: E402
 
@@ -160,8 +162,6 @@ def test_a_run_is_named_by_what_decides_its_weights(root: Path) -> None:
 
 
 def test_the_best_generator_is_kept_and_found_again(root: Path) -> None:
-    from model.evaluate import load_generator
-
     run = run_of(root, "a", ema=0.9)
     path = train_run(run)
     best = checkpoint.best(run.folder / "checkpoints")
@@ -200,21 +200,21 @@ def test_every_preset_is_sound(name: str) -> None:
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_learn_what_one_learns_from_both_their_batches(root: Path) -> None:
-    plain = {"dropout": 0.0, "steps": 4, "checkpoint_every": 4, "samples": 0, "norm": "instance", "lr": 1e-3}
+def test_two_processes_learn_what_one_learns_from_both_their_batches(root: Path, published: Refreshed) -> None:
+    plain = {"dropout": 0.0, "steps": 8, "checkpoint_every": 8, "samples": 0, "augment": "flip", "lr": 1e-3}
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     two = launch + command(root, "two", **plain, batch_size=1)[2:]
     subprocess.run(two, check=True, capture_output=True, env=env)
     train_run(run_of(root, "one", **plain, batch_size=2))
-    (a,), (b,) = (checkpoint.found(root / "runs" / name / "checkpoints") for name in ("one", "two"))
-    one, both = checkpoint.load(a.path)[0], checkpoint.load(b.path)[0]
-    assert {"random.cpu.0", "random.cpu.1"} <= both.keys()
-    start = prepare(root, run_of(root, "x", **plain).config)
-    assert start.config.steps == 4
-    for name in one:
-        if name.startswith(("generator.", "discriminator.")):
-            torch.testing.assert_close(both[name], one[name], rtol=1e-3, atol=1e-4)
+    one, two = (load_generator(root / "runs" / name / "generator.safetensors")[0] for name in ("one", "two"))
+    (saved,) = checkpoint.found(root / "runs" / "two" / "checkpoints")
+    assert {"random.cpu.0", "random.cpu.1"} <= checkpoint.load(saved.path)[0].keys()
+    source = data.load(published.folder, "train").normalised(torch.arange(4))[0]
+    fresh = build_generator(run_of(root, "one", **plain).config).eval()
+    with torch.no_grad():  # weights that norms make irrelevant may differ; what is generated may not
+        a, b, before = (generator.whole(source) for generator in (one, two, fresh))
+    assert float((a - b).abs().max()) < 0.02 * float((a - before).abs().max())
 
 
 # -- what goes wrong --------------------------------------------------------------------------------------------------
