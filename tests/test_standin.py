@@ -148,7 +148,7 @@ def test_registration_finds_the_true_motion(seed: int, tmp_path: Path) -> None:
 def test_a_synthesised_volume_is_as_near_to_the_true_t2_as_its_slices_in_evaluation(
     standin: Path, tmp_path: Path
 ) -> None:
-    """From T1 file to T2 file, and through the registration onto the true T2: within 1 dB of evaluation."""
+    """From T1 file to T2 file, and through the registration onto the true T2: at most 1 dB under evaluation."""
     torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
     from ixi_etl import align
     from model import data, evaluate, synthesize
@@ -157,7 +157,7 @@ def test_a_synthesised_volume_is_as_near_to_the_true_t2_as_its_slices_in_evaluat
 
     dataset_config = DatasetConfig(split_seed=1)  # one of the eight is held out
     done = refresh(RefreshConfig(root=tmp_path, source=str(standin), dataset=dataset_config))
-    config = TrainConfig(side=128, width=8, discriminator_width=8, batch_size=4, steps=60, samples=0, device="cpu")
+    config = TrainConfig(side=128, width=8, discriminator_width=8, batch_size=4, steps=300, samples=0, device="cpu")
     generator = train_run(prepare(tmp_path, config, "a"))
     pairs = data.load(done.folder, "test", config.direction)
     method = evaluate.generated_by(evaluate.load_generator(generator)[0])
@@ -183,4 +183,6 @@ def test_a_synthesised_volume_is_as_near_to_the_true_t2_as_its_slices_in_evaluat
             for slab, of in zip((got, true), low_high, strict=True)
         )
         psnr = -10 * np.log10(float(((got - want) ** 2).mean()))
-        assert psnr == pytest.approx(evaluated[subject], abs=1)
+        # Neighbouring planes are averaged on the way back, which smooths the noise of a hardly trained network away: it
+        # may be better than its slices. A fault of geometry or of scale makes it worse.
+        assert psnr > evaluated[subject] - 1
