@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -24,6 +25,16 @@ settings.load_profile("here")
 
 SHRINK = 4  # of the phantom's grids: IXI's shapes, a quarter of the voxels along each axis
 SLICES = 12  # of the 33 that are left of the T2's 130
+
+SMALL_NETWORKS: dict[str, Any] = {
+    "side": 32,
+    "width": 4,
+    "discriminator_width": 4,
+    "discriminator_layers": 1,
+    "precision": "fp32",
+    "device": "cpu",
+}
+"""Settings of a training that takes milliseconds a step."""
 
 
 @pytest.fixture(scope="session")

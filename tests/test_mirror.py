@@ -9,6 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
 
+from conftest import SMALL_NETWORKS  # noqa: E402
+
 from ixi_etl import dataset  # noqa: E402
 from ixi_etl.files import write_atomic  # noqa: E402
 from ixi_etl.places import Places, file_sizes, place, upload  # noqa: E402
@@ -17,19 +19,7 @@ from model import checkpoint, mirror  # noqa: E402
 from model.config import TrainConfig  # noqa: E402
 from model.run import Run, evaluate_run, open_run, prepare, train_run  # noqa: E402
 
-SMALL: dict[str, Any] = {
-    "side": 32,
-    "width": 4,
-    "discriminator_width": 4,
-    "discriminator_layers": 1,
-    "steps": 4,
-    "checkpoint_every": 1,
-    "keep": 1,
-    "log_every": 1,
-    "samples": 1,
-    "precision": "fp32",
-    "device": "cpu",
-}
+SMALL = SMALL_NETWORKS | {"steps": 4, "checkpoint_every": 1, "keep": 1, "log_every": 1, "samples": 1}
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
 
+from conftest import SMALL_NETWORKS  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from strategies import ORIENTATIONS  # noqa: E402
@@ -31,16 +32,7 @@ from model.planes import Planes  # noqa: E402
 from model.run import prepare, train_run  # noqa: E402
 from model.synthesize import SynthesisError, Trained  # noqa: E402
 
-SMALL: dict[str, Any] = {
-    "side": 32,
-    "width": 4,
-    "discriminator_width": 4,
-    "discriminator_layers": 1,
-    "steps": 2,
-    "samples": 0,
-    "precision": "fp32",
-    "device": "cpu",
-}
+SMALL = SMALL_NETWORKS | {"steps": 2, "samples": 0}
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
 
-from conftest import config_for  # noqa: E402
+from conftest import SMALL_NETWORKS, config_for  # noqa: E402
 
 from flows.cli import main  # noqa: E402
 from ixi_etl.errors import DatasetError, IxiError  # noqa: E402
@@ -31,19 +31,7 @@ from model.learner import build_generator  # noqa: E402
 from model.run import open_run, prepare, train_run  # noqa: E402
 from model.train import TrainingError  # noqa: E402
 
-SMALL: dict[str, Any] = {
-    "side": 32,
-    "width": 4,
-    "discriminator_width": 4,
-    "discriminator_layers": 1,
-    "batch_size": 2,
-    "steps": 6,
-    "checkpoint_every": 2,
-    "log_every": 2,
-    "samples": 1,
-    "precision": "fp32",
-    "device": "cpu",
-}
+SMALL = SMALL_NETWORKS | {"batch_size": 2, "steps": 6, "checkpoint_every": 2, "log_every": 2, "samples": 1}
 
 
 @pytest.fixture
