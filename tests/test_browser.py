@@ -26,7 +26,7 @@ def browser() -> Iterator[Browser]:
     with api.sync_playwright() as playwright:
         there = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
         if not there and not Path(playwright.chromium.executable_path).exists():
-            pytest.skip(f"there is no Chromium here; {INSTALL}")
+            pytest.skip(f"only a browser can show what a page does, and there is no Chromium here; {INSTALL}")
         # Without its sandbox, since that does not start as root; it opens nothing but pages made by this test.
         browser = playwright.chromium.launch(executable_path=there, args=["--no-sandbox"])
         yield browser
@@ -78,7 +78,7 @@ def open_page(browser: Browser, pages: dict[str, Path]) -> Iterator[Open]:
 
     def opened(name: str, width: int = DESKTOP, **options: Any) -> Opened:
         if name not in pages:
-            pytest.skip("torch is not installed; pip install -c constraints.txt -e '.[train]'")
+            pytest.skip("no torch, which makes the run that this page is of; `make test` installs it")
         contexts.append(browser.new_context(viewport={"width": width, "height": 900}, **options))
         return Opened(contexts[-1].new_page(), pages[name])
 

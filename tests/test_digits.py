@@ -372,7 +372,10 @@ def test_a_folder_without_the_files_is_one_line(tmp_path: Path, capsys: pytest.C
 REAL = Path(__file__).resolve().parents[2] / "shared/data/mnist"
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="needs the files of MNIST beside the checkout")
+@pytest.mark.skipif(
+    not REAL.is_dir(),
+    reason="needs the real files beside the checkout, which bring none; the tests above pin the same on IDX files they write",
+)
 def test_the_published_files(tmp_path: Path) -> None:
     made = make_digits(DigitsConfig(root=tmp_path, source=str(REAL)))
     facts = dataset.read_facts(made.folder)

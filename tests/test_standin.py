@@ -26,7 +26,8 @@ pytestmark = [
     pytest.mark.standin,
     pytest.mark.skipif(
         not (SHARED / "standin").is_dir(),
-        reason="needs data beside the checkout; test_cut and test_register pin the same on the phantom",
+        reason="needs the real anatomy beside the checkout, which brings none; test_cut, test_register and "
+        "test_synthesize pin the same on the phantom",
     ),
 ]
 

@@ -39,6 +39,14 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
+def answers(method: str, url: str) -> bool:
+    """Whether a server is there yet, and does as asked."""
+    try:
+        return httpx.request(method, url).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 def wait_until(what: str, found: Callable[[], T | None], seconds: float = 300) -> T:
     """What `found` gives as soon as it is true; the test fails after `seconds`."""
     deadline = time.monotonic() + seconds
@@ -203,13 +211,7 @@ class Stack:
             "AWS_DEFAULT_REGION": "us-east-1",
         }
 
-        def made() -> bool:
-            try:
-                return httpx.put(f"{self.values['AWS_ENDPOINT_URL']}/{bucket}").status_code == 200
-            except httpx.TransportError:
-                return False
-
-        wait_until("S3", made)
+        wait_until("S3", lambda: answers("PUT", f"{self.values['AWS_ENDPOINT_URL']}/{bucket}"))
 
     # -- Prefect's API
 
@@ -218,13 +220,7 @@ class Stack:
         return f"http://127.0.0.1:{self.ports['server']}"
 
     def wait_for_server(self) -> None:
-        def answers() -> bool:
-            try:
-                return httpx.get(f"{self.url}/api/health").status_code == 200
-            except httpx.TransportError:
-                return False
-
-        wait_until("the Prefect server", answers)
+        wait_until("the Prefect server", lambda: answers("GET", f"{self.url}/api/health"))
 
     def ask(self, path: str, method: str = "POST", **body: Any) -> Any:
         """What the server's API answers."""

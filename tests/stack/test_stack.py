@@ -174,8 +174,8 @@ def test_a_refresh_that_changes_nothing_starts_nothing(stack: Stack, source: str
 def cut_under_way(stack: Stack, source: str, root: str) -> str:
     """Start a refresh into another root; the run's id, when a first subject is done and others are not."""
     started = run(stack, "refresh-dataset", config=refresh_into(stack, source, root))
-    work = Path(stack.here("/data"))
-    wait_until("a first subject", lambda: list(work.glob("datasets/*/.staging/*/work/*.json")))
+    scratch = Path(stack.here("/data"))
+    wait_until("a first subject", lambda: [p for p in scratch.rglob("*.json") if p.parent.name == "work"])
     return started
 
 
