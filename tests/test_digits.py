@@ -374,7 +374,7 @@ REAL = Path(__file__).resolve().parents[2] / "shared/data/mnist"
 
 @pytest.mark.skipif(
     not REAL.is_dir(),
-    reason="needs the real files beside the checkout, which bring none; the tests above pin the same on IDX files they write",
+    reason="needs the real files, which no checkout has; the tests above pin the same on files of their own",
 )
 def test_the_published_files(tmp_path: Path) -> None:
     made = make_digits(DigitsConfig(root=tmp_path, source=str(REAL)))
