@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from flows.output import LOGGERS, Json, Output, Quiet
 from ixi_etl.errors import ArchiveError, DatasetError, IxiError, StoppedError
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from ixi_etl.publish import Refreshed
 
 app = typer.Typer(
@@ -50,6 +49,8 @@ def survey(
     out: Annotated[
         Path | None, typer.Option(help="Folder for survey.csv and depths.png.  [default: ROOT/survey]")
     ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Histogram the slice counts from the headers alone; nothing is unpacked.
 
@@ -71,6 +72,7 @@ def survey(
         if source.endswith(".tar"):
             modality = str(modality_of(Path(source).name))
             places = {modality: places[modality]}
+    say = Output(quiet, as_json)
     with show_progress() as progress:
         table = survey_archives(places, progress)
     out = out or Places(root).local / "survey"
@@ -79,14 +81,16 @@ def survey(
     histogram, modal = depth_histogram(table), modal_depths(table)
     if histogram.empty:
         raise ArchiveError(f"no volume can be read in {', '.join(places.values())}; {out / 'survey.csv'} says why")
-    draw_histogram(table, out / "depths.png")
+    draw_histogram(histogram, modal, out / "depths.png")
     shown = histogram.reset_index()
     shown["depth"] = [f"{d} (modal)" if modal[m] == d else f"{d}" for m, d in histogram.index]
-    _print_table(shown, "Volumes by depth (slices as stored)")
+    rows = histogram.reset_index().to_dict("records")
+    say.table("depths", shown, "Volumes by depth (slices as stored)", rows)
     broken = table[table["problem"] != ""]
     if len(broken):
-        _print_table(broken[["modality", "member", "reason", "problem"]], "Members that are no volume to use")
-    typer.echo(f"\n{len(table)} members\n{out / 'survey.csv'}\n{out / 'depths.png'}")
+        say.table("broken", broken[["modality", "member", "reason", "problem"]], "Members that are no volume to use")
+    say.lines({"members": len(table), "survey": out / "survey.csv", "picture": out / "depths.png"})
+    say.end()
 
 
 @app.command()
@@ -131,6 +135,8 @@ def refresh(
     then_train: Annotated[
         bool, typer.Option("--then-train", help="Train pix2pix on the version; go on with a training that was stopped.")
     ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Make a dataset version: download, verify, survey, select, cut, publish.
 
@@ -163,11 +169,13 @@ def refresh(
         offline=offline,
         insecure_hosts=tuple(insecure_host or ()),
     )
+    say = Output(quiet, as_json)
     refreshed = _run_flow("refresh_dataset", config)
-    _report(refreshed)
+    _tell_version(say, refreshed)
     if then_train:
         version = f"{config.places.name}@{refreshed.version}"
-        _report_run(_run_flow("train_pix2pix", dataset=version, root=config.root, scratch=config.scratch))
+        _tell_run(say, _run_flow("train_pix2pix", dataset=version, root=config.root, scratch=config.scratch))
+    say.end()
 
 
 @app.command()
@@ -188,6 +196,8 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="A field of the configuration; may be repeated."),
     ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Train pix2pix on a dataset version, and measure it on the test split.
 
@@ -198,9 +208,11 @@ def train(
     from model.config import preset as preset_of
     from model.data import EmptySplitError
 
+    say = Output(quiet, as_json)
     settings = _settings(setting or []) | ({"dataset": dataset} if dataset else {})
     prepared = runs.prepare(root, preset_of(preset, **settings), run_id, scratch)
-    typer.echo(f"run {prepared.folder} on {prepared.config.dataset}")
+    log = logging.getLogger("model")
+    log.info("run %s on %s", prepared.folder, prepared.config.dataset)
     with show_progress() as progress:
         runs.train_run(prepared, resume=resume, progress=progress)
         if os.environ.get("RANK", "0") != "0":
@@ -208,8 +220,9 @@ def train(
         try:
             runs.evaluate_run(prepared, progress=progress)
         except EmptySplitError as error:
-            logging.getLogger("model").warning("not evaluated: %s", error)
-    _report_run(prepared.folder)
+            log.warning("not evaluated: %s", error)
+    _tell_run(say, prepared.folder)
+    say.end()
 
 
 def _settings(given: list[str]) -> dict[str, Any]:
@@ -236,6 +249,8 @@ def evaluate(
         Path | None, typer.Option(help="A checkpoint's file.  [default: the run's best generator]")
     ] = None,
     dropout: Annotated[bool, typer.Option("--dropout", help="Leave dropout on, as published.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Measure a trained generator by subject (PSNR, SSIM, MAE) next to three baselines.
 
@@ -244,18 +259,22 @@ def evaluate(
     from flows.progress import show_progress
     from model.run import evaluate_run, open_run
 
+    say = Output(quiet, as_json)
     opened = open_run(root, run, scratch)
     with show_progress() as progress:
         _, comparison = evaluate_run(opened, split=split, weights=weights, dropout=dropout, progress=progress)
-    _report_run(opened.folder, split)
+    _tell_run(say, opened.folder, split)
     shown = comparison.assign(
         better_by=[f"{row.better_by:+.4f} [{row.low_95:.4f}, {row.high_95:.4f}]" for row in comparison.itertuples()]
     )
-    _print_table(
+    say.table(
+        "comparison",
         shown[["mask", "baseline", "measure", "better_by"]],
         "The generator against each baseline: mean paired difference [95% interval], above 0 is better",
+        comparison.to_dict("records"),
     )
-    typer.echo(str(opened.folder / f"evaluation-{split}.csv"))
+    say.lines({"subjects": opened.folder / f"evaluation-{split}.csv"})
+    say.end()
 
 
 @app.command()
@@ -268,6 +287,8 @@ def synthesize(
     device: Annotated[str, typer.Option(help="auto: the GPU if there is one; else as torch names it.")] = "auto",
     dropout: Annotated[bool, typer.Option("--dropout", help="Leave dropout on, as published.")] = False,
     seed: Annotated[int, typer.Option(help="Of dropout's noise.")] = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Generate a whole volume of the other modality from each input, on its own grid.
 
@@ -277,13 +298,14 @@ def synthesize(
     from model import synthesize as synthesis
     from model.run import pick_device
 
+    say = Output(quiet, as_json)
     generator = synthesis.find_generator(root, run, scratch)
     trained = synthesis.load(generator, pick_device(device), dropout=dropout, seed=seed)
     jobs = synthesis.plan(inputs, out, trained.direction)
     with show_progress() as progress:
         written = synthesis.synthesize(trained, jobs, progress)
-    for path in written:
-        typer.echo(str(path))
+    say.each("written", written)
+    say.end()
 
 
 @app.command()
@@ -293,13 +315,18 @@ def export(
     form: Annotated[Literal["safetensors", "onnx"], typer.Option("--format", help="What to write.")] = "onnx",
     root: Root = DEFAULT_ROOT,
     scratch: Scratch = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Write the generator to be used elsewhere; it is read back and compared before this says that it is done."""
     from model.export import export as export_generator
     from model.synthesize import find_generator
 
+    say = Output(quiet, as_json)
     path, difference = export_generator(find_generator(root, run, scratch), form, out)
-    typer.echo(f"{path}\nread back: its slices differ from the original's by {difference:.1e} of [-1, 1] at most")
+    sentence = f"{path}\nread back: its slices differ from the original's by {difference:.1e} of [-1, 1] at most"
+    say.words(sentence, written=path, difference=difference)
+    say.end()
 
 
 @app.command()
@@ -313,18 +340,22 @@ def digits(
         int | None, typer.Option(min=2, help="Only the first so many of the training and of the test file.")
     ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Use verified files; ask no server anything.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Make a version of MNIST (outlines and digits), to try the training on: download, verify, publish."""
     from flows.progress import show_progress
     from ixi_etl.config import DigitsConfig, DigitsDataset
     from ixi_etl.digits import make_digits
 
+    say = Output(quiet, as_json)
     config = DigitsConfig(
         root=root, scratch=scratch, source=source, dataset=DigitsDataset(limit=limit), offline=offline
     )
     with show_progress() as progress:
         made = make_digits(config, progress)
-    _report(made)
+    _tell_version(say, made)
+    say.end()
 
 
 @app.command()
@@ -332,12 +363,15 @@ def verify(
     version: Annotated[str, typer.Argument(help=f"What to check: {NAMING}.")] = "latest",
     root: Root = DEFAULT_ROOT,
     deep: Annotated[bool, typer.Option("--deep", help="Every hash, every chunk, every value.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Check a published version: files, schema and counts; with --deep every byte."""
     from flows.progress import show_progress
     from ixi_etl import dataset
     from ixi_etl.places import Places
 
+    say = Output(quiet, as_json)
     name, wanted = dataset.parse(version)
     places = Places(root, name)
     folder = places.version(dataset.resolve(places, wanted))
@@ -349,7 +383,9 @@ def verify(
         raise DatasetError(
             f"{folder} is not sound: {len(problems)} problem(s); `{dataset.COMMANDS[name]}` makes it again"
         )
-    typer.echo(f"{folder} is sound ({'every byte' if deep else 'files, schema and counts'} checked)")
+    checked = "every byte" if deep else "files, schema and counts"
+    say.words(f"{folder} is sound ({checked} checked)", folder=folder, sound=True, checked=checked)
+    say.end()
 
 
 @app.command()
@@ -357,6 +393,8 @@ def versions(
     old: Annotated[str | None, typer.Argument(help=f"Compare this version ({NAMING}) ...")] = None,
     new: Annotated[str | None, typer.Argument(help="... with this one, or else with the latest.")] = None,
     root: Root = DEFAULT_ROOT,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """List the published versions, or say what changed between two of them, subject by subject."""
     import pandas as pd
@@ -364,6 +402,7 @@ def versions(
     from ixi_etl import dataset
     from ixi_etl.places import Places
 
+    say = Output(quiet, as_json)
     if old is not None:
         name, wanted = dataset.parse(old)
         other, against = dataset.parse(new or f"{name}@latest")
@@ -374,31 +413,41 @@ def versions(
         tables = [dataset.read_manifest(places.version(name)) for name in names]
         changes = dataset.compare(*tables)
         if changes.empty:
-            typer.echo(f"{names[0]} and {names[1]} have the same subjects, cut from the same bytes in the same way")
+            same = f"{names[0]} and {names[1]} have the same subjects, cut from the same bytes in the same way"
+            say.words(same, changes=[])
         else:
-            _print_table(changes, f"{len(changes)} subjects differ: {names[0]} (old), {names[1]} (new)")
+            say.table("changes", changes, f"{len(changes)} subjects differ: {names[0]} (old), {names[1]} (new)")
+        say.end()
         return
     every = [Places(root, name) for name in dataset.COMMANDS]
     for places in [p for p in every if dataset.published(p)] or every[:1]:
         latest = dataset.resolve(places)
-        rows = []
+        rows: list[dict[str, Any]] = []
         for version in dataset.published(places):
             facts = dataset.read_facts(places.version(version))
             config = facts["inputs"]["config"]
-            row = {
-                "version": f"{places.name}@{version}{' (latest)' if version == latest else ''}",
-                "subjects": facts["subjects"],
-                "splits": ", ".join(f"{n} {split}" for split, n in facts["splits"].items()),
+            row = {"version": f"{places.name}@{version}", "latest": version == latest}
+            row |= {"subjects": facts["subjects"], "splits": facts["splits"]}
+            rows.append(row | {key: config[key] for key in ("pairing", "window", "limit") if key in config})
+        shown: list[dict[str, Any]] = [
+            row
+            | {
+                "version": row["version"] + (" (latest)" if row["latest"] else ""),
+                "splits": ", ".join(f"{n} {split}" for split, n in row["splits"].items()),
             }
-            told = [key for key in ("pairing", "window", "limit") if key in config]
-            rows.append(row | {key: "all" if config[key] is None else config[key] for key in told})
-        _print_table(pd.DataFrame(rows), str(places.datasets))
+            | ({"limit": row["limit"] or "all"} if "limit" in row else {})
+            for row in rows
+        ]
+        say.table(places.name, pd.DataFrame(shown).drop(columns="latest"), str(places.datasets), rows)
+    say.end()
 
 
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Option(help="Where to work; what lies there is replaced.")] = Path("demo"),
     subjects: Annotated[int, typer.Option(min=4, help="How many sound subjects to simulate.")] = 6,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Run the whole job on a small simulated IXI, served over HTTP on this machine: refresh, then a smoke training."""
     from flows.progress import show_progress
@@ -406,6 +455,7 @@ def demo(
     from ixi_etl.phantom import write_phantom
     from ixi_etl.serve import serve_folder
 
+    say = Output(quiet, as_json)
     if folder.exists() and not (folder / "archives-served").is_dir() and any(folder.iterdir()):
         raise IxiError(f"{folder} is not empty and not of a demo; give another --folder")
     shutil.rmtree(folder, ignore_errors=True)
@@ -415,9 +465,9 @@ def demo(
     with serve_folder(folder / "archives-served") as url:
         dataset = DatasetConfig(split_seed=DEMO_SPLIT_SEED)
         refreshed = _run_flow("refresh_dataset", RefreshConfig(root=root, source=url, dataset=dataset))
-    _report(refreshed)
-    run = _run_flow("train_pix2pix", preset="smoke", root=root)
-    _report_run(run)
+    _tell_version(say, refreshed)
+    _tell_run(say, _run_flow("train_pix2pix", preset="smoke", root=root))
+    say.end()
 
 
 def _run_flow(name: str, *arguments: Any, **parameters: Any) -> Any:
@@ -456,7 +506,7 @@ def _not_a_users_mistake(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], IxiError)) and "Finished in state Failed" not in said
 
 
-def _report_run(folder: Path, split: str = "test") -> None:
+def _tell_run(say: Output, folder: Path, split: str = "test") -> None:
     """The table against the baselines, and where the run's things lie."""
     import pandas as pd
 
@@ -476,12 +526,13 @@ def _report_run(folder: Path, split: str = "test") -> None:
         ]
         subjects = facts["summary"][0]["subjects"]
         title = f"{facts['split']}: {subjects} subjects, mean (sd); {facts['normalisation']}, data range 1"
-        _print_table(pd.DataFrame(rows), title)
+        say.table("evaluation", pd.DataFrame(rows), title, facts["summary"])
     sheets = sorted((folder / "samples").glob("*-gray.png"))
-    lines = [f"run       {folder}", f"generator {folder / 'generator.safetensors'}"]
-    lines += [f"samples   {sheets[-1]}"] if sheets else []
-    lines += [f"report    {folder / 'report.html'}"]
-    typer.echo("\n" + "\n".join(lines))
+    say.lines(
+        {"run": folder, "generator": folder / "generator.safetensors"}
+        | ({"samples": sheets[-1]} if sheets else {})
+        | {"report": folder / "report.html"}
+    )
 
 
 def _mean_sd(row: dict[str, Any], measure: str, digits: int) -> str:
@@ -490,35 +541,21 @@ def _mean_sd(row: dict[str, Any], measure: str, digits: int) -> str:
     return ("-" if mean is None else f"{mean:.{digits}f}") + spread
 
 
-def _report(refreshed: Refreshed) -> None:
+def _tell_version(say: Output, refreshed: Refreshed) -> None:
     from ixi_etl import dataset, manifest
     from ixi_etl.schema import EXCLUDED
+    from ixi_etl.store import STORE
 
     table = dataset.read_manifest(refreshed.folder)
     schema = dataset.SCHEMAS[dataset.read_facts(refreshed.folder)["name"]]
-    _print_table(manifest.funnel(table, schema).reset_index(), "Subjects left after each step")
+    say.table("funnel", manifest.funnel(table, schema).reset_index(), "Subjects left after each step")
     if (table["status"] == EXCLUDED).any():
-        _print_table(manifest.exclusions(table).reset_index(names="reason"), "Why the others are out")
-    state = "published" if refreshed.is_new else "published before, nothing to do"
-    lines = [f"version   {refreshed.version} ({state})"]
-    for label, name in (("store", "slices.zarr"), ("manifest", dataset.MANIFEST), ("report", dataset.REPORT)):
-        if (refreshed.folder / name).exists():
-            lines.append(f"{label:<9} {refreshed.folder / name}")
-    typer.echo("\n" + "\n".join(lines))
-
-
-def _print_table(table: pd.DataFrame, title: str) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, min_width=len(title))
-    for name in table.columns:
-        numeric = table[name].dtype.kind in "iuf"
-        shown.add_column(str(name), justify="right" if numeric else "left", overflow="fold")
-    for row in table.itertuples(index=False):
-        shown.add_row(*(str(value) for value in row))
-    Console(width=None if sys.stdout.isatty() else 160).print(shown)
+        say.table("exclusions", manifest.exclusions(table).reset_index(names="reason"), "Why the others are out")
+    files = {"store": STORE, "manifest": dataset.MANIFEST, "report": dataset.REPORT}
+    facts: dict[str, Any] = {"version": refreshed.version}
+    facts["state"] = "published" if refreshed.is_new else "published before, nothing to do"
+    facts |= {k: refreshed.folder / name for k, name in files.items() if (refreshed.folder / name).exists()}
+    say.lines(facts)
 
 
 def main(arguments: list[str] | None = None) -> Any:
@@ -527,7 +564,7 @@ def main(arguments: list[str] | None = None) -> Any:
 
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    for name in ("ixi_etl", "model"):
+    for name in LOGGERS:
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
         logger.handlers, logger.propagate = [handler], False

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ixi_etl.files import Progress
+from ixi_etl.files import Progress, silent
 
 log = logging.getLogger("ixi_etl.progress")
 LINE_EVERY_S = 5.0
@@ -17,7 +17,10 @@ LINE_EVERY_S = 5.0
 
 @contextmanager
 def show_progress() -> Iterator[Progress]:
-    """A `Progress` that shows itself, with rate and time left, while the block runs."""
+    """A `Progress` that shows itself, with rate and time left, while the block runs; not if nobody wants to be told."""
+    if not log.isEnabledFor(logging.INFO):
+        yield silent
+        return
     if not sys.stderr.isatty():
         yield _Lines().show
         return

@@ -16,6 +16,7 @@ from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
+from flows.artifacts import progress_artifacts, show_version
 from flows.progress import show_progress
 from ixi_etl import refresh
 from ixi_etl.config import RefreshConfig
@@ -77,8 +78,9 @@ def publish_version(
     settled: pd.DataFrame,
     records: dict[str, Any],
     inputs: Inputs,
+    progress: Progress,
 ) -> Refreshed:
-    return refresh.publish_version(config, version, facts, table, settled, records, inputs)
+    return refresh.publish_version(config, version, facts, table, settled, records, inputs, progress)
 
 
 def announce(config: RefreshConfig, refreshed: Refreshed) -> None:
@@ -102,7 +104,7 @@ def refresh_dataset(config: RefreshConfig | None = None) -> Refreshed:
     """
     config = config or RefreshConfig()
     log = get_run_logger()
-    with lock_root(config.places.local), show_progress() as progress:
+    with lock_root(config.places.local), show_progress() as shown, progress_artifacts(shown) as progress:
         sources = refresh.find_sources(config)
         downloads = {key: download.submit(config, source, progress) for key, source in sources.items()}
         inputs = refresh.inputs_of(config, {key: job.result() for key, job in downloads.items()})
@@ -110,11 +112,13 @@ def refresh_dataset(config: RefreshConfig | None = None) -> Refreshed:
         published = refresh.find_published(config, version, inputs)
         if published:
             log.info("version %s is published already: %s", version, published.folder)
+            show_version(published)
             return published
         table = survey_archives(inputs, progress)
         candidates = select_subjects(config, table, inputs)
         settled, records = cut_subjects(config, version, table, candidates, inputs, progress)
-        refreshed = publish_version(config, version, facts, table, settled, records, inputs)
+        refreshed = publish_version(config, version, facts, table, settled, records, inputs, progress)
         announce(config, refreshed)
+        show_version(refreshed)
         log.info("published version %s: %s", version, refreshed.folder)
         return refreshed

@@ -13,6 +13,7 @@ from pathlib import Path
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
+from flows.artifacts import show_written
 from flows.progress import show_progress
 from ixi_etl.files import Progress
 from model import synthesize as synthesis
@@ -50,4 +51,6 @@ def synthesize(
     jobs = synthesis.plan(inputs, out, trained.direction)
     get_run_logger().info("%d volumes with %s", len(jobs), generator)
     with show_progress() as progress:
-        return synthesize_volumes(trained, jobs, progress)
+        written = synthesize_volumes(trained, jobs, progress)
+    show_written(written)
+    return written

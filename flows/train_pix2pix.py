@@ -13,6 +13,7 @@ from typing import Any
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
+from flows.artifacts import progress_artifacts, show_run
 from flows.progress import show_progress
 from ixi_etl.files import Progress
 from model import run as runs
@@ -62,10 +63,12 @@ def train_pix2pix(
     config = preset_of(preset, **(settings or {}) | named)
     prepared = runs.prepare(root, config, run, Path(scratch) if scratch else None)
     log.info("run %s trains on %s", prepared.folder, prepared.config.dataset)
-    with show_progress() as progress:
+    with show_progress() as shown, progress_artifacts(shown) as progress:
         train(prepared, progress)
         try:
             evaluate(prepared, progress)
         except EmptySplitError as error:
             log.warning("not evaluated: %s", error)
-    return prepared.kept or prepared.folder
+    folder = prepared.kept or prepared.folder
+    show_run(folder)
+    return folder

@@ -75,7 +75,7 @@ def make_digits(config: DigitsConfig, progress: Progress = silent) -> Refreshed:
         attributes = {key: summary[key] for key in ("name", "version", "licence", "credit")}
         store.write_images(staged / store.STORE, arrays, LONG_NAMES, attributes)
         write_atomic(staged / dataset.MANIFEST, DIGITS.to_csv(table))
-        return publish.publish(places, staged, summary, origins)
+        return publish.publish(places, staged, summary, origins, progress)
 
 
 def acquire_files(config: DigitsConfig, progress: Progress = silent) -> dict[str, Acquired]:

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import fsspec
+from fsspec.callbacks import Callback
 
 from ixi_etl.errors import IxiError
+
+if TYPE_CHECKING:
+    from ixi_etl.files import Progress
 
 NAME = "ixi-t1-t2"  # the dataset that a version is of, where nobody says
 SCRATCH = Path("ixi-data")
@@ -99,11 +103,12 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {name[len(top) + 1 :]: int(info["size"]) for name, info in found.items()}
 
 
-def upload(folder: Path, target: Path, last: str) -> None:
+def upload(folder: Path, target: Path, last: str, progress: Progress) -> None:
     """Copy a folder of this machine to S3, its file `last` when all others are there."""
     filesystem, top = filesystem_of(target)
     names = sorted(file_sizes(folder).keys() - {last})
-    filesystem.put([str(folder / name) for name in names], [f"{top}/{name}" for name in names])
+    told = Callback(hooks={"progress": lambda size, value: progress("upload", value, size or len(names), "files")})
+    filesystem.put([str(folder / name) for name in names], [f"{top}/{name}" for name in names], callback=told)
     filesystem.put_file(str(folder / last), f"{top}/{last}")
 
 

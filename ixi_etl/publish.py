@@ -14,7 +14,7 @@ from typing import Any
 from ixi_etl.dataset import COMMANDS, FACTS, POINTER, published, read_pointer, verify
 from ixi_etl.download import Acquired
 from ixi_etl.errors import DatasetError
-from ixi_etl.files import sha256_file, to_json, write_atomic
+from ixi_etl.files import Progress, sha256_file, silent, to_json, write_atomic
 from ixi_etl.places import Places, is_local, remove, upload
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,9 @@ def start_staging(places: Places, version: str) -> Path:
     return staged
 
 
-def publish(places: Places, staged: Path, summary: Mapping[str, Any], origins: Mapping[str, Any]) -> Refreshed:
+def publish(
+    places: Places, staged: Path, summary: Mapping[str, Any], origins: Mapping[str, Any], progress: Progress = silent
+) -> Refreshed:
     """Write `dataset.json` of `summary` into a staged folder, verify it, bring it to its place, point to it.
 
     `origins` is what `origins_of` gives; it goes into the pointer's history.
@@ -65,7 +67,7 @@ def publish(places: Places, staged: Path, summary: Mapping[str, Any], origins: M
         DatasetError: what was staged does not verify.
     """
     version = str(summary["version"])
-    write_atomic(staged / FACTS, to_json({**summary, "files": list_files(staged)}))
+    write_atomic(staged / FACTS, to_json({**summary, "files": list_files(staged, progress)}))
     problems = verify(staged, version=version)
     if problems:
         raise DatasetError(f"the staged version does not verify: {problems[0]}; run `{COMMANDS[places.name]}` again")
@@ -74,16 +76,20 @@ def publish(places: Places, staged: Path, summary: Mapping[str, Any], origins: M
     if is_local(target):
         _move(staged, target)
     else:
-        upload(staged, target, last=FACTS)
+        upload(staged, target, last=FACTS, progress=progress)
     _point_to(places, version, origins)
     _clear_staging(places)
     return Refreshed(version, target, is_new=True)
 
 
-def list_files(folder: Path) -> dict[str, dict[str, Any]]:
+def list_files(folder: Path, progress: Progress = silent) -> dict[str, dict[str, Any]]:
     """Relative path -> size and SHA-256 of every file of a version but `dataset.json`, which holds this list."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / FACTS)
-    return {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": sha256_file(p)} for p in paths}
+    files = {}
+    for done, path in enumerate(paths, 1):
+        files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+        progress("hash files", done, len(paths), "files")
+    return files
 
 
 def _put_aside(places: Places, version: str) -> None:

@@ -72,7 +72,7 @@ def refresh(config: RefreshConfig, progress: Progress = silent) -> Refreshed:
         table = survey(inputs.locations, progress)
         candidates = select_subjects(config, table, inputs)
         settled, records = cut_subjects(config, version, table, candidates, inputs, progress)
-        return publish_version(config, version, facts, table, settled, records, inputs)
+        return publish_version(config, version, facts, table, settled, records, inputs, progress)
 
 
 # -- the stages -------------------------------------------------------------------------------------------------------
@@ -230,6 +230,7 @@ def publish_version(
     settled: pd.DataFrame,
     records: Mapping[str, Any],
     inputs: Inputs,
+    progress: Progress = silent,
 ) -> Refreshed:
     """Put the shards in their rows, write manifest, facts and report beside them, verify all, publish.
 
@@ -266,7 +267,7 @@ def publish_version(
     write_atomic(staged / dataset.MANIFEST, IXI.to_csv(settled))
     layers = _middle_layers(staged, settled) if config.dataset.pictures else {}
     write_atomic(staged / dataset.REPORT, report.dataset_report(summary, settled, layers))
-    return publish.publish(places, staged, summary, inputs.origins)
+    return publish.publish(places, staged, summary, inputs.origins, progress)
 
 
 def _put_pictures(work: Path, folder: Path, settled: pd.DataFrame) -> None:

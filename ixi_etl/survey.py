@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import pandas as pd
 
@@ -129,12 +130,11 @@ def _volumes(table: pd.DataFrame) -> pd.DataFrame:
     return table[is_volume & table["depth"].notna()]
 
 
-def draw_histogram(table: pd.DataFrame, path: Path) -> None:
-    """Draw the histogram of depths, a panel per modality, stacked by site, the modal depth marked, as a PNG."""
+def draw_histogram(histogram: pd.DataFrame, modal: Mapping[str, int], path: Path | BinaryIO) -> None:
+    """Draw `depth_histogram`, a panel per modality, stacked by site, `modal_depths` marked, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    histogram, modal = depth_histogram(table), modal_depths(table)
     sites = [site for site in histogram.columns if site != "all"]
     figure = Figure(figsize=(5.2 * max(len(modal), 1), 3.8), layout="constrained")
     FigureCanvasAgg(figure)

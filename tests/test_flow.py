@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,12 +10,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import config_for
 
-from ixi_etl.dataset import read_facts
+from ixi_etl.dataset import read_facts, read_manifest
 from ixi_etl.errors import DownloadError
+from ixi_etl.manifest import funnel
 from ixi_etl.publish import Refreshed
 from ixi_etl.refresh import refresh
 from ixi_etl.serve import serve_folder
@@ -69,6 +72,59 @@ def test_runs_have_names_a_person_can_read(archives: Path, tmp_path: Path) -> No
     with get_client(sync_client=True) as client:
         names = {run.name for run in client.read_flow_runs()}
     assert f"refresh anatomical from {archives}" in names
+
+
+def test_a_refresh_leaves_its_summary_tables_pictures_and_progress_on_the_server(
+    archives: Path, tmp_path: Path
+) -> None:
+    from flows.refresh_dataset import refresh_dataset
+
+    made = refresh_dataset(config_for(tmp_path, archives, pictures=True))
+    keyed, progress = artifacts_of_the_last_run()
+    assert {name: kind for name, (kind, _) in keyed.items()} == {
+        "ixi-t1-t2-summary": "markdown",
+        "ixi-t1-t2-exclusions": "table",
+        "ixi-t1-t2-depths": "image",
+        "ixi-t1-t2-pairs": "image",
+        "ixi-t1-t2-report": "markdown",  # how Prefect keeps a link
+    }
+    manifest = read_manifest(made.folder)
+    out = manifest[manifest["status"] == "excluded"]
+    summary, listed = keyed["ixi-t1-t2-summary"][1], json.loads(keyed["ixi-t1-t2-exclusions"][1])
+    assert f"| found | {' | '.join(str(n) for n in funnel(manifest).loc['found'])} |" in summary
+    assert [row["subject_id"] for row in listed] == out["subject_id"].tolist()
+    assert all(len(data) < 300_000 for kind, data in keyed.values() if kind == "image")
+    assert f"]({(made.folder / 'report.html').as_uri()})" in keyed["ixi-t1-t2-report"][1]
+    assert progress >= {("verify IXI-T1.tar", 100.0), ("survey T2", 100.0), ("cut", 100.0)}
+
+
+def artifacts_of_the_last_run() -> tuple[dict[str, tuple[str, Any]], set[tuple[str, float]]]:
+    """By key the type and data of those that have one, and the descriptions and percents of the stages."""
+    from prefect import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
+        found = client.read_artifacts(
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
+        )
+    keyed = {a.key: (str(a.type), a.data) for a in found if a.key}
+    return keyed, {(str(a.description), float(a.data)) for a in found if a.type == "progress"}  # type: ignore[arg-type]
+
+
+def test_a_server_that_takes_no_artifact_costs_a_warning_and_not_the_refresh(
+    archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from flows.refresh_dataset import refresh_dataset
+
+    def refuse(*_: object, **__: object) -> None:  # a server that fails just then cannot be had for real
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr("flows.artifacts.create_markdown_artifact", refuse)
+    monkeypatch.setattr("flows.artifacts.create_progress_artifact", refuse)
+    assert refresh_dataset(config_for(tmp_path, archives)).is_new
+    assert caplog.text.count("was not told all (ConnectionError: gone)") == 2
 
 
 def test_parameters_are_checked_at_the_door() -> None:
@@ -140,9 +196,9 @@ def test_the_command_line_refreshes_twice(published: Refreshed, archives: Path, 
         "--registration",
         "none",
     ]
-    for said in ("(published)", "(published before, nothing to do)"):
+    for said in ("published", "published before, nothing to do"):
         done = subprocess.run([sys.executable, "-m", "flows", *arguments], capture_output=True, text=True, check=True)
-        assert f"version   {published.version} {said}" in done.stdout
+        assert f"version   {published.version}\nstate     {said}\n" in done.stdout
         assert "Traceback" not in done.stderr
 
 
@@ -160,6 +216,9 @@ def test_the_training_flow_trains_measures_and_does_neither_twice(published: Ref
     assert (folder / "generator.safetensors").exists()
     splits = read_facts(published.folder)["splits"]
     assert (folder / "evaluation-test.csv").exists() == ("test" in splits)
+    keyed, progress = artifacts_of_the_last_run()
+    assert keyed.keys() >= {"pix2pix-summary", "pix2pix-report", "pix2pix-samples"}
+    assert ("train", 100.0) in progress
     before = (folder / "checkpoints" / "step-00000002.safetensors").stat().st_mtime_ns
     assert train_pix2pix(preset="smoke", root=tmp_path, settings=SMALL) == folder
     assert (folder / "checkpoints" / "step-00000002.safetensors").stat().st_mtime_ns == before
@@ -185,3 +244,4 @@ def test_the_synthesis_flow_writes_what_the_plain_function_writes(published: Ref
     assert made == tmp_path / "out" / "slab-T2.nii.gz"
     plain = synthesis.synthesize_file(synthesis.load(generator), source, tmp_path / "plain.nii.gz")
     assert made.read_bytes() == plain.read_bytes()
+    assert json.loads(artifacts_of_the_last_run()[0]["synthesized-volumes"][1]) == [{"volume": str(made)}]

@@ -104,7 +104,7 @@ def test_histogram_counts_sites_apart(table: pd.DataFrame) -> None:
 
 
 def test_histogram_is_drawn_as_a_png(table: pd.DataFrame, tmp_path: Path) -> None:
-    draw_histogram(table, tmp_path / "depths.png")
+    draw_histogram(depth_histogram(table), modal_depths(table), tmp_path / "depths.png")
     assert (tmp_path / "depths.png").read_bytes().startswith(b"\x89PNG")
 
 

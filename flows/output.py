@@ -1,0 +1,81 @@
+"""What a command says at its end: tables and lines for a person, or one JSON object for a script.
+
+It goes to stdout; progress, warnings and errors go to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LOGGERS = ("ixi_etl", "model")
+LABEL = 9  # characters of the longest label of `Output.line`
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress: only warnings, errors and the result.")]
+Json = Annotated[bool, typer.Option("--json", help="The result as one JSON object, for scripts.")]
+
+
+class Output:
+    """What is said is printed as it comes; with `as_json` it is kept, and printed by `end`."""
+
+    def __init__(self, quiet: bool = False, as_json: bool = False) -> None:
+        self._as_json = as_json
+        self._said: dict[str, Any] = {}
+        for name in LOGGERS:
+            logging.getLogger(name).setLevel(logging.WARNING if quiet else logging.INFO)
+
+    def table(self, name: str, table: pd.DataFrame, title: str, data: Any = None) -> None:
+        """A table under its title; in JSON its rows, or `data` instead of them."""
+        if self._as_json:
+            self._said[name] = json.loads(table.to_json(orient="records")) if data is None else data
+        else:
+            _print_table(table, title)
+
+    def lines(self, facts: Mapping[str, Any]) -> None:
+        """Labels and what they are, a line each, after an empty one."""
+        if self._as_json:
+            self._said |= facts
+        else:
+            typer.echo("\n" + "\n".join(f"{label:<{LABEL}} {value}" for label, value in facts.items()))
+
+    def each(self, name: str, values: Sequence[str | Path]) -> None:
+        """A line for each value, and nothing else on it: a list of files is to be piped on."""
+        if self._as_json:
+            self._said[name] = list(values)
+        else:
+            for value in values:
+                typer.echo(str(value))
+
+    def words(self, sentence: str, **facts: Any) -> None:
+        """A sentence for a person; what it says as facts for a script."""
+        if self._as_json:
+            self._said |= facts
+        else:
+            typer.echo(sentence)
+
+    def end(self) -> None:
+        if self._as_json:
+            typer.echo(json.dumps(self._said, indent=2, default=str))
+
+
+def _print_table(table: pd.DataFrame, title: str) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, min_width=len(title))
+    for name in table.columns:
+        numeric = table[name].dtype.kind in "iuf"
+        shown.add_column(str(name), justify="right" if numeric else "left", overflow="fold")
+    for row in table.itertuples(index=False):
+        shown.add_row(*(str(value) for value in row))
+    Console(width=None if sys.stdout.isatty() else 160).print(shown)

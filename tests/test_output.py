@@ -1,0 +1,91 @@
+"""A script gets one JSON object, a pipe gets plain lines, a terminal gets bars, and who wants quiet gets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.cli import main
+from flows.progress import show_progress
+from ixi_etl.dataset import read_manifest
+from ixi_etl.publish import Refreshed
+
+
+def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert not ended.value.code
+    said = capsys.readouterr()
+    return said.out, said.err
+
+
+def test_json_is_one_object_with_what_the_tables_say(
+    published: Refreshed, archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = str(published.folder.parents[2])
+    said = json.loads(run("survey", "--source", str(archives), "--out", str(tmp_path), "--json", capsys=capsys)[0])
+    assert Path(said["survey"]).read_text().count("\n") == said["members"] + 1
+    assert sum(row["all"] for row in said["depths"]) + len(said["broken"]) >= said["members"]
+    said = json.loads(run("verify", "--root", root, "--json", capsys=capsys)[0])
+    assert said == {"folder": str(published.folder), "sound": True, "checked": "files, schema and counts"}
+    (row,) = json.loads(run("versions", "--root", root, "--json", capsys=capsys)[0])["ixi-t1-t2"]
+    assert (row["version"], row["latest"]) == (f"ixi-t1-t2@{published.version}", True)
+    version = published.version
+    assert json.loads(run("versions", version, version, "--root", root, "--json", capsys=capsys)[0]) == {"changes": []}
+
+
+def test_json_of_a_refresh_leads_to_all_that_it_made(
+    published: Refreshed, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("flows.cli._run_flow", lambda *_: published)  # the flow has tests of its own
+    said = json.loads(run("refresh", "--json", capsys=capsys)[0])
+    assert said["version"] == published.version
+    assert all(Path(said[name]).exists() for name in ("store", "manifest", "report"))
+    assert said["funnel"][-1]["all"] == (read_manifest(published.folder)["status"] == "used").sum()
+    assert {row["reason"] for row in said["exclusions"]} == set(read_manifest(published.folder)["reason"]) - {""}
+
+
+def test_quiet_leaves_the_result_alone(archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["survey", "--source", str(archives), "--out", str(tmp_path)]
+    out, err = run(*arguments, capsys=capsys)
+    assert re.search(r"survey T1: \d+ of \d+ members, [\d.]+/s", err)
+    assert run(*arguments, "--quiet", capsys=capsys) == (out, "")
+
+
+def test_a_terminal_gets_bars(archives: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    arguments = ["survey", "--source", str(archives), "--out", str(tmp_path)]
+    env = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    done = subprocess.run([sys.executable, "-m", "flows", *arguments], stdout=subprocess.PIPE, stderr=theirs, env=env)
+    os.close(theirs)
+    shown = os.read(ours, 65536).decode()
+    assert done.returncode == 0
+    assert re.search(r"survey T1 .*━.*\d+ of \d+ members, [\d.]+/s", shown)
+
+
+def test_lines_come_at_the_start_and_the_end_and_not_with_every_step(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="ixi_etl")
+    with show_progress() as progress:
+        for done in range(1001):
+            progress("cut", done, 1000, "subjects")
+    told = [record.message for record in caplog.records]
+    assert told[-1].startswith("cut: 1000 of 1000 subjects, ")
+    assert len(told) < 10
+
+
+@pytest.mark.parametrize(("total", "said"), [(4_500_000_000, "2.25 of 4.50 GB"), (5_000_000, "2.50 of 5.00 MB")])
+def test_bytes_are_told_in_the_unit_that_suits_the_whole(
+    total: int, said: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", logger="ixi_etl")
+    monkeypatch.setattr("flows.progress.LINE_EVERY_S", 0)
+    with show_progress() as progress:
+        progress("download IXI-T1.tar", total // 2, total, "B")
+    assert said in caplog.text
