@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -245,3 +246,45 @@ def test_the_synthesis_flow_writes_what_the_plain_function_writes(published: Ref
     plain = synthesis.synthesize_file(synthesis.load(generator), source, tmp_path / "plain.nii.gz")
     assert made.read_bytes() == plain.read_bytes()
     assert json.loads(artifacts_of_the_last_run()[0]["synthesized-volumes"][1]) == [{"volume": str(made)}]
+
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_the_python_of_the_readme_runs_from_top_to_bottom(
+    archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
+    from ixi_etl.archive import index_archive, read_member
+    from model.config import PRESETS
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PRESETS, "smoke", SMALL)  # small phantoms, and no minute to wait
+    text = README.read_text().replace("/data/ixi", str(archives))
+    names: dict[str, Any] = {}
+    t1 = str(archives / "IXI-T1.tar")
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        if "synthesize(" in block:
+            (tmp_path / "scans").mkdir()
+            member = next(m for m in index_archive(t1) if m.name.startswith("IXI002"))
+            (tmp_path / "scans" / member.name).write_bytes(read_member(t1, member.offset, member.size))
+        version = names["refreshed"].version if "refreshed" in names else ""
+        exec(compile(block.replace("<version>", version), "README.md", "exec"), names)
+    assert names["folder"].parent == Path("ixi-data/runs")
+    assert [path.name for path in names["written"]] == [member.name.replace("-T1", "-T2")]
+    assert names["data"]["t1"].dims == ("subject", "z", "y", "x")
+
+
+def test_every_flow_has_help_and_stands_in_the_readme_and_in_the_deployments() -> None:
+    import importlib
+
+    from prefect import Flow
+
+    top = README.parent
+    modules = [importlib.import_module(f"flows.{path.stem}") for path in (top / "flows").glob("[a-z]*.py")]
+    flows = {flow.name: flow for m in modules for flow in vars(m).values() if isinstance(flow, Flow)}
+    assert set(flows) == {"refresh-dataset", "train-pix2pix", "synthesize"}
+    for name, flow in flows.items():
+        assert flow.description, f"{name} says nothing on the server's page"
+        assert f"from flows.{flow.fn.__name__} import {flow.fn.__name__}" in README.read_text()
+        assert f"flows/{flow.fn.__name__}.py:{flow.fn.__name__}" in (top / "prefect.yaml").read_text()
