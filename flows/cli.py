@@ -127,6 +127,12 @@ def refresh(
     max_unreadable: Annotated[float, typer.Option(min=0, max=1, help="Share of pairs that may be unreadable.")] = 0.05,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads that cut.  [default: the cores]")] = None,
     dask: Annotated[str | None, typer.Option(help="Dask scheduler to cut on, tcp://host:port.")] = None,
+    fetch: Annotated[
+        Literal["archives", "members"],
+        typer.Option(
+            help="members: over HTTP, only those of subjects that may be used; their archive's MD5 is unchecked."
+        ),
+    ] = "archives",
     connections: Annotated[int, typer.Option(min=1, max=16, help="Parallel ranges for each archive.")] = 4,
     offline: Annotated[bool, typer.Option("--offline", help="Use verified archives; ask no server anything.")] = False,
     insecure_host: Annotated[
@@ -163,6 +169,7 @@ def refresh(
         demographics=demographics,
         dataset=DatasetConfig.model_validate(chosen),
         max_unreadable=max_unreadable,
+        fetch=fetch,
         connections=connections,
         **({"workers": workers} if workers else {}),
         dask=dask,

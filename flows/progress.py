@@ -74,4 +74,6 @@ def _amount(done: int, total: int, rate: float, unit: str) -> str:
     if unit == "B":
         scale, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
         return f"{done / scale:.2f} of {total / scale:.2f} {name}, {rate / 1e6:.1f} MB/s"
+    if unit == "%":  # of something whose parts are not known beforehand
+        return f"{done}%"
     return f"{done} of {total} {unit}, {rate:.1f}/s"

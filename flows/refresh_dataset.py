@@ -26,7 +26,6 @@ from ixi_etl.files import Progress, lock_root
 from ixi_etl.places import NAME
 from ixi_etl.publish import Refreshed
 from ixi_etl.refresh import Inputs
-from ixi_etl.survey import survey
 
 
 def _may_work_later(_task: Any, _run: Any, state: Any) -> bool:
@@ -47,9 +46,20 @@ def download(config: RefreshConfig, source: Any, progress: Progress) -> Acquired
     return refresh.acquire_file(config, source, progress)
 
 
+@task(
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=[30, 120],
+    retry_jitter_factor=0.5,
+    retry_condition_fn=_may_work_later,
+)
+def download_members(config: RefreshConfig, progress: Progress) -> Inputs:
+    return refresh.acquire_members(config, progress)
+
+
 @task(cache_policy=NO_CACHE)
 def survey_archives(inputs: Inputs, progress: Progress) -> pd.DataFrame:
-    return survey(inputs.locations, progress)
+    return refresh.survey_archives(inputs, progress)
 
 
 @task(cache_policy=NO_CACHE)
@@ -105,9 +115,12 @@ def refresh_dataset(config: RefreshConfig | None = None) -> Refreshed:
     config = config or RefreshConfig()
     log = get_run_logger()
     with lock_root(config.places.local), show_progress() as shown, progress_artifacts(shown) as progress:
-        sources = refresh.find_sources(config)
-        downloads = {key: download.submit(config, source, progress) for key, source in sources.items()}
-        inputs = refresh.inputs_of(config, {key: job.result() for key, job in downloads.items()})
+        if config.fetch == "members":
+            inputs = download_members(config, progress)
+        else:
+            sources = refresh.find_sources(config)
+            downloads = {key: download.submit(config, source, progress) for key, source in sources.items()}
+            inputs = refresh.inputs_of(config, {key: job.result() for key, job in downloads.items()})
         version, facts = refresh.name_version(config, inputs)
         published = refresh.find_published(config, version, inputs)
         if published:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import fsspec
@@ -29,16 +31,21 @@ class Member:
         offset: of its first byte in the archive.
         size: in bytes.
         problem: why it cannot be read in place ("" if it can).
+        head: its first bytes, as many as were asked for.
     """
 
     name: str
     offset: int
     size: int
     problem: str = ""
+    head: bytes = b""
 
 
-def index_archive(location: str) -> list[Member]:
-    """All members of the tar at a path or fsspec URL, in archive order; reads their 512-byte headers only.
+def index_archive(location: str, heads: int = 0, on_member: Callable[[float], None] = lambda _: None) -> list[Member]:
+    """All members of the tar at a path or fsspec URL, in archive order.
+
+    Reads their 512-byte headers and, at the same time, the first `heads` bytes of each: over a network one request a
+    member, which costs its latency and nothing else. `on_member` is told how much of the archive was passed, 0 to 1.
 
     Raises:
         ArchiveError: not there, or not a tar.
@@ -46,7 +53,10 @@ def index_archive(location: str) -> list[Member]:
     members = []
     try:
         filesystem, path = fsspec.url_to_fs(location)
-        with filesystem.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        # tarfile looks at the byte before a header first; what it then reads, and the head, come with that.
+        window = {"block_size": tarfile.BLOCKSIZE + heads, "cache_type": "readahead"}
+        with filesystem.open(path, "rb", **window) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            end = max(file.seek(0, os.SEEK_END), 1)
             for info in tar:
                 if info.size < 0:  # tarfile would go back there for ever
                     raise tarfile.ReadError(f"a member of {info.size} bytes at byte {info.offset}")
@@ -55,11 +65,14 @@ def index_archive(location: str) -> list[Member]:
                 problem = "" if info.isreg() and not info.issparse() else _KINDS.get(info.type, "not a regular file")
                 # A name that is no UTF-8 can be neither shown nor written down as it is.
                 name = info.name.encode("utf-8", "backslashreplace").decode()
-                members.append(Member(name, info.offset_data, info.size, problem))
+                file.seek(info.offset_data)
+                members.append(Member(name, info.offset_data, info.size, problem, file.read(min(info.size, heads))))
+                on_member(min(1.0, (info.offset_data + info.size) / end))
             # tarfile takes a damaged header for the end of the archive; the end is a block of zeros.
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"damaged or cut short at byte {tar.offset}, after {len(members)} members")
+            on_member(1.0)
     except FileNotFoundError:
         wanted = "--source wants a folder or URL with IXI-T1.tar and IXI-T2.tar"
         raise ArchiveError(f"{location} is not there, or cannot be reached; {wanted}") from None

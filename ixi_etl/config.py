@@ -121,12 +121,22 @@ class RefreshConfig(_Job):
     max_unreadable: Annotated[float, Field(ge=0, le=1)] = Field(
         0.05, description="share of paired subjects that may be unreadable before the refresh fails (10 always may)"
     )
+    fetch: Literal["archives", "members"] = Field(
+        "archives",
+        description="archives: whole, with their MD5s; members: over HTTP, only those of subjects that may be used",
+    )
     connections: Annotated[int, Field(ge=1, le=16)] = Field(4, description="parallel ranges for each archive")
     workers: Annotated[int, Field(ge=1)] = Field(
         default_factory=lambda: os.cpu_count() or 1, description="threads that cut subjects on this machine"
     )
     dask: str | None = Field(None, description="address of a Dask scheduler (tcp://host:port) to cut subjects on")
     insecure_hosts: tuple[str, ...] = Field((), description="hosts whose TLS certificate is not checked")
+
+    @model_validator(mode="after")
+    def _members_are_asked_for(self) -> RefreshConfig:
+        if self.fetch == "members" and self.offline:
+            raise ValueError("offline asks no server, but fetch = members must: which members it needs stands there")
+        return self
 
     @property
     def places(self) -> Places:

@@ -43,7 +43,7 @@ class Job:
     """A subject to cut, or only to hash where its headers have already put it out.
 
     Attributes:
-        parts: modality -> member, for the modalities it has.
+        parts: modality -> member, for the modalities it has; none where it was not fetched.
         cut: whether it is still a candidate.
     """
 
@@ -95,6 +95,7 @@ def cut_subject(job: Job, config: DatasetConfig, work: Path) -> dict[str, Any]:
         return done
     packed = {m: read_member(part.archive, part.offset, part.size) for m, part in job.parts.items()}
     record: dict[str, Any] = {f"{m.lower()}_sha256": hashlib.sha256(data).hexdigest() for m, data in packed.items()}
+    record |= {f"{m.lower()}_gzip_crc32": data[-8:-4][::-1].hex() for m, data in packed.items()}
     if job.cut:
         try:
             _cut(job, packed, config, work, record)

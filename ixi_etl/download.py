@@ -16,7 +16,7 @@ import shutil
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +32,8 @@ from ixi_etl.errors import DownloadError
 from ixi_etl.files import Progress, read_json, silent, to_json, write_atomic
 
 T = TypeVar("T")
+Pieces = Sequence[tuple[int, int]]  # start and stop, in bytes
+Segment = tuple[int, int, int]  # the same with its index before
 log = logging.getLogger(__name__)
 
 SEGMENT = 8 << 20  # bytes: the most that one connection has to fetch again after a kill
@@ -40,6 +42,8 @@ BACKOFF_S = 0.5  # doubled at each such try, with jitter
 TIMEOUT_S = 30.0
 MIN_RATE = 1024  # bytes a second, over TIMEOUT_S; a slower connection counts as stalled
 SPARE_BYTES = 64 << 20  # of the disk, left free beside the download
+REQUEST = 32 << 20  # bytes: members that lie side by side are asked for together, up to so many
+GAP = 4096  # bytes between two members that are fetched rather than asked for twice; a tar has up to 1023
 ENOUGH = 1 << 15  # bytes; a try that brings less (MIN_RATE brings less in TIMEOUT_S) counts as bringing nothing
 
 
@@ -129,6 +133,83 @@ def acquire(
         raise DownloadError(
             f"cannot read or write {path}: {error.strerror or error}; mend that and run again: it goes on from there"
         ) from error
+
+
+# -- some members alone -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Remote:
+    """An archive elsewhere that answers, and gives byte ranges."""
+
+    source: Source
+    offer: _Offer
+
+    @property
+    def url(self) -> str:
+        return self.offer.url
+
+
+def find_remote(source: Source, insecure_hosts: tuple[str, ...] = ()) -> Remote:
+    """The first of a source's URLs that has the archive and gives ranges of it.
+
+    Raises:
+        DownloadError: none does, or the source is a file of a person's own, which is read where it lies anyway.
+    """
+    if not source.over_http:
+        raise DownloadError(f"{source.urls[0]} is read where it lies; leave out --fetch members")
+    reasons, transient = [], False
+    for url in source.urls:
+        try:
+            with _client(insecure_hosts, 1) as client:
+                offer = _retried(lambda: _probe(client, url, source))  # noqa: B023 - called at once
+                if not offer.ranges:
+                    raise _UnusableError("gives no byte ranges that can be trusted; fetch the whole archives")
+                return Remote(source, offer)
+        except _UnusableError as error:
+            reasons.append(f"{url}: {error}")
+            transient |= error.transient
+    raise DownloadError(f"could not ask for {source.name}: {'; '.join(reasons)}", transient)
+
+
+def fetch_members(
+    remote: Remote,
+    folder: Path,
+    members: Pieces,
+    wanted: Iterable[int],
+    *,
+    connections: int = 4,
+    insecure_hosts: tuple[str, ...] = (),
+    progress: Progress = silent,
+) -> Acquired:
+    """Fetch the `wanted` ones (by index) of an archive's `members`, given as (start, stop) in bytes.
+
+    They come to lie where they lie in the archive, in a file `NAME.members.part` with holes elsewhere, which is read as
+    the archive is. What an earlier call fetched of the same archive is not fetched again. Its MD5 cannot be checked.
+
+    Raises:
+        DownloadError: the archive changed meanwhile, or could not be read, or the disk is full.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, offer = folder / f"{remote.source.name}.members", remote.offer
+    try:
+        with _client(insecure_hosts, connections) as client, _Part(path, offer, False, members) as part:
+            chosen = [part.segments[index] for index in wanted]
+            part.needed = sum(stop - start for _, start, stop in chosen)
+            part.check_disk()
+            _fetch_ranges(client, offer, part, chosen, REQUEST, connections, progress)
+            part.sync()
+    except _ChangedError:
+        raise DownloadError(f"{remote.url} changed while its members were fetched; run again", transient=True) from None
+    except _UnusableError as error:
+        raise DownloadError(f"could not get members of {remote.url}: {error}", error.transient) from error
+    except OSError as error:
+        raise DownloadError(
+            f"cannot write {path}: {error.strerror or error}; mend that and run again: it goes on from there"
+        ) from error
+    location = str(part.path)
+    size = offer.size or 0
+    return Acquired(path.stem, location, size, "", False, remote.url, offer.validator, _stamp(location))
 
 
 def own_sources(place: str, *, offline: bool = False, insecure_hosts: tuple[str, ...] = ()) -> dict[str, Source]:
@@ -271,7 +352,7 @@ def _download(
             part.check_disk()
             try:
                 if offer.ranges:
-                    _fetch_ranges(client, offer, part, connections, progress)
+                    _fetch_ranges(client, offer, part, part.segments, 0, connections, progress)
                 else:
                     _retried(lambda: _fetch_stream(client, offer, part, progress))  # noqa: B023 - called at once
             except _ChangedError:
@@ -377,12 +458,17 @@ _under_way_lock = threading.Lock()
 class _Part:
     """`NAME.part`, written at any offset, and the record of which segments of it are done."""
 
-    def __init__(self, path: Path, offer: _Offer, any_origin: bool) -> None:
-        """Go on with what is there, if it is of the file offered. `any_origin`: an MD5 will judge the sum anyway."""
+    def __init__(self, path: Path, offer: _Offer, any_origin: bool, pieces: Pieces | None = None) -> None:
+        """Go on with what is there, if it is of the file offered. `any_origin`: an MD5 will judge the sum anyway.
+
+        `pieces` are the segments, as (start, stop) in bytes; without them the file is cut into such of equal size.
+        """
         self.path = path.with_name(f"{path.name}.part")
         self.record = path.with_name(f"{path.name}.part.json")
-        self._size = offer.size or 0
+        self._size = self.needed = offer.size or 0
         self._state = {"url": offer.url, "validator": offer.validator, "size": offer.size, "segment": SEGMENT}
+        even = [(a, min(a + SEGMENT, self._size)) for a in range(0, self._size, SEGMENT)]
+        self.segments = [(i, *piece) for i, piece in enumerate(even if pieces is None else pieces)]
         self._lock = threading.Lock()
         old = read_json(self.record) or {}
         differs = {key for key, value in self._state.items() if old.get(key) != value}
@@ -404,13 +490,9 @@ class _Part:
             _under_way.discard(self)
         os.close(self._file)
 
-    def segments(self) -> list[tuple[int, int, int]]:
-        """(index, start, stop) of each segment, in bytes."""
-        return [(i, a, min(a + SEGMENT, self._size)) for i, a in enumerate(range(0, self._size, SEGMENT))]
-
     def missing(self) -> int:
         """Bytes that are still to come, and to find room."""
-        return max(0, self._size - os.fstat(self._file).st_blocks * 512)
+        return max(0, self.needed - os.fstat(self._file).st_blocks * 512)
 
     def check_disk(self) -> None:
         with _under_way_lock:  # two archives at once must fit together
@@ -440,34 +522,56 @@ class _Part:
         os.fsync(self._file)
 
 
-def _fetch_ranges(client: httpx.Client, offer: _Offer, part: _Part, connections: int, progress: Progress) -> None:
-    """Fetch the segments that are not done, `connections` at a time; the first failure stops all of them."""
-    todo = [s for s in part.segments() if s[0] not in part.done]
-    size = offer.size or 0
+def _neighbours(segments: Sequence[Segment], together: int) -> Iterator[list[Segment]]:
+    """Segments that (almost) touch, as many together as make a request of `together` bytes; each alone at the least."""
+    run: list[Segment] = []
+    for segment in segments:
+        if run and (segment[1] - run[-1][2] > GAP or segment[2] - run[0][1] > together):
+            yield run
+            run = []
+        run.append(segment)
+    if run:
+        yield run
+
+
+def _fetch_ranges(
+    client: httpx.Client,
+    offer: _Offer,
+    part: _Part,
+    wanted: Sequence[Segment],
+    together: int,
+    connections: int,
+    progress: Progress,
+) -> None:
+    """Fetch the wanted segments that are not done, `connections` at a time; the first failure stops all of them."""
+    todo = [s for s in wanted if s[0] not in part.done]
+    size = sum(stop - start for _, start, stop in wanted)
     have = size - sum(stop - start for _, start, stop in todo)
     what = f"download {part.path.name.removesuffix('.part')}"
     halt, lock = threading.Event(), threading.Lock()
 
-    def count(n: int) -> None:
-        nonlocal have
-        with lock:
-            have += n
-            progress(what, have, size, "B")
+    def fetch(run: list[Segment]) -> None:
+        left = list(run)
 
-    def fetch(segment: tuple[int, int, int]) -> None:
-        index, start, stop = segment
+        def arrived(before: int, at: int) -> None:
+            nonlocal have
+            gained = sum(max(0, min(at, stop) - max(before, start)) for _, start, stop in run)  # not the gaps
+            with lock:
+                have += gained
+                progress(what, have, size, "B")
+            while left and left[0][2] <= at:
+                part.finish(left.pop(0)[0])
+
         try:
-            _fetch_segment(client, offer, part, start, stop, halt, count)
+            _fetch_run(client, offer, part, run[0][1], run[-1][2], halt, arrived)
         except BaseException:
             halt.set()
             raise
-        if not halt.is_set():
-            part.finish(index)
 
-    part.truncate(size)  # at once: a part of another length is of another file, or was cut short
+    part.truncate(offer.size or 0)  # at once: a part of another length is of another file, or was cut short
     progress(what, have, size, "B")
     with ThreadPoolExecutor(connections) as pool:
-        jobs = [pool.submit(fetch, segment) for segment in todo]
+        jobs = [pool.submit(fetch, run) for run in _neighbours(todo, together)]
         try:
             for job in jobs:
                 job.result()
@@ -476,14 +580,14 @@ def _fetch_ranges(client: httpx.Client, offer: _Offer, part: _Part, connections:
             pool.shutdown(cancel_futures=True)
 
 
-def _fetch_segment(
+def _fetch_run(
     client: httpx.Client,
     offer: _Offer,
     part: _Part,
     at: int,
     stop: int,
     halt: threading.Event,
-    count: Callable[[int], None],
+    arrived: Callable[[int, int], None],
 ) -> None:
     failures = 0
     while at < stop and not halt.is_set():
@@ -492,7 +596,7 @@ def _fetch_segment(
             for block in _range_blocks(client, offer, at, stop):
                 part.write(block, at)
                 at += len(block)
-                count(len(block))
+                arrived(at - len(block), at)
                 if halt.is_set():
                     return
         except _TransientError as error:

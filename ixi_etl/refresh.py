@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ import numpy as np
 import pandas as pd
 
 from ixi_etl import catalog, dataset, manifest, pictures, publish, report, store
+from ixi_etl.archive import read_member
 from ixi_etl.catalog import MODALITIES
 from ixi_etl.config import RefreshConfig
 from ixi_etl.cut import Job, Part, cut_subject, picture_path, shard_path
 from ixi_etl.demographics import read_demographics
-from ixi_etl.download import Acquired, acquire, own_sources
+from ixi_etl.download import Acquired, acquire, fetch_members, find_remote, own_sources
 from ixi_etl.errors import DatasetError
 from ixi_etl.files import Progress, lock_root, sha256_file, silent, write_atomic
 from ixi_etl.places import check_reachable
@@ -41,12 +43,23 @@ VOXEL_LIBRARIES = ("nibabel", "numpy", "simpleitk", "zarr", "zarrs")
 """Their versions are part of a version's name: another one may compute other voxels or other bytes."""
 
 
+UNCHECKED = "archive_unchecked"
+"""The flag of subjects whose members were fetched alone: nobody has held their archive against its MD5."""
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """What a version is made of: archives by modality, and the demographics file, if any."""
+    """What a version is made of.
+
+    Attributes:
+        archives: modality -> archive.
+        demographics: the file of age and sex, if any.
+        surveyed: where members were fetched alone, the survey of the whole archives that they were chosen by.
+    """
 
     archives: Mapping[str, Acquired]
     demographics: Path | None
+    surveyed: pd.DataFrame | None = None
 
     @property
     def locations(self) -> dict[str, str]:
@@ -64,12 +77,12 @@ def refresh(config: RefreshConfig, progress: Progress = silent) -> Refreshed:
         IxiError: one line that says what to do; what was done so far is kept, and the next call goes on from there.
     """
     with lock_root(config.places.local):
-        inputs = acquire_inputs(config, progress)
+        inputs = acquire_members(config, progress) if config.fetch == "members" else acquire_inputs(config, progress)
         version, facts = name_version(config, inputs)
         done = find_published(config, version, inputs)
         if done:
             return done
-        table = survey(inputs.locations, progress)
+        table = survey_archives(inputs, progress)
         candidates = select_subjects(config, table, inputs)
         settled, records = cut_subjects(config, version, table, candidates, inputs, progress)
         return publish_version(config, version, facts, table, settled, records, inputs, progress)
@@ -114,6 +127,32 @@ def acquire_inputs(config: RefreshConfig, progress: Progress = silent) -> Inputs
         return inputs_of(config, {key: job.result() for key, job in jobs.items()})
 
 
+def acquire_members(config: RefreshConfig, progress: Progress = silent) -> Inputs:
+    """Survey the archives where they lie, and fetch the members of those alone whose headers let them be used."""
+    sources = find_sources(config)
+    remotes = {m: find_remote(sources[m], config.insecure_hosts) for m in MODALITIES}
+    table = survey({m: remote.url for m, remote in remotes.items()}, progress)
+    candidates = manifest.select(table, config.dataset)
+    wanted = set(candidates.loc[candidates["status"] == CANDIDATE, "subject_id"])
+
+    def fetch(modality: str) -> Acquired:
+        of = table[table["modality"] == modality]
+        return fetch_members(
+            remotes[modality],
+            config.places.archives,
+            [(offset, offset + size) for offset, size in zip(of["offset"], of["size"], strict=True)],
+            [index for index, subject in enumerate(of["subject_id"]) if subject in wanted],
+            connections=config.connections,
+            insecure_hosts=config.insecure_hosts,
+            progress=progress,
+        )
+
+    with ThreadPoolExecutor(len(MODALITIES)) as pool:
+        acquired = dict(zip(MODALITIES, pool.map(fetch, MODALITIES), strict=True))
+    acquired |= {key: acquire_file(config, s, progress) for key, s in sources.items() if key not in MODALITIES}
+    return replace(inputs_of(config, acquired), surveyed=table)
+
+
 def inputs_of(config: RefreshConfig, acquired: Mapping[str, Acquired]) -> Inputs:
     """What the version is made of, from the files that `find_sources` asked for."""
     archives = {m: acquired[m] for m in MODALITIES}
@@ -126,10 +165,32 @@ def inputs_of(config: RefreshConfig, acquired: Mapping[str, Acquired]) -> Inputs
 
 def name_version(config: RefreshConfig, inputs: Inputs) -> tuple[str, dict[str, Any]]:
     """The version's name, and the inputs that it is the hash of."""
-    people = sha256_file(inputs.demographics) if inputs.demographics else None
-    md5s = {m: a.md5 for m, a in inputs.archives.items()}
-    facts = dataset.inputs_of(md5s, config.dataset, VOXEL_LIBRARIES, demographics_sha256=people)
+    others = {"demographics_sha256": sha256_file(inputs.demographics) if inputs.demographics else None}
+    if inputs.surveyed is None:
+        md5s = {m: a.md5 for m, a in inputs.archives.items()}
+    else:
+        md5s = {}
+        others |= _members_facts(config, inputs)
+    facts = dataset.inputs_of(md5s, config.dataset, VOXEL_LIBRARIES, **others)
     return dataset.version_name(facts), facts
+
+
+def _members_facts(config: RefreshConfig, inputs: Inputs) -> dict[str, str]:
+    """In place of the archives' MD5s: the SHA-256 of the members' sorted SHA-256s, and of the survey, which tells
+    of all others.
+    """
+    assert inputs.surveyed is not None
+    jobs = _jobs(inputs.surveyed, manifest.select(inputs.surveyed, config.dataset), inputs)
+    parts = [part for job in jobs for part in job.parts.values()]
+    members = sorted(hashlib.sha256(read_member(p.archive, p.offset, p.size)).hexdigest() for p in parts)
+    surveyed = inputs.surveyed.drop(columns="offset").to_csv(index=False)  # whatever order they lie in
+    told = {"members_sha256": "".join(members), "survey_sha256": surveyed}
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in told.items()}
+
+
+def survey_archives(inputs: Inputs, progress: Progress = silent) -> pd.DataFrame:
+    """The table of all members, from their headers, unless it was needed before to fetch some."""
+    return survey(inputs.locations, progress) if inputs.surveyed is None else inputs.surveyed
 
 
 def find_published(config: RefreshConfig, version: str, inputs: Inputs) -> Refreshed | None:
@@ -163,7 +224,7 @@ def cut_subjects(
     places = config.places
     work = places.staging(version) / "work"
     work.mkdir(parents=True, exist_ok=True)
-    jobs = _jobs(table, candidates, inputs.locations)
+    jobs = _jobs(table, candidates, inputs)
     _check_disk(work, candidates, config.dataset.slices)
     results = spread(
         partial(cut_subject, config=config.dataset, work=work.resolve()),
@@ -174,6 +235,10 @@ def cut_subjects(
         on_done=lambda done: progress("cut", done, len(jobs), "subjects"),
     )
     records = {job.subject_id: result for job, result in zip(jobs, results, strict=True)}
+    if inputs.surveyed is not None:
+        for job in jobs:
+            if job.cut:
+                records[job.subject_id] = _flagged(records[job.subject_id])
     _check_there(work, records)
     settled = manifest.settle(candidates, records, config.dataset)
     audit = places.staging(version) / dataset.MANIFEST
@@ -182,14 +247,20 @@ def cut_subjects(
     return settled, records
 
 
-def _jobs(table: pd.DataFrame, candidates: pd.DataFrame, locations: Mapping[str, str]) -> list[Job]:
+def _flagged(record: dict[str, Any]) -> dict[str, Any]:
+    return record | {"flags": ",".join(filter(None, [record.get("flags"), UNCHECKED]))}
+
+
+def _jobs(table: pd.DataFrame, candidates: pd.DataFrame, inputs: Inputs) -> list[Job]:
+    """A job for each subject; it reads the members that are here."""
     first = table[table["subject_id"] != ""].drop_duplicates(["subject_id", "modality"])
     parts: dict[str, dict[str, Part]] = {}
     for row in first.to_dict("records"):
-        part = Part(locations[row["modality"]], row["offset"], row["size"])
+        part = Part(inputs.locations[row["modality"]], row["offset"], row["size"])
         parts.setdefault(row["subject_id"], {})[row["modality"]] = part
     wanted = set(candidates.loc[candidates["status"] == CANDIDATE, "subject_id"])
-    return [Job(subject, parts[subject], subject in wanted) for subject in candidates["subject_id"]]
+    here = set(candidates["subject_id"]) if inputs.surveyed is None else wanted
+    return [Job(s, parts[s] if s in here else {}, s in wanted) for s in candidates["subject_id"]]
 
 
 def _check_disk(work: Path, candidates: pd.DataFrame, slices: int) -> None:

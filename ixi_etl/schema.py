@@ -181,7 +181,8 @@ IXI = Schema(
     dtypes=_HEAD
     | {"age": "Float64", "sex": "str"}
     | {f"{m.lower()}_{column}": dtype for m in MODALITIES for column, dtype in _VOLUME.items()}
-    | _PAIR,
+    | _PAIR
+    | dict.fromkeys(("t1_gzip_crc32", "t2_gzip_crc32"), "str"),
     steps={
         "found": (),
         "paired": ("missing_t1", "missing_t2", "duplicate_member"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 import pandas as pd
 
-from ixi_etl.archive import Member, index_archive, read_member
+from ixi_etl.archive import Member, index_archive
 from ixi_etl.errors import BadVolumeError
 from ixi_etl.files import Progress, silent
 from ixi_etl.nifti import inflate_head, parse_header
@@ -55,17 +56,26 @@ def survey(archives: Mapping[str, str], progress: Progress = silent) -> pd.DataF
     Raises:
         ArchiveError: an archive is not there, or is not a tar.
     """
-    rows = []
-    for modality, location in archives.items():
-        members = index_archive(location)
-        for done, member in enumerate(members, 1):
-            rows.append(_row(location, modality, member))
-            progress(f"survey {modality}", done, len(members), "members")
+
+    def members_of(modality: str) -> list[Member]:
+        told = -1
+
+        def on_member(passed: float) -> None:
+            nonlocal told
+            if int(100 * passed) > told:
+                told = int(100 * passed)
+                progress(f"survey {modality}", told, 100, "%")
+
+        return index_archive(archives[modality], HEAD_BYTES, on_member)
+
+    with ThreadPoolExecutor(max(len(archives), 1)) as pool:  # for archives elsewhere, each of which waits for its own
+        found = dict(zip(archives, pool.map(members_of, archives), strict=True))
+    rows = [_row(modality, member) for modality, members in found.items() for member in members]
     table = pd.DataFrame(rows, columns=COLUMNS)
     return table.astype({"depth": "Int64", "readable": bool})
 
 
-def _row(location: str, modality: str, member: Member) -> dict[str, object]:
+def _row(modality: str, member: Member) -> dict[str, object]:
     row: dict[str, object] = dict.fromkeys(COLUMNS, "") | {
         "modality": modality,
         "member": member.name,
@@ -84,7 +94,7 @@ def _row(location: str, modality: str, member: Member) -> dict[str, object]:
     if member.problem:
         return row | {"reason": "unreadable", "problem": member.problem}
     try:
-        head = inflate_head(read_member(location, member.offset, min(member.size, HEAD_BYTES)))
+        head = inflate_head(member.head)
     except BadVolumeError as error:
         return row | {"reason": error.reason, "problem": error.detail}
     header = parse_header(head, member.size)

@@ -127,7 +127,8 @@ def test_columns_are_in_the_order_of_the_contract() -> None:
     of_volume += " {m}_window_start {m}_window_stop {m}_p_low {m}_p_high "
     contract = "subject_id site status reason detail split store_row age sex "
     contract += of_volume.format(m="t1") + of_volume.format(m="t2")
-    contract += "t2_to_t1_ras_mm motion_mm motion_deg nmi_before nmi_after flags"
+    contract += "t2_to_t1_ras_mm motion_mm motion_deg nmi_before nmi_after flags "
+    contract += "t1_gzip_crc32 t2_gzip_crc32"
     assert " ".join(IXI.columns) == contract
 
 

@@ -55,7 +55,7 @@ def test_json_of_a_refresh_leads_to_all_that_it_made(
 def test_quiet_leaves_the_result_alone(archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["survey", "--source", str(archives), "--out", str(tmp_path)]
     out, err = run(*arguments, capsys=capsys)
-    assert re.search(r"survey T1: \d+ of \d+ members, [\d.]+/s", err)
+    assert "survey T1: 100%" in err
     assert run(*arguments, "--quiet", capsys=capsys) == (out, "")
 
 
@@ -67,7 +67,7 @@ def test_a_terminal_gets_bars(archives: Path, tmp_path: Path) -> None:
     os.close(theirs)
     shown = os.read(ours, 65536).decode()
     assert done.returncode == 0
-    assert re.search(r"survey T1 .*━.*\d+ of \d+ members, [\d.]+/s", shown)
+    assert re.search(r"survey T1 .*━.*100%", shown)
 
 
 def test_lines_come_at_the_start_and_the_end_and_not_with_every_step(caplog: pytest.LogCaptureFixture) -> None:
@@ -76,7 +76,7 @@ def test_lines_come_at_the_start_and_the_end_and_not_with_every_step(caplog: pyt
         for done in range(1001):
             progress("cut", done, 1000, "subjects")
     told = [record.message for record in caplog.records]
-    assert told[-1].startswith("cut: 1000 of 1000 subjects, ")
+    assert re.fullmatch(r"cut: 1000 of 1000 subjects, [\d.]+/s", told[-1])
     assert len(told) < 10
 
 
