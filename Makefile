@@ -4,16 +4,18 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+BENCH  := $(VENV)/.installed-bench
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-standin test-stack deploy lint clean help
+.PHONY: demo test test-standin test-stack bench deploy lint clean help
 
 help:
 	@echo "make demo   run the whole job on a small simulated IXI, no server or account needed"
 	@echo "make test   run the tests"
 	@echo "make test-standin  the tests that need minutes, where their data are at hand"
 	@echo "make test-stack    the deployed stack: PostgreSQL, Prefect, workers, Dask and S3 as processes, 6 minutes"
+	@echo "make bench  speed beside what people would use instead; ONLY=survey,refresh for some rows, QUICK=1 to try it"
 	@echo "make deploy pools, deployments and automation onto the Prefect server at PREFECT_API_URL"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove the environment and the demo"
@@ -37,6 +39,14 @@ test-standin: $(STAMP)
 test-stack: $(STAMP)
 	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null || { echo "first: apt-get install postgresql"; exit 1; }
 	@$(BIN)/pytest -m stack
+
+# The peers, which nothing else needs, into the same environment.
+$(BENCH): $(STAMP)
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,test,bench]"
+	@touch $(BENCH)
+
+bench: $(BENCH)
+	@$(BIN)/python -m benchmarks.run --only "$(ONLY)" $(if $(QUICK),--quick) $(if $(OUT),--out "$(OUT)")
 
 deploy: $(STAMP)
 	@$(BIN)/python -m flows.deploy

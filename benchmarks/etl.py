@@ -10,6 +10,7 @@ import tarfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ MODALITIES = ("T1", "T2")
 # -- survey -----------------------------------------------------------------------------------------------------------
 
 
-def survey(source: str, modalities: tuple[str, ...] = MODALITIES) -> Work:
+def survey(source: str, warm: str) -> Work:
     """Ours. `inflated`: the most bytes that were inflated of one member."""
     from ixi_etl import nifti
     from ixi_etl import survey as stage
@@ -39,70 +40,67 @@ def survey(source: str, modalities: tuple[str, ...] = MODALITIES) -> Work:
         return head
 
     stage.inflate_head = counted
-    places = {m: f"{source}/IXI-{m}.tar" for m in modalities}
 
-    def work() -> dict[str, Any]:
-        table = stage.survey(places)
+    def work_on(source: str) -> dict[str, Any]:
+        table = stage.survey({m: f"{source}/IXI-{m}.tar" for m in MODALITIES})
         histogram = stage.depth_histogram(table)["all"]
         return {"depths": _depths(histogram.to_dict()), "inflated": max(inflated), "members": len(table)}
 
-    return work
+    work_on(warm)
+    return partial(work_on, source)
 
 
 def _depths(found: dict[Any, int]) -> dict[str, int]:
     return {f"{modality} {depth}": int(n) for (modality, depth), n in sorted(found.items())}
 
 
-def survey_extracted(source: str, scratch: str, extract: bool, modalities: tuple[str, ...] = MODALITIES) -> Work:
-    """As people do it: `extractall`, and `nibabel.load` of each file, whose header alone is read."""
+def survey_extracted(source: str, warm: str, scratch: str, extract: bool, library: str = "nibabel") -> Work:
+    """As people do it: `extractall`, and the shape of each file as the library reads it, from the header alone."""
+    depth_of = {"nibabel": _by_nibabel, "torchio": _by_torchio}[library]()
+
+    def work_on(source: str, folder: Path, extract: bool) -> dict[str, Any]:
+        if extract:
+            _extract(source, folder)
+        found: dict[tuple[str, int], int] = {}
+        for modality in MODALITIES:
+            for path in sorted((folder / modality).glob("*.nii.gz")):
+                key = modality, depth_of(path)
+                found[key] = found.get(key, 0) + 1
+        return {"depths": _depths(found)}
+
+    work_on(warm, fresh(Path(scratch), "extracted-warm"), True)
+    place = fresh(Path(scratch), "extracted")
+    if not extract:
+        _extract(source, place)
+    return partial(work_on, source, place, extract)
+
+
+def _by_nibabel() -> Callable[[Path], int]:
     import nibabel as nib
 
-    folder = fresh(Path(scratch), "extracted") if extract else Path(scratch) / "scratch" / "extracted"
-
-    def work() -> dict[str, Any]:
-        if extract:
-            _extract(source, folder, modalities)
-        found: dict[tuple[str, int], int] = {}
-        for modality in modalities:
-            for path in sorted((folder / modality).glob("*.nii.gz")):
-                key = modality, nib.load(path).shape[2]
-                found[key] = found.get(key, 0) + 1
-        return {"depths": _depths(found)}
-
-    return work
+    return lambda path: int(nib.load(path).shape[2])
 
 
-def survey_torchio(source: str, scratch: str, modalities: tuple[str, ...] = MODALITIES) -> Work:
-    """TorchIO's images, whose headers it reads when asked for the shape; the extraction counted."""
+def _by_torchio() -> Callable[[Path], int]:
     import torchio
 
-    folder = fresh(Path(scratch), "extracted-torchio")
-
-    def work() -> dict[str, Any]:
-        _extract(source, folder, modalities)
-        found: dict[tuple[str, int], int] = {}
-        for modality in modalities:
-            for path in sorted((folder / modality).glob("*.nii.gz")):
-                key = modality, torchio.ScalarImage(path).shape[3]
-                found[key] = found.get(key, 0) + 1
-        return {"depths": _depths(found)}
-
-    return work
+    return lambda path: int(torchio.ScalarImage(path).shape[3])
 
 
-def survey_remote(source: str, modalities: tuple[str, ...] = MODALITIES) -> Work:
+def survey_remote(source: str, warm: str) -> Work:
     """Ours, from a server."""
 
     def work() -> dict[str, Any]:
         with serving(Path(source)) as url:
+            surveyed = survey(url, warm)
             start = time.perf_counter()
-            found = survey(url, modalities)()
+            found = surveyed()
             return found | {"seconds": time.perf_counter() - start} | counts(url)
 
     return work
 
 
-def survey_downloaded(source: str, scratch: str, modalities: tuple[str, ...] = MODALITIES) -> Work:
+def survey_downloaded(source: str, warm: str, scratch: str) -> Work:
     """Download all, then survey what came, with our own survey."""
     import shutil
     import urllib.request
@@ -111,19 +109,20 @@ def survey_downloaded(source: str, scratch: str, modalities: tuple[str, ...] = M
 
     def work() -> dict[str, Any]:
         with serving(Path(source)) as url:
+            surveyed = survey(str(folder), warm)
             start = time.perf_counter()
-            for modality in modalities:
+            for modality in MODALITIES:
                 name = f"IXI-{modality}.tar"
                 with urllib.request.urlopen(f"{url}/{name}") as answer, open(folder / name, "wb") as file:
                     shutil.copyfileobj(answer, file, 1 << 20)
-            found = survey(str(folder), modalities)()
+            found = surveyed()
             return found | {"seconds": time.perf_counter() - start} | counts(url)
 
     return work
 
 
-def _extract(source: str, folder: Path, modalities: tuple[str, ...] = MODALITIES) -> None:
-    for modality in modalities:
+def _extract(source: str, folder: Path) -> None:
+    for modality in MODALITIES:
         with tarfile.open(f"{source}/IXI-{modality}.tar") as tar:
             tar.extractall(folder / modality, filter="data")
 
@@ -131,7 +130,7 @@ def _extract(source: str, folder: Path, modalities: tuple[str, ...] = MODALITIES
 # -- refresh ----------------------------------------------------------------------------------------------------------
 
 
-def refresh(source: str, scratch: str, pairing: str, fetch: str = "archives") -> Work:
+def refresh(source: str, warm: str, scratch: str, pairing: str) -> Work:
     """Ours: the function under the flow, on archives that a refresh has verified before."""
     from ixi_etl.config import DatasetConfig, RefreshConfig
     from ixi_etl.refresh import acquire_inputs
@@ -139,15 +138,19 @@ def refresh(source: str, scratch: str, pairing: str, fetch: str = "archives") ->
     from ixi_etl.store import open_arrays
 
     dataset = DatasetConfig.model_validate({"pairing": pairing, "registration": "none", "pictures": False})
-    config = RefreshConfig(root=str(fresh(Path(scratch), "root")), source=source, dataset=dataset, workers=2)
-    acquire_inputs(config)
 
-    def work() -> dict[str, Any]:
+    def ready(name: str, source: str) -> RefreshConfig:
+        config = RefreshConfig(root=str(fresh(Path(scratch), name)), source=source, dataset=dataset, workers=2)
+        acquire_inputs(config)
+        return config
+
+    def work_on(config: RefreshConfig) -> dict[str, Any]:
         done = run(config)
         arrays = open_arrays(done.folder)
         return {"slabs": _shapes([arrays["t1"].shape, arrays["t2"].shape]), "version": str(done.folder)}
 
-    return work
+    work_on(ready("root-warm", warm))
+    return partial(work_on, ready("root", source))
 
 
 def fetch_members(source: str, scratch: str) -> Work:
@@ -187,17 +190,26 @@ def _pairs(folder: Path) -> list[tuple[str, Path, Path]]:
     return [(p.name[: -len("-T1.nii.gz")], p, folder / "T2" / p.name.replace("-T1.", "-T2.")) for p in t1]
 
 
-def _places(scratch: str) -> tuple[Path, Path]:
-    return fresh(Path(scratch), "peer-in"), fresh(Path(scratch), "peer-out")
+def _warmed(work_on: Callable[[str, Path, Path], None], source: str, warm: str, scratch: str) -> Work:
+    """The work on `source`, after it was done once on the small archives of `warm`."""
+
+    def places() -> tuple[Path, Path]:
+        return fresh(Path(scratch), "peer-in"), fresh(Path(scratch), "peer-out")
+
+    work_on(warm, *places())
+    folder, out = places()
+
+    def work() -> dict[str, Any]:
+        work_on(source, folder, out)
+
+    return _warmed(work_on, source, warm, scratch)
 
 
-def refresh_naive(source: str, scratch: str) -> Work:
+def refresh_naive(source: str, warm: str, scratch: str) -> Work:
     """The script of many repositories: `extractall`, `get_fdata`, the middle slices by index, `np.save`."""
     import nibabel as nib
 
-    folder, out = _places(scratch)
-
-    def work() -> dict[str, Any]:
+    def work_on(source: str, folder: Path, out: Path) -> None:
         _extract(source, folder)
         for subject, *paths in _pairs(folder):
             for modality, path in zip(MODALITIES, paths, strict=True):
@@ -205,35 +217,31 @@ def refresh_naive(source: str, scratch: str) -> Work:
                 start = (volume.shape[2] - SLICES) // 2
                 slab = volume[:, :, start : start + SLICES].transpose(2, 1, 0)
                 np.save(out / f"{subject}-{modality}.npy", slab.astype(np.int16))
-        return _saved(out)
 
-    return work
+    return _warmed(work_on, source, warm, scratch)
 
 
-def refresh_torchio(source: str, scratch: str) -> Work:
+def refresh_torchio(source: str, warm: str, scratch: str) -> Work:
     """TorchIO: both to the nearest of RAS, the T1 resampled to the T2, the middle axial slices saved."""
     import torchio
 
-    folder, out = _places(scratch)
     transform = torchio.Compose([torchio.ToCanonical(), torchio.Resample("t2")])
 
-    def work() -> dict[str, Any]:
+    def work_on(source: str, folder: Path, out: Path) -> None:
         _extract(source, folder)
         for subject, t1, t2 in _pairs(folder):
             images = torchio.Subject(t1=torchio.ScalarImage(t1), t2=torchio.ScalarImage(t2))
             done = transform(images)
             for modality, name in (("T1", "t1"), ("T2", "t2")):
                 _save_axial(done[name].numpy()[0], out / f"{subject}-{modality}.npy")
-        return _saved(out)
 
-    return work
+    return _warmed(work_on, source, warm, scratch)
 
 
-def refresh_monai(source: str, scratch: str) -> Work:
+def refresh_monai(source: str, warm: str, scratch: str) -> Work:
     """MONAI: `LoadImaged`, `Orientationd` of the T2, `ResampleToMatchd`, the middle axial slices saved."""
     from monai.transforms import Compose, LoadImaged, Orientationd, ResampleToMatchd
 
-    folder, out = _places(scratch)
     transform = Compose(
         [
             LoadImaged(keys=["T1", "T2"], ensure_channel_first=True),
@@ -242,15 +250,14 @@ def refresh_monai(source: str, scratch: str) -> Work:
         ]
     )
 
-    def work() -> dict[str, Any]:
+    def work_on(source: str, folder: Path, out: Path) -> None:
         _extract(source, folder)
         for subject, t1, t2 in _pairs(folder):
             done = transform({"T1": str(t1), "T2": str(t2)})
             for modality in MODALITIES:
                 _save_axial(done[modality][0].numpy(), out / f"{subject}-{modality}.npy")
-        return _saved(out)
 
-    return work
+    return _warmed(work_on, source, warm, scratch)
 
 
 def _save_axial(volume: np.ndarray[Any, Any], path: Path) -> None:
