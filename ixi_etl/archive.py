@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from dataclasses import dataclass
+from typing import Self
 
 import fsspec
 
@@ -18,6 +19,20 @@ _KINDS = {
     tarfile.FIFOTYPE: "a pipe",
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
+
+_TEXTS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_MAX_TEXT = 1 << 20  # bytes of a long name or of what else is said of a member; tarfile reads it whole
+
+
+class _Info(tarfile.TarInfo):
+    """Refuses what a header says before tarfile acts on it: it would read as many bytes, or go back for ever."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        info = super().frombuf(buf, encoding, errors)
+        if not 0 <= info.size < 1 << 62 or (info.type in _TEXTS and info.size > _MAX_TEXT):
+            raise tarfile.ReadError(f"a member of {info.size} bytes, of type {info.type!r}")
+        return info
 
 
 @dataclass(frozen=True)
@@ -46,9 +61,9 @@ def index_archive(location: str) -> list[Member]:
     members = []
     try:
         filesystem, path = fsspec.url_to_fs(location)
-        with filesystem.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with filesystem.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_Info) as tar:
             for info in tar:
-                if info.size < 0:  # tarfile would go back there for ever
+                if info.size < 0:  # a PAX header may say so, too
                     raise tarfile.ReadError(f"a member of {info.size} bytes at byte {info.offset}")
                 if info.isdir():
                     continue

@@ -149,9 +149,10 @@ def train_run(run: Run, *, resume: bool = False, progress: Progress = silent) ->
                 "software": {name: installed(name) for name in SOFTWARE} | {"python": platform.python_version()},
                 "hardware": _hardware(config.device),
             }
+            saved = partial(mirror.keep_if_possible, run.folder, run.kept) if run.kept else nothing
             if not (run.folder / CONFIG).exists():
                 write_atomic(run.folder / CONFIG, to_json(record))
-            saved = partial(mirror.keep_if_possible, run.folder, run.kept) if run.kept else nothing
+                saved()  # at once: it is what keeps `ixi-etl prune` from removing the version
             generator = train(run.folder, config, run.version, resume=resume, progress=progress, on_saved=saved)
             write_report(run.folder)
             run.keep()
