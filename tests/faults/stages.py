@@ -1,0 +1,103 @@
+"""The jobs as they run in processes that are killed: they tell where they are through a pipe.
+
+Processes are forked from one that has imported all this (`multiprocessing`'s fork server), so that hundreds of kills
+take minutes; `flow` runs in a fresh process, since Prefect starts threads.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import dask.base
+import dask.delayed
+import fsspec.implementations.http
+import fsspec.implementations.local
+import isal.igzip_lib
+import matplotlib.backends.backend_agg
+import pandera.pandas
+import SimpleITK
+import zarrs
+
+from ixi_etl import catalog, dataset, download, refresh, report
+from ixi_etl.config import RefreshConfig
+
+PRELOADED = (dask, fsspec, isal, matplotlib, pandera, SimpleITK, zarrs, report)
+
+STAGES = ("download", "name", "cut", "publish", "train", "done")
+"""In their order; a job is in the one that it has told last."""
+
+
+def _tell(pipe: Connection, module: Any, name: str, stage: str, leave: Callable[[], Any] = lambda: None) -> None:
+    """Have `module.name` tell `stage` before it runs the first time, and what `leave` gives when it has run."""
+    function, lock, told = getattr(module, name), threading.Lock(), []
+
+    def telling(*args: Any, **more: Any) -> Any:
+        with lock:
+            if not told:
+                told.append(stage)
+                pipe.send((stage, None))
+        result = function(*args, **more)
+        if (left := leave()) is not None:
+            with lock:
+                pipe.send((f"{stage} left", left))
+        return result
+
+    setattr(module, name, telling)
+
+
+def _tell_refresh(pipe: Connection, config: RefreshConfig, segment: int) -> None:
+    download.SEGMENT = segment
+    work = config.places.unfinished
+
+    def made() -> dict[str, int]:
+        """When each record and shard was written."""
+        return {p.name: p.stat().st_mtime_ns for p in work.glob("*/work/*") if not p.name.startswith(".")}
+
+    _tell(pipe, refresh, "acquire_file", "download")
+    _tell(pipe, refresh, "name_version", "name")
+    _tell(pipe, refresh, "cut_subjects", "cut", made)
+    _tell(pipe, refresh, "publish_version", "publish")
+
+
+def do_refresh(pipe: Connection, config: str, segment: int) -> None:
+    chosen = RefreshConfig.model_validate_json(config)
+    _tell_refresh(pipe, chosen, segment)
+    pipe.send(("done", refresh.refresh(chosen).version))
+
+
+def do_training(pipe: Connection, root: str, settings: dict[str, Any], run: str) -> None:
+    from model import run as runs
+    from model.config import TrainConfig
+
+    _tell(pipe, runs, "train", "train")
+    runs.train_run(runs.prepare(root, TrainConfig.model_validate(settings), run), resume=True)
+    pipe.send(("done", run))
+
+
+def do_refresh_flow(pipe: Connection, config: str, segment: int, api: str) -> None:
+    os.environ["PREFECT_API_URL"] = api
+    from flows.refresh_dataset import refresh_dataset
+
+    chosen = RefreshConfig.model_validate_json(config)
+    _tell_refresh(pipe, chosen, segment)
+    pipe.send(("done", refresh_dataset(chosen).version))
+
+
+def do_training_flow(pipe: Connection, root: str, settings: dict[str, Any], run: str, api: str) -> None:
+    os.environ["PREFECT_API_URL"] = api
+    from flows.train_pix2pix import train_pix2pix
+    from model import run as runs
+
+    _tell(pipe, runs, "train", "train")
+    pipe.send(("done", train_pix2pix(root=root, run=run, settings=settings).name))
+
+
+def fetched(folder: Path) -> dict[str, list[int]]:
+    """Archive -> the segments of it that are done, of those that are not whole yet."""
+    records = {m: folder / f"{catalog.archive_name(m)}.part.json" for m in catalog.MODALITIES}
+    return {m: (dataset.read_json(path) or {}).get("done", []) for m, path in records.items()}
