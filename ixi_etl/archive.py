@@ -10,6 +10,7 @@ import fsspec
 
 from ixi_etl.errors import ArchiveError
 
+MAX_MEMBER_BYTES = 256 << 20  # of an IXI archive about 9 MB; a member is read whole, and several at once
 _KINDS = {
     tarfile.SYMTYPE: "a symbolic link",
     tarfile.LNKTYPE: "a hard link",
@@ -68,6 +69,8 @@ def index_archive(location: str) -> list[Member]:
                 if info.isdir():
                     continue
                 problem = "" if info.isreg() and not info.issparse() else _KINDS.get(info.type, "not a regular file")
+                if not problem and info.size > MAX_MEMBER_BYTES:
+                    problem = f"a member of {info.size} bytes; at most {MAX_MEMBER_BYTES} are read"
                 # A name that is no UTF-8 can be neither shown nor written down as it is.
                 name = info.name.encode("utf-8", "backslashreplace").decode()
                 members.append(Member(name, info.offset_data, info.size, problem))

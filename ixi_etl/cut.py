@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ixi_etl import align, nifti, pictures, register
-from ixi_etl.archive import read_member
+from ixi_etl.archive import MAX_MEMBER_BYTES, read_member
 from ixi_etl.catalog import MODALITIES
 from ixi_etl.config import DatasetConfig
 from ixi_etl.errors import BadVolumeError, DatasetError
@@ -93,7 +93,8 @@ def cut_subject(job: Job, config: DatasetConfig, work: Path) -> dict[str, Any]:
     done = read_json(record_path(work, job.subject_id))
     if isinstance(done, dict) and _still_there(done, job, work):
         return done
-    packed = {m: read_member(part.archive, part.offset, part.size) for m, part in job.parts.items()}
+    read = {m: part for m, part in job.parts.items() if part.size <= MAX_MEMBER_BYTES}  # who has larger ones is out
+    packed = {m: read_member(part.archive, part.offset, part.size) for m, part in read.items()}
     record: dict[str, Any] = {f"{m.lower()}_sha256": hashlib.sha256(data).hexdigest() for m, data in packed.items()}
     if job.cut:
         try:

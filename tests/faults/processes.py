@@ -10,12 +10,15 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-PRELOAD = ["stages", "torch", "model.run", "model.train", "model.report"]
 GIVE_UP_S = 120.0
 
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(PRELOAD)
 _fresh = multiprocessing.get_context("spawn")
+
+
+def preload(*modules: str) -> None:
+    """What the process that all others are forked from is to import; it starts with the first job."""
+    _forks.set_forkserver_preload(["stages", *modules])
 
 
 class Job:

@@ -7,7 +7,9 @@ take minutes; `flow` runs in a fresh process, since Prefect starts threads.
 from __future__ import annotations
 
 import os
+import resource
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -101,3 +103,31 @@ def fetched(folder: Path) -> dict[str, list[int]]:
     """Archive -> the segments of it that are done, of those that are not whole yet."""
     records = {m: folder / f"{catalog.archive_name(m)}.part.json" for m in catalog.MODALITIES}
     return {m: (dataset.read_json(path) or {}).get("done", []) for m, path in records.items()}
+
+
+def do_volumes(pipe: Connection, config: str) -> None:
+    """A refresh that tells the slowest volume, in seconds, and the most memory it took, in bytes."""
+    from ixi_etl import survey
+
+    slowest = {"": 0.0}
+
+    def timed(module: Any, name: str, what: Callable[..., str]) -> None:
+        function = getattr(module, name)
+
+        def timing(*args: Any, **more: Any) -> Any:
+            begun = time.monotonic()
+            pipe.send((f"{name} of", what(*args)))  # if it crashes or hangs, this is what did it
+            result = function(*args, **more)
+            took = time.monotonic() - begun
+            if took > max(slowest.values()):
+                slowest.clear()
+                slowest[what(*args)] = took
+            return result
+
+        setattr(module, name, timing)
+
+    timed(survey, "_row", lambda location, modality, member: str(member.name))
+    timed(refresh, "cut_subject", lambda job, *_: str(job.subject_id))
+    made = refresh.refresh(RefreshConfig.model_validate_json(config))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    pipe.send(("done", {"version": made.version, "slowest": slowest, "peak": peak}))

@@ -16,16 +16,17 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
 
-import stages
-from conftest import SMALL_NETWORKS, config_for
-from faults_table import LONG, Row, tries
-from processes import Job
-from reader import checkpoints_of, latest_of, reading
-from servers import PROBE, Call, Host, serve
+import stages  # noqa: E402
+from conftest import SMALL_NETWORKS, config_for  # noqa: E402
+from faults_table import LONG, Row, tries  # noqa: E402
+from processes import Job, preload  # noqa: E402
+from reader import checkpoints_of, latest_of, reading  # noqa: E402
+from servers import PROBE, Call, Host, serve  # noqa: E402
 
-from ixi_etl.config import RefreshConfig
-from ixi_etl.publish import Refreshed
-from ixi_etl.refresh import refresh
+from ixi_etl.config import RefreshConfig  # noqa: E402
+from ixi_etl.publish import Refreshed  # noqa: E402
+from ixi_etl.refresh import refresh  # noqa: E402
+from model import checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.faults
 
@@ -41,6 +42,11 @@ TRAINING: dict[str, Any] = SMALL_NETWORKS | {
     "augment": "jitter",
     "ema": 0.9,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _jobs() -> None:
+    preload("torch", "model.run", "model.train", "model.report")
 
 
 def digests(folder: Path) -> dict[str, str]:
