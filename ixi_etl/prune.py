@@ -11,7 +11,7 @@ from typing import Any
 
 from ixi_etl.dataset import COMMANDS, FACTS, POINTER, published, read_pointer
 from ixi_etl.errors import DatasetError
-from ixi_etl.files import lock_root, read_json
+from ixi_etl.files import disk_errors_in_a_line, lock_root, read_json
 from ixi_etl.places import Places, file_sizes, filesystem_of, is_local, place, remove
 
 UPLOAD_LASTS = timedelta(days=1)
@@ -28,6 +28,7 @@ class Verdict:
     size: int
 
 
+@disk_errors_in_a_line()
 def prune(places: Places, keep: int, *, dry_run: bool = False) -> list[Verdict]:
     """Remove all versions of a dataset but the newest `keep`, and those that something needs; newest first.
 
