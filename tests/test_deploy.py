@@ -133,10 +133,13 @@ def test_a_service_is_pinned_closed_and_unprivileged(name: str) -> None:
     image, _, tag = service["image"].partition(":")
     assert tag not in ("", "latest")
     assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+    assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+    assert service["security_opt"] == ["no-new-privileges:true"]
     if image == "ixi-etl":
         assert service["build"]["target"] == tag
-        assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
         assert "user" not in service  # the image's own, which is none of root's
+    else:
+        assert service["user"] not in ("root", "0")
     for other, wanted in service.get("depends_on", {}).items():
         assert wanted["condition"] != "service_healthy" or "healthcheck" in SERVICES[other]
 

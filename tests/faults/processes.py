@@ -55,6 +55,12 @@ class Job:
         self.listen(time.monotonic() + GIVE_UP_S)
         return self.stage
 
+    def kill_after(self, stage: str, seconds: float) -> str:
+        """Kill it so long after the stage has begun; where it was."""
+        assert self.listen(time.monotonic() + GIVE_UP_S, stage), f"it ended in {self.stage}"
+        self.listen(time.monotonic() + seconds)
+        return self.kill()
+
     def end(self) -> Any:
         """Wait for its end, which must be a good one; what it told last."""
         running = self.listen(time.monotonic() + GIVE_UP_S)

@@ -27,6 +27,9 @@ import zarrs
 
 from ixi_etl import catalog, dataset, download, refresh, report
 from ixi_etl.config import RefreshConfig
+from ixi_etl.errors import IxiError, LockedError
+from ixi_etl.places import Places
+from ixi_etl.prune import prune
 
 PRELOADED = (dask, fsspec, isal, matplotlib, pandera, SimpleITK, zarrs, report)
 
@@ -131,3 +134,54 @@ def do_volumes(pipe: Connection, config: str) -> None:
     made = refresh.refresh(RefreshConfig.model_validate_json(config))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     pipe.send(("done", {"version": made.version, "slowest": slowest, "peak": peak}))
+
+
+def _said(pipe: Connection, job: Callable[[], str]) -> None:
+    """Tell what a job gives, or the one line that it ends in."""
+    try:
+        pipe.send(("done", job()))
+    except IxiError as error:
+        pipe.send(("done", str(error)))
+
+
+def do_refresh_or_say(pipe: Connection, config: str) -> None:
+    _said(pipe, lambda: refresh.refresh(RefreshConfig.model_validate_json(config)).version)
+
+
+def do_refresh_or_wait(pipe: Connection, config: str) -> None:
+    """Try again for as long as somebody else holds the root."""
+    while True:
+        try:
+            pipe.send(("done", refresh.refresh(RefreshConfig.model_validate_json(config)).version))
+        except LockedError:
+            continue
+        return
+
+
+def do_training_or_say(pipe: Connection, root: str, settings: dict[str, Any], run: str) -> None:
+    from model import run as runs
+    from model.config import TrainConfig
+
+    def job() -> str:
+        runs.train_run(runs.prepare(root, TrainConfig.model_validate(settings), run))
+        return run
+
+    _said(pipe, job)
+
+
+def do_prune(pipe: Connection, root: str) -> None:
+    pipe.send(("prune", None))
+    prune(Places(root), 1)
+    pipe.send(("done", None))
+
+
+def do_prunes(pipe: Connection, root: str) -> None:
+    """Remove old versions again and again, until four are gone or a refresh has made its version."""
+    places, removed = Places(root), 0
+    there = set(dataset.published(places))
+    while not set(dataset.published(places)) - there:
+        try:
+            removed += sum(verdict.removed for verdict in prune(places, 1))
+        except LockedError:
+            continue
+    pipe.send(("done", removed))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import statistics
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -102,7 +101,7 @@ def site(published: Refreshed, archives: Path, tmp_path_factory: pytest.TempPath
 def cut_site(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Site:
     """The same, with a root in which all is cut."""
     root = site.root(tmp_path_factory.mktemp("cut") / "root")
-    killed(Job(stages.do_refresh, site.config(root, "cut").model_dump_json(), SEGMENT), "publish", 0)
+    Job(stages.do_refresh, site.config(root, "cut").model_dump_json(), SEGMENT).kill_after("publish", 0)
     return replace(site, before=root)
 
 
@@ -129,13 +128,6 @@ def measured(stage: str, runs: list[Job]) -> float:
     return statistics.median(job.lasted(stage, FOLLOWING[stage]) for job in runs)
 
 
-def killed(job: Job, stage: str, seconds: float) -> str:
-    """Kill it so long after the stage has begun; where it was."""
-    assert job.listen(time.monotonic() + 120, stage), f"it ended in {job.stage}"
-    job.listen(time.monotonic() + seconds)
-    return job.kill()
-
-
 def moments(count: int, lasts: float) -> list[float]:
     return [(n + 0.5) / count * lasts for n in range(count)]
 
@@ -148,7 +140,7 @@ def refresh_killed(site: Site, root: Path, stage: str, after_s: float, toll: Tol
     with reading(latest_of(root)) as reader:
         site.host.asked.clear()
         site.host.answer = slowly
-        toll.hits[killed(Job(target, *arguments, fresh=bool(flow)), stage, after_s)] += 1
+        toll.hits[Job(target, *arguments, fresh=bool(flow)).kill_after(stage, after_s)] += 1
         made = {p.name: p.stat().st_mtime_ns for p in config.places.unfinished.glob("*/work/IXI*.json")}
         site.host.answer = Call.honest
         again = Job(target, *arguments, fresh=bool(flow))
@@ -170,7 +162,7 @@ def training_killed(site: Site, root: Path, after_s: float, toll: Toll, whole: P
     arguments = (str(root), TRAINING, "a", *flow)
     run = root / "runs" / "a"
     with reading(checkpoints_of(run)) as reader:
-        toll.hits[killed(Job(target, *arguments, fresh=bool(flow)), "train", after_s)] += 1
+        toll.hits[Job(target, *arguments, fresh=bool(flow)).kill_after("train", after_s)] += 1
         saved = {p: p.stat().st_mtime_ns for p in (run / "checkpoints").glob("step-*")}
         Job(target, *arguments, fresh=bool(flow)).end()
     toll.looks += reader.looks
