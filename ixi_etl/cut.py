@@ -22,7 +22,7 @@ from ixi_etl.archive import MAX_MEMBER_BYTES, read_member
 from ixi_etl.catalog import MODALITIES
 from ixi_etl.config import DatasetConfig
 from ixi_etl.errors import BadVolumeError, DatasetError
-from ixi_etl.files import read_json, sha256_file, to_json, write_atomic
+from ixi_etl.files import disk_errors_in_a_line, read_json, sha256_file, to_json, write_atomic
 from ixi_etl.store import percentiles, write_shard
 
 MAX_OUTSIDE = 0.05  # of the T2 slab's foreground
@@ -79,6 +79,7 @@ def record_path(work: Path, subject_id: str) -> Path:
     return work / f"{subject_id}.json"
 
 
+@disk_errors_in_a_line()  # here, so that a Dask worker, too, says what ails its disk
 def cut_subject(job: Job, config: DatasetConfig, work: Path) -> dict[str, Any]:
     """Cut one subject into `work`, and return its record: manifest columns, `affines`, and the `files` with SHA-256.
 

@@ -159,6 +159,20 @@ def test_only_the_server_and_postgres_keep_the_passwords_they_need() -> None:
     assert knows == {"postgres", "server"}
 
 
+def test_prefect_s_settings_do_not_show_the_passwords() -> None:
+    secrets = {
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": "postgresql+asyncpg://prefect:hunter2@postgres:5432/prefect",
+        "PREFECT_SERVER_API_AUTH_STRING": "admin:hunter2",
+        "PREFECT_API_AUTH_STRING": "admin:hunter2",
+    }
+    show = "from prefect.settings import get_current_settings as s; print(repr(s()), s())"
+    for command in (["-c", show], ["-m", "prefect", "config", "view"]):
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, env=os.environ | secrets, check=True
+        )
+        assert "hunter2" not in done.stdout + done.stderr
+
+
 # -- bare names -------------------------------------------------------------------------------------------------------
 
 
