@@ -109,7 +109,6 @@ def acquire(
     Raises:
         DownloadError: nothing gave the right file; the message says of each URL why not, and what to do.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / source.name
     location = str(path) if source.over_http else source.urls[0]
     known = _recorded(folder, source.name, location)
@@ -118,6 +117,7 @@ def acquire(
         if offline or not source.over_http or _still_served(known, source, insecure_hosts):
             return known
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         if not source.over_http:
             return _verify_in_place(source, folder, progress)
         if path.exists() and source.md5 and _md5(location, progress) == source.md5:

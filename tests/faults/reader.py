@@ -24,7 +24,7 @@ class Reader(threading.Thread):
         self.stop = threading.Event()
 
     def run(self) -> None:
-        while not self.stop.wait(0.01):  # a processor must be left for those who are to be killed
+        while not self.stop.wait(0.05):  # a processor must be left for those who are to be killed
             try:
                 self.look()
                 self.looks += 1
