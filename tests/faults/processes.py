@@ -5,10 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
+
+import pytest
 
 GIVE_UP_S = 120.0
 
@@ -17,8 +21,11 @@ _fresh = multiprocessing.get_context("spawn")
 
 
 def preload(*modules: str) -> None:
-    """What the process that all others are forked from is to import; it starts with the first job."""
+    """Start the process that all others are forked from, unless it runs; it imports these and `stages`."""
     _forks.set_forkserver_preload(["stages", *modules])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # it would not find what cannot be imported
+        forkserver.ensure_running()
 
 
 class Job:

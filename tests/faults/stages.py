@@ -17,11 +17,13 @@ from typing import Any
 
 import dask.base
 import dask.delayed
+import distributed
 import fsspec.implementations.http
 import fsspec.implementations.local
 import isal.igzip_lib
-import matplotlib.backends.backend_agg
+import pandera.backends.pandas.register
 import pandera.pandas
+import PIL.Image
 import SimpleITK
 import zarrs
 
@@ -31,7 +33,8 @@ from ixi_etl.errors import IxiError, LockedError
 from ixi_etl.places import Places
 from ixi_etl.prune import prune
 
-PRELOADED = (dask, fsspec, isal, matplotlib, pandera, SimpleITK, zarrs, report)
+PRELOADED = (dask, distributed, fsspec, isal, pandera, SimpleITK, zarrs, report)
+PIL.Image.init()
 
 STAGES = ("download", "name", "cut", "publish", "train", "done")
 """In their order; a job is in the one that it has told last."""

@@ -120,8 +120,9 @@ def watched(tmp_path: Path, tar: bytes) -> Iterator[Watch]:
 
 
 @pytest.mark.parametrize("what", PASSING)
-def test_bad_server_passing(what: str, watched: Watch, tar: bytes, row: Row) -> None:
+def test_bad_server_passing(what: str, watched: Watch, tar: bytes, monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
     count = tries(1, 20)
+    monkeypatch.setattr("ixi_etl.download.TRIES", 10)  # a reset can cost what had come, and was not read yet
     for n in range(count):
         with serve(Host(tar, PASSING[what]())) as host:
             source = Source(NAME, (host.url,), md5(tar) if n % 2 else None)
