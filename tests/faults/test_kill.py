@@ -141,7 +141,7 @@ def refresh_killed(site: Site, root: Path, stage: str, after_s: float, toll: Tol
         site.host.asked.clear()
         site.host.answer = slowly
         toll.hits[Job(target, *arguments, fresh=bool(flow)).kill_after(stage, after_s)] += 1
-        made = {p.name: p.stat().st_mtime_ns for p in config.places.unfinished.glob("*/work/IXI*.json")}
+        made = {p.name: p.stat().st_mtime_ns for p in config.places.unfinished.glob("*/*/IXI*.json")}
         site.host.answer = Call.honest
         again = Job(target, *arguments, fresh=bool(flow))
         assert again.end() == site.version
