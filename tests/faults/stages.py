@@ -64,7 +64,7 @@ def _tell_refresh(pipe: Connection, config: RefreshConfig, segment: int) -> None
 
     def made() -> dict[str, int]:
         """When each record and shard was written."""
-        return {p.name: p.stat().st_mtime_ns for p in work.glob("*/*/*") if not p.name.startswith(".")}
+        return {p.name: p.stat().st_mtime_ns for p in [*work.rglob("IXI*.json"), *work.rglob("IXI*.shard")]}
 
     _tell(pipe, refresh, "acquire_file", "download")
     _tell(pipe, refresh, "name_version", "name")
