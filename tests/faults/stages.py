@@ -132,7 +132,7 @@ def do_volumes(pipe: Connection, config: str) -> None:
 
         setattr(module, name, timing)
 
-    timed(survey, "_row", lambda location, modality, member: str(member.name))
+    timed(survey, "_row", lambda modality, member: str(member.name))
     timed(refresh, "cut_subject", lambda job, *_: str(job.subject_id))
     made = refresh.refresh(RefreshConfig.model_validate_json(config))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
