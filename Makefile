@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+BENCH  := $(VENV)/.installed-bench
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-standin test-stack faults audit deploy lint clean help
+.PHONY: demo test test-standin test-stack faults audit bench deploy lint clean help
 
 help:
 	@echo "make demo   run the whole job on a small simulated IXI, no server or account needed"
@@ -16,6 +17,7 @@ help:
 	@echo "make test-stack    the deployed stack: PostgreSQL, Prefect, workers, Dask and S3 as processes, 6 minutes"
 	@echo "make faults kills, bad servers, full disks and hostile input, in full, 15 minutes; ONLY=name for one of them"
 	@echo "make audit  bandit, and pip-audit where its advisories can be reached"
+	@echo "make bench  speed beside what people would use instead; ONLY=survey,refresh for some rows, QUICK=1 to try it"
 	@echo "make deploy pools, deployments and automation onto the Prefect server at PREFECT_API_URL"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove the environment and the demo"
@@ -48,6 +50,14 @@ audit: $(STAMP)
 	@$(BIN)/bandit --quiet --recursive --configfile pyproject.toml ixi_etl model flows
 	@echo "bandit finds nothing in ixi_etl, model and flows"
 	@$(BIN)/python .ci/advisories.py
+
+# The peers, which nothing else needs, into the same environment.
+$(BENCH): $(STAMP)
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,test,bench]"
+	@touch $(BENCH)
+
+bench: $(BENCH)
+	@$(BIN)/python -m benchmarks.run --only "$(ONLY)" $(if $(QUICK),--quick) $(if $(OUT),--out "$(OUT)")
 
 deploy: $(STAMP)
 	@$(BIN)/python -m flows.deploy

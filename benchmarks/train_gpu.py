@@ -1,12 +1,14 @@
-"""Speed and loss of the `paper` preset at full width on a GPU: bf16 beside fp32, in one command.
+"""Speed and loss of the `paper` preset at full width on a GPU: bf16 and fp32 beside the reference, in one command.
 
 ::
 
-    python benchmarks/train_gpu.py                               # makes its own dataset of simulated heads
-    python benchmarks/train_gpu.py --root ixi-data --steps 5000  # on the latest version under a root
-    python benchmarks/train_gpu.py --device cpu --steps 4        # only to see that it runs
+    python -m benchmarks.train_gpu                               # makes its own dataset of simulated heads
+    python -m benchmarks.train_gpu --root ixi-data --steps 5000  # on the latest version under a root
+    python -m benchmarks.train_gpu --device cpu --steps 4        # only to see that it runs
 
-Prints ms a step, images a second and peak memory of each precision, and both loss curves side by side.
+Prints ms a step, images a second and peak memory of each precision, the reference implementation's step at the same
+batch size in the same run, what a step computes and moves at the least, and both loss curves side by side. Our time is
+that of the whole loop, drawing batches included; the reference's is of its step alone, its images on the device.
 """
 
 from __future__ import annotations
@@ -15,12 +17,15 @@ import argparse
 import logging
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.reference import Pix2PixModel
 from ixi_etl.config import DatasetConfig, RefreshConfig
 from ixi_etl.phantom import write_phantom
 from ixi_etl.refresh import refresh
@@ -29,6 +34,8 @@ from model.run import prepare, train_run
 
 SPLIT_SEED = 6  # of the phantom's six subjects, one is for validation and one for test
 CURVE_ROWS = 10
+REFERENCE_STEPS = 300
+ADAM_BYTES = 28  # a weight: itself and two moments read and written, its gradient read
 
 
 def main() -> None:
@@ -70,12 +77,45 @@ def main() -> None:
     warm = {name: curve[curve.index > given.steps / 10] for name, curve in curves.items()}
     columns = ["ms_per_step", "images_per_s", "peak_memory_mb"]
     print(pd.DataFrame({name: curve[columns].median() for name, curve in warm.items()}).round(2).to_string())
+    reference_ms, gflop, gigabytes = reference(given.device, given.batch_size, min(given.steps, REFERENCE_STEPS))
+    rate = 1000 * given.batch_size / reference_ms
+    print(f"reference, fp32 as published: {reference_ms:.2f} ms a step, {rate:.2f} images/s")
+    ours = {name: reference_ms / curve["ms_per_step"].median() for name, curve in warm.items()}
+    print("times as fast as the reference: " + ", ".join(f"{name} {times:.2f}" for name, times in ours.items()))
+    print(
+        f"a step computes {gflop:.0f} GFLOP and moves {gigabytes:.2f} GB for the weights: divide by the device's rates"
+    )
     hours = {name: curve["ms_per_step"].median() * 49_200 / 3.6e6 for name, curve in warm.items()}
     print("49,200 such steps: " + ", ".join(f"{name} {h * 60:.1f} min" for name, h in hours.items()))
     both = pd.concat(
         {name: c[["loss_d", "loss_g_adversarial", "loss_g_reconstruction"]] for name, c in curves.items()}, axis=1
     )
     print(both.iloc[:: max(1, len(both) // CURVE_ROWS)].round(4).to_string())
+
+
+def reference(device: str, batch: int, steps: int) -> tuple[float, float, float]:
+    """The reference implementation's ms a step; GFLOP of a step, and GB that Adam alone must read and write in it."""
+    torch.manual_seed(0)
+    model = Pix2PixModel(device=device)
+    images = [torch.rand(batch, 1, 256, 256, device=device) * 2 - 1 for _ in range(2)]
+    model.set_input(*images)
+    with FlopCounterMode(display=False) as counted:
+        model.optimize_parameters()
+    for _ in range(max(1, steps // 10)):
+        model.optimize_parameters()
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        model.optimize_parameters()
+    _wait(device)
+    taken = (time.perf_counter() - start) * 1000 / steps
+    weights = sum(p.numel() for network in (model.netG, model.netD) for p in network.parameters())
+    return taken, counted.get_total_flops() / 1e9, weights * ADAM_BYTES / 1e9
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
 
 
 def simulate(folder: Path) -> Path:

@@ -12,6 +12,7 @@ from torch.optim import Adam
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model.config import TrainConfig
+from model.cpu import as_it_is_shaped, as_it_lies
 from model.losses import discriminator_loss, generator_loss
 from model.networks import PatchDiscriminator, UNetGenerator, place
 
@@ -47,7 +48,7 @@ class Learner:
         return {name: network for name, network in both.items() if network is not None}
 
     def _adam(self, network: nn.Module) -> Adam:
-        return Adam(network.parameters(), self.config.lr, self.config.betas, fused=True)
+        return Adam([as_it_lies(p) for p in network.parameters()], self.config.lr, self.config.betas, fused=True)
 
     def _parallel(self, network: nn.Module) -> nn.Module:
         if not distributed.is_initialized():
@@ -74,7 +75,7 @@ class Learner:
         told = [zero, zero, zero]
         if self._judge is not None:
             with self.autocast():
-                real, fake = self._judge(source, target), self._judge(source, generated.detach())
+                real, fake = self._judged(source, target, generated.detach())
             loss = discriminator_loss(self.config, real, fake)
             self._descend("discriminator", loss.total)
             told = [part.detach() for part in loss]
@@ -91,10 +92,27 @@ class Learner:
             self.average.update_parameters(self.generator)
         return torch.stack([*told, *(part.detach() for part in missed)])
 
+    def _judged(self, source: Tensor, target: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:
+        """The discriminator's logits of the real pairs and of the generated ones."""
+        assert self._judge is not None
+        if self.config.norm == "batch":  # whose statistics would mix the two
+            return self._judge(source, target), self._judge(source, generated)
+        both: Tensor = self._judge(torch.cat([source, source]), torch.cat([target, generated]))
+        real, fake = both.chunk(2)
+        return real, fake
+
     def _descend(self, name: str, loss: Tensor) -> None:
-        self.optimizers[name].zero_grad(set_to_none=True)
+        self.optimizers[name].zero_grad(set_to_none=True)  # it holds the gradients too
+        self._networks()[name].zero_grad(set_to_none=True)
         loss.backward()
-        self.optimizers[name].step()
+        self.update(name)
+
+    def update(self, name: str) -> None:
+        """Step the optimiser of a network by the gradients that its weights have."""
+        network, optimizer = self._networks()[name], self.optimizers[name]
+        for weight, lying in zip(network.parameters(), optimizer.param_groups[0]["params"], strict=True):
+            lying.grad = None if weight.grad is None else as_it_lies(weight.grad)
+        optimizer.step()
 
     @property
     def best_generator(self) -> UNetGenerator:
@@ -110,7 +128,7 @@ class Learner:
         state = {f"{n}.{k}": v for n, network in self._networks().items() for k, v in network.state_dict().items()}
         for name, optimizer in self.optimizers.items():
             for number, values in optimizer.state_dict()["state"].items():
-                state |= {f"{name}_optimizer.{number}.{k}": v for k, v in values.items()}
+                state |= {f"{name}_optimizer.{number}.{k}": as_it_is_shaped(v) for k, v in values.items()}
         if self.average is not None:
             state |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         return state | self._random_states()
@@ -133,10 +151,9 @@ class Learner:
             for key, value in _under(state, f"{name}_optimizer").items():
                 number, what = key.split(".")
                 moments.setdefault(int(number), {})[what] = value
-            for i, parameter in enumerate(network.parameters()):
-                # The fused step walks through memory, so moments must lie as their parameter does.
+            for values in moments.values():
                 for what in ("exp_avg", "exp_avg_sq"):
-                    moments[i][what] = torch.empty_like(parameter).copy_(moments[i][what])
+                    values[what] = as_it_lies(values[what]).contiguous()
             groups = self.optimizers[name].state_dict()["param_groups"]
             self.optimizers[name].load_state_dict({"state": moments, "param_groups": groups})
         if self.average is not None:

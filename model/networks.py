@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.cpu import Conv2d, DoublingConv2d, InstanceNorm2d
+
 Norm = Literal["instance", "batch", "none"]
 Upsampling = Literal["transpose", "nearest"]
 Network = TypeVar("Network", bound=nn.Module)
@@ -56,7 +58,7 @@ class UNetGenerator(nn.Module):
             self.down.append(
                 nn.Sequential(
                     *([] if outermost else [nn.LeakyReLU(0.2)]),
-                    nn.Conv2d(1 if outermost else channels[level - 1], wide, 4, 2, 1),
+                    Conv2d(1 if outermost else channels[level - 1], wide, 4, 2, 1),
                     # A norm of the 1 x 1 image would leave nothing of it.
                     *([] if outermost or innermost else [_norm(norm, wide)]),
                 )
@@ -109,7 +111,7 @@ class PatchDiscriminator(nn.Module):
         blocks: list[nn.Module] = []
         for n, stride in enumerate(strides):
             first, last = n == 0, n == len(strides) - 1
-            blocks.append(nn.Conv2d(channels[n], channels[n + 1], 4, stride, 1))
+            blocks.append(Conv2d(channels[n], channels[n + 1], 4, stride, 1))
             if not last:
                 blocks += [*([] if first else [_norm(norm, channels[n + 1])]), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*blocks)
@@ -136,13 +138,13 @@ def receptive_field(layers: list[tuple[int, int]]) -> int:
 
 def _upsample(kind: Upsampling, inside: int, outside: int) -> list[nn.Module]:
     if kind == "transpose":
-        return [nn.ConvTranspose2d(inside, outside, 4, 2, 1)]
+        return [DoublingConv2d(inside, outside)]
     return [nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(inside, outside, 3, 1, 1)]
 
 
 def _norm(kind: Norm, channels: int) -> nn.Module:
     kinds: dict[str, Callable[[], nn.Module]] = {
-        "instance": lambda: nn.InstanceNorm2d(channels, affine=True),
+        "instance": lambda: InstanceNorm2d(channels, affine=True),
         "batch": lambda: nn.BatchNorm2d(channels),
         "none": nn.Identity,
     }

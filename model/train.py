@@ -27,6 +27,7 @@ from ixi_etl.files import Progress, silent
 from model import checkpoint, data, evaluate, planes, samples
 from model.checkpoint import CheckpointError
 from model.config import TrainConfig
+from model.cpu import keep_freed_memory
 from model.data import Pairs
 from model.learner import Learner, generator_weights
 from model.logbook import Logbook
@@ -64,6 +65,8 @@ def train(
         CheckpointError: `run` holds a training already and `resume` is not set, or one of another configuration.
     """
     device = torch.device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     rank, processes = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     assert config.side is not None
     pairs = data.load(version, "train", config.direction, device)

@@ -98,7 +98,8 @@ def test_in_the_networks_both_losses_add_up() -> None:
     distance = generator_gradients(adversarial="none", lambda_l1=7)
     assert len(both) == len(adversarial) == len(distance) > 0
     for a, b, c in zip(both, adversarial, distance, strict=True):
-        torch.testing.assert_close(a, b + c, rtol=1e-4, atol=1e-6)
+        # A bias under a norm has no gradient but rounding.
+        torch.testing.assert_close(a, b + c, rtol=1e-4, atol=5e-6)
 
 
 def test_without_an_adversary_there_is_no_discriminator() -> None:

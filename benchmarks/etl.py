@@ -1,0 +1,287 @@
+"""Cases of the survey and of the refresh, ours and the peers': from archives to a histogram, or to slabs on the disk.
+
+Every refresh starts from archives that are verified, and ends with slabs of 20 slices of each pair: ours in a published
+version with hashes, CRCs and a manifest, the peers' as .npy files.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.inputs import fresh
+from benchmarks.serving import counts, serving
+
+Work = Callable[[], dict[str, Any]]
+SLICES = 20
+MODALITIES = ("T1", "T2")
+
+
+# -- survey -----------------------------------------------------------------------------------------------------------
+
+
+def survey(source: str, warm: str) -> Work:
+    """Ours. `inflated`: the most bytes that were inflated of one member."""
+    from ixi_etl import nifti
+    from ixi_etl import survey as stage
+
+    inflated: list[int] = []
+
+    def counted(packed: bytes) -> bytes:
+        head = nifti.inflate_head(packed)
+        inflated.append(len(head))
+        return head
+
+    stage.inflate_head = counted
+
+    def work_on(source: str) -> dict[str, Any]:
+        table = stage.survey({m: f"{source}/IXI-{m}.tar" for m in MODALITIES})
+        histogram = stage.depth_histogram(table)["all"]
+        return {"depths": _depths(histogram.to_dict()), "inflated": max(inflated), "members": len(table)}
+
+    work_on(warm)
+    return partial(work_on, source)
+
+
+def _depths(found: dict[Any, int]) -> dict[str, int]:
+    return {f"{modality} {depth}": int(n) for (modality, depth), n in sorted(found.items())}
+
+
+def survey_extracted(source: str, warm: str, scratch: str, extract: bool, library: str = "nibabel") -> Work:
+    """As people do it: `extractall`, and the shape of each file as the library reads it, from the header alone."""
+    depth_of = {"nibabel": _by_nibabel, "torchio": _by_torchio}[library]()
+
+    def work_on(source: str, folder: Path, extract: bool) -> dict[str, Any]:
+        if extract:
+            _extract(source, folder)
+        found: dict[tuple[str, int], int] = {}
+        for modality in MODALITIES:
+            for path in sorted((folder / modality).glob("*.nii.gz")):
+                key = modality, depth_of(path)
+                found[key] = found.get(key, 0) + 1
+        return {"depths": _depths(found)}
+
+    work_on(warm, fresh(Path(scratch), "extracted-warm"), True)
+    place = fresh(Path(scratch), "extracted")
+    if not extract:
+        _extract(source, place)
+    return partial(work_on, source, place, extract)
+
+
+def _by_nibabel() -> Callable[[Path], int]:
+    import nibabel as nib
+
+    return lambda path: int(nib.load(path).shape[2])
+
+
+def _by_torchio() -> Callable[[Path], int]:
+    import torchio
+
+    return lambda path: int(torchio.ScalarImage(path).shape[3])
+
+
+def survey_remote(source: str, warm: str) -> Work:
+    """Ours, from a server."""
+
+    def work() -> dict[str, Any]:
+        with serving(Path(source)) as url:
+            surveyed = survey(url, warm)
+            start = time.perf_counter()
+            found = surveyed()
+            return found | {"seconds": time.perf_counter() - start} | counts(url)
+
+    return work
+
+
+def survey_downloaded(source: str, warm: str, scratch: str) -> Work:
+    """Download all, then survey what came, with our own survey."""
+    import shutil
+    import urllib.request
+
+    folder = fresh(Path(scratch), "downloaded")
+
+    def work() -> dict[str, Any]:
+        with serving(Path(source)) as url:
+            surveyed = survey(str(folder), warm)
+            start = time.perf_counter()
+            for modality in MODALITIES:
+                name = f"IXI-{modality}.tar"
+                with urllib.request.urlopen(f"{url}/{name}") as answer, open(folder / name, "wb") as file:
+                    shutil.copyfileobj(answer, file, 1 << 20)
+            found = surveyed()
+            return found | {"seconds": time.perf_counter() - start} | counts(url)
+
+    return work
+
+
+def _extract(source: str, folder: Path) -> None:
+    for modality in MODALITIES:
+        with tarfile.open(f"{source}/IXI-{modality}.tar") as tar:
+            tar.extractall(folder / modality, filter="data")
+
+
+# -- refresh ----------------------------------------------------------------------------------------------------------
+
+
+def refresh(source: str, warm: str, scratch: str, pairing: str) -> Work:
+    """Ours: the function under the flow, on archives that a refresh has verified before."""
+    from ixi_etl.config import DatasetConfig, RefreshConfig
+    from ixi_etl.refresh import acquire_inputs
+    from ixi_etl.refresh import refresh as run
+    from ixi_etl.store import open_arrays
+
+    dataset = DatasetConfig.model_validate({"pairing": pairing, "registration": "none", "pictures": False})
+
+    def ready(name: str, source: str) -> RefreshConfig:
+        config = RefreshConfig(root=str(fresh(Path(scratch), name)), source=source, dataset=dataset, workers=2)
+        acquire_inputs(config)
+        return config
+
+    def work_on(config: RefreshConfig) -> dict[str, Any]:
+        done = run(config)
+        arrays = open_arrays(done.folder)
+        return {"slabs": _shapes([arrays["t1"].shape, arrays["t2"].shape]), "version": str(done.folder)}
+
+    work_on(ready("root-warm", warm))
+    return partial(work_on, ready("root", source))
+
+
+def fetch_members(source: str, scratch: str) -> Work:
+    """Ours over HTTP, taking only the members of subjects that may be used; `selected`: how many bytes those have."""
+    from ixi_etl import dataset, manifest, survey
+    from ixi_etl.config import DatasetConfig, RefreshConfig
+    from ixi_etl.refresh import refresh as run
+
+    chosen = DatasetConfig.model_validate({"registration": "none", "pictures": False})
+    root = str(fresh(Path(scratch), "root-members"))
+
+    def work() -> dict[str, Any]:
+        with serving(Path(source)) as url:
+            config = RefreshConfig(root=root, source=url, dataset=chosen, workers=2, fetch="members")
+            done = run(config)
+            moved = counts(url)
+        used = manifest.used(dataset.read_manifest(done.folder))["subject_id"]
+        table = survey.survey({m: f"{source}/IXI-{m}.tar" for m in MODALITIES})
+        selected = int(table.loc[table["subject_id"].isin(used), "size"].sum())
+        return {"pairs": len(used), "selected": selected, **moved}
+
+    return work
+
+
+def _shapes(shapes: list[tuple[int, ...]]) -> list[list[int]]:
+    return [[int(n) for n in shape] for shape in shapes]
+
+
+def _saved(out: Path) -> dict[str, Any]:
+    """What the peers' .npy files hold, in the form of ours."""
+    of = {m: sorted(out.glob(f"*-{m}.npy")) for m in MODALITIES}
+    return {"slabs": _shapes([(len(paths), *np.load(paths[0]).shape) for paths in of.values()])}
+
+
+def _pairs(folder: Path) -> list[tuple[str, Path, Path]]:
+    t1 = sorted((folder / "T1").glob("*-T1.nii.gz"))
+    return [(p.name[: -len("-T1.nii.gz")], p, folder / "T2" / p.name.replace("-T1.", "-T2.")) for p in t1]
+
+
+def _warmed(work_on: Callable[[str, Path, Path], None], source: str, warm: str, scratch: str) -> Work:
+    """The work on `source`, after it was done once on the small archives of `warm`."""
+
+    def places() -> tuple[Path, Path]:
+        return fresh(Path(scratch), "peer-in"), fresh(Path(scratch), "peer-out")
+
+    work_on(warm, *places())
+    folder, out = places()
+
+    def work() -> dict[str, Any]:
+        work_on(source, folder, out)
+
+    return _warmed(work_on, source, warm, scratch)
+
+
+def refresh_naive(source: str, warm: str, scratch: str) -> Work:
+    """The script of many repositories: `extractall`, `get_fdata`, the middle slices by index, `np.save`."""
+    import nibabel as nib
+
+    def work_on(source: str, folder: Path, out: Path) -> None:
+        _extract(source, folder)
+        for subject, *paths in _pairs(folder):
+            for modality, path in zip(MODALITIES, paths, strict=True):
+                volume = nib.load(path).get_fdata()
+                start = (volume.shape[2] - SLICES) // 2
+                slab = volume[:, :, start : start + SLICES].transpose(2, 1, 0)
+                np.save(out / f"{subject}-{modality}.npy", slab.astype(np.int16))
+
+    return _warmed(work_on, source, warm, scratch)
+
+
+def refresh_torchio(source: str, warm: str, scratch: str) -> Work:
+    """TorchIO: both to the nearest of RAS, the T1 resampled to the T2, the middle axial slices saved."""
+    import torchio
+
+    transform = torchio.Compose([torchio.ToCanonical(), torchio.Resample("t2")])
+
+    def work_on(source: str, folder: Path, out: Path) -> None:
+        _extract(source, folder)
+        for subject, t1, t2 in _pairs(folder):
+            images = torchio.Subject(t1=torchio.ScalarImage(t1), t2=torchio.ScalarImage(t2))
+            done = transform(images)
+            for modality, name in (("T1", "t1"), ("T2", "t2")):
+                _save_axial(done[name].numpy()[0], out / f"{subject}-{modality}.npy")
+
+    return _warmed(work_on, source, warm, scratch)
+
+
+def refresh_monai(source: str, warm: str, scratch: str) -> Work:
+    """MONAI: `LoadImaged`, `Orientationd` of the T2, `ResampleToMatchd`, the middle axial slices saved."""
+    from monai.transforms import Compose, LoadImaged, Orientationd, ResampleToMatchd
+
+    transform = Compose(
+        [
+            LoadImaged(keys=["T1", "T2"], ensure_channel_first=True),
+            Orientationd(keys="T2", axcodes="RAS"),
+            ResampleToMatchd(keys="T1", key_dst="T2", mode="bilinear"),
+        ]
+    )
+
+    def work_on(source: str, folder: Path, out: Path) -> None:
+        _extract(source, folder)
+        for subject, t1, t2 in _pairs(folder):
+            done = transform({"T1": str(t1), "T2": str(t2)})
+            for modality in MODALITIES:
+                _save_axial(done[modality][0].numpy(), out / f"{subject}-{modality}.npy")
+
+    return _warmed(work_on, source, warm, scratch)
+
+
+def _save_axial(volume: np.ndarray[Any, Any], path: Path) -> None:
+    start = (volume.shape[2] - SLICES) // 2
+    slab = volume[:, :, start : start + SLICES].transpose(2, 1, 0)
+    np.save(path, np.rint(slab).astype(np.int16))
+
+
+def inflate_only(source: str) -> Work:
+    """The floor: the same members inflated whole by ISA-L on two threads, and nothing else."""
+    from isal import igzip_lib
+
+    from ixi_etl.archive import index_archive, read_member
+
+    members = [(f"{source}/IXI-{m}.tar", x) for m in MODALITIES for x in index_archive(f"{source}/IXI-{m}.tar")]
+
+    def inflated(item: tuple[str, Any]) -> int:
+        location, member = item
+        packed = read_member(location, member.offset, member.size)
+        stream = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
+        return len(stream.decompress(packed))
+
+    def work() -> dict[str, Any]:
+        with ThreadPoolExecutor(2) as pool:
+            return {"bytes": sum(pool.map(inflated, members))}
+
+    return work

@@ -1,0 +1,228 @@
+"""Cases of reading for training: every pair of a version once, in random order, as normalised float32 batches of 16.
+
+A first epoch: files are not in the system's memory, and whatever a peer builds (a cache, workers) is counted. Batches
+are (16, 1, H, W) in [-1, 1]; `checksum` is of nothing but the number of pixels, as each peer draws its own order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.inputs import out_of_memory, read_json
+
+Work = Callable[[], dict[str, Any]]
+BATCH = 16
+
+
+def prepare(source: str, folder: str) -> Work:
+    """A version of all subjects in the training split, and the same slabs as the peers want them: made once."""
+
+    def work() -> dict[str, Any]:
+        from ixi_etl import dataset, manifest
+        from ixi_etl.config import DatasetConfig, RefreshConfig
+        from ixi_etl.nifti import pack_like
+        from ixi_etl.refresh import refresh
+        from ixi_etl.store import open_arrays
+
+        place = Path(folder)
+        chosen = {"registration": "none", "pictures": False, "split": (1.0, 0.0, 0.0)}
+        root, config = place / "root", DatasetConfig.model_validate(chosen)
+        done = refresh(RefreshConfig(root=str(root), source=source, dataset=config, workers=2))
+        arrays, used = open_arrays(done.folder), manifest.used(dataset.read_manifest(done.folder))
+        (place / "npy").mkdir(exist_ok=True)
+        (place / "nifti").mkdir(exist_ok=True)
+        ranges: dict[str, list[float]] = {}
+        for row in manifest.records(used):
+            for name in ("t1", "t2"):
+                slab = np.asarray(arrays[name][row["store_row"]])
+                subject = f"{row['subject_id']}-{name}"
+                ranges[subject] = [row[f"{name}_p_low"], row[f"{name}_p_high"]]
+                for z, image in enumerate(slab):
+                    np.save(place / "npy" / f"{subject}-{z:02d}.npy", image)
+                head = _plain_header(slab.shape, np.asarray(arrays[f"{name}_affine"][row["store_row"]]))
+                (place / "nifti" / f"{subject}.nii").write_bytes(pack_like(head, slab, ""))
+        import json
+
+        (place / "facts.json").write_text(json.dumps({"version": str(done.folder), "ranges": ranges}))
+        return {"pairs": len(used) * arrays["t1"].shape[1]}
+
+    return work
+
+
+def _plain_header(shape: tuple[int, ...], affine: np.ndarray[Any, Any]) -> bytes:
+    import nibabel as nib
+
+    return nib.Nifti1Image(np.zeros(shape[::-1], np.int16), affine).to_bytes()[:352]
+
+
+def _files(folder: str) -> tuple[Path, dict[str, list[float]], list[str]]:
+    facts = read_json(Path(folder) / "facts.json")
+    ranges: Any = facts["ranges"]
+    out_of_memory(Path(folder))
+    return Path(str(facts["version"])), ranges, sorted({name.rpartition("-")[0] for name in ranges})
+
+
+def _consumed(batches: Iterable[tuple[Tensor, Tensor]], keep: Any = None) -> dict[str, Any]:
+    pairs = pixels = 0
+    for source, target in batches:
+        assert source.dtype == target.dtype == torch.float32
+        assert source.shape == target.shape
+        assert -1.001 <= float(source[0].min()) <= float(source[0].max()) <= 1.001
+        pairs += len(source)
+        pixels += source.numel()
+    return {"pairs": pairs, "pixels": pixels, "keep": keep}
+
+
+def ours(folder: str) -> Work:
+    from model import data
+
+    version, _, _ = _files(folder)
+
+    def work() -> dict[str, Any]:
+        pairs = data.load(version, "train")
+        starts = range(0, len(pairs), BATCH)
+        batches = (
+            pairs.normalised(data.indices(len(pairs), 0, start, min(BATCH, len(pairs) - start))) for start in starts
+        )
+        return _consumed(batches, pairs)
+
+    return work
+
+
+def zarr_default(folder: str) -> Work:
+    """Our store and our batches, read by zarr-python's own codec pipeline."""
+    import zarr
+
+    from ixi_etl.store import STORE
+    from model import data
+
+    version, _, _ = _files(folder)
+
+    def plain(folder: Path) -> dict[str, Any]:
+        return dict(zarr.open_group(str(folder / STORE), mode="r").arrays())
+
+    data.open_arrays = plain
+
+    def work() -> dict[str, Any]:
+        pairs = data.load(version, "train")
+        starts = range(0, len(pairs), BATCH)
+        batches = (
+            pairs.normalised(data.indices(len(pairs), 0, start, min(BATCH, len(pairs) - start))) for start in starts
+        )
+        return _consumed(batches, pairs)
+
+    return work
+
+
+class _Slices(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """A file for each slice of each modality."""
+
+    def __init__(self, folder: Path, ranges: dict[str, list[float]], subjects: list[str]) -> None:
+        self.folder, self.ranges = folder, ranges
+        slices = len(list(folder.glob(f"{subjects[0]}-t1-*.npy")))
+        self.items = [(subject, z) for subject in subjects for z in range(slices)]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        subject, z = self.items[index]
+        t1, t2 = (self._image(f"{subject}-{name}", z) for name in ("t1", "t2"))
+        return t1, t2
+
+    def _image(self, name: str, z: int) -> Tensor:
+        low, high = self.ranges[name]
+        stored = np.load(self.folder / f"{name}-{z:02d}.npy").astype(np.float32)
+        return torch.from_numpy(((stored - low) / (high - low) * 2 - 1).clip(-1, 1))[None]
+
+
+def npy_loader(folder: str, workers: int) -> Work:
+    """`DataLoader` over a .npy file for each slice."""
+    _, ranges, subjects = _files(folder)
+
+    def work() -> dict[str, Any]:
+        loader = torch.utils.data.DataLoader(
+            _Slices(Path(folder) / "npy", ranges, subjects), BATCH, shuffle=True, num_workers=workers
+        )
+        return _consumed((source, target) for source, target in loader)
+
+    return work
+
+
+def monai_cache(folder: str) -> Work:
+    """MONAI's `CacheDataset` of normalised slices, built by two threads, then its batches."""
+    from monai.data import CacheDataset, DataLoader
+
+    _, ranges, subjects = _files(folder)
+    slices = _Slices(Path(folder) / "npy", ranges, subjects)
+
+    def load(index: int) -> dict[str, Tensor]:
+        t1, t2 = slices[index]
+        return {"t1": t1, "t2": t2}
+
+    def work() -> dict[str, Any]:
+        cached = CacheDataset(list(range(len(slices))), load, num_workers=2, progress=False)
+        loader = DataLoader(cached, batch_size=BATCH, shuffle=True, num_workers=0)
+        return _consumed(((batch["t1"], batch["t2"]) for batch in loader), cached)
+
+    return work
+
+
+def torchio_queue(folder: str) -> Work:
+    """TorchIO's `Queue` of single slices drawn from whole slabs, two loading workers; each subject as often as it has
+    slices.
+    """
+    import torchio
+
+    _, _, subjects = _files(folder)
+    place = Path(folder) / "nifti"
+
+    def subject_of(name: str) -> Any:
+        images = {m: torchio.ScalarImage(place / f"{name}-{m}.nii") for m in ("t1", "t2")}
+        return torchio.Subject(**images)
+
+    def work() -> dict[str, Any]:
+        listed = [subject_of(name) for name in subjects]
+        shape = listed[0].spatial_shape
+        transform = torchio.RescaleIntensity(out_min_max=(-1, 1), percentiles=(0.1, 99.9))
+        queue = torchio.Queue(
+            torchio.SubjectsDataset(listed, transform=transform),
+            max_length=16 * shape[2],
+            samples_per_volume=shape[2],
+            sampler=torchio.UniformSampler((shape[0], shape[1], 1)),
+            num_workers=2,
+        )
+        loader = torchio.SubjectsLoader(queue, batch_size=BATCH)
+        batches = ((_flat(batch["t1"]), _flat(batch["t2"])) for batch in loader)
+        return _consumed(batches, queue)
+
+    return work
+
+
+def _flat(image: Any) -> Tensor:
+    """(B, 1, x, y, 1) to (B, 1, H, W)."""
+    data = image.data if hasattr(image, "data") and not isinstance(image, dict) else image["data"]
+    flat: Tensor = data[..., 0].transpose(-1, -2)
+    return flat.float()
+
+
+def batch_alone(folder: str, batch: int, times: int) -> Work:
+    """What a training step waits for: indices drawn, a batch normalised, when the split is in memory."""
+    from model import data
+
+    version, _, _ = _files(folder)
+    pairs = data.load(version, "train")
+
+    def work() -> dict[str, Any]:
+        for step in range(times):
+            index = data.indices(len(pairs), 0, step * batch, batch)
+            data.augment(pairs.normalised(index), "none", int(pairs.source.shape[-1]), 0, step * batch)
+        return {"times": times}
+
+    return work

@@ -1,0 +1,94 @@
+"""The benchmark: one command, one table. ``make bench`` runs it all; ``make bench ONLY=survey,refresh`` some rows;
+``make bench QUICK=1`` small inputs and one run, to see that it works.
+
+Each figure is a median over runs that alternate between ours and the peers', each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from benchmarks.measure import Row, Settings
+from benchmarks.rows import ROWS
+
+LIBRARIES = ("numpy", "isal", "zarr", "zarrs", "nibabel", "simpleitk", "torch", "torchio", "monai")
+COLUMNS = ("what", "peer", "ours", "peer's", "ratio", "target", "reached", "note")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help=f"some rows, by commas: {', '.join(ROWS)}")
+    parser.add_argument("--quick", action="store_true", help="small inputs, one run")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each case")
+    default = Path(tempfile.gettempdir()) / "ixi-etl-bench"
+    parser.add_argument("--folder", type=Path, default=default, help="for inputs, which are kept, and scratch")
+    parser.add_argument("--out", type=Path, help="write the table there too, as Markdown")
+    given = parser.parse_args()
+    wanted = [name for name in given.only.split(",") if name] or list(ROWS)
+    unknown = [name for name in wanted if name not in ROWS]
+    if unknown:
+        sys.exit(f"{unknown[0]} is none of {', '.join(ROWS)}")
+    given.folder.mkdir(parents=True, exist_ok=True)
+    settings = Settings(given.quick, given.runs, str(given.folder))
+    rows: list[Row] = []
+    before = os.getloadavg()[0]
+    for name in wanted:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        rows += ROWS[name](settings)
+    if given.quick:
+        rows = [replace(row, reached=None) for row in rows]  # nothing is reached or missed on such inputs
+    text = f"{machine(before)}\n\n{markdown(rows)}\n"
+    print(text)
+    if given.out:
+        given.out.write_text(text)
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table, its columns padded, so that it reads as text too."""
+    lines = [COLUMNS] + [
+        (r.what, r.peer, r.ours, r.theirs, r.ratio, r.target, _said(r.reached), r.note.replace("\n", " ")) for r in rows
+    ]
+    widths = [max(len(line[n]) for line in lines) for n in range(len(COLUMNS))]
+    padded = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    return "\n".join([padded[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *padded[1:]])
+
+
+def _said(reached: bool | None) -> str:
+    return "-" if reached is None else "yes" if reached else "**no**"
+
+
+def machine(load: float) -> str:
+    """CPU, cores, memory, versions, date, and what else was running."""
+    cpu, flags = platform.processor() or platform.machine(), ""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        named = {key.strip(): value.strip() for key, value in lines.items()}
+        cpu = f"{named.get('model name', cpu)} (family {named.get('cpu family')}, model {named.get('model')})"
+        flags = ", ".join(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in named.get("flags", ""))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    versions = ", ".join(f"{name} {_version(name)}" for name in LIBRARIES)
+    return (
+        f"{datetime.now(UTC):%Y-%m-%d}. {cpu}, {os.cpu_count()} cores, {flags}; {memory:.0f} GiB of memory; "
+        f"Linux {platform.release().partition('-')[0]}, Python {platform.python_version()}; {versions}. "
+        f"Load average when it began: {load:.1f}."
+    )
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    main()
