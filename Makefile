@@ -8,13 +8,15 @@ BENCH  := $(VENV)/.installed-bench
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-standin test-stack bench deploy lint clean help
+.PHONY: demo test test-standin test-stack faults audit bench deploy lint clean help
 
 help:
 	@echo "make demo   run the whole job on a small simulated IXI, no server or account needed"
 	@echo "make test   run the tests"
 	@echo "make test-standin  the tests that need minutes, where their data are at hand"
 	@echo "make test-stack    the deployed stack: PostgreSQL, Prefect, workers, Dask and S3 as processes, 6 minutes"
+	@echo "make faults kills, bad servers, full disks and hostile input, in full, 15 minutes; ONLY=name for one of them"
+	@echo "make audit  bandit, and pip-audit where its advisories can be reached"
 	@echo "make bench  speed beside what people would use instead; ONLY=survey,refresh for some rows, QUICK=1 to try it"
 	@echo "make deploy pools, deployments and automation onto the Prefect server at PREFECT_API_URL"
 	@echo "make lint   ruff and mypy"
@@ -39,6 +41,15 @@ test-standin: $(STAMP)
 test-stack: $(STAMP)
 	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null || { echo "first: apt-get install postgresql"; exit 1; }
 	@$(BIN)/pytest -m stack
+
+faults: $(STAMP)
+	@FAULTS=long $(BIN)/pytest tests/faults -m faults -n 2 --dist worksteal -o faulthandler_timeout=900 $(if $(ONLY),-k "$(ONLY)")
+
+audit: $(STAMP)
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[audit]"
+	@$(BIN)/bandit --quiet --recursive --configfile pyproject.toml ixi_etl model flows
+	@echo "bandit finds nothing in ixi_etl, model and flows"
+	@$(BIN)/python .ci/advisories.py
 
 # The peers, which nothing else needs, into the same environment.
 $(BENCH): $(STAMP)

@@ -450,6 +450,39 @@ def versions(
 
 
 @app.command()
+def prune(
+    keep: Annotated[int, typer.Option(min=1, help="How many of the newest versions of each dataset to keep.")],
+    dataset: Annotated[
+        str | None, typer.Option(help="Of this dataset alone, ixi-t1-t2 or digits.  [default: of each]")
+    ] = None,
+    root: Root = DEFAULT_ROOT,
+    scratch: Scratch = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Remove old versions; never the latest, nor one that a run uses.
+
+    Says of each version whether it is kept or removed, and why.
+    """
+    from ixi_etl.dataset import COMMANDS, parse
+    from ixi_etl.places import Places
+    from ixi_etl.prune import prune as prune_versions
+
+    say = Output(quiet, as_json)
+    removed = "would remove" if dry_run else "removed"
+    told = []
+    for name in [parse(f"{dataset}@latest")[0]] if dataset else COMMANDS:
+        for verdict in prune_versions(Places(root, name, scratch), keep, dry_run=dry_run):
+            version = f"{name}@{verdict.version}"
+            told.append({"version": version, "removed": verdict.removed, "why": verdict.why, "bytes": verdict.size})
+            what = removed if verdict.removed else "kept"
+            say.words(f"{what} {version}: {verdict.why} ({verdict.size / 1e6:.1f} MB)")
+    say.facts(dry_run=dry_run, versions=told)
+    say.end()
+
+
+@app.command()
 def demo(
     folder: Annotated[Path, typer.Option(help="Where to work; what lies there is replaced.")] = Path("demo"),
     subjects: Annotated[int, typer.Option(min=4, help="How many sound subjects to simulate.")] = 6,

@@ -57,10 +57,13 @@ class Output:
 
     def words(self, sentence: str, **facts: Any) -> None:
         """A sentence for a person; what it says as facts for a script."""
-        if self._as_json:
-            self._said |= facts
-        else:
+        if not self._as_json:
             typer.echo(sentence)
+        self.facts(**facts)
+
+    def facts(self, **facts: Any) -> None:
+        """What a script alone is told."""
+        self._said |= facts
 
     def end(self) -> None:
         if self._as_json:

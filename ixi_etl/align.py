@@ -91,6 +91,9 @@ def _inside(matrix: Matrix, shape_zyx: tuple[int, ...], shape_kji: tuple[int, ..
     z, y, x = np.ogrid[: shape_zyx[0], : shape_zyx[1], : shape_zyx[2]]
     inside = np.ones(shape_zyx, bool)
     for (a, b, c, d), length in zip(matrix[:3], shape_kji[::-1], strict=True):
+        reach = np.multiply((c, b, a), np.subtract(shape_zyx, 1))  # from the slab's first corner to its last
+        if d + reach[reach < 0].sum() >= 0 and d + reach[reach > 0].sum() <= length - 1:
+            continue  # all of it is
         at = a * x + (b * y + (c * z + d))
         inside &= at >= -1e-6  # rounding in the affines must not blank an edge that two grids share
         inside &= at <= length - 1 + 1e-6
@@ -110,12 +113,22 @@ def _shift(x: float, y: float, z: float) -> Matrix:
     return matrix
 
 
+def _histogram(image: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """`numpy.histogram` on 256 bins; many small integers are counted first, which takes a quarter of the time."""
+    if image.dtype.kind not in "iu" or image.dtype.itemsize > 2 or image.size < 1 << 16:
+        return np.histogram(image, 256)
+    low = int(image.min())
+    counts = np.bincount(np.subtract(image, low, dtype=np.intp).ravel())
+    weighted, edges = np.histogram(np.arange(low, low + len(counts), dtype=image.dtype), 256, weights=counts)
+    return weighted.astype(np.intp), edges
+
+
 def otsu_threshold(image: NDArray[Any]) -> float:
     """The value that parts foreground (above it) from background, after Otsu (1979), on 256 bins.
 
     The edge between bins that makes the variance between the two classes largest; of several the first.
     """
-    counts, edges = np.histogram(image, 256)
+    counts, edges = _histogram(image)
     if counts.max() == image.size:
         return float(image.max())  # flat: all is background
     below = np.cumsum(counts)[:-1]

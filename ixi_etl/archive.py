@@ -6,11 +6,13 @@ import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import fsspec
 
 from ixi_etl.errors import ArchiveError
 
+MAX_MEMBER_BYTES = 256 << 20  # of an IXI archive about 9 MB; a member is read whole, and several at once
 _KINDS = {
     tarfile.SYMTYPE: "a symbolic link",
     tarfile.LNKTYPE: "a hard link",
@@ -20,6 +22,20 @@ _KINDS = {
     tarfile.FIFOTYPE: "a pipe",
     tarfile.GNUTYPE_SPARSE: "a sparse file",
 }
+
+_TEXTS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_MAX_TEXT = 1 << 20  # bytes of a long name or of what else is said of a member; tarfile reads it whole
+
+
+class _Info(tarfile.TarInfo):
+    """Refuses what a header says before tarfile acts on it: it would read as many bytes, or go back for ever."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        info = super().frombuf(buf, encoding, errors)
+        if not 0 <= info.size < 1 << 62 or (info.type in _TEXTS and info.size > _MAX_TEXT):
+            raise tarfile.ReadError(f"a member of {info.size} bytes, of type {info.type!r}")
+        return info
 
 
 @dataclass(frozen=True)
@@ -55,14 +71,19 @@ def index_archive(location: str, heads: int = 0, on_member: Callable[[float], No
         filesystem, path = fsspec.url_to_fs(location)
         # tarfile looks at the byte before a header first; what it then reads, and the head, come with that.
         window = {"block_size": tarfile.BLOCKSIZE + heads, "cache_type": "readahead"}
-        with filesystem.open(path, "rb", **window) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with (
+            filesystem.open(path, "rb", **window) as file,
+            tarfile.open(fileobj=file, mode="r:", tarinfo=_Info) as tar,
+        ):
             end = max(file.seek(0, os.SEEK_END), 1)
             for info in tar:
-                if info.size < 0:  # tarfile would go back there for ever
+                if info.size < 0:  # a PAX header may say so, too
                     raise tarfile.ReadError(f"a member of {info.size} bytes at byte {info.offset}")
                 if info.isdir():
                     continue
                 problem = "" if info.isreg() and not info.issparse() else _KINDS.get(info.type, "not a regular file")
+                if not problem and info.size > MAX_MEMBER_BYTES:
+                    problem = f"a member of {info.size} bytes; at most {MAX_MEMBER_BYTES} are read"
                 # A name that is no UTF-8 can be neither shown nor written down as it is.
                 name = info.name.encode("utf-8", "backslashreplace").decode()
                 file.seek(info.offset_data)

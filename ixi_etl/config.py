@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ixi_etl.places import Places
 
@@ -19,7 +19,17 @@ MIN_NMI = 0.15
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+def _no_password(place: str) -> str:
+    """`place`, unless it is a URL with a password: that would stand in logs, parameters and `latest.json`."""
+    if re.match(r"[a-z0-9+]+://[^/]*@", place):
+        raise ValueError("a URL with a password or a key in it; put those into ~/.netrc, or of S3 into the environment")
+    return place
+
+
+Place = Annotated[str, Field(min_length=1), AfterValidator(_no_password)]
 
 
 class DatasetConfig(_Strict):
@@ -96,6 +106,7 @@ class _Job(_Strict):
     @field_validator("root", mode="before")
     @classmethod
     def _whole_root(cls, root: Any) -> str:
+        _no_password(str(root))
         if re.match(r"s3://[^/]", str(root)):
             return str(root).rstrip("/")
         if not str(root) or re.match(r"[a-z0-9]+:/", str(root)):
@@ -111,7 +122,7 @@ class _Job(_Strict):
 class RefreshConfig(_Job):
     """One refresh: where it reads and writes, how hard it works, and which data it makes."""
 
-    source: Annotated[str, Field(min_length=1)] | None = Field(
+    source: Place | None = Field(
         None, description="your own archives (folder, tar file, http(s):// or s3:// URL) instead of the official ones"
     )
     demographics: str | None = Field(
@@ -154,7 +165,7 @@ class DigitsDataset(_Strict):
 class DigitsConfig(_Job):
     """One making of the MNIST dataset."""
 
-    source: Annotated[str, Field(min_length=1)] | None = Field(
+    source: Place | None = Field(
         None, description="folder or URL that holds the four original files, instead of the official host"
     )
     dataset: DigitsDataset = DigitsDataset()

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ixi_etl import align, nifti, pictures, register
-from ixi_etl.archive import read_member
+from ixi_etl.archive import MAX_MEMBER_BYTES, read_member
 from ixi_etl.catalog import MODALITIES
 from ixi_etl.config import DatasetConfig
 from ixi_etl.errors import BadVolumeError, DatasetError
-from ixi_etl.files import read_json, sha256_file, to_json, write_atomic
+from ixi_etl.files import disk_errors_in_a_line, read_json, sha256_file, to_json, write_atomic
 from ixi_etl.store import percentiles, write_shard
 
 MAX_OUTSIDE = 0.05  # of the T2 slab's foreground
@@ -79,6 +79,7 @@ def record_path(work: Path, subject_id: str) -> Path:
     return work / f"{subject_id}.json"
 
 
+@disk_errors_in_a_line()  # here, so that a Dask worker, too, says what ails its disk
 def cut_subject(job: Job, config: DatasetConfig, work: Path) -> dict[str, Any]:
     """Cut one subject into `work`, and return its record: manifest columns, `affines`, and the `files` with SHA-256.
 
@@ -93,7 +94,8 @@ def cut_subject(job: Job, config: DatasetConfig, work: Path) -> dict[str, Any]:
     done = read_json(record_path(work, job.subject_id))
     if isinstance(done, dict) and _still_there(done, job, work):
         return done
-    packed = {m: read_member(part.archive, part.offset, part.size) for m, part in job.parts.items()}
+    read = {m: part for m, part in job.parts.items() if part.size <= MAX_MEMBER_BYTES}  # who has larger ones is out
+    packed = {m: read_member(part.archive, part.offset, part.size) for m, part in read.items()}
     record: dict[str, Any] = {f"{m.lower()}_sha256": hashlib.sha256(data).hexdigest() for m, data in packed.items()}
     record |= {f"{m.lower()}_gzip_crc32": data[-8:-4][::-1].hex() for m, data in packed.items()}
     if job.cut:

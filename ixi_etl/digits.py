@@ -21,7 +21,7 @@ from ixi_etl import catalog, dataset, manifest, publish, store
 from ixi_etl.config import DigitsConfig
 from ixi_etl.download import Acquired, acquire
 from ixi_etl.errors import ArchiveError, DatasetError
-from ixi_etl.files import Progress, lock_root, silent, write_atomic
+from ixi_etl.files import Progress, disk_errors_in_a_line, lock_root, silent, write_atomic
 from ixi_etl.publish import Refreshed
 from ixi_etl.schema import DIGITS, EXCLUDED, USED
 
@@ -43,6 +43,7 @@ BYTE_LIBRARIES = ("numpy", "zarr", "zarrs")
 LONG_NAMES = {"sketch": f"outline, 0 or 255, of ink above {INK}", "digit": "handwritten digit, 0 (paper) to 255 (ink)"}
 
 
+@disk_errors_in_a_line()
 def make_digits(config: DigitsConfig, progress: Progress = silent) -> Refreshed:
     """Make sure that the version of `config` is published; make it if it is not.
 

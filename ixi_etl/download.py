@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import netrc
 import os
 import random
 import re
@@ -112,7 +113,6 @@ def acquire(
     Raises:
         DownloadError: nothing gave the right file; the message says of each URL why not, and what to do.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / source.name
     location = str(path) if source.over_http else source.urls[0]
     known = _recorded(folder, source.name, location)
@@ -121,6 +121,7 @@ def acquire(
         if offline or not source.over_http or _still_served(known, source, insecure_hosts):
             return known
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         if not source.over_http:
             return _verify_in_place(source, folder, progress)
         if path.exists() and source.md5 and _md5(location, progress) == source.md5:
@@ -320,10 +321,19 @@ def _client(insecure_hosts: tuple[str, ...], connections: int) -> httpx.Client:
     return httpx.Client(
         headers={"accept-encoding": "identity", "user-agent": "ixi-etl"},
         follow_redirects=True,
+        auth=_netrc(),
         timeout=TIMEOUT_S,
         limits=httpx.Limits(max_connections=connections + 1),
         mounts={f"https://{host}": httpx.HTTPTransport(verify=False) for host in insecure_hosts},
     )
+
+
+def _netrc() -> httpx.Auth | None:
+    """Names and passwords of hosts, where a person keeps them: each is told to its own host alone."""
+    try:
+        return httpx.NetRCAuth()
+    except (OSError, netrc.NetrcParseError):
+        return None
 
 
 def _from_first(
@@ -428,7 +438,8 @@ def _get(client: httpx.Client, url: str, headers: dict[str, str]) -> Iterator[ht
 
 
 def _backoff(failures: int) -> None:
-    time.sleep(BACKOFF_S * 2 ** (failures - 1) * random.uniform(0.5, 1.5))  # noqa: S311 - jitter, no secret
+    jitter = random.uniform(0.5, 1.5)  # noqa: S311 - no secret  # nosec B311
+    time.sleep(BACKOFF_S * 2 ** (failures - 1) * jitter)
 
 
 def _retried(call: Callable[[], T]) -> T:

@@ -38,6 +38,17 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     os.replace(part, path)
 
 
+@contextmanager
+def disk_errors_in_a_line() -> Iterator[None]:
+    """What a disk does (it is full, read-only, taken away) is no bug: it becomes an `IxiError`."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else ""
+        said = f"{what}{error.strerror or error}"
+        raise IxiError(f"cannot read or write {said}; mend that and run again: it goes on from there") from error
+
+
 def to_json(value: Any) -> str:
     """The one form in which this project writes JSON: sorted keys, so equal values are equal bytes."""
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"

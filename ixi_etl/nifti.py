@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ixi_etl.errors import BadVolumeError
 
 HEADER_BYTES = 540  # NIfTI-2's; NIfTI-1's 348 lie within
-MAX_VOLUME_BYTES = 512 << 20  # of voxels; an IXI volume has 20 MB
+MAX_VOLUME_BYTES = 512 << 20  # of voxels, in a file of a person's own; an IXI volume has 20 MB
 MAX_DEFLATE_RATIO = 1032  # the most that deflate can shrink
 
 

@@ -25,7 +25,7 @@ from ixi_etl.cut import Job, Part, cut_subject, picture_path, shard_path
 from ixi_etl.demographics import read_demographics
 from ixi_etl.download import Acquired, acquire, fetch_members, find_remote, own_sources
 from ixi_etl.errors import DatasetError
-from ixi_etl.files import Progress, lock_root, sha256_file, silent, write_atomic
+from ixi_etl.files import Progress, disk_errors_in_a_line, lock_root, sha256_file, silent, write_atomic
 from ixi_etl.places import check_reachable
 from ixi_etl.publish import Refreshed
 from ixi_etl.schema import CANDIDATE, IXI
@@ -193,6 +193,7 @@ def survey_archives(inputs: Inputs, progress: Progress = silent) -> pd.DataFrame
     return survey(inputs.locations, progress) if inputs.surveyed is None else inputs.surveyed
 
 
+@disk_errors_in_a_line()
 def find_published(config: RefreshConfig, version: str, inputs: Inputs) -> Refreshed | None:
     """The version, if it has been published and is sound; then it is the latest again."""
     return publish.find_published(config.places, version, inputs.origins)
@@ -208,6 +209,7 @@ def select_subjects(config: RefreshConfig, table: pd.DataFrame, inputs: Inputs) 
     return manifest.select(table, config.dataset, people)
 
 
+@disk_errors_in_a_line()
 def cut_subjects(
     config: RefreshConfig,
     version: str,
@@ -293,6 +295,7 @@ def _check_enough(settled: pd.DataFrame, max_unreadable: float, audit: Path) -> 
         raise DatasetError(f"no subject is left ({why}); {audit} says why of each")
 
 
+@disk_errors_in_a_line()
 def publish_version(
     config: RefreshConfig,
     version: str,

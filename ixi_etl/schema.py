@@ -115,6 +115,9 @@ class Schema:
                 check = pa.Check.isin(allowed[name]) if dtype == "str" else pa.Check.in_range(*allowed[name])
             columns[name] = pa.Column(dtype, check, nullable=dtype != "str", unique=name == "subject_id")
 
+        def subject_leads_nowhere(table: pd.DataFrame) -> Any:
+            return table["subject_id"].str.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it becomes a part of file names
+
         def used_has_no_reason(table: pd.DataFrame) -> Any:
             return (table["status"] == USED) == (table["reason"] == "")
 
@@ -138,6 +141,7 @@ class Schema:
             return (table["status"] != USED) | complete
 
         rules = (
+            subject_leads_nowhere,
             used_has_no_reason,
             used_has_a_split,
             rows_are_dense,

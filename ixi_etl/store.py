@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,23 @@ def dimension_names(pairing: str) -> tuple[str, str, str, str]:
 
 def percentiles(slabs: NDArray[Any]) -> NDArray[np.float64]:
     """`PERCENTILES` of each of the slabs [N, z, y, x]: [N, 2]."""
+    if slabs.dtype.kind in "iu" and slabs.dtype.itemsize <= 2 and slabs[0].size >= 1 << 16:
+        return np.array([_percentiles_by_counting(slab) for slab in slabs])
     return np.asarray(np.percentile(slabs, PERCENTILES, axis=(1, 2, 3)), np.float64).T
+
+
+def _percentiles_by_counting(slab: NDArray[Any]) -> list[float]:
+    """What `numpy.percentile` gives of many small integers, in a fifth of the time: nothing is sorted."""
+    low = int(slab.min())
+    up_to = np.bincount(np.subtract(slab, low, dtype=np.intp).ravel()).cumsum()
+    found = []
+    for percentile in PERCENTILES:
+        place = percentile / 100 * (slab.size - 1)
+        below = int(place)
+        a, b = (low + float(np.searchsorted(up_to, at, side="right")) for at in (below, min(below + 1, slab.size - 1)))
+        t = place - below
+        found.append(b - (b - a) * (1 - t) if t >= 0.5 else a + (b - a) * t)  # as numpy interpolates
+    return found
 
 
 def _create(
@@ -70,6 +88,18 @@ def _create_slabs(path: Path, shape: tuple[int, ...], pairing: str) -> zarr.Arra
     return _create(path, shape, "int16", (1, 1), 1, dimension_names(pairing))
 
 
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Of an error of the disk zarrs makes a `RuntimeError`; this makes it an `OSError` again."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if not found:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+
+
 def write_shard(slab: NDArray[np.int16], path: Path) -> str:
     """Write one subject's slab [z, y, x] as a shard file, whole or not at all; its SHA-256.
 
@@ -80,7 +110,8 @@ def write_shard(slab: NDArray[np.int16], path: Path) -> str:
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".shard-") as folder:
         array = _create_slabs(Path(folder) / "a", (1, *slab.shape), "anatomical")
-        array[0] = slab
+        with _disk_errors(path):
+            array[0] = slab
         if not np.array_equal(np.asarray(array[0]), slab):
             raise DatasetError(f"{path}: the shard does not read back as it was written; is the disk sound?")
         shard = Path(folder) / "a" / "c" / "0" / "0" / "0" / "0"
@@ -140,7 +171,8 @@ def write_images(
         array.update_attributes({"long_name": long_names[name]})
         for start in range(0, len(values), IMAGES_A_SHARD):
             rows = slice(start, min(start + IMAGES_A_SHARD, len(values)))
-            array[rows] = values[rows]
+            with _disk_errors(folder / name):
+                array[rows] = values[rows]
             if not np.array_equal(np.asarray(array[rows]), values[rows]):
                 raise DatasetError(f"{folder / name} does not read back as it was written; is the disk sound?")
     _consolidate(folder)
@@ -161,7 +193,8 @@ def open_arrays(version: Path) -> dict[str, zarr.Array[Any]]:
     path = version / STORE
     try:
         with _settings_lock, zarr.config.set(_READING if is_local(path) else {}):
-            return dict(zarr.open_group(str(path), mode="r").arrays())
+            # Version 3 alone: the codecs of version 2 include pickle.
+            return dict(zarr.open_group(str(path), mode="r", zarr_format=3).arrays())
     except (OSError, ValueError, KeyError) as error:
         raise DatasetError(f"{path} cannot be opened as a Zarr group ({error})") from error
 

@@ -48,14 +48,21 @@ def save(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) ->
     """Write a safetensors file with `facts` and the digest of all in its header, whole or not at all.
 
     It is on the disk when this returns.
+
+    Raises:
+        CheckpointError: the disk is full, or has another fault; what was there before is still there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     part = path.with_name(f".{path.name}.part")
     said = json.dumps(facts)
-    save_file(plain, part, metadata={"facts": said, "sha256": _digest(plain, said)})
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
+    try:
+        save_file(plain, part, metadata={"facts": said, "sha256": _digest(plain, said)})
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+    except (SafetensorError, OSError) as error:
+        part.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error}; mend that, and --resume goes on from the last") from error
     os.replace(part, path)
     handle = os.open(path.parent, os.O_RDONLY)
     try:

@@ -97,6 +97,8 @@ def load(folder: Path, split: str, direction: str | None = None, device: str | t
         DatasetError: the version is damaged, or the device's memory too small.
     """
     facts = dataset.read_facts(folder)
+    if damaged := dataset.verify(folder):  # a shard that is not there would be read as zeros
+        raise DatasetError(f"{damaged[0]}; `{dataset.COMMANDS[facts['name']]}` makes the version again")
     source, target = parse_direction(direction, (facts["source"], facts["target"]))
     used = manifest.used(dataset.read_manifest(folder))
     chosen = used[used["split"] == split]
@@ -116,8 +118,8 @@ def load(folder: Path, split: str, direction: str | None = None, device: str | t
         try:
             read = np.asarray(arrays[name].oindex[rows])
         except Exception as error:  # whatever a codec raises on damaged bytes
-            damaged = dataset.verify(folder, deep=True)
-            raise DatasetError(damaged[0] if damaged else f"{folder}: {name} cannot be read ({error})") from error
+            found = dataset.verify(folder, deep=True)
+            raise DatasetError(found[0] if found else f"{folder}: {name} cannot be read ({error})") from error
         return torch.from_numpy(read.reshape(-1, *read.shape[2:])).to(device)
 
     return Pairs(

@@ -26,7 +26,7 @@ from torch import distributed
 
 from ixi_etl import dataset
 from ixi_etl.errors import DatasetError
-from ixi_etl.files import Progress, lock_root, read_json, silent, to_json, write_atomic
+from ixi_etl.files import Progress, disk_errors_in_a_line, lock_root, read_json, silent, to_json, write_atomic
 from ixi_etl.places import Places, check_reachable, is_local, place
 from ixi_etl.store import open_arrays
 from model import evaluate, mirror
@@ -128,6 +128,7 @@ def _precision(device: str) -> str:
     return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "fp32"
 
 
+@disk_errors_in_a_line()
 def train_run(run: Run, *, resume: bool = False, progress: Progress = silent) -> Path:
     """Train; the file of the best generator. One training at a time may work in a folder.
 
@@ -149,9 +150,10 @@ def train_run(run: Run, *, resume: bool = False, progress: Progress = silent) ->
                 "software": {name: installed(name) for name in SOFTWARE} | {"python": platform.python_version()},
                 "hardware": _hardware(config.device),
             }
-            if not (run.folder / CONFIG).exists():
-                write_atomic(run.folder / CONFIG, to_json(record))
             saved = partial(mirror.keep_if_possible, run.folder, run.kept) if run.kept else nothing
+            if not any((run.folder / "checkpoints").glob("step-*")):  # else it tells of the training that goes on
+                write_atomic(run.folder / CONFIG, to_json(record))
+                saved()  # at once: it is what keeps `ixi-etl prune` from removing the version
             generator = train(run.folder, config, run.version, resume=resume, progress=progress, on_saved=saved)
             write_report(run.folder)
             run.keep()
@@ -164,6 +166,7 @@ def _hardware(device: str) -> dict[str, str | int]:
     return {"device": str(torch.cpu.get_capabilities()["cpu_name"]), "threads": torch.get_num_threads()}
 
 
+@disk_errors_in_a_line()
 def evaluate_run(
     run: Run, *, split: str = "test", weights: Path | None = None, dropout: bool = False, progress: Progress = silent
 ) -> tuple[pd.DataFrame, pd.DataFrame]:

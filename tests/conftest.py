@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults_table import pytest_terminal_summary, row  # noqa: F401 - a hook and a fixture
 from hypothesis import settings
 
 from ixi_etl.config import DatasetConfig, RefreshConfig

@@ -1,4 +1,4 @@
-"""HTTP servers on loopback: one that does whatever a test tells it to, and a log of what was asked and sent."""
+"""HTTP servers on loopback that do whatever a test tells them to, and a log of what was asked and sent."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Call(BaseHTTPRequestHandler):
 
     def start(self) -> bytes:
         """Send the right headers, keep back the right bytes: what an honest server would send now."""
-        host, body = self.host, self.host.body
+        host, body = self.host, self.host.files.get(self.path, self.host.body)
         headers = {"etag": host.etag} if host.etag else {}
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.asked.range or "")
         current = not host.honours_if_range or self.asked.if_range in (None, host.etag)
@@ -113,7 +113,7 @@ Answer = Callable[[Call], None]
 
 @dataclass
 class Host:
-    """A server of one file under every path. `answer` may be changed while it runs."""
+    """A server of one file under every path, but for those in `files`. `answer` may be changed while it runs."""
 
     body: bytes
     answer: Answer = Call.honest
@@ -121,6 +121,7 @@ class Host:
     ranges: bool = True
     says_length: bool = True
     honours_if_range: bool = True
+    files: dict[str, bytes] = field(default_factory=dict)
     url: str = ""
     asked: list[Asked] = field(default_factory=list)
     closing: threading.Event = field(default_factory=threading.Event)

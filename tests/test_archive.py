@@ -90,6 +90,20 @@ def test_a_member_of_negative_size_does_not_hang(tmp_path: Path) -> None:
         index_archive(str(path))
 
 
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("size", [-(1 << 30), 1 << 40, 1 << 80])
+def test_a_size_that_no_archive_has_is_one_clear_line_and_no_memory(kind: bytes, size: int, tmp_path: Path) -> None:
+    block = bytearray(tarfile.TarInfo("IXI002-Guys-0828-T1.nii.gz").tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = bytes([255 if size < 0 else 128]) + (size % (1 << 88)).to_bytes(11, "big")
+    block[156:157] = kind
+    block[148:156] = b"        "
+    block[148:156] = b"%06o\0 " % sum(block)
+    path = tmp_path / "a.tar"
+    path.write_bytes(bytes(block) + bytes(2048))
+    with pytest.raises(ArchiveError, match=r"a\.tar is not a tar archive that can be read"):
+        index_archive(str(path))
+
+
 def test_a_name_that_is_no_utf_8_can_be_written_down(tmp_path: Path) -> None:
     path = tar_of(tmp_path / "a.tar", [(tarfile.TarInfo("caf\udce9"), b"x")], tarfile.GNU_FORMAT)
     (member,) = index_archive(str(path))

@@ -35,6 +35,7 @@ def test_every_command_has_help_and_stands_in_the_readme(name: str) -> None:
     assert COMMANDS[name].help
     for parameter in COMMANDS[name].params:
         assert getattr(parameter, "help", None) or parameter.name == "help", f"{name} {parameter.name} has no help"
+    assert {"--quiet", "--json"} <= {option for parameter in COMMANDS[name].params for option in parameter.opts}
     assert f"ixi-etl {name}" in README
     assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
 

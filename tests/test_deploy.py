@@ -133,10 +133,13 @@ def test_a_service_is_pinned_closed_and_unprivileged(name: str) -> None:
     image, _, tag = service["image"].partition(":")
     assert tag not in ("", "latest")
     assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+    assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+    assert service["security_opt"] == ["no-new-privileges:true"]
     if image == "ixi-etl":
         assert service["build"]["target"] == tag
-        assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
         assert "user" not in service  # the image's own, which is none of root's
+    else:
+        assert service["user"] not in ("root", "0")
     for other, wanted in service.get("depends_on", {}).items():
         assert wanted["condition"] != "service_healthy" or "healthcheck" in SERVICES[other]
 
@@ -154,6 +157,20 @@ def test_images_are_built_from_the_constraints_and_end_unprivileged() -> None:
 def test_only_the_server_and_postgres_keep_the_passwords_they_need() -> None:
     knows = {name for name, service in SERVICES.items() if "POSTGRES_PASSWORD" in str(service)}
     assert knows == {"postgres", "server"}
+
+
+def test_prefect_s_settings_do_not_show_the_passwords() -> None:
+    secrets = {
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": "postgresql+asyncpg://prefect:hunter2@postgres:5432/prefect",
+        "PREFECT_SERVER_API_AUTH_STRING": "admin:hunter2",
+        "PREFECT_API_AUTH_STRING": "admin:hunter2",
+    }
+    show = "from prefect.settings import get_current_settings as s; print(repr(s()), s())"
+    for command in (["-c", show], ["-m", "prefect", "config", "view"]):
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, env=os.environ | secrets, check=True
+        )
+        assert "hunter2" not in done.stdout + done.stderr
 
 
 # -- bare names -------------------------------------------------------------------------------------------------------

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import hashlib
 import json
 import os
-import random
 import shutil
 import ssl
 import subprocess
@@ -23,6 +21,26 @@ from typing import Any
 
 import pytest
 import trustme
+from answers import (
+    DRIP,
+    FAULTS,
+    LASTING,
+    NAME,
+    SEGMENT,
+    Fault,
+    after_probe,
+    assert_one_clear_line,
+    close,
+    drip,
+    first,
+    flipped,
+    half_then,
+    make_tar,
+    md5,
+    page,
+    small,
+    status,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from servers import PROBE, Answer, Call, Host, serve
@@ -33,20 +51,7 @@ from ixi_etl.catalog import Source, parse_md5sums
 from ixi_etl.download import acquire, own_sources
 from ixi_etl.errors import DownloadError
 from ixi_etl.files import read_json
-from ixi_etl.phantom import write_tar
 from ixi_etl.serve import serve_folder
-
-NAME = "IXI-T1.tar"
-SEGMENT = 1 << 16
-
-
-def md5(data: bytes) -> str:
-    return hashlib.md5(data, usedforsecurity=False).hexdigest()
-
-
-def make_tar(folder: Path, seed: int, length: int = 600_000) -> bytes:
-    write_tar(folder / NAME, {"IXI002-Guys-0828-T1.nii.gz": random.Random(seed).randbytes(length)})
-    return (folder / NAME).read_bytes()
 
 
 @pytest.fixture(scope="session")
@@ -80,15 +85,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch, stranger: str) -> None:
-    monkeypatch.setenv("SSL_CERT_FILE", stranger)
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(download, "SEGMENT", SEGMENT)
-    monkeypatch.setattr(download, "BACKOFF_S", 0.0005)
-    monkeypatch.setattr(download, "TIMEOUT_S", 20.0)
-    monkeypatch.setattr(download, "MIN_RATE", 1)
-    monkeypatch.setattr(download, "ENOUGH", 1 << 12)
-    monkeypatch.setattr(download, "TRIES", 3)
+    small(monkeypatch, stranger)
 
 
 def source_of(*hosts: Host, md5: str | None) -> Source:
@@ -105,75 +102,6 @@ def done_in(folder: Path) -> list[int]:
 
 def left_in(folder: Path) -> set[str]:
     return {p.name for p in folder.iterdir()}
-
-
-# -- ways to answer ---------------------------------------------------------------------------------------------------
-
-
-def status(code: int, **headers: str) -> Answer:
-    return lambda call: call.plain(code, b"no", **headers)
-
-
-def page(call: Call) -> None:
-    call.plain(200, b"<!DOCTYPE html>\n<html><body>Please sign in</body></html>" * 20, content_type="text/html")
-
-
-def half_then(end: Answer) -> Answer:
-    def answer(call: Call) -> None:
-        data = call.start()
-        call.send(data[: len(data) // 2])
-        end(call)
-
-    return answer
-
-
-def close(call: Call) -> None:
-    call.close_connection = True
-
-
-def drip(call: Call) -> None:
-    for at in range(len(data := call.start())):
-        call.send(data[at : at + 1])
-        if call.host.closing.wait(0.01):
-            break
-
-
-def redirect_to_self(call: Call) -> None:
-    call.plain(302, location=call.path)
-
-
-def wrong_range(change: Callable[[int, int, int], str]) -> Answer:
-    def answer(call: Call) -> None:
-        start, stop = (int(n) for n in (call.asked.range or "").removeprefix("bytes=").split("-"))
-        said = change(start, stop, len(call.host.body))
-        call.plain(206, call.host.body[start : stop + 1], content_range=said, etag=call.host.etag or "")
-
-    return answer
-
-
-def empty_range(call: Call) -> None:
-    start, stop = (call.asked.range or "").removeprefix("bytes=").split("-")
-    call.plain(206, content_range=f"bytes {start}-{stop}/{len(call.host.body)}", etag=call.host.etag or "")
-
-
-def half_of_who_knows(call: Call) -> None:
-    call.head(200, {"connection": "close"})
-    call.send(call.host.body[: len(call.host.body) // 2])
-    call.close_connection = True
-
-
-def after_probe(answer: Answer) -> Answer:
-    return lambda call: call.honest() if call.asked.range == PROBE else answer(call)
-
-
-def first(n: int, faulty: Answer, then: Answer = Call.honest) -> Answer:
-    """Answer the first `n` requests so, the others otherwise."""
-    calls = iter(range(10**9))
-    return lambda call: (faulty if next(calls) < n else then)(call)
-
-
-def flipped(data: bytes, at: int) -> bytes:
-    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
 # -- a whole download -------------------------------------------------------------------------------------------------
@@ -508,15 +436,6 @@ def test_tries_wait_twice_as_long_each_time_with_jitter(
     assert all(0.5 <= share <= 1.5 for share in shares)
 
 
-FAULTS: dict[str, Answer] = {
-    "none": Call.honest,
-    "503": status(503),
-    "reset": Call.reset,
-    "reset midway": half_then(Call.reset),
-    "cut short": half_then(close),
-}
-
-
 @given(plan=st.lists(st.sampled_from(sorted(FAULTS)), max_size=12), ranges=st.booleans())
 @settings(max_examples=15, deadline=None)
 def test_whatever_goes_wrong_for_a_while_the_file_is_right(
@@ -535,67 +454,12 @@ def test_whatever_goes_wrong_for_a_while_the_file_is_right(
 # -- servers that do not give the file --------------------------------------------------------------------------------
 
 
-@dataclass
-class Fault:
-    answer: Answer
-    reason: str
-    constants: dict[str, float] = field(default_factory=dict)
-    host: dict[str, Any] = field(default_factory=dict)
-    spoil: Callable[[bytes], bytes] = bytes
-
-
-QUICK: dict[str, float] = {"TIMEOUT_S": 0.15, "TRIES": 2}
-DRIP: dict[str, float] = QUICK | {"MIN_RATE": 1 << 20}
-LASTING = {
-    "403": Fault(status(403), "403 Forbidden"),
-    "404": Fault(status(404), "404 Not Found"),
-    "410": Fault(status(410), "410 Gone"),
-    "403 midway": Fault(after_probe(first(3, Call.honest, status(403))), "403 Forbidden"),
-    "500 always": Fault(status(500), "500 Internal Server Error, 3 times"),
-    "429 always": Fault(after_probe(status(429)), "429 Too Many Requests, 3 times"),
-    "HTML page": Fault(page, "an HTML page in place of a tar"),
-    "HTML page midway": Fault(first(5, Call.honest, page), "an HTML page in place of a tar"),
-    "not a tar": Fault(Call.honest, "not a tar archive", spoil=lambda tar: tar[::-1]),
-    "empty file": Fault(Call.honest, "416", spoil=lambda tar: b""),
-    "redirect loop": Fault(redirect_to_self, "redirects"),
-    "redirect to FTP": Fault(status(302, location="ftp://127.0.0.1/IXI-T1.tar"), "protocol"),
-    "wrong byte": Fault(Call.honest, "MD5 is [0-9a-f]{32}, not", spoil=lambda tar: flipped(tar, 500_000)),
-    "wrong byte in a stream": Fault(Call.honest, "MD5 is", host={"ranges": False}, spoil=lambda t: flipped(t, 9999)),
-    "wrong length": Fault(Call.honest, "MD5 is [0-9a-f]{32}, not", spoil=lambda tar: tar + bytes(10240)),
-    "short, length not said": Fault(
-        Call.honest, "MD5 is", host={"ranges": False, "says_length": False}, spoil=lambda tar: tar[:-20480]
-    ),
-    "another range": Fault(
-        after_probe(wrong_range(lambda start, stop, size: f"bytes {start + 512}-{stop + 512}/{size}")), "was given"
-    ),
-    "another size": Fault(
-        after_probe(wrong_range(lambda start, stop, size: f"bytes {start}-{stop}/{size + 1}")), "was given"
-    ),
-    "stream cut short": Fault(after_probe(half_then(close)), "3 times", host={"ranges": False}),
-    "stream cut short, length not said": Fault(
-        after_probe(half_of_who_knows), "announced, 3 times", host={"ranges": False}
-    ),
-    "empty ranges": Fault(after_probe(empty_range), "ended early, 3 times at byte"),
-    "ranges cut at once": Fault(after_probe(Call.reset), "3 times at byte"),
-    "stall": Fault(Call.stall, "timed out, 2 times", QUICK),
-    "stall midway": Fault(after_probe(Call.stall), "timed out, 2 times", QUICK),
-    "slow drip": Fault(after_probe(drip), "slower than 1048576 bytes a second, 2 times", DRIP),
-    "slow drip of a stream": Fault(after_probe(drip), "slower than 1048576", DRIP, host={"ranges": False}),
-}
-
-
 @pytest.fixture(params=sorted(LASTING))
 def fault(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Fault:
     found = LASTING[request.param]
     for name, value in found.constants.items():
         monkeypatch.setattr(download, name, value)
     return found
-
-
-def assert_one_clear_line(message: str, folder: Path, *said: str) -> None:
-    assert "\n" not in message
-    assert all(text in message for text in (NAME, *said))
-    assert not (folder / NAME).exists()
 
 
 def test_a_url_that_does_not_give_the_file_is_left_for_the_mirror(tmp_path: Path, tar: bytes, fault: Fault) -> None:

@@ -154,6 +154,8 @@ def test_columns_are_in_the_order_of_the_contract() -> None:
         (lambda t: t.assign(t2_to_t1_ras_mm="hello"), "complete"),
         (lambda t: t.assign(t2_to_t1_ras_mm="[1, 2]"), "complete"),
         (lambda t: t.assign(nmi_after=-7), "in_range"),
+        (lambda t: t.assign(subject_id=["../../a", "IXI002-HH-1"]), "leads_nowhere"),
+        (lambda t: t.assign(subject_id=["/etc/a", "IXI002-HH-1"]), "leads_nowhere"),
     ],
 )
 def test_a_manifest_that_was_edited_is_refused(change: Any, said: str) -> None:

@@ -1,0 +1,51 @@
+"""Hold the versions in constraints.txt against the published advisories with pip-audit: `make audit`.
+
+Where the advisories cannot be reached this says that it did not run, and ends well: a machine without internet must be
+able to land a change. It ends with 1 if a version that is pinned has an advisory.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PINS = Path(__file__).parent.parent / "constraints.txt"
+
+
+def audit(pins: list[str]) -> list[dict[str, object]] | str:
+    """What pip-audit says of each of these pins; or, in a line, why it says nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        wanted, found = Path(folder) / "pins.txt", Path(folder) / "found.json"
+        wanted.write_text("\n".join(pins) + "\n")
+        command = [sys.executable, "-m", "pip_audit", "--requirement", wanted, "--no-deps", "--disable-pip"]
+        said = subprocess.run(  # noqa: S603 - no person's text
+            [*command, "--format", "json", "--output", found], capture_output=True, text=True, check=False
+        )
+        try:
+            return list(json.loads(found.read_text())["dependencies"])
+        except (OSError, ValueError, KeyError):
+            return (said.stderr.strip().splitlines() or ["it said nothing"])[-1]
+
+
+def main() -> int:
+    pins = [line.strip() for line in PINS.read_text().splitlines() if "==" in line and not line.startswith("#")]
+    first = audit(pins[:1])  # before some hundreds of questions that nobody answers
+    answered = not isinstance(first, str) and "skip_reason" not in first[0]
+    found = audit(pins) if answered else first
+    if isinstance(found, str) or not answered:
+        why = found if isinstance(found, str) else found[0]["skip_reason"]
+        sys.stdout.write(f"pip-audit did NOT run: the advisories cannot be reached from here ({why})\n")
+        return 0
+    bad = {f"{d['name']} {d['version']}": d["vulns"] for d in found if d.get("vulns")}
+    for name, advisories in bad.items():
+        sys.stdout.write(f"{name}: {', '.join(str(a['id']) for a in advisories)}\n")  # type: ignore[attr-defined]
+    skipped = sum("skip_reason" in d for d in found)
+    sys.stdout.write(f"pip-audit: {len(found) - skipped} versions asked about, {len(bad)} with an advisory\n")
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

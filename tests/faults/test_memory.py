@@ -1,0 +1,63 @@
+"""The memory of a refresh does not grow with the number of subjects."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from faults_table import LONG, Row
+
+from ixi_etl.catalog import MODALITIES, archive_name
+from ixi_etl.config import RefreshConfig
+from ixi_etl.phantom import Scan, simulate, write_tar
+
+pytestmark = pytest.mark.faults
+
+CHILD = """
+import sys
+from ixi_etl.config import RefreshConfig
+from ixi_etl.refresh import refresh
+refresh(RefreshConfig.model_validate_json(sys.argv[1]))
+"""
+
+
+def peak_of(config: RefreshConfig) -> int:
+    """Bytes: the most that a refresh held at once. It starts no process, so that its own peak is that of its tree."""
+    child = subprocess.Popen([sys.executable, "-c", CHILD, config.model_dump_json()])
+    begun = psutil.Process(child.pid)
+    others: set[int] = set()
+    while True:
+        pid, status, used = os.wait4(child.pid, os.WNOHANG)
+        if pid:
+            break
+        others |= {other.pid for other in begun.children(recursive=True)}
+        time.sleep(0.05)
+    assert status == 0
+    assert not others, "its processes are not counted"
+    return used.ru_maxrss << 10
+
+
+@pytest.mark.skipif(not LONG, reason="minutes long: `make faults`")
+def test_memory(tmp_path: Path, row: Row) -> None:
+    """Scans of the full size, registered, on two workers: 8, 16 and 32 subjects."""
+    made = [simulate(Scan(n, "Guys", 1, moved=bool(n % 2)))[0] for n in range(4)]  # then the same under other names
+    peaks = {}
+    for subjects in (8, 16, 32):
+        source = tmp_path / f"source{subjects}"
+        source.mkdir()
+        for m in MODALITIES:
+            members = {f"IXI{n:03d}-Guys-{n:04d}-{m}.nii.gz": made[n % 4][m] for n in range(subjects)}
+            write_tar(source / archive_name(m), members)
+        config = RefreshConfig(root=str(tmp_path / f"root{subjects}"), source=str(source), workers=2)
+        peaks[subjects] = peak_of(config)
+        for path in source.iterdir():
+            path.unlink()
+    said = ", ".join(f"{n} subjects: {peak / 2**20:.0f} MiB" for n, peak in peaks.items())
+    row("memory", len(peaks), said, "none")
+    assert max(peaks.values()) < 1 << 30, said
+    assert peaks[32] - peaks[8] < 100 << 20, said  # the slabs alone of 24 subjects are 126 MB

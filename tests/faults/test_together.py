@@ -1,0 +1,136 @@
+"""Two at once on one root: two refreshes, a refresh and a training, a refresh and a removal of old versions."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stages
+from conftest import SMALL_NETWORKS, config_for
+from faults_table import LONG, Row, tries
+from processes import Job, preload
+from reader import latest_of, reading
+
+from ixi_etl import dataset
+from ixi_etl.publish import Refreshed
+from ixi_etl.refresh import refresh
+
+torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
+
+from model import checkpoint  # noqa: E402
+
+pytestmark = pytest.mark.faults
+
+SMALL: dict[str, Any] = SMALL_NETWORKS | {"batch_size": 2, "steps": 30, "checkpoint_every": 5, "samples": 0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _jobs() -> None:
+    preload("torch", "model.run", "model.train", "model.report")
+
+
+@pytest.fixture(scope="module")
+def before(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with three versions; the middle one is a run's."""
+    root = tmp_path_factory.mktemp("together") / "root"
+    for seed in (1, 2, 3):
+        made = refresh(config_for(root, archives, split_seed=seed, pictures=False))
+        if seed == 2:
+            settings = SMALL | {"dataset": f"{dataset.NAME}@{made.version}", "steps": 1}
+            Job(stages.do_training, str(root), settings, "old").end()
+    return root
+
+
+@pytest.mark.skipif(not LONG, reason="test_refresh has one of it; `make faults` has more")
+def test_together_refreshes(before: Path, archives: Path, published: Refreshed, tmp_path: Path, row: Row) -> None:
+    count, waited = tries(1, 10), 0
+    for n in range(count):
+        root = Path(shutil.copytree(before, tmp_path / f"{n}"))
+        config = config_for(root, archives).model_dump_json()
+        with reading(latest_of(root)):
+            jobs = [Job(stages.do_refresh_or_say, config) for _ in range(2)]
+            said = [str(job.end()) for job in jobs]
+        assert published.version in said
+        for line in said:
+            if line != published.version:  # the other found the lock held
+                assert "is in use by" in line
+                assert "\n" not in line
+                waited += 1
+        made = dataset.Places(root).version(published.version)
+        assert dataset.read_facts(made) == dataset.read_facts(published.folder)
+        assert dataset.verify(made, deep=True) == []
+        shutil.rmtree(root)
+    row("two refreshes at once", count, f"one version; {waited} of the second said who holds the root", "none")
+
+
+@pytest.mark.skipif(not LONG, reason="the next has a refresh and a training in it; `make faults` has more")
+def test_together_training(before: Path, archives: Path, published: Refreshed, tmp_path: Path, row: Row) -> None:
+    count, weights = tries(1, 5), []
+    for n in range(count):
+        root = Path(shutil.copytree(before, tmp_path / f"{n}"))
+        older = dataset.resolve(dataset.Places(root))
+        with reading(latest_of(root)):
+            training = Job(stages.do_training, str(root), SMALL | {"dataset": f"{dataset.NAME}@{older}"}, "a")
+            refreshing = Job(stages.do_refresh_or_say, config_for(root, archives).model_dump_json())
+            assert refreshing.end() == published.version
+            training.end()
+        weights.append(checkpoint.load(root / "runs/a/generator.safetensors")[0])
+        assert all(torch.equal(weights[0][name], weights[-1][name]) for name in weights[0])
+        shutil.rmtree(root)
+    row("a refresh and a training at once", count, "both end; the same weights each time", "none")
+
+
+def test_together_prune(before: Path, archives: Path, published: Refreshed, tmp_path: Path, row: Row) -> None:
+    """A removal in a loop, while a refresh publishes and a training starts on an old version."""
+    count, removals, kept = tries(1, 10), 0, []
+    for n in range(count):
+        root = Path(shutil.copytree(before, tmp_path / f"{n}"))
+        places = dataset.Places(root)
+        first, second, _ = dataset.published(places)
+        with reading(latest_of(root)):
+            pruning = Job(stages.do_prunes, str(root))
+            refreshing = Job(stages.do_refresh_or_wait, config_for(root, archives).model_dump_json())
+            training = Job(stages.do_training_or_say, str(root), SMALL | {"dataset": f"{dataset.NAME}@{first}"}, "a")
+            assert refreshing.end() == published.version
+            said = str(training.end())
+            removals += int(pruning.end())
+        there = dataset.published(places)
+        assert published.version in there, "the newest was removed"
+        assert second in there, "a run's version was removed"
+        assert all(dataset.verify(places.version(v), deep=True) == [] for v in there)
+        if said == "a":  # the training began before the removal saw its version
+            assert first in there
+        else:
+            assert "\n" not in said
+            assert first in said
+        kept.append(said == "a")
+        shutil.rmtree(root)
+    said = f"{removals} removals; {sum(kept)} trainings kept their version, {count - sum(kept)} came too late"
+    row("a refresh, a training and prune at once", count, f"{said}, in one line", "none that anybody uses")
+
+
+@pytest.mark.skipif(not LONG, reason="test_prune has one of it; `make faults` has more")
+def test_together_prune_killed(before: Path, tmp_path: Path, row: Row) -> None:
+    """SIGKILL at moments spread evenly over a removal: what is left are whole versions, and the next ends it."""
+    count, halves = tries(2, 50), 0
+    job = Job(stages.do_prune, str(shutil.copytree(before, tmp_path / "whole")))
+    job.end()
+    lasts = job.lasted("prune", "done")
+    for n in range(count):
+        root = Path(shutil.copytree(before, tmp_path / f"{n}"))
+        places = dataset.Places(root)
+        names = dataset.published(places)
+        with reading(latest_of(root)):
+            job = Job(stages.do_prune, str(root))
+            job.kill_after("prune", (n + 0.5) / count * lasts)
+            there = dataset.published(places)
+            halves += there != names and places.version(names[0]).exists()
+            assert all(dataset.verify(places.version(v), deep=True) == [] for v in there)
+            Job(stages.do_prune, str(root)).end()
+        assert dataset.published(places) == names[1:]
+        assert not places.version(names[0]).exists()
+        shutil.rmtree(root)
+    said = f"whole versions only ({halves} removals half done, ended by the next)"
+    row("kill in prune", count, said, "none that anybody uses")

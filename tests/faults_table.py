@@ -1,0 +1,50 @@
+"""How often each fault is tried, and the table of what came of it: `make faults` runs the long form."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+LONG = os.environ.get("FAULTS") == "long"
+
+Row = Callable[[str, int, str, str], None]
+
+
+def tries(short: int, long: int) -> int:
+    """How often to try, in `make test` and in `make faults`."""
+    return long if LONG else short
+
+
+@pytest.fixture
+def row(record_property: Callable[[str, object], None]) -> Row:
+    """Record a row of the table: fault, tries, outcome, data lost. Only what was asserted may be told."""
+
+    def record(fault: str, count: int, outcome: str, lost: str = "none") -> None:
+        record_property("fault", [fault, count, outcome, lost])
+
+    return record
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """In the long form the table; a fault whose test failed or was skipped stands in it as such."""
+    rows: list[list[Any]] = []
+    for kind in ("passed", "failed", "skipped"):
+        for report in terminalreporter.stats.get(kind, ()):
+            if kind == "passed":
+                rows += [value for name, value in report.user_properties if name == "fault"]
+            elif "faults" in report.keywords:
+                rows.append([report.nodeid.rpartition("::")[2], 0, kind.upper(), "?" if kind == "failed" else "none"])
+    if not (rows and LONG):
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("fault", "tries", "outcome", "data lost", title="Faults", box=box.SIMPLE_HEAD, title_justify="left")
+    table.columns[1].justify = "right"
+    for fault, count, outcome, lost in sorted(rows, key=lambda r: str(r[0])):
+        table.add_row(fault, f"{count:,}", outcome, lost)
+    Console(width=150).print(table)
