@@ -347,7 +347,7 @@ def test_the_command_makes_verifies_lists_and_compares(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = ["--root", str(tmp_path)]
-    for said in ("(published)", "(published before, nothing to do)"):
+    for said in ("state     published\n", "state     published before, nothing to do\n"):
         code, out, _ = run("digits", "--source", str(source), *root, capsys=capsys)
         assert (code, said in out, "1170" in out) == (0, True, True)
     assert run("digits", "--source", str(source), "--limit", "24", *root, capsys=capsys)[0] == 0

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed; pip install
 from conftest import SMALL_NETWORKS  # noqa: E402
 
 from ixi_etl import dataset  # noqa: E402
-from ixi_etl.files import write_atomic  # noqa: E402
+from ixi_etl.files import silent, write_atomic  # noqa: E402
 from ixi_etl.places import Places, file_sizes, place, upload  # noqa: E402
 from ixi_etl.publish import Refreshed  # noqa: E402
 from model import checkpoint, mirror  # noqa: E402
@@ -26,7 +26,7 @@ SMALL = SMALL_NETWORKS | {"steps": 4, "checkpoint_every": 1, "keep": 1, "log_eve
 def root(s3_root: str, published: Refreshed) -> str:
     """A root on S3 with the published dataset in it."""
     places = Places(s3_root)
-    upload(published.folder, places.version(published.version), last=dataset.FACTS)
+    upload(published.folder, places.version(published.version), last=dataset.FACTS, progress=silent)
     write_atomic(places.datasets / dataset.POINTER, (published.folder.parent / dataset.POINTER).read_bytes())
     return s3_root
 

@@ -12,6 +12,7 @@ from conftest import config_for
 from ixi_etl import dataset
 from ixi_etl.config import RefreshConfig
 from ixi_etl.errors import IxiError
+from ixi_etl.files import silent
 from ixi_etl.places import Places, file_sizes, place, upload
 from ixi_etl.refresh import Refreshed, refresh
 from ixi_etl.store import open_arrays
@@ -53,7 +54,7 @@ def test_the_version_is_complete_before_it_says_so_and_the_pointer_is_last(
 def test_an_upload_that_was_killed_is_no_version_and_is_done_again(config: RefreshConfig, published: Refreshed) -> None:
     places = Places(config.root)
     target = places.version(published.version)
-    upload(published.folder, target, last=dataset.FACTS)
+    upload(published.folder, target, last=dataset.FACTS, progress=silent)
     (target / dataset.FACTS).unlink()
     (target / "stray").write_bytes(b"of another time")
     assert dataset.published(places) == []
@@ -81,7 +82,7 @@ def test_a_version_damaged_on_s3_is_seen_and_mended(what: str, config: RefreshCo
 def test_archives_on_s3_are_read_where_they_lie(
     config: RefreshConfig, s3_root: str, archives: Path, published: Refreshed, tmp_path: Path
 ) -> None:
-    upload(archives, place(f"{s3_root}/archives"), last="MD5SUMS")
+    upload(archives, place(f"{s3_root}/archives"), last="MD5SUMS", progress=silent)
     made = refresh(config.model_copy(update={"source": f"{s3_root}/archives"}))
     assert made.version == published.version
     assert not list(tmp_path.rglob("*.tar"))
