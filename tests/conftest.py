@@ -38,6 +38,14 @@ SMALL_NETWORKS: dict[str, Any] = {
 """Settings of a training that takes milliseconds a step."""
 
 
+LONGEST = ("test_train", "test_flow", "test_kill", "test_mirror", "test_deploy", "test_refresh")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first, so that two workers, who take a file at a time, end together."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with both archives, oddities and MD5SUMS; tests only read it."""

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from conftest import config_for
 
+from flows.cli import main
 from ixi_etl.dataset import read_facts, read_manifest
 from ixi_etl.errors import DownloadError
 from ixi_etl.manifest import funnel
@@ -185,7 +186,9 @@ def test_ctrl_c_stops_at_once_and_the_next_run_goes_on(archives: Path, tmp_path:
     assert refresh(config_for(tmp_path, archives, registration="rigid")).is_new
 
 
-def test_the_command_line_refreshes_twice(published: Refreshed, archives: Path, tmp_path: Path) -> None:
+def test_the_command_line_refreshes_twice(
+    published: Refreshed, archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [
         "refresh",
         "--root",
@@ -197,10 +200,14 @@ def test_the_command_line_refreshes_twice(published: Refreshed, archives: Path, 
         "--registration",
         "none",
     ]
-    for said in ("published", "published before, nothing to do"):
-        done = subprocess.run([sys.executable, "-m", "flows", *arguments], capture_output=True, text=True, check=True)
-        assert f"version   {published.version}\nstate     {said}\n" in done.stdout
-        assert "Traceback" not in done.stderr
+    done = subprocess.run([sys.executable, "-m", "flows", *arguments], capture_output=True, text=True, check=True)
+    assert f"version   {published.version}\nstate     published\n" in done.stdout
+    assert "Traceback" not in done.stderr
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit):
+        main(arguments)  # in this process, which has a server already
+    signal.signal(signal.SIGINT, handler)
+    assert f"version   {published.version}\nstate     published before, nothing to do\n" in capsys.readouterr().out
 
 
 SMALL = {"side": 32, "width": 4, "discriminator_width": 4, "discriminator_layers": 1, "steps": 2, "device": "cpu"}

@@ -203,6 +203,7 @@ def trained(published: Refreshed, tmp_path_factory: pytest.TempPathFactory) -> t
     return root / "runs/whole0", jobs
 
 
+@pytest.mark.skipif(not LONG, reason="test_train has one of it, in two precisions; `make faults` has more")
 def test_kill_training(site: Site, trained: tuple[Path, list[Job]], tmp_path: Path, row: Row) -> None:
     count, toll = tries(2, 50), Toll()
     for n, after_s in enumerate(moments(count, measured("train", trained[1]))):
