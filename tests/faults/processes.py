@@ -70,8 +70,10 @@ class Job:
 
     def end(self) -> Any:
         """Wait for its end, which must be a good one; what it told last."""
-        running = self.listen(time.monotonic() + GIVE_UP_S)
-        assert not running, f"it hangs in {self.stage}"
+        if self.listen(time.monotonic() + GIVE_UP_S):
+            os.kill(self.process.pid or 0, signal.SIGABRT)  # it says where it is: stages.py
+            self.process.join(5)
+            raise AssertionError(f"it hangs in {self.stage}")
         self.process.join(GIVE_UP_S)
         assert self.process.exitcode == 0, f"it ended with {self.process.exitcode} in {self.stage}"
         return self.told[-1][1]
