@@ -32,11 +32,11 @@ SEGMENT = 1 << 16
 FOLLOWING = {"download": "name", "cut": "publish", "publish": "done", "train": "done"}
 TRAINING: dict[str, Any] = SMALL_NETWORKS | {
     "batch_size": 2,
-    "steps": 80,
-    "checkpoint_every": 8,
+    "steps": 60,
+    "checkpoint_every": 6,
     "keep": 99,
-    "log_every": 8,
-    "samples": 2,
+    "log_every": 6,
+    "samples": 1,
     "augment": "jitter",
     "ema": 0.9,
 }
