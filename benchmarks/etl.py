@@ -201,8 +201,9 @@ def _warmed(work_on: Callable[[str, Path, Path], None], source: str, warm: str, 
 
     def work() -> dict[str, Any]:
         work_on(source, folder, out)
+        return _saved(out)
 
-    return _warmed(work_on, source, warm, scratch)
+    return work
 
 
 def refresh_naive(source: str, warm: str, scratch: str) -> Work:

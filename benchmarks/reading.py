@@ -158,16 +158,18 @@ def npy_loader(folder: str, workers: int) -> Work:
 def monai_cache(folder: str) -> Work:
     """MONAI's `CacheDataset` of normalised slices, built by two threads, then its batches."""
     from monai.data import CacheDataset, DataLoader
+    from monai.transforms import Transform
 
     _, ranges, subjects = _files(folder)
     slices = _Slices(Path(folder) / "npy", ranges, subjects)
 
-    def load(index: int) -> dict[str, Tensor]:
-        t1, t2 = slices[index]
-        return {"t1": t1, "t2": t2}
+    class Load(Transform):  # type: ignore[misc]  # of anything else MONAI caches nothing
+        def __call__(self, index: int) -> dict[str, Tensor]:
+            t1, t2 = slices[index]
+            return {"t1": t1, "t2": t2}
 
     def work() -> dict[str, Any]:
-        cached = CacheDataset(list(range(len(slices))), load, num_workers=2, progress=False)
+        cached = CacheDataset(list(range(len(slices))), Load(), num_workers=2, progress=False)
         loader = DataLoader(cached, batch_size=BATCH, shuffle=True, num_workers=0)
         return _consumed(((batch["t1"], batch["t2"]) for batch in loader), cached)
 

@@ -70,7 +70,8 @@ class Pairs:
 def normalise(stored: Tensor, low_high: Tensor) -> Tensor:
     """(B, H, W) as stored -> (B, 1, H, W) float32: low_high (B, 2) becomes [-1, 1], and what lies beyond is clipped."""
     low, high = low_high[:, 0, None, None], low_high[:, 1, None, None]
-    return ((stored.float() - low) / (high - low) * 2 - 1).clamp_(-1, 1).unsqueeze(1)
+    # In place: new memory for each term costs more than the terms.
+    return stored.to(torch.float32, copy=True).sub_(low).mul_(2 / (high - low)).sub_(1).clamp_(-1, 1).unsqueeze(1)
 
 
 def parse_direction(direction: str | None, names: tuple[str, str]) -> tuple[str, str]:

@@ -151,7 +151,7 @@ def train_run(run: Run, *, resume: bool = False, progress: Progress = silent) ->
                 "hardware": _hardware(config.device),
             }
             saved = partial(mirror.keep_if_possible, run.folder, run.kept) if run.kept else nothing
-            if not (run.folder / CONFIG).exists():
+            if not any((run.folder / "checkpoints").glob("step-*")):  # else it tells of the training that goes on
                 write_atomic(run.folder / CONFIG, to_json(record))
                 saved()  # at once: it is what keeps `ixi-etl prune` from removing the version
             generator = train(run.folder, config, run.version, resume=resume, progress=progress, on_saved=saved)

@@ -144,3 +144,11 @@ def test_jitter_enlarges_by_what_was_published() -> None:
 def test_a_crop_larger_than_the_slices_is_refused() -> None:
     with pytest.raises(DatasetError, match="crops of 64 x 64 do not fit slices of 32 x 32; set a smaller side"):
         data.augment((torch.zeros(1, 1, 32, 32),), "none", 64, seed=0, first=0)
+
+
+def test_what_is_normalised_is_not_changed_itself() -> None:
+    for dtype in (torch.int16, torch.float32):
+        stored = torch.tensor([[[0, 50, 100, 200]]], dtype=dtype)
+        found = data.normalise(stored, torch.tensor([[0.0, 100.0]]))
+        assert found.flatten().tolist() == [-1, 0, 1, 1]
+        assert stored.flatten().tolist() == [0, 50, 100, 200]

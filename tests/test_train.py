@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import os
 import shutil
@@ -92,6 +93,20 @@ def test_a_training_killed_between_checkpoints_goes_on_bit_for_bit(root: Path, p
             assert torch.equal(got[name], wanted[name]), f"{name} differs at step {step}"
     rows = read_rows(root / "runs" / "killed" / "metrics.csv")
     assert [int(r["step"]) for r in rows] == list(range(2, FULL["steps"] + 1, 2))
+
+
+def test_the_configuration_kept_is_of_the_training_and_not_of_one_that_never_began(
+    published: Refreshed, tmp_path: Path
+) -> None:
+    shutil.copytree(published.folder.parents[1], tmp_path / "datasets")
+    (manifest,) = tmp_path.glob("datasets/*/*/manifest.csv")
+    whole = manifest.read_text()
+    manifest.write_text(whole.replace("used", "lost"))
+    with pytest.raises(DatasetError):
+        train_run(run_of(tmp_path, "a", seed=1))
+    manifest.write_text(whole)
+    train_run(run_of(tmp_path, "a", seed=2))
+    assert json.loads((tmp_path / "runs/a/config.json").read_text())["config"]["seed"] == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
