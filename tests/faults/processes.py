@@ -56,8 +56,7 @@ class Job:
 
     def kill(self) -> str:
         """SIGKILL it; the stage that it was in."""
-        if self.process.is_alive():
-            os.kill(self.process.pid or 0, signal.SIGKILL)
+        self.process.kill()
         self.process.join(GIVE_UP_S)
         self.listen(time.monotonic() + GIVE_UP_S)
         return self.stage

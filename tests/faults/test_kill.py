@@ -36,7 +36,7 @@ TRAINING: dict[str, Any] = SMALL_NETWORKS | {
     "checkpoint_every": 6,
     "keep": 99,
     "log_every": 6,
-    "samples": 1,
+    "samples": 0,
     "augment": "jitter",
     "ema": 0.9,
 }
@@ -45,7 +45,12 @@ TRAINING: dict[str, Any] = SMALL_NETWORKS | {
 @pytest.fixture(scope="module", autouse=True)
 def _jobs() -> None:
     preload(
-        "torch.utils.tensorboard", "torchmetrics.functional.image", "matplotlib.figure", "model.run", "model.report"
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+        "torchmetrics.functional.image",
+        "matplotlib.figure",
+        "model.run",
+        "model.report",
     )
 
 

@@ -31,7 +31,7 @@ SMALL: dict[str, Any] = SMALL_NETWORKS | {"batch_size": 2, "steps": 30, "checkpo
 
 @pytest.fixture(scope="module", autouse=True)
 def _jobs() -> None:
-    preload("torch.utils.tensorboard", "model.run", "model.report")
+    preload("torch._dynamo", "torch.utils.tensorboard", "model.run", "model.report")
 
 
 @pytest.fixture(scope="module")
