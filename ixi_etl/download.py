@@ -191,9 +191,9 @@ def fetch_members(
     Raises:
         DownloadError: the archive changed meanwhile, or could not be read, or the disk is full.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path, offer = folder / f"{remote.source.name}.members", remote.offer
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with _client(insecure_hosts, connections) as client, _Part(path, offer, False, members) as part:
             chosen = [part.segments[index] for index in wanted]
             part.needed = sum(stop - start for _, start, stop in chosen)

@@ -144,13 +144,14 @@ def assemble(
             target.parent.mkdir(parents=True)
             link(shard[name], target)
         matrices = np.stack([affine[name] for affine in affines])
-        beside = zarr.create_array(
-            folder / f"{name}_affine",
-            data=matrices,
-            chunks=matrices.shape,
-            compressors=None,
-            dimension_names=("subject", "world", "voxel"),
-        )
+        with _disk_errors(folder):
+            beside = zarr.create_array(
+                folder / f"{name}_affine",
+                data=matrices,
+                chunks=matrices.shape,
+                compressors=None,
+                dimension_names=("subject", "world", "voxel"),
+            )
         axes = ", ".join(reversed(dimension_names(pairing)[1:]))
         beside.update_attributes({"long_name": f"({axes}, 1) of {name} to RAS+ world (mm)", "units": "mm"})
     _consolidate(folder)

@@ -6,6 +6,7 @@ take minutes; `flow` runs in a fresh process, since Prefect starts threads.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import resource
 import threading
@@ -35,6 +36,7 @@ from ixi_etl.prune import prune
 
 PRELOADED = (dask, distributed, fsspec, isal, pandera, SimpleITK, zarrs, report)
 PIL.Image.init()
+faulthandler.enable()  # who hangs is ended with SIGABRT, and tells where
 
 STAGES = ("download", "name", "cut", "publish", "train", "done")
 """In their order; a job is in the one that it has told last."""

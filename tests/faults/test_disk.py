@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import SMALL_NETWORKS, config_for
-from faults_table import Row, tries
+from faults_table import LONG, Row, tries
 from processes import Job, preload
 from reader import latest_of, reading
 from servers import Host, serve
@@ -90,7 +90,7 @@ def test_disk_full(
     refresh.refresh(config_for(disk / "before", archives, split_seed=1, pictures=False))
     files = {f"/{name}": (archives / name).read_bytes() for name in ("IXI-T1.tar", "IXI-T2.tar", "MD5SUMS")}
     need = {"download": sum(map(len, files.values())), "cut": 1 << 20, "publish": 200_000}[stage]
-    count, full, lines = tries(2, 20), 0, set()
+    count, full = tries(1, 20), 0
     with serve(Host(b"", files=files)) as host:
         source = host.url.rpartition("/")[0] if stage == "download" else str(archives)
         for n in range(count):
@@ -105,14 +105,13 @@ def test_disk_full(
                     refresh.refresh(config)
                 except IxiError as error:
                     one_line(error, "No space left on device")
-                    lines.add(str(error).partition(":")[0])
                     full += 1
             (disk / "filler").unlink(missing_ok=True)
             with reading(latest_of(root)):
                 done = refresh.refresh(config)
             assert same(done.folder, published.folder)
             shutil.rmtree(root)
-    assert full >= count // 2
+    assert full >= count // 2 or not LONG
     row(f"disk full in {stage}", count, f"{full} ended in one line, the others fitted; then the same version", "none")
 
 
@@ -149,7 +148,7 @@ def as_nobody(pipe: Any, config: str) -> None:
         pipe.send(("done", [type(error).__name__, str(error)]))
 
 
-@pytest.mark.parametrize("what", ["root", "archives", "datasets"])
+@pytest.mark.parametrize("what", ["root", "archives", "datasets"] if LONG else ["datasets"])
 def test_disk_forbidden(what: str, archives: Path, row: Row) -> None:
     with tempfile.TemporaryDirectory() as folder:  # pytest's own folders let nobody but their owner in
         top = Path(folder)
@@ -169,7 +168,7 @@ def test_disk_forbidden(what: str, archives: Path, row: Row) -> None:
     row(f"no permission: {what}", 1, "one line", "none")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STAGES if LONG else ["publish"])
 def test_disk_taken_away(
     stage: str, archives: Path, published: Refreshed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Row
 ) -> None:
@@ -201,7 +200,7 @@ def test_disk_no_rename_over_a_folder(
     monkeypatch.setattr(os, "rename", strict)
     places = dataset.Places(tmp_path)
     count = 0
-    for left in ("nothing", "an empty folder", "half a version", "a damaged version"):
+    for left in ("nothing", *(("an empty folder", "half a version") if LONG else ()), "a damaged version"):
         target = places.version(published.version)
         if left == "an empty folder":
             shutil.rmtree(target)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import statistics
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -33,11 +32,11 @@ SEGMENT = 1 << 16
 FOLLOWING = {"download": "name", "cut": "publish", "publish": "done", "train": "done"}
 TRAINING: dict[str, Any] = SMALL_NETWORKS | {
     "batch_size": 2,
-    "steps": 80,
-    "checkpoint_every": 8,
+    "steps": 60,
+    "checkpoint_every": 6,
     "keep": 99,
-    "log_every": 8,
-    "samples": 2,
+    "log_every": 6,
+    "samples": 0,
     "augment": "jitter",
     "ema": 0.9,
 }
@@ -45,7 +44,14 @@ TRAINING: dict[str, Any] = SMALL_NETWORKS | {
 
 @pytest.fixture(scope="module", autouse=True)
 def _jobs() -> None:
-    preload("torch", "model.run", "model.train", "model.report")
+    preload(
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+        "torchmetrics.functional.image",
+        "matplotlib.figure",
+        "model.run",
+        "model.report",
+    )
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -115,7 +121,8 @@ class Toll:
     twice: int = 0
 
     def outcome(self, then: str) -> str:
-        where = ", ".join(f"{self.hits[stage]} in {stage}" for stage in stages.STAGES if self.hits[stage])
+        told = [f"{self.hits[stage]} in {stage}" for stage in stages.STAGES[:-1] if self.hits[stage]]
+        where = ", ".join(told + ([f"{self.hits['done']} just after its end"] if self.hits["done"] else []))
         return f"killed {where}; then {then}; {self.looks:,} reads of the newest, all whole"
 
     @property
@@ -125,7 +132,7 @@ class Toll:
 
 
 def measured(stage: str, runs: list[Job]) -> float:
-    return statistics.median(job.lasted(stage, FOLLOWING[stage]) for job in runs)
+    return min(job.lasted(stage, FOLLOWING[stage]) for job in runs)
 
 
 def moments(count: int, lasts: float) -> list[float]:
@@ -179,7 +186,7 @@ def training_killed(site: Site, root: Path, after_s: float, toll: Toll, whole: P
 @pytest.mark.parametrize("stage", ["download", "cut", "publish"])
 def test_kill(stage: str, site: Site, cut_site: Site, tmp_path: Path, row: Row) -> None:
     site = cut_site if stage == "publish" else site
-    count, toll, whole = tries(2, 50), Toll(), []
+    count, toll, whole = tries(1, 50), Toll(), []
     for n in range(tries(1, 3)):
         config = site.config(site.root(tmp_path / f"whole{n}"), stage)
         site.host.answer = slowly
@@ -205,7 +212,7 @@ def trained(published: Refreshed, tmp_path_factory: pytest.TempPathFactory) -> t
 
 @pytest.mark.skipif(not LONG, reason="test_train has one of it, in two precisions; `make faults` has more")
 def test_kill_training(site: Site, trained: tuple[Path, list[Job]], tmp_path: Path, row: Row) -> None:
-    count, toll = tries(2, 50), Toll()
+    count, toll = tries(1, 50), Toll()
     for n, after_s in enumerate(moments(count, measured("train", trained[1]))):
         root = tmp_path / f"killed{n}"
         root.mkdir()
@@ -221,7 +228,7 @@ def api() -> Iterator[str]:
     from prefect.settings import get_current_settings
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=60):
+    with prefect_test_harness(server_startup_timeout=180):
         yield str(get_current_settings().api.url)
 
 

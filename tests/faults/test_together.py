@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import stages
 from conftest import SMALL_NETWORKS, config_for
-from faults_table import LONG, Row, tries
+from faults_table import LONG, Row
 from processes import Job, preload
 from reader import latest_of, reading
 
@@ -21,14 +21,17 @@ torch = pytest.importorskip("torch", reason="torch is not installed; pip install
 
 from model import checkpoint  # noqa: E402
 
-pytestmark = pytest.mark.faults
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.skipif(not LONG, reason="test_refresh and test_prune have the like; `make faults` has more"),
+]
 
 SMALL: dict[str, Any] = SMALL_NETWORKS | {"batch_size": 2, "steps": 30, "checkpoint_every": 5, "samples": 0}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _jobs() -> None:
-    preload("torch", "model.run", "model.train", "model.report")
+    preload("torch._dynamo", "torch.utils.tensorboard", "model.run", "model.report")
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +46,8 @@ def before(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.skipif(not LONG, reason="test_refresh has one of it; `make faults` has more")
 def test_together_refreshes(before: Path, archives: Path, published: Refreshed, tmp_path: Path, row: Row) -> None:
-    count, waited = tries(1, 10), 0
+    count, waited = 10, 0
     for n in range(count):
         root = Path(shutil.copytree(before, tmp_path / f"{n}"))
         config = config_for(root, archives).model_dump_json()
@@ -65,9 +67,8 @@ def test_together_refreshes(before: Path, archives: Path, published: Refreshed, 
     row("two refreshes at once", count, f"one version; {waited} of the second said who holds the root", "none")
 
 
-@pytest.mark.skipif(not LONG, reason="the next has a refresh and a training in it; `make faults` has more")
 def test_together_training(before: Path, archives: Path, published: Refreshed, tmp_path: Path, row: Row) -> None:
-    count, weights = tries(1, 5), []
+    count, weights = 5, []
     for n in range(count):
         root = Path(shutil.copytree(before, tmp_path / f"{n}"))
         older = dataset.resolve(dataset.Places(root))
@@ -85,12 +86,12 @@ def test_together_training(before: Path, archives: Path, published: Refreshed, t
 @pytest.mark.skipif(not LONG, reason="test_prune has it without a training; `make faults` has more")
 def test_together_prune(before: Path, archives: Path, published: Refreshed, tmp_path: Path, row: Row) -> None:
     """A removal in a loop, while a refresh publishes and a training starts on an old version."""
-    count, removals, kept = tries(1, 10), 0, []
+    count, removals, kept = 10, 0, []
     for n in range(count):
         root = Path(shutil.copytree(before, tmp_path / f"{n}"))
         places = dataset.Places(root)
         first, second, _ = dataset.published(places)
-        with reading(latest_of(root)):
+        with reading(latest_of(root, pruned=True)):
             pruning = Job(stages.do_prunes, str(root))
             refreshing = Job(stages.do_refresh_or_wait, config_for(root, archives).model_dump_json())
             training = Job(stages.do_training_or_say, str(root), SMALL | {"dataset": f"{dataset.NAME}@{first}"}, "a")
@@ -112,10 +113,9 @@ def test_together_prune(before: Path, archives: Path, published: Refreshed, tmp_
     row("a refresh, a training and prune at once", count, f"{said}, in one line", "none that anybody uses")
 
 
-@pytest.mark.skipif(not LONG, reason="test_prune has one of it; `make faults` has more")
 def test_together_prune_killed(before: Path, tmp_path: Path, row: Row) -> None:
     """SIGKILL at moments spread evenly over a removal: what is left are whole versions, and the next ends it."""
-    count, halves = tries(2, 50), 0
+    count, halves = 50, 0
     job = Job(stages.do_prune, str(shutil.copytree(before, tmp_path / "whole")))
     job.end()
     lasts = job.lasted("prune", "done")
