@@ -66,7 +66,7 @@ def _tell_refresh(pipe: Connection, config: RefreshConfig, segment: int) -> None
 
     def made() -> dict[str, int]:
         """When each record and shard was written."""
-        return {p.name: p.stat().st_mtime_ns for p in [*work.rglob("IXI*.json"), *work.rglob("IXI*.shard")]}
+        return {p.name: p.stat().st_mtime_ns for p in [*work.glob("*/*/IXI*.json"), *work.glob("*/*/IXI*.shard")]}
 
     _tell(pipe, refresh, "acquire_file", "download")
     _tell(pipe, refresh, "name_version", "name")

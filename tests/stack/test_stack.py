@@ -175,7 +175,7 @@ def cut_under_way(stack: Stack, source: str, root: str) -> str:
     """Start a refresh into another root; the run's id, when a first subject is done and others are not."""
     started = run(stack, "refresh-dataset", config=refresh_into(stack, source, root))
     scratch = Path(stack.here("/data"))
-    wait_until("a first subject", lambda: [p for p in scratch.rglob("*.json") if p.parent.name == "work"])
+    wait_until("a first subject", lambda: list(scratch.glob("datasets/*/.staging/*/*/IXI*.json")))
     return started
 
 
