@@ -33,7 +33,7 @@ demo: $(STAMP)
 	@$(BIN)/ixi-etl demo
 
 test: $(STAMP)
-	@$(BIN)/pytest -n 2 --dist loadfile -m "not standin and not stack and not faults"
+	@$(BIN)/pytest -n 2 --dist loadfile -m "not standin and not stack"
 
 test-standin: $(STAMP)
 	@$(BIN)/pytest -m standin

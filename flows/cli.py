@@ -149,6 +149,8 @@ def refresh(
     What was done before is not done again: a run that was stopped goes on from where it was.
     """
     from ixi_etl.config import PRESETS, DatasetConfig, RefreshConfig
+    from ixi_etl.places import is_url
+    from ixi_etl.refresh import find_sources
 
     given = {
         "pairing": pairing,
@@ -177,6 +179,8 @@ def refresh(
         insecure_hosts=tuple(insecure_host or ()),
     )
     say = Output(quiet, as_json)
+    if not is_url(source or ""):
+        find_sources(config)  # a mistake is told at once, and not after Prefect has started
     refreshed = _run_flow("refresh_dataset", config)
     _tell_version(say, refreshed)
     if then_train:

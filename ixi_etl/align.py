@@ -75,6 +75,7 @@ def trilinear(volume: NDArray[Any], matrix: Matrix, shape_zyx: tuple[int, ...]) 
     special case.
     """
     sitk = itk()
+    volume, matrix = _reached(volume, matrix, shape_zyx)
     resampler = sitk.ResampleImageFilter()
     resampler.SetSize(shape_zyx[::-1])
     resampler.SetOutputPixelType(sitk.sitkFloat32)
@@ -87,6 +88,18 @@ def trilinear(volume: NDArray[Any], matrix: Matrix, shape_zyx: tuple[int, ...]) 
     return slab
 
 
+def _reached(volume: NDArray[Any], matrix: Matrix, shape_zyx: tuple[int, ...]) -> tuple[NDArray[Any], Matrix]:
+    """The part of a volume that a slab's samples are made of, and the matrix to its indices: less for ITK to copy."""
+    reach = np.multiply(matrix[:3, :3], np.subtract(shape_zyx[::-1], 1))  # (i, j, k), along each of x, y and z
+    least = matrix[:3, 3] + np.minimum(reach, 0).sum(axis=1)
+    most = matrix[:3, 3] + np.maximum(reach, 0).sum(axis=1)
+    last = np.subtract(volume.shape[::-1], 1)
+    start = np.clip(np.floor(least) - 1, 0, last).astype(int)  # a voxel more, so that no sample meets the new edge
+    stop = np.clip(np.ceil(most) + 1, start, last).astype(int) + 1
+    part = tuple(slice(a, b) for a, b in zip(start[::-1], stop[::-1], strict=True))
+    return volume[part], _shift(*-start) @ matrix
+
+
 def _inside(matrix: Matrix, shape_zyx: tuple[int, ...], shape_kji: tuple[int, ...]) -> NDArray[np.bool_]:
     z, y, x = np.ogrid[: shape_zyx[0], : shape_zyx[1], : shape_zyx[2]]
     inside = np.ones(shape_zyx, bool)
@@ -94,9 +107,11 @@ def _inside(matrix: Matrix, shape_zyx: tuple[int, ...], shape_kji: tuple[int, ..
         reach = np.multiply((c, b, a), np.subtract(shape_zyx, 1))  # from the slab's first corner to its last
         if d + reach[reach < 0].sum() >= 0 and d + reach[reach > 0].sum() <= length - 1:
             continue  # all of it is
-        at = a * x + (b * y + (c * z + d))
-        inside &= at >= -1e-6  # rounding in the affines must not blank an edge that two grids share
-        inside &= at <= length - 1 + 1e-6
+        first = b * y + (c * z + d)  # of each row
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # a row may run beside an edge
+            # Where it comes in and leaves. Rounding in the affines must not blank an edge that two grids share.
+            ends = (-1e-6 - first) / a, (length - 1 + 1e-6 - first) / a
+        inside &= (x >= np.minimum(*ends)) & (x <= np.maximum(*ends))
     return inside
 
 
@@ -111,30 +126,3 @@ def _shift(x: float, y: float, z: float) -> Matrix:
     matrix = np.eye(4)
     matrix[:3, 3] = x, y, z
     return matrix
-
-
-def _histogram(image: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """`numpy.histogram` on 256 bins; many small integers are counted first, which takes a quarter of the time."""
-    if image.dtype.kind not in "iu" or image.dtype.itemsize > 2 or image.size < 1 << 16:
-        return np.histogram(image, 256)
-    low = int(image.min())
-    counts = np.bincount(np.subtract(image, low, dtype=np.intp).ravel())
-    weighted, edges = np.histogram(np.arange(low, low + len(counts), dtype=image.dtype), 256, weights=counts)
-    return weighted.astype(np.intp), edges
-
-
-def otsu_threshold(image: NDArray[Any]) -> float:
-    """The value that parts foreground (above it) from background, after Otsu (1979), on 256 bins.
-
-    The edge between bins that makes the variance between the two classes largest; of several the first.
-    """
-    counts, edges = _histogram(image)
-    if counts.max() == image.size:
-        return float(image.max())  # flat: all is background
-    below = np.cumsum(counts)[:-1]
-    centres = (edges[:-1] + edges[1:]) / 2
-    sum_below = np.cumsum(counts * centres)
-    above = counts.sum() - below
-    with np.errstate(divide="ignore", invalid="ignore"):
-        difference = sum_below[:-1] / below - (sum_below[-1] - sum_below[:-1]) / above
-    return float(edges[1:-1][np.argmax(np.nan_to_num(below * above * difference**2))])

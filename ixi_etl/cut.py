@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from ixi_etl.catalog import MODALITIES
 from ixi_etl.config import DatasetConfig
 from ixi_etl.errors import BadVolumeError, DatasetError
 from ixi_etl.files import disk_errors_in_a_line, read_json, sha256_file, to_json, write_atomic
-from ixi_etl.store import percentiles, write_shard
+from ixi_etl.intensity import count_values, otsu_threshold, percentiles
+from ixi_etl.store import write_shard
 
 MAX_OUTSIDE = 0.05  # of the T2 slab's foreground
 MIN_LEVELS = 256  # distinct values; fewer and rounding to integers has thrown the picture away
@@ -220,7 +222,8 @@ def _registered(t1: _Volume, t2: _Volume, points: NDArray[np.float64]) -> tuple[
 
 def _foreground(slab: Slab) -> NDArray[np.bool_]:
     values = _bounded(slab.values)
-    found: NDArray[np.bool_] = values > align.otsu_threshold(values)
+    threshold = otsu_threshold(values)
+    found: NDArray[np.bool_] = values > (math.floor(threshold) if values.dtype.kind in "iu" else threshold)
     return found
 
 
@@ -266,7 +269,7 @@ def _quantise(slabs: Mapping[str, Slab]) -> dict[str, NDArray[np.int16]]:
             raise BadVolumeError("intensity_range", f"{modality}: values from {low:g} to {high:g} do not fit int16")
         values = slabs[modality].values
         rounded[modality] = (np.rint(values) if values.dtype.kind == "f" else values).astype(np.int16, order="C")
-        levels = np.count_nonzero(np.bincount(rounded[modality].ravel().astype(np.intp) - limits.min))
+        levels = np.count_nonzero(count_values(rounded[modality])[1])
         if levels < MIN_LEVELS:
             raise BadVolumeError("intensity_range", f"{modality}: {levels} levels as integers, {MIN_LEVELS} are needed")
     return rounded

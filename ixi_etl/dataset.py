@@ -25,9 +25,10 @@ from pydantic import BaseModel
 from ixi_etl import PIPELINE_VERSION, manifest
 from ixi_etl.errors import DatasetError
 from ixi_etl.files import Progress, read_json, sha256_file, silent, to_json
+from ixi_etl.intensity import percentiles
 from ixi_etl.places import NAME, Places, check_reachable, file_sizes
 from ixi_etl.schema import DIGITS, IXI
-from ixi_etl.store import open_arrays, percentiles
+from ixi_etl.store import open_arrays
 
 COMMANDS = {"ixi-t1-t2": "ixi-etl refresh", "digits": "ixi-etl digits"}
 """Every dataset that there is, with the command that makes a version of it."""

@@ -22,6 +22,7 @@ from ixi_etl.config import DigitsConfig
 from ixi_etl.download import Acquired, acquire
 from ixi_etl.errors import ArchiveError, DatasetError
 from ixi_etl.files import Progress, disk_errors_in_a_line, lock_root, silent, write_atomic
+from ixi_etl.intensity import percentiles
 from ixi_etl.publish import Refreshed
 from ixi_etl.schema import DIGITS, EXCLUDED, USED
 
@@ -152,7 +153,7 @@ def pair(halves: Mapping[str, tuple[Bytes, Bytes]]) -> tuple[pd.DataFrame, dict[
     """
     digit = np.concatenate([pad(images) for images, _ in halves.values()])
     slabs = {"sketch": sketch(digit), "digit": digit}
-    low_high = {name: store.percentiles(slab) for name, slab in slabs.items()}
+    low_high = {name: percentiles(slab) for name, slab in slabs.items()}
     is_used = np.logical_and.reduce([low != high for low, high in (of.T for of in low_high.values())])
     splits = [split for half, (_, labels) in halves.items() for split in _splits(half, len(labels))]
     table = {

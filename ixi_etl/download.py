@@ -31,6 +31,7 @@ import httpx
 from ixi_etl.catalog import Source, archive_name, basename, own_archives, parse_md5sums
 from ixi_etl.errors import DownloadError
 from ixi_etl.files import Progress, read_json, silent, to_json, write_atomic
+from ixi_etl.places import is_url
 
 T = TypeVar("T")
 Pieces = Sequence[tuple[int, int]]  # start and stop, in bytes
@@ -216,6 +217,9 @@ def fetch_members(
 def own_sources(place: str, *, offline: bool = False, insecure_hosts: tuple[str, ...] = ()) -> dict[str, Source]:
     """Modality -> a person's own archive, with the MD5 that an `MD5SUMS` beside it says, if there is one."""
     places = own_archives(place)
+    for path in places.values():
+        if not is_url(path) and not Path(path).exists():
+            raise _not_there(path)
     sums: dict[str, str] = {}
     beside = places["T1"].rpartition("/")[0] + "/MD5SUMS"
     if not beside.startswith(("http://", "https://")):
@@ -280,12 +284,16 @@ def _md5(location: str, progress: Progress) -> str:
     return digest.hexdigest()
 
 
+def _not_there(location: str) -> DownloadError:
+    return DownloadError(f"{location} is not there; give a --source that has {basename(location)}")
+
+
 def _verify_in_place(source: Source, folder: Path, progress: Progress) -> Acquired:
     location = source.urls[0]
     try:
         md5 = _md5(location, progress)
     except FileNotFoundError:
-        raise DownloadError(f"{location} is not there; give a --source that has {source.name}") from None
+        raise _not_there(location) from None
     except DownloadError:
         raise
     except Exception as error:  # each kind of store has its own

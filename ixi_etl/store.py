@@ -28,9 +28,6 @@ from ixi_etl.errors import DatasetError
 from ixi_etl.places import is_local
 
 STORE = "slices.zarr"
-PERCENTILES = (0.1, 99.9)
-"""Of each slab, in the manifest: what a network's input is normalised by, and what tells one slab from another."""
-
 IMAGES_A_CHUNK, IMAGES_A_SHARD = 100, 1000  # a chunk of one image of 1 KB would be 70,000 chunks
 
 _settings_lock = threading.Lock()  # zarr's configuration is global to the process; arrays take it when opened
@@ -42,27 +39,6 @@ _WRITING = _READING | {"threading.max_workers": 1, "codec_pipeline.chunk_concurr
 
 def dimension_names(pairing: str) -> tuple[str, str, str, str]:
     return ("subject", "z", "y", "x") if pairing == "anatomical" else ("subject", "k", "j", "i")
-
-
-def percentiles(slabs: NDArray[Any]) -> NDArray[np.float64]:
-    """`PERCENTILES` of each of the slabs [N, z, y, x]: [N, 2]."""
-    if slabs.dtype.kind in "iu" and slabs.dtype.itemsize <= 2 and slabs[0].size >= 1 << 16:
-        return np.array([_percentiles_by_counting(slab) for slab in slabs])
-    return np.asarray(np.percentile(slabs, PERCENTILES, axis=(1, 2, 3)), np.float64).T
-
-
-def _percentiles_by_counting(slab: NDArray[Any]) -> list[float]:
-    """What `numpy.percentile` gives of many small integers, in a fifth of the time: nothing is sorted."""
-    low = int(slab.min())
-    up_to = np.bincount(np.subtract(slab, low, dtype=np.intp).ravel()).cumsum()
-    found = []
-    for percentile in PERCENTILES:
-        place = percentile / 100 * (slab.size - 1)
-        below = int(place)
-        a, b = (low + float(np.searchsorted(up_to, at, side="right")) for at in (below, min(below + 1, slab.size - 1)))
-        t = place - below
-        found.append(b - (b - a) * (1 - t) if t >= 0.5 else a + (b - a) * t)  # as numpy interpolates
-    return found
 
 
 def _create(

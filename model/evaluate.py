@@ -18,8 +18,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ixi_etl.align import otsu_threshold
 from ixi_etl.files import Progress, silent, to_json, write_atomic
+from ixi_etl.intensity import otsu_threshold
 from model import checkpoint, data, metrics
 from model.config import TrainConfig
 from model.data import Pairs

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 DATA_RANGE = 1.0
 
@@ -17,6 +16,9 @@ def by_slice(generated: Tensor, target: Tensor, mask: Tensor | None = None) -> d
 
     SSIM after Wang et al. (2004), with a Gaussian window of sigma 1.5. A slice with no pixels in the mask gets 0.
     """
+    # Here, since it imports SciPy's signals too: more than a second, for which a training need not wait.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     inside = torch.ones_like(target) if mask is None else mask.to(target.dtype)
     pixels = inside.sum((1, 2, 3))
 

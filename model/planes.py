@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from ixi_etl import dataset, manifest
-from ixi_etl.align import Matrix, otsu_threshold
+from ixi_etl.align import Matrix
+from ixi_etl.intensity import otsu_threshold
 from ixi_etl.store import open_arrays
 from model.data import Pairs
 

@@ -25,7 +25,7 @@ from ixi_etl import __version__, align, nifti
 from ixi_etl.align import Matrix
 from ixi_etl.errors import BadVolumeError, IxiError
 from ixi_etl.files import Progress, sha256_file, silent, to_json, write_atomic
-from ixi_etl.store import percentiles
+from ixi_etl.intensity import otsu_threshold, percentiles
 from model import checkpoint, planes
 from model.checkpoint import CheckpointError
 from model.data import normalise
@@ -133,7 +133,7 @@ def synthesize_volume(
     """
     wanted = trained.planes
     warnings = _spacing_warnings(wanted, planes.spacing_of(affine))
-    head = volume > align.otsu_threshold(volume)
+    head = volume > otsu_threshold(volume)
     grid, shape = planes.through(wanted, volume.shape, affine, align.world_points(head, affine))
     sampled, inside = align.resample(volume, align.sampling_matrix(grid, affine, np.eye(4)), shape)
     thickness = float(np.linalg.norm(grid[:3, 2]))
@@ -146,7 +146,7 @@ def synthesize_volume(
     source[~torch.from_numpy(inside).unsqueeze(1)] = -1  # background, as in training
     warnings += _modality_warnings(trained, source[slab, 0].numpy())
     # Where there is no head there is nothing to translate: a network that was never shown air draws patterns into it.
-    of_head = torch.nonzero(source.amax((1, 2, 3)) > align.otsu_threshold(source[slab].numpy())).flatten()
+    of_head = torch.nonzero(source.amax((1, 2, 3)) > otsu_threshold(source[slab].numpy())).flatten()
     generated = torch.full_like(source, -1)
     with torch.no_grad():
         for done, at in enumerate(of_head.split(BATCH), 1):

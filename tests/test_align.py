@@ -5,9 +5,8 @@ from __future__ import annotations
 import nibabel as nib
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates
 from strategies import ORIENTATIONS, affines, numbered, shapes, world_of
 
@@ -110,45 +109,6 @@ def test_middle_window_is_centred_or_refused(depth: int, slices: int) -> None:
 def test_middle_windows_of_ixi_are_the_published_ones() -> None:
     assert DatasetConfig().window_in(150) == (65, 85)
     assert DatasetConfig().window_in(130) == (55, 75)
-
-
-def test_otsu_parts_two_populations() -> None:
-    rng = np.random.default_rng(0)
-    image = np.concatenate([rng.normal(100, 10, 5000), rng.normal(900, 40, 3000)]).reshape(10, 20, 40).astype(np.int16)
-    above = image.ravel() > align.otsu_threshold(image)
-    assert above[:5000].mean() < 0.01
-    assert above[5000:].all()
-
-
-@given(st.integers(0, 2**32 - 1), st.floats(0.2, 0.8), st.floats(150, 2000))
-def test_otsu_parts_as_well_as_the_library_s(seed: int, share: float, distance: float) -> None:
-    rng = np.random.default_rng(seed)
-    image = (rng.normal(100, 30, 4000) + distance * (rng.random(4000) < share)).astype(np.int16).reshape(10, 20, 20)
-    sitk = align.itk()
-    library = sitk.OtsuThresholdImageFilter()
-    library.SetNumberOfHistogramBins(256)
-    library.Execute(sitk.GetImageFromArray(image))
-    ours, theirs = (_between(image, t) for t in (align.otsu_threshold(image), library.GetThreshold()))
-    assert ours >= 0.995 * theirs  # where the best is flat, the thresholds themselves may lie bins apart
-
-
-def _between(image: NDArray[np.int16], threshold: float) -> float:
-    """The variance between what is above the threshold and what is not, which Otsu's is the largest of."""
-    above = image > threshold
-    share = above.mean()
-    return float(share * (1 - share) * (image[above].mean() - image[~above].mean()) ** 2)
-
-
-@settings(max_examples=30)
-@given(st.sampled_from(["i1", "u1", "<i2", "<u2", ">i2"]), st.integers(0, 2**32 - 1), st.sampled_from([0.5, 30, 5000]))
-def test_otsu_of_many_integers_is_otsu_of_the_same_numbers_uncounted(dtype: str, seed: int, spread: float) -> None:
-    rng, limits = np.random.default_rng(seed), np.iinfo(dtype)
-    centre = rng.uniform(limits.min, limits.max)
-    drawn = np.clip(rng.normal(centre, spread, (256, 300)).round(), limits.min, limits.max).astype(dtype)
-    counted, edges = align._histogram(drawn)
-    plain, plain_edges = np.histogram(drawn, 256)
-    np.testing.assert_array_equal(counted, plain)
-    np.testing.assert_array_equal(edges, plain_edges)
 
 
 SHAPES = st.tuples(*[st.integers(1, 9)] * 3)

@@ -105,7 +105,11 @@ def test_a_mistake_is_one_line_and_no_trace(
 
 
 def test_then_train_trains_on_the_version_that_the_refresh_ended_with(
-    published: Refreshed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    published: Refreshed,
+    s3_root: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     asked = []
 
@@ -114,9 +118,9 @@ def test_then_train_trains_on_the_version_that_the_refresh_ended_with(
         return published if name == "refresh_dataset" else tmp_path
 
     monkeypatch.setattr("flows.cli._run_flow", run_flow)
-    assert run("refresh", "--then-train", "--root", "s3://b/x", "--scratch", str(tmp_path), capsys=capsys)[0] == 0
+    assert run("refresh", "--then-train", "--root", s3_root, "--scratch", str(tmp_path), capsys=capsys)[0] == 0
     version = f"ixi-t1-t2@{published.version}"
-    assert asked[1:] == [("train_pix2pix", {"dataset": version, "root": "s3://b/x", "scratch": tmp_path})]
+    assert asked[1:] == [("train_pix2pix", {"dataset": version, "root": s3_root, "scratch": tmp_path})]
     asked.clear()
     assert run("refresh", capsys=capsys)[0] == 0
     assert [name for name, _ in asked] == ["refresh_dataset"]

@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 from ixi_etl import manifest
 from ixi_etl.dataset import read_manifest
 from ixi_etl.publish import Refreshed
-from ixi_etl.store import PERCENTILES, STORE, assemble, open_arrays, percentiles, write_shard
+from ixi_etl.store import STORE, assemble, open_arrays, write_shard
 
 slab_shapes = st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 40))
 
@@ -67,12 +67,3 @@ def test_one_slice_a_chunk_one_subject_a_shard_with_checksums(published: Refresh
     assert (array.chunks, array.shards) == ((1, 1, 64, 64), (1, 12, 64, 64))
     assert array.dtype == np.int16
     assert "crc32c" in str(array.metadata.to_dict()["codecs"])
-
-
-@settings(max_examples=30)
-@given(st.sampled_from(["i1", "u1", "<i2", "<u2", ">i2"]), st.integers(0, 2**32 - 1), st.sampled_from([0.5, 30, 5000]))
-def test_percentiles_by_counting_are_numpy_s(dtype: str, seed: int, spread: float) -> None:
-    rng, limits = np.random.default_rng(seed), np.iinfo(dtype)
-    centre = rng.uniform(limits.min, limits.max)
-    drawn = np.clip(rng.normal(centre, spread, (2, 1, 256, 300)).round(), limits.min, limits.max).astype(dtype)
-    np.testing.assert_array_equal(percentiles(drawn), np.percentile(drawn.astype("f8"), PERCENTILES, axis=(1, 2, 3)).T)

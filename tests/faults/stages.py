@@ -167,6 +167,8 @@ def do_training_or_say(pipe: Connection, root: str, settings: dict[str, Any], ru
     from model import run as runs
     from model.config import TrainConfig
 
+    _tell(pipe, runs, "train", "train")
+
     def job() -> str:
         runs.train_run(runs.prepare(root, TrainConfig.model_validate(settings), run))
         return run

@@ -29,6 +29,14 @@ from model import checkpoint  # noqa: E402
 pytestmark = pytest.mark.faults
 
 SEGMENT = 1 << 16
+TRAINS = (
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "torchmetrics.functional.image",
+    "matplotlib.figure",
+    "model.run",
+    "model.report",
+)
 FOLLOWING = {"download": "name", "cut": "publish", "publish": "done", "train": "done"}
 TRAINING: dict[str, Any] = SMALL_NETWORKS | {
     "batch_size": 2,
@@ -44,14 +52,7 @@ TRAINING: dict[str, Any] = SMALL_NETWORKS | {
 
 @pytest.fixture(scope="module", autouse=True)
 def _jobs() -> None:
-    preload(
-        "torch._dynamo",
-        "torch.utils.tensorboard",
-        "torchmetrics.functional.image",
-        "matplotlib.figure",
-        "model.run",
-        "model.report",
-    )
+    preload(*(TRAINS if LONG else ()))
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import stages
 from conftest import SMALL_NETWORKS, config_for
 from faults_table import LONG, Row
-from processes import Job, preload
+from processes import GIVE_UP_S, Job, preload
 from reader import latest_of, reading
 
 from ixi_etl import dataset
@@ -85,16 +87,20 @@ def test_together_training(before: Path, archives: Path, published: Refreshed, t
 
 @pytest.mark.skipif(not LONG, reason="test_prune has it without a training; `make faults` has more")
 def test_together_prune(before: Path, archives: Path, published: Refreshed, tmp_path: Path, row: Row) -> None:
-    """A removal in a loop, while a refresh publishes and a training starts on an old version."""
+    """A removal in a loop, while a refresh publishes and a training starts on an old version, or has just begun."""
     count, removals, kept = 10, 0, []
     for n in range(count):
         root = Path(shutil.copytree(before, tmp_path / f"{n}"))
         places = dataset.Places(root)
         first, second, _ = dataset.published(places)
+        start = partial(Job, stages.do_training_or_say, str(root), SMALL | {"dataset": f"{dataset.NAME}@{first}"}, "a")
+        begun = start() if n % 2 else None
         with reading(latest_of(root, pruned=True)):
+            if begun:
+                assert begun.listen(time.monotonic() + GIVE_UP_S, "train")
             pruning = Job(stages.do_prunes, str(root))
             refreshing = Job(stages.do_refresh_or_wait, config_for(root, archives).model_dump_json())
-            training = Job(stages.do_training_or_say, str(root), SMALL | {"dataset": f"{dataset.NAME}@{first}"}, "a")
+            training = begun or start()
             assert refreshing.end() == published.version
             said = str(training.end())
             removals += int(pruning.end())
@@ -108,6 +114,7 @@ def test_together_prune(before: Path, archives: Path, published: Refreshed, tmp_
             assert "\n" not in said
             assert first in said
         kept.append(said == "a")
+        assert kept[-1] or not begun, "a training had begun, and its version was removed"
         shutil.rmtree(root)
     said = f"{removals} removals; {sum(kept)} trainings kept their version, {count - sum(kept)} came too late"
     row("a refresh, a training and prune at once", count, f"{said}, in one line", "none that anybody uses")

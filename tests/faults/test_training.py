@@ -88,6 +88,7 @@ def short_of_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
 
 
+@pytest.mark.skipif(not LONG, reason="a training of its own to start: `make faults`")
 def test_training_out_of_memory(root: Path, row: Row) -> None:
     """A batch of 25 GB with no more address space than 16 GiB: the real allocator's own refusal, and at once."""
     wants = {"batch_size": 3 * 10**6, "side": 64}
