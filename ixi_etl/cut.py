@@ -24,8 +24,8 @@ from ixi_etl.catalog import MODALITIES
 from ixi_etl.config import DatasetConfig
 from ixi_etl.errors import BadVolumeError, DatasetError
 from ixi_etl.files import disk_errors_in_a_line, read_json, sha256_file, to_json, write_atomic
-from ixi_etl.intensity import count_values, otsu_threshold, percentiles
-from ixi_etl.store import write_shard
+from ixi_etl.intensity import count_values, otsu_threshold
+from ixi_etl.store import write_shards
 
 MAX_OUTSIDE = 0.05  # of the T2 slab's foreground
 MIN_LEVELS = 256  # distinct values; fewer and rounding to integers has thrown the picture away
@@ -118,11 +118,9 @@ def _cut(job: Job, packed: dict[str, bytes], config: DatasetConfig, work: Path, 
         record |= {"nmi_before": similarity, "nmi_after": similarity}
     else:
         slabs = _anatomical_slabs(volumes["T1"], volumes["T2"], config, record)
-    voxels = _quantise(slabs)
+    voxels = _quantise(slabs, record)
     for modality, slab in slabs.items():
         name = modality.lower()
-        low, high = percentiles(voxels[modality][None])[0]
-        record |= {f"{name}_p_low": float(low), f"{name}_p_high": float(high)}
         if slab.window:
             record |= {f"{name}_window_start": slab.window[0], f"{name}_window_stop": slab.window[1]}
     if record["nmi_after"] < config.min_nmi:
@@ -135,9 +133,7 @@ def _cut(job: Job, packed: dict[str, bytes], config: DatasetConfig, work: Path, 
         middle = len(voxels["T2"]) // 2
         path = picture_path(work, job.subject_id)
         files[path.name] = pictures.save(pictures.pair_picture(voxels["T1"][middle], voxels["T2"][middle]), path)
-    for modality in slabs:
-        path = shard_path(work, job.subject_id, modality)
-        files[path.name] = write_shard(voxels[modality], path)
+    files |= write_shards({shard_path(work, job.subject_id, m): of for m, of in voxels.items()})
     affines = {m.lower(): slab.affine.tolist() for m, slab in slabs.items()}
     record |= {"affines": affines, "slab_shape": voxels["T2"].shape, "files": files}
 
@@ -177,7 +173,8 @@ def _axial_slab(t2: _Volume, config: DatasetConfig) -> Slab:
     window = config.window_in(align.axial_depth(t2.header.shape, t2.affine))
     assert window is not None, "select let a window through that does not fit"
     stored, affine = align.axial_slab(t2.stored, t2.affine, window)
-    return Slab(t2.header.scaled(stored), affine, window)
+    # In its own order: what follows reads it over and over, and a flipped view is read at half the speed.
+    return Slab(t2.header.scaled(np.ascontiguousarray(stored)), affine, window)
 
 
 def _anatomical_slabs(t1: _Volume, t2: _Volume, config: DatasetConfig, record: dict[str, Any]) -> dict[str, Slab]:
@@ -232,7 +229,12 @@ def _share_outside(foreground: NDArray[np.bool_], inside: NDArray[np.bool_]) -> 
 
 
 def _nmi_within(mask: NDArray[np.bool_], a: Slab, b: Slab) -> float:
-    return register.nmi(_bounded(a.values[mask]), _bounded(b.values[mask]))
+    """Of the values as they will be stored."""
+    return register.nmi(*(_rounded(_bounded(slab.values[mask])).astype(np.int32) for slab in (a, b)))
+
+
+def _rounded(values: NDArray[Any]) -> NDArray[Any]:
+    return np.rint(values) if values.dtype.kind == "f" else values
 
 
 def _bounded(values: NDArray[Any]) -> NDArray[Any]:
@@ -252,8 +254,8 @@ def _resampled_slab(t1: _Volume, target: Slab, t2_to_t1: align.Matrix) -> tuple[
     return Slab(values, target.affine, None), inside
 
 
-def _quantise(slabs: Mapping[str, Slab]) -> dict[str, NDArray[np.int16]]:
-    """The slabs rounded to int16, an error of at most half a unit.
+def _quantise(slabs: Mapping[str, Slab], record: dict[str, Any]) -> dict[str, NDArray[np.int16]]:
+    """The slabs rounded to int16, an error of at most half a unit; their percentiles go into `record`.
 
     Raises:
         BadVolumeError: a slab is constant, does not fit, or keeps too few levels; in the order of the reasons.
@@ -267,9 +269,11 @@ def _quantise(slabs: Mapping[str, Slab]) -> dict[str, NDArray[np.int16]]:
     for modality, (low, high) in ranges.items():
         if not limits.min - 0.5 < low <= high < limits.max + 0.5:
             raise BadVolumeError("intensity_range", f"{modality}: values from {low:g} to {high:g} do not fit int16")
-        values = slabs[modality].values
-        rounded[modality] = (np.rint(values) if values.dtype.kind == "f" else values).astype(np.int16, order="C")
-        levels = np.count_nonzero(count_values(rounded[modality])[1])
-        if levels < MIN_LEVELS:
-            raise BadVolumeError("intensity_range", f"{modality}: {levels} levels as integers, {MIN_LEVELS} are needed")
+        rounded[modality] = _rounded(slabs[modality].values).astype(np.int16, order="C")
+        counts = count_values(rounded[modality])
+        if counts.levels < MIN_LEVELS:
+            said = f"{modality}: {counts.levels} levels as integers, {MIN_LEVELS} are needed"
+            raise BadVolumeError("intensity_range", said)
+        columns = [f"{modality.lower()}_p_{end}" for end in ("low", "high")]
+        record |= dict(zip(columns, counts.percentiles(), strict=True))
     return rounded

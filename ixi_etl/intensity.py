@@ -5,6 +5,8 @@ What there are many of, and are small integers, is counted: it takes a quarter o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,44 +16,64 @@ PERCENTILES = (0.1, 99.9)
 """Of each slab, in the manifest: what a network's input is normalised by, and what tells one slab from another."""
 
 MANY = 1 << 16  # values: fewer are sorted as soon as counted
+WIDE = 1 << 18  # values that may occur: more are sorted as soon as counted
 
 
-def count_values(image: NDArray[Any]) -> tuple[int, NDArray[np.intp]]:
-    """The least of many integers, and how many there are of it, of the next, and so on to the largest."""
+@dataclass(frozen=True)
+class Counts:
+    """How often each integer occurs: `counts[n]` times `low + n`."""
+
+    low: int
+    counts: NDArray[np.intp]
+
+    @property
+    def levels(self) -> int:
+        """How many occur at all."""
+        return int(np.count_nonzero(self.counts))
+
+    @property
+    def values(self) -> NDArray[np.int64]:
+        """What is counted: from the least to the largest."""
+        return np.arange(self.low, self.low + len(self.counts))
+
+    def percentiles(self, of: Sequence[float] = PERCENTILES) -> list[float]:
+        """What `numpy.percentile` gives of the same integers."""
+        up_to = self.counts.cumsum()
+        last = int(up_to[-1]) - 1
+        found = []
+        for percentile in of:
+            place = percentile / 100 * last
+            below = int(place)
+            a, b = (self.low + float(np.searchsorted(up_to, at, side="right")) for at in (below, min(below + 1, last)))
+            t = place - below
+            found.append(b - (b - a) * (1 - t) if t >= 0.5 else a + (b - a) * t)  # as numpy interpolates
+        return found
+
+
+def count_values(image: NDArray[Any]) -> Counts:
+    """Counts of integers; of all between the least and the largest, so these must not lie far apart."""
     low = int(image.min())
-    return low, np.bincount(np.subtract(image, low, dtype=np.intp).ravel())
+    return Counts(low, np.bincount(np.subtract(image, low, dtype=np.intp).ravel()))
 
 
-def _can_be_counted(image: NDArray[Any]) -> bool:
-    return image.dtype.kind in "iu" and image.dtype.itemsize <= 2 and image.size >= MANY
+def better_counted(image: NDArray[Any]) -> bool:
+    """Whether these are many small integers."""
+    return image.dtype.kind in "iu" and image.size >= MANY and int(image.max()) - int(image.min()) < WIDE
 
 
 def percentiles(slabs: NDArray[Any]) -> NDArray[np.float64]:
     """`PERCENTILES` of each of the slabs [N, z, y, x], as `numpy.percentile` gives them: [N, 2]."""
-    if len(slabs) and _can_be_counted(slabs[0]):
-        return np.array([_percentiles_by_counting(slab) for slab in slabs])
+    if len(slabs) and better_counted(slabs[0]):
+        return np.array([count_values(slab).percentiles() for slab in slabs])
     return np.asarray(np.percentile(slabs, PERCENTILES, axis=(1, 2, 3)), np.float64).T
-
-
-def _percentiles_by_counting(slab: NDArray[Any]) -> list[float]:
-    low, counts = count_values(slab)
-    up_to = counts.cumsum()
-    found = []
-    for percentile in PERCENTILES:
-        place = percentile / 100 * (slab.size - 1)
-        below = int(place)
-        a, b = (low + float(np.searchsorted(up_to, at, side="right")) for at in (below, min(below + 1, slab.size - 1)))
-        t = place - below
-        found.append(b - (b - a) * (1 - t) if t >= 0.5 else a + (b - a) * t)  # as numpy interpolates
-    return found
 
 
 def _histogram(image: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """`numpy.histogram` on 256 bins."""
-    if not _can_be_counted(image):
+    if not better_counted(image):
         return np.histogram(image, 256)
-    low, counts = count_values(image)
-    weighted, edges = np.histogram(np.arange(low, low + len(counts), dtype=image.dtype), 256, weights=counts)
+    counted = count_values(image)
+    weighted, edges = np.histogram(counted.values.astype(image.dtype), 256, weights=counted.counts)
     return weighted.astype(np.intp), edges
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ixi_etl.align import Matrix, itk
+from ixi_etl.intensity import better_counted, count_values
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ much as is needed, and no coarser grid gives a tenth of a millimetre. Measured i
 
 HISTOGRAM_BINS = 48
 NMI_BINS = 64
+NMI_RANGE = (0.5, 99.5)  # percentiles
 MAX_MOTION_MM, MAX_MOTION_DEG = 15.0, 15.0
 
 
@@ -52,7 +54,15 @@ def nmi(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 
 def _bins(values: NDArray[Any]) -> NDArray[np.intp]:
-    low, high = np.percentile(values, (0.5, 99.5))
+    if not better_counted(values):
+        return _binned(values, *np.percentile(values, NMI_RANGE))
+    counted = count_values(values)
+    bins = _binned(counted.values, *counted.percentiles(NMI_RANGE))
+    taken: NDArray[np.intp] = bins[np.subtract(values, counted.low, dtype=np.intp)]
+    return taken
+
+
+def _binned(values: NDArray[Any], low: float, high: float) -> NDArray[np.intp]:
     width = (high - low) or 1.0
     binned: NDArray[np.intp] = np.clip((values - low) * (NMI_BINS / width), 0, NMI_BINS - 1).astype(np.intp)
     return binned

@@ -7,7 +7,6 @@ number of workers, and put in their rows when it is known who is used. Images ar
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from ixi_etl.errors import DatasetError
+from ixi_etl.files import sha256_file
 from ixi_etl.places import is_local
 
 STORE = "slices.zarr"
@@ -76,26 +76,28 @@ def _disk_errors(path: Path) -> Iterator[None]:
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
-def write_shard(slab: NDArray[np.int16], path: Path) -> str:
-    """Write one subject's slab [z, y, x] as a shard file, whole or not at all; its SHA-256.
+def write_shards(slabs: Mapping[Path, NDArray[np.int16]]) -> dict[str, str]:
+    """Write slabs [z, y, x] of one shape as shard files in one folder, each whole or not at all; their names' SHA-256.
 
-    It is read back, and is on the disk when this returns, not only in the system's memory.
+    They are read back. Nothing is said of whether they would outlive a power cut: publishing waits for that, and a cut
+    that goes on looks at the hashes of what it finds.
 
     Raises:
         DatasetError: what was read back is not what was written.
     """
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".shard-") as folder:
-        array = _create_slabs(Path(folder) / "a", (1, *slab.shape), "anatomical")
-        with _disk_errors(path):
-            array[0] = slab
-        if not np.array_equal(np.asarray(array[0]), slab):
-            raise DatasetError(f"{path}: the shard does not read back as it was written; is the disk sound?")
-        shard = Path(folder) / "a" / "c" / "0" / "0" / "0" / "0"
-        with open(shard, "rb") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        shard.replace(path)
-    return digest
+    together, folder = np.stack(list(slabs.values())), next(iter(slabs)).parent
+    digests = {}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".shards-") as scratch:
+        array = _create_slabs(Path(scratch) / "a", together.shape, "anatomical")
+        with _disk_errors(folder):
+            array[:] = together
+        if not np.array_equal(np.asarray(array[:]), together):
+            raise DatasetError(f"{folder}: a shard does not read back as it was written; is the disk sound?")
+        for row, path in enumerate(slabs):
+            shard = Path(scratch) / "a" / "c" / str(row) / "0" / "0" / "0"
+            digests[path.name] = sha256_file(shard)
+            shard.replace(path)
+    return digests
 
 
 def assemble(

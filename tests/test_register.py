@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import config_for
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.ndimage import zoom
 from scipy.spatial.transform import Rotation
 from strategies import world_of
 
-from ixi_etl import align, dataset, manifest, nifti, register
+from ixi_etl import align, dataset, intensity, manifest, nifti, register
 from ixi_etl.config import DatasetConfig
 from ixi_etl.cut import Job, Part, cut_subject, picture_path
 from ixi_etl.phantom import Scan, grid_affine, pack, rigid, simulate, write_phantom
@@ -100,6 +100,17 @@ def test_nmi_is_between_0_and_1_symmetric_and_1_with_itself(a: np.ndarray, seed:
     if len(np.unique(np.clip(a, *np.percentile(a, (0.5, 99.5))))) > 1:
         assert register.nmi(a, a) == pytest.approx(1)
         assert register.nmi(a, 4.0 * a) == pytest.approx(1)  # a factor that rounds no value into another bin
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([np.int16, np.uint16, np.int32]), st.floats(1, 3e4))
+def test_nmi_of_many_integers_is_that_of_the_same_numbers_uncounted(seed: int, dtype: type, spread: float) -> None:
+    rng, limits = np.random.default_rng(seed), np.iinfo(np.int16)
+    a = np.clip(rng.normal(0, spread, intensity.MANY), limits.min, limits.max) + (32768 if dtype is np.uint16 else 0)
+    b = np.round(a / 3 + rng.normal(0, spread / 9, a.size)).clip(limits.min, limits.max).astype(np.int16)
+    a = a.astype(dtype)
+    assert intensity.better_counted(a)
+    assert register.nmi(a, b) == pytest.approx(register.nmi(a.astype(float), b.astype(float)), rel=1e-12)
 
 
 def test_nmi_of_a_hand_computed_case() -> None:

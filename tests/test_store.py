@@ -14,8 +14,9 @@ from hypothesis.extra.numpy import arrays
 
 from ixi_etl import manifest
 from ixi_etl.dataset import read_manifest
+from ixi_etl.files import sha256_file
 from ixi_etl.publish import Refreshed
-from ixi_etl.store import STORE, assemble, open_arrays, write_shard
+from ixi_etl.store import STORE, assemble, open_arrays, write_shards
 
 slab_shapes = st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 40))
 
@@ -29,8 +30,7 @@ def test_what_is_written_is_what_is_read(
     values = st.integers(-32768, 32767)
     slabs = [data.draw(arrays(np.int16, shape, elements=values).filter(np.any)) for _ in range(n)]
     affine = np.arange(16.0).reshape(4, 4)
-    for row, slab in enumerate(slabs):
-        write_shard(slab, folder / f"{row}.shard")
+    write_shards({folder / f"{row}.shard": slab for row, slab in enumerate(slabs)})
     shards = [{"t1": folder / f"{row}.shard"} for row in range(n)]
     assemble(folder / STORE, shards, [{"t1": affine * row} for row in range(n)], shape, "anatomical", {"a": 1})
     fast = open_arrays(folder)
@@ -42,8 +42,10 @@ def test_what_is_written_is_what_is_read(
 
 def test_equal_slabs_are_equal_bytes_and_no_scraps_are_left(tmp_path: Path) -> None:
     slab = np.random.default_rng(0).integers(-999, 999, (20, 256, 256)).astype(np.int16)
-    for n in range(6):
-        write_shard(slab, tmp_path / f"{n}.shard")
+    digests = {}
+    for paths in ("0", "12", "345"):  # whatever is written with it
+        digests |= write_shards({tmp_path / f"{n}.shard": slab for n in paths})
+    assert digests == {f"{n}.shard": sha256_file(tmp_path / f"{n}.shard") for n in range(6)}
     assert len({(tmp_path / f"{n}.shard").read_bytes() for n in range(6)}) == 1
     assert len(list(tmp_path.iterdir())) == 6
 
