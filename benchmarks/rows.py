@@ -197,7 +197,7 @@ def reading(settings: Settings) -> list[Row]:
     share = held[0] / held[1]
     rows.append(
         Row("reading, memory held", "MONAI CacheDataset", f"{held[0]:.0f} MB", f"{held[1]:.0f} MB", f"{share:.2f} x",
-            "half", share <= 0.5)
+            "half", round(share, 2) <= 0.5)
     )  # fmt: skip
     side, width = (64, 8) if settings.quick else (256, 64)
     for batch in (1, 8):

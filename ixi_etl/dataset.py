@@ -169,10 +169,30 @@ def verify(folder: Path, *, version: str | None = None, deep: bool = False, prog
     keeps its schema, and counts agree. `deep`: every file's SHA-256, every chunk decoded (its CRC-32C checked), and
     every slab's percentiles as the manifest has them. The arrays are those that `dataset.json` calls source and target.
     """
+    return _verify(folder, version or folder.name, deep, progress)[0]
+
+
+def read_sound(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """The facts and the manifest of a version's folder in which `verify` finds nothing wrong.
+
+    Raises:
+        DatasetError: what it finds first, and what mends it.
+    """
+    facts = read_facts(folder)
+    problems, table = _verify(folder, folder.name)
+    if problems or table is None:
+        raise DatasetError(f"{problems[0]}; `{COMMANDS[facts['name']]}` makes the version again")
+    return facts, table
+
+
+def _verify(
+    folder: Path, version: str, deep: bool = False, progress: Progress = silent
+) -> tuple[list[str], pd.DataFrame | None]:
+    """The problems, and the manifest if it could be read."""
     try:
         facts = read_facts(folder)
     except DatasetError as error:
-        return [str(error)]
+        return [str(error)], None
     problems = []
     there = file_sizes(folder)
     for done, (name, known) in enumerate(facts["files"].items(), 1):
@@ -185,13 +205,15 @@ def verify(folder: Path, *, version: str | None = None, deep: bool = False, prog
         progress("verify files", done, len(facts["files"]), "files")
     stray = sorted(there.keys() - facts["files"].keys() - {FACTS})
     problems += [f"{folder / name} does not belong here" for name in stray]
-    if not version_name(facts["inputs"]) == facts["version"] == (version or folder.name):
+    if not version_name(facts["inputs"]) == facts["version"] == version:
         problems.append(
             f"{folder / FACTS} is damaged: its version is not its folder's name, or not the hash of its inputs"
         )
     names, schema = (facts["source"], facts["target"]), SCHEMAS[facts["name"]]
     if set(names) != set(schema.arrays):
-        return [*problems, f"{folder / FACTS} is damaged: {names[0]} and {names[1]} are not arrays of {facts['name']}"]
+        problems.append(f"{folder / FACTS} is damaged: {names[0]} and {names[1]} are not arrays of {facts['name']}")
+        return problems, None
+    table = None
     try:
         table = read_manifest(folder)
         problems += _verify_store(folder, names, manifest.used(table), deep, progress)
@@ -199,7 +221,7 @@ def verify(folder: Path, *, version: str | None = None, deep: bool = False, prog
             problems.append(f"{folder / MANIFEST} does not give the counts in {FACTS}")
     except DatasetError as error:
         problems.append(str(error))
-    return problems
+    return problems, table
 
 
 def _verify_store(

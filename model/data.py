@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional
+from zarr.buffer.cpu import NDBuffer
 
 from ixi_etl import dataset, manifest
 from ixi_etl.errors import DatasetError
@@ -61,9 +62,9 @@ class Pairs:
     def normalised(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Sources and targets of the pairs `index` (B,), whole: (B, 1, H, W) in [-1, 1]."""
         subject = self.subject[index]
-        return (
-            normalise(self.source[index], self.source_range[subject]),
-            normalise(self.target[index], self.target_range[subject]),
+        return (  # `index_select` copies slice by slice, which takes a third of the time that indexing takes
+            normalise(self.source.index_select(0, index), self.source_range[subject]),
+            normalise(self.target.index_select(0, index), self.target_range[subject]),
         )
 
 
@@ -96,11 +97,9 @@ def load(folder: Path, split: str, direction: str | None = None, device: str | t
         EmptySplitError: nobody is in the split.
         DatasetError: the version is damaged, or the device's memory too small.
     """
-    facts = dataset.read_facts(folder)
-    if damaged := dataset.verify(folder):  # a shard that is not there would be read as zeros
-        raise DatasetError(f"{damaged[0]}; `{dataset.COMMANDS[facts['name']]}` makes the version again")
+    facts, table = dataset.read_sound(folder)  # a shard that is not there would be read as zeros
     source, target = parse_direction(direction, (facts["source"], facts["target"]))
-    used = manifest.used(dataset.read_manifest(folder))
+    used = manifest.used(table)
     chosen = used[used["split"] == split]
     if chosen.empty:
         there = ", ".join(f"{n} {name}" for name, n in facts["splits"].items())
@@ -115,12 +114,15 @@ def load(folder: Path, split: str, direction: str | None = None, device: str | t
         return torch.from_numpy(chosen[[f"{name}_p_low", f"{name}_p_high"]].to_numpy(dtype=np.float32)).to(device)
 
     def slabs(name: str) -> Tensor:
+        array = arrays[name]
+        # Memory of torch's: for large arrays numpy asks for huge pages, and a busy system is slow to find them.
+        read = torch.empty((len(rows), *array.shape[1:]), dtype=getattr(torch, str(array.dtype)))
         try:
-            read = np.asarray(arrays[name].oindex[rows])
+            array.get_orthogonal_selection((rows,), out=NDBuffer.from_numpy_array(read.numpy()))
         except Exception as error:  # whatever a codec raises on damaged bytes
             found = dataset.verify(folder, deep=True)
             raise DatasetError(found[0] if found else f"{folder}: {name} cannot be read ({error})") from error
-        return torch.from_numpy(read.reshape(-1, *read.shape[2:])).to(device)
+        return read.flatten(0, 1).to(device)
 
     return Pairs(
         direction=(source, target),
