@@ -188,8 +188,7 @@ def _fill(header: Header, head: bytes, packed_size: int) -> None:
             "unreadable", f"the header claims {header.voxel_bytes} bytes of voxels, of a member of {packed_size} bytes"
         )
 
-    header.affine = _affine(raw)
-    header.orientation = "".join(nib.aff2axcodes(header.affine))
+    header.affine, header.orientation = _affine(raw)
 
 
 def _raw_header(head: bytes) -> nib.Nifti1Header:
@@ -201,7 +200,8 @@ def _raw_header(head: bytes) -> nib.Nifti1Header:
     raise BadVolumeError("unreadable", f"not a NIfTI file (it begins with {head[:16]!r})")
 
 
-def _affine(raw: nib.Nifti1Header) -> NDArray[np.float64]:
+def _affine(raw: nib.Nifti1Header) -> tuple[NDArray[np.float64], str]:
+    """The affine, and the direction in which each voxel axis runs, `RAS` and so on."""
     spacing = np.asarray(raw["pixdim"][1:4], np.float64)
     if not (np.isfinite(spacing).all() and (spacing > 0).all()):
         raise BadVolumeError("bad_affine", f"spacing is {' x '.join(f'{s:g}' for s in spacing)} mm")
@@ -222,9 +222,10 @@ def _affine(raw: nib.Nifti1Header) -> NDArray[np.float64]:
     # The volume of a voxel beside that of the box of its edges: 1 for right angles, 0 for a flat one.
     if not (lengths.min() > 1e-3 and lengths.max() < 1e3) or abs(np.linalg.det(affine[:3, :3] / lengths)) < 0.1:
         raise BadVolumeError("bad_affine", f"the {kind} is singular: {json.dumps(affine[:3, :3].round(4).tolist())}")
-    if None in nib.aff2axcodes(affine):
+    directions = nib.aff2axcodes(affine)
+    if None in directions:
         raise BadVolumeError("bad_affine", f"the {kind} leaves an axis without direction")
-    return affine
+    return affine, "".join(directions)
 
 
 def voxels(inflated: bytes, header: Header) -> NDArray[np.generic]:
