@@ -1,7 +1,7 @@
 """Cases of the survey and of the refresh, ours and the peers': from archives to a histogram, or to slabs on the disk.
 
-Every refresh starts from archives that are verified, and ends with slabs of 20 slices of each pair: ours in a published
-version with hashes, CRCs and a manifest, the peers' as .npy files.
+No survey finds its archives in the system's memory. Every refresh starts from archives that are verified, and ends with
+slabs of 20 slices of each pair: ours in a published version with hashes, CRCs and a manifest, the peers' as .npy files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.inputs import fresh
+from benchmarks.inputs import fresh, out_of_memory
 from benchmarks.serving import counts, serving
 
 Work = Callable[[], dict[str, Any]]
@@ -47,6 +47,8 @@ def survey(source: str, warm: str) -> Work:
         return {"depths": _depths(histogram.to_dict()), "inflated": max(inflated), "members": len(table)}
 
     work_on(warm)
+    if "://" not in source:
+        out_of_memory(Path(source))
     return partial(work_on, source)
 
 
@@ -72,6 +74,7 @@ def survey_extracted(source: str, warm: str, scratch: str, extract: bool, librar
     place = fresh(Path(scratch), "extracted")
     if not extract:
         _extract(source, place)
+    out_of_memory(Path(source), place)
     return partial(work_on, source, place, extract)
 
 

@@ -22,9 +22,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Measured:
-    """`peak_mb`, `held_mb`: the most memory during the work, and what was held at its end, above what it began with."""
+    """`peak_mb`, `held_mb`: the most memory during the work, and what was held at its end, above `base_mb`, which it
+    began with.
+    """
 
     seconds: float
+    base_mb: float
     peak_mb: float
     held_mb: float
     facts: dict[str, Any]
@@ -142,7 +145,7 @@ def main() -> None:
     _, peak = _memory()
     _give_back()
     after, _ = _memory()
-    measured = Measured(taken, peak - before, after - before, {k: v for k, v in facts.items() if k != "keep"})
+    measured = Measured(taken, before, peak - before, after - before, {k: v for k, v in facts.items() if k != "keep"})
     with os.fdopen(stdout, "w") as file:
         file.write(json.dumps(measured.__dict__) + "\n")
     os._exit(0)  # what is left of loaders and servers is not waited for

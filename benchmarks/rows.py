@@ -148,7 +148,7 @@ def growth(settings: Settings) -> list[Row]:
         at: dict[str, Any] = {"source": source, "scratch": settings.folder} | _warm(settings)
         cases.append((E + "refresh", at | {"pairing": "anatomical"}))
     runs = alternate(1 if settings.quick else 3, *cases)
-    taken, peaks = [seconds(of) for of in runs], [median(r.peak_mb for r in of) for of in runs]
+    taken, peaks = [seconds(of) for of in runs], [median(r.base_mb + r.peak_mb for r in of) for of in runs]
     slope, start = _line(list(sizes), taken)
     off = max(abs(t / (start + slope * n) - 1) for n, t in zip(sizes, taken, strict=True))
     shown = ", ".join(f"{n}: {t:.2f} s" for n, t in zip(sizes, taken, strict=True))
