@@ -51,6 +51,7 @@ class TrainConfig(BaseModel):
     seed: int = 0
     precision: Precision = Field("auto", description="auto: bf16 where the hardware computes in it, else fp32")
     device: str = Field("auto", description="auto: the GPU if there is one; else as torch names it, cpu or cuda:1")
+    cuda_graphs: bool = Field(True, description="on a GPU, alone: record a step once and play it back")
 
     checkpoint_every: Annotated[int, Field(ge=1)] = Field(1000, description="steps; validated at the same time")
     keep: Annotated[int, Field(ge=1)] = Field(2, description="newest checkpoints kept, besides the best")
@@ -90,7 +91,7 @@ class TrainConfig(BaseModel):
         return self.lr * min(1.0, (self.steps - step) / falling) if falling else self.lr
 
 
-MAY_DIFFER = frozenset({"steps", "device", "checkpoint_every", "keep", "samples", "log_every"})
+MAY_DIFFER = frozenset({"steps", "device", "cuda_graphs", "checkpoint_every", "keep", "samples", "log_every"})
 """What a run that goes on may have otherwise than the one that it goes on from."""
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model.config import TrainConfig
 from model.cpu import as_it_is_shaped, as_it_lies
+from model.graph import GraphedStep
 from model.losses import discriminator_loss, generator_loss
 from model.networks import PatchDiscriminator, UNetGenerator, place
 
@@ -42,13 +43,22 @@ class Learner:
             self.average = AveragedModel(self.generator, multi_avg_fn=decayed, use_buffers=True)
         self._generate = self._parallel(self.generator)
         self._judge = None if self.discriminator is None else self._parallel(self.discriminator)
+        self._descent: Callable[[Tensor, Tensor], Tensor] = GraphedStep(self._learn) if self._graphed else self._learn
+
+    @property
+    def _graphed(self) -> bool:
+        """Under `torchrun` processes wait for each other's gradients, which is left to run as it is."""
+        return self.config.cuda_graphs and self.device.type == "cuda" and not distributed.is_initialized()
 
     def _networks(self) -> dict[str, nn.Module]:
         both = {"generator": self.generator, "discriminator": self.discriminator}
         return {name: network for name, network in both.items() if network is not None}
 
     def _adam(self, network: nn.Module) -> Adam:
-        return Adam([as_it_lies(p) for p in network.parameters()], self.config.lr, self.config.betas, fused=True)
+        # A graph has no numbers of Python's, so there the learning rate is a tensor.
+        lr = torch.tensor(self.config.lr, device=self.device) if self._graphed else self.config.lr
+        weights = [as_it_lies(p) for p in network.parameters()]
+        return Adam(weights, lr, self.config.betas, fused=True, capturable=self._graphed)
 
     def _parallel(self, network: nn.Module) -> nn.Module:
         if not distributed.is_initialized():
@@ -65,10 +75,20 @@ class Learner:
         """Learn from one batch (B, 1, H, W) in [-1, 1]; the losses, (6,) in the order of `LOSSES`."""
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                if self._graphed:
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
         source = source.contiguous(memory_format=torch.channels_last)
         target = target.contiguous(memory_format=torch.channels_last)
         self.generator.train()
+        losses = self._descent(source, target)
+        if self.average is not None:
+            self.average.update_parameters(self.generator)
+        return losses
+
+    def _learn(self, source: Tensor, target: Tensor) -> Tensor:
+        """One step of both networks. Nothing in here may ask the GPU for a number: it is recorded as a graph."""
         with self.autocast():
             generated = self._generate(source)
         zero = torch.zeros((), device=self.device)
@@ -88,8 +108,6 @@ class Learner:
         self._descend("generator", missed.total)
         if self.discriminator is not None:
             self.discriminator.requires_grad_(True)
-        if self.average is not None:
-            self.average.update_parameters(self.generator)
         return torch.stack([*told, *(part.detach() for part in missed)])
 
     def _judged(self, source: Tensor, target: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,65 @@
+"""A training step as one CUDA graph: the GPU is told once what a step is, and from then on only to do it again.
+
+At batch 1 a step is some thousand kernels of a few microseconds each, which Python launches slower than they run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+EAGER_STEPS = 3  # before a step is recorded: cuDNN chooses its algorithms, the optimisers make their state
+
+
+class GraphedStep:
+    """`learn(source, target)`, recorded after a few calls and played back from then on.
+
+    Every call is a step like any other: the first few run as they are, and recording computes nothing. Batches must
+    keep their shape. Where a step cannot be recorded it goes on as it began, and says so.
+    """
+
+    def __init__(self, learn: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._learn, self._calls = learn, 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._batch: tuple[Tensor, Tensor] | None = None
+        self._losses: Tensor | None = None
+
+    def __call__(self, source: Tensor, target: Tensor) -> Tensor:
+        self._calls += 1
+        if self._calls <= EAGER_STEPS:
+            return self._aside(source, target)
+        if self._calls == EAGER_STEPS + 1:
+            self._record(source, target)
+        if self._graph is None or self._batch is None or self._losses is None:
+            return self._learn(source, target)
+        for place, values in zip(self._batch, (source, target), strict=True):
+            place.copy_(values)
+        self._graph.replay()
+        return self._losses.clone()  # the next step writes where these lie
+
+    def _aside(self, source: Tensor, target: Tensor) -> Tensor:
+        """On a stream of its own, as what is to be recorded must have run before."""
+        stream, here = torch.cuda.Stream(source.device), torch.cuda.current_stream(source.device)
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            losses = self._learn(source, target)
+        here.wait_stream(stream)
+        return losses
+
+    def _record(self, source: Tensor, target: Tensor) -> None:
+        graph, batch = torch.cuda.CUDAGraph(), (torch.empty_like(source), torch.empty_like(target))
+        try:
+            # Other threads, which write logs and show progress, may go on meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                losses = self._learn(*batch)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            log.warning("a step cannot be recorded as a CUDA graph (%s); going on without", str(error).split("\n")[0])
+            return
+        self._graph, self._batch, self._losses = graph, batch, losses
