@@ -5,7 +5,7 @@ from __future__ import annotations
 import nibabel as nib
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
 from strategies import ORIENTATIONS, affines, numbered, shapes, world_of
@@ -128,3 +128,23 @@ def test_inside_is_what_every_voxel_by_itself_says(
     found = align._inside(matrix, shape_zyx, shape_kji).ravel()
     sure = clear.all(axis=0)
     np.testing.assert_array_equal(found[sure], expected[sure])
+
+
+@settings(max_examples=60)
+@given(ROWS, SHAPES, SHAPES, st.integers(0, 2**32 - 1))
+def test_samples_of_the_part_that_is_reached_are_those_of_the_whole_volume(
+    rows: list[tuple[float, ...]], shape_zyx: tuple[int, int, int], shape_kji: tuple[int, int, int], seed: int
+) -> None:
+    matrix = np.array([*rows, (0, 0, 0, 1)])
+    assume(abs(np.linalg.det(matrix)) > 0.01)
+    volume = np.random.default_rng(seed).integers(-999, 999, shape_kji).astype(np.int16)
+    found = align.trilinear(volume, matrix, shape_zyx).ravel()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(align, "_reached", lambda volume, matrix, _: (volume, matrix))
+        expected = align.trilinear(volume, matrix, shape_zyx).ravel()
+    z, y, x = np.indices(shape_zyx).reshape(3, -1)
+    at = (matrix @ np.stack([x, y, z, np.ones_like(x)]))[:3]
+    last = np.array(shape_kji[::-1])[:, None] - 1
+    # Half a voxel beyond an edge, and where ITK goes from one cell to the next, rounding decides.
+    sure = (np.minimum(np.abs(at + 0.5), np.abs(at - last - 0.5)) > 1e-5).all(axis=0)
+    np.testing.assert_allclose(found[sure], expected[sure], rtol=1e-4, atol=1e-2)
