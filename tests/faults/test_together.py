@@ -85,7 +85,6 @@ def test_together_training(before: Path, archives: Path, published: Refreshed, t
     row("a refresh and a training at once", count, "both end; the same weights each time", "none")
 
 
-@pytest.mark.skipif(not LONG, reason="test_prune has it without a training; `make faults` has more")
 def test_together_prune(before: Path, archives: Path, published: Refreshed, tmp_path: Path, row: Row) -> None:
     """A removal in a loop, while a refresh publishes and a training starts on an old version, or has just begun."""
     count, removals, kept = 10, 0, []
