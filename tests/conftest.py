@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from faults_table import pytest_terminal_summary, row  # noqa: F401 - a hook and a fixture
 from hypothesis import settings
 
@@ -44,6 +45,14 @@ LONGEST = ("test_train", "test_flow", "test_kill", "test_mirror", "test_deploy",
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest first, so that two workers, who take a file at a time, end together."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="session")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file with one authority, who signs nothing: every new client reads the authorities that it is to trust."""
+    path = tmp_path_factory.mktemp("stranger") / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(str(path))
+    return str(path)
 
 
 @pytest.fixture(scope="session")

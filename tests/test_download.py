@@ -75,14 +75,6 @@ def authority() -> trustme.CA:
     return trustme.CA()
 
 
-@pytest.fixture(scope="session")
-def stranger(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A file with one authority, who signs nothing: every new client reads the authorities that it is to trust."""
-    path = tmp_path_factory.mktemp("stranger") / "ca.pem"
-    trustme.CA().cert_pem.write_to_path(str(path))
-    return str(path)
-
-
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch, stranger: str) -> None:
     small(monkeypatch, stranger)

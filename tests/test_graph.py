@@ -28,7 +28,9 @@ def learnt(device: str, **settings: object) -> tuple[Learner, torch.Tensor]:
     return learner, torch.stack(losses).cpu()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="only a GPU can record a step and play it back, and there is none here"
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_steps_that_are_played_back_are_the_steps(
     precision: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

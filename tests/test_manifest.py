@@ -71,7 +71,6 @@ def surveys(draw: st.DrawFn) -> pd.DataFrame:
     return table_of(rows)
 
 
-@settings(max_examples=50)
 @given(surveys(), st.sampled_from(["anatomical", "index"]), st.randoms())
 def test_selection_loses_nobody_and_gives_the_first_reason(table: pd.DataFrame, pairing: str, random: Any) -> None:
     config = DatasetConfig(pairing=pairing)

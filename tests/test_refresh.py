@@ -213,7 +213,7 @@ def kill_when(config: Any, reached: Callable[[], bool]) -> None:
     pytest.fail("no kill landed while the refresh was running")
 
 
-@pytest.mark.parametrize("records", [1, 11])
+@pytest.mark.parametrize("records", [1, 5, 11])
 def test_a_killed_cut_goes_on_and_ends_in_the_same_bytes(
     records: int, published: Refreshed, archives: Path, tmp_path: Path
 ) -> None:
@@ -235,7 +235,9 @@ def test_a_killed_cut_goes_on_and_ends_in_the_same_bytes(
     assert not staging.exists()
 
 
-@pytest.mark.parametrize("mark", ["version/slices.zarr/t2", "version/manifest.csv", "version/dataset.json"])
+@pytest.mark.parametrize(
+    "mark", ["version/slices.zarr", "version/slices.zarr/t2", "version/manifest.csv", "version/dataset.json"]
+)
 def test_a_killed_publish_shows_no_half_version_and_is_mended(
     mark: str, published: Refreshed, archives: Path, tmp_path: Path
 ) -> None:

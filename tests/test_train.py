@@ -82,7 +82,7 @@ def test_a_training_killed_between_checkpoints_goes_on_bit_for_bit(root: Path, p
     assert killed.wait() == -signal.SIGKILL
     steps = [c.step for c in checkpoint.found(folder)]
     assert 24 <= steps[-1] < FULL["steps"]
-    train_run(run_of(root, "killed", precision=precision, **FULL), resume=True)
+    subprocess.run(command(root, "killed", "--resume", precision=precision, **FULL), check=True, capture_output=True)
 
     for step in (steps[-1], steps[-1] + 12, FULL["steps"]):
         wanted, _ = checkpoint.load(checkpoint.path_of(root / "runs" / "whole" / "checkpoints", step))
@@ -109,8 +109,8 @@ def test_the_configuration_kept_is_of_the_training_and_not_of_one_that_never_beg
     assert json.loads((tmp_path / "runs/a/config.json").read_text())["config"]["seed"] == 2
 
 
-def test_told_to_stop_it_saves_and_says_so(root: Path) -> None:
-    number = signal.SIGINT  # `make faults` has SIGTERM
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_it_saves_and_says_so(root: Path, number: signal.Signals) -> None:
     process = subprocess.Popen(
         command(root, "stopped", steps=100_000, checkpoint_every=90_000, samples=0), stderr=subprocess.PIPE
     )

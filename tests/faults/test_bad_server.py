@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import trustme
 from answers import (
     LASTING,
     NAME,
@@ -31,13 +30,6 @@ from ixi_etl.download import acquire
 from ixi_etl.errors import DownloadError
 
 pytestmark = pytest.mark.faults
-
-
-@pytest.fixture(scope="module")
-def stranger(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("stranger") / "ca.pem"
-    trustme.CA().cert_pem.write_to_path(str(path))
-    return str(path)
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +125,10 @@ def test_bad_server_passing(what: str, watched: Watch, tar: bytes, monkeypatch: 
     row(f"server: {what}", count, "the right archive", "none")
 
 
-@pytest.mark.skipif(not LONG, reason="test_download has each of them once; `make faults` has more")
+@pytest.mark.skipif(
+    not LONG,
+    reason="test_download has these faults, each against one server; `make faults`, which CI runs, has all of them",
+)
 @pytest.mark.parametrize("what", ISSUE)
 def test_bad_server(what: str, watched: Watch, tar: bytes, monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
     """With a mirror and without, from the first request or from a later one."""

@@ -211,7 +211,9 @@ def trained(published: Refreshed, tmp_path_factory: pytest.TempPathFactory) -> t
     return root / "runs/whole0", jobs
 
 
-@pytest.mark.skipif(not LONG, reason="test_train has one of it, in two precisions; `make faults` has more")
+@pytest.mark.skipif(
+    not LONG, reason="test_train has one of it, in two precisions; `make faults`, which CI runs, has 50"
+)
 def test_kill_training(site: Site, trained: tuple[Path, list[Job]], tmp_path: Path, row: Row) -> None:
     count, toll = tries(1, 50), Toll()
     for n, after_s in enumerate(moments(count, measured("train", trained[1]))):
@@ -233,7 +235,7 @@ def api() -> Iterator[str]:
         yield str(get_current_settings().api.url)
 
 
-@pytest.mark.skipif(not LONG, reason="minutes long: `make faults`")
+@pytest.mark.skipif(not LONG, reason="a Prefect run for each kill, minutes in all: `make faults`, which CI runs")
 @pytest.mark.parametrize("stage", ["download", "cut", "publish", "train"])
 def test_kill_flow(
     stage: str, site: Site, cut_site: Site, trained: tuple[Path, list[Job]], api: str, tmp_path: Path, row: Row

@@ -25,7 +25,10 @@ from model import checkpoint  # noqa: E402
 
 pytestmark = [
     pytest.mark.faults,
-    pytest.mark.skipif(not LONG, reason="test_refresh and test_prune have the like; `make faults` has more"),
+    pytest.mark.skipif(
+        not LONG,
+        reason="test_refresh and test_prune hold the lock against each; `make faults`, which CI runs, has processes",
+    ),
 ]
 
 SMALL: dict[str, Any] = SMALL_NETWORKS | {"batch_size": 2, "steps": 30, "checkpoint_every": 5, "samples": 0}

@@ -65,7 +65,9 @@ def command(root: Path, run: str, *more: str, **settings: Any) -> list[str]:
     return [sys.executable, "-m", "flows", "train", "--root", str(root), "--run-id", run, *chosen, *more]
 
 
-@pytest.mark.skipif(not LONG, reason="test_train has one of it; `make faults` has more")
+@pytest.mark.skipif(
+    not LONG, reason="test_train has one of SIGTERM and one of SIGINT; `make faults`, which CI runs, has five"
+)
 def test_training_sigterm(root: Path, row: Row) -> None:
     count, steps = 5, []
     for n in range(count):
@@ -88,7 +90,6 @@ def short_of_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
 
 
-@pytest.mark.skipif(not LONG, reason="a training of its own to start: `make faults`")
 def test_training_out_of_memory(root: Path, row: Row) -> None:
     """A batch of 25 GB with no more address space than 16 GiB: the real allocator's own refusal, and at once."""
     wants = {"batch_size": 3 * 10**6, "side": 64}
