@@ -50,7 +50,8 @@ def prepare(source: str, folder: str) -> Work:
         import json
 
         (place / "facts.json").write_text(json.dumps({"version": str(done.folder), "ranges": ranges}))
-        return {"pairs": len(used) * arrays["t1"].shape[1]}
+        mb = sum(arrays[name].nbytes for name in ("t1", "t2")) / 2**20
+        return {"pairs": len(used) * arrays["t1"].shape[1], "mb": mb}
 
     return work
 

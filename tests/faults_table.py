@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -28,8 +28,15 @@ def row(record_property: Callable[[str, object], None]) -> Row:
     return record
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """In the long form the table; a fault whose test failed or was skipped stands in it as such."""
+@pytest.hookimpl(tryfirst=True, wrapper=True)
+def pytest_terminal_summary(terminalreporter: Any) -> Generator[None]:
+    """In the long form the table, and below it what pytest says of failures, so that the end tells of them."""
+    _print_table(terminalreporter)
+    return (yield)
+
+
+def _print_table(terminalreporter: Any) -> None:
+    """A fault whose test failed or was skipped stands in it as such."""
     rows: list[list[Any]] = []
     for kind in ("passed", "failed", "skipped"):
         for report in terminalreporter.stats.get(kind, ()):

@@ -8,8 +8,10 @@ import zlib
 import nibabel as nib
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
 from strategies import affines, shapes
 
 from ixi_etl import nifti
@@ -39,6 +41,16 @@ def test_header_says_what_nibabel_says(data: st.DataObject, shape: tuple[int, in
     np.testing.assert_allclose(header.affine, image.affine, atol=1e-5)
     np.testing.assert_allclose(header.spacing_mm, image.header.get_zooms(), rtol=1e-6)
     assert header.voxel_offset == 352
+
+
+@given(arrays(np.float64, (3, 3), elements=st.floats(-2, 2).map(lambda x: round(x, 2))))
+@example(np.array([[1, 1, 0], [-1, 1, 0], [0, 0, 1]], float))  # two axes halfway between two directions
+@example(np.array([[2, 2, 2], [0, 1, 0], [0, 0, 1]], float))  # three that lean to one
+def test_axis_codes_are_nibabel_s(columns: NDArray[np.float64]) -> None:
+    lengths = np.linalg.norm(columns, axis=0)
+    assume(lengths.min() > 1e-3 and abs(np.linalg.det(columns / lengths)) > 0.1)  # others are refused
+    affine = nib.affines.from_matvec(columns, [1.0, 2.0, 3.0])
+    assert nifti.axis_codes(affine) == nib.aff2axcodes(affine)
 
 
 def test_nifti_2_is_read() -> None:
