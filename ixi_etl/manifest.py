@@ -11,8 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-import nibabel as nib
-import numpy as np
 import pandas as pd
 
 from ixi_etl.catalog import MODALITIES
@@ -34,18 +32,20 @@ def select(
     """
     volumes = table[table["subject_id"] != ""]
     rules = _Rules(volumes, config)
+    subjects: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for record in records(volumes):
+        subjects.setdefault(record["subject_id"], {m: [] for m in MODALITIES})[record["modality"]].append(record)
     rows = []
-    for subject, members in sorted(volumes.groupby("subject_id"), key=lambda item: str(item[0])):
-        of = {m: records(members[members["modality"] == m]) for m in MODALITIES}
+    for subject, of in sorted(subjects.items()):
         findings = rules.check(of)
         reason, detail = min(findings, key=lambda f: list(REASONS).index(f[0]), default=("", ""))
         row: dict[str, Any] = {
             "subject_id": subject,
-            "site": members["site"].iloc[0],
+            "site": next(record["site"] for found in of.values() for record in found),
             "status": EXCLUDED if reason else CANDIDATE,
             "reason": reason,
             "detail": detail,
-            **((demographics or {}).get(person_of(str(subject)), {})),
+            **((demographics or {}).get(person_of(subject), {})),
         }
         for modality, found in of.items():
             if found:
@@ -74,7 +74,7 @@ class _Rules:
         shape, spacing = json.loads(record["shape"]), json.loads(record["spacing_mm"])
         axes = [0, 1, 2]
         if self.config.pairing == "anatomical":
-            axes = np.argsort(nib.io_orientation(np.array(json.loads(record["affine"])))[:, 0]).tolist()
+            axes.sort(key=lambda axis: "RLAPSI".index(record["orientation"][axis]))
         return tuple(shape[a] for a in axes), tuple(spacing[a] for a in axes)
 
     def check(self, of: Mapping[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:

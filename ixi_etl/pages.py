@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -24,6 +25,7 @@ def render(template: str, package: str = "ixi_etl", **facts: Any) -> str:
     return _pages(package).get_template(template).render(**facts)
 
 
+@cache
 def _pages(package: str) -> Environment:
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 

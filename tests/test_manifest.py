@@ -184,7 +184,10 @@ def test_a_manifest_that_was_edited_is_refused(change: Any, said: str) -> None:
         ),
         # a coronal stack of the modal depth: its axial slices are others
         (
-            {"affine": json.dumps(grid_affine((256, 256, 130), (0.9375, 0.9375, 1.25), "RSA").tolist())},
+            {
+                "orientation": "RSA",
+                "affine": json.dumps(grid_affine((256, 256, 130), (0.9375, 0.9375, 1.25), "RSA").tolist()),
+            },
             "grid_not_modal",
         ),
     ],
