@@ -13,8 +13,8 @@ import shutil
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,24 @@ def open_arrays(version: Path) -> dict[str, zarr.Array[Any]]:
             return dict(zarr.open_group(str(path), mode="r", zarr_format=3).arrays())
     except (OSError, ValueError, KeyError) as error:
         raise DatasetError(f"{path} cannot be opened as a Zarr group ({error})") from error
+
+
+def shards_of(version: Path, array: zarr.Array[Any], rows: Iterable[int]) -> list[Path]:
+    """The files of a version in which rows of an array lie, each once, in their order."""
+    height = (array.shards or array.chunks)[0]
+    numbers = sorted({row // height for row in rows})
+    return [version / STORE / array.basename / array.metadata.encode_chunk_key((n, 0, 0, 0)) for n in numbers]
+
+
+def read_ahead(paths: Iterable[Path]) -> None:
+    """Have the system read files of this machine into its own memory, one after another, where it can; raises nothing.
+
+    While one is decoded the next ones come from the disk. A copy to nowhere moves no bytes in memory.
+    """
+    with open(os.devnull, "wb") as nowhere:
+        for path in paths:
+            with suppress(OSError), path.open("rb") as file:  # whoever needs the file will say what ails it
+                os.sendfile(nowhere.fileno(), file.fileno(), 0, path.stat().st_size)
 
 
 def link(source: Path, target: Path) -> None:

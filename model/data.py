@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Thread
 from typing import Literal
 
 import numpy as np
@@ -22,7 +23,8 @@ from zarr.buffer.cpu import NDBuffer
 
 from ixi_etl import dataset, manifest
 from ixi_etl.errors import DatasetError
-from ixi_etl.store import open_arrays
+from ixi_etl.places import is_local
+from ixi_etl.store import open_arrays, read_ahead, shards_of
 from model.config import Augment
 
 JITTER = 286 / 256  # as published: enlarge by so much, then crop at random
@@ -109,6 +111,9 @@ def load(folder: Path, split: str, direction: str | None = None, device: str | t
     slices = arrays[source].shape[1]
     slab = sum(arrays[name].nbytes // arrays[name].shape[0] for name in (source, target))
     _check_memory(folder, split, slab * len(rows), device)
+    if is_local(folder):
+        files = [path for name in (source, target) for path in shards_of(folder, arrays[name], rows)]
+        Thread(target=read_ahead, args=(files,), daemon=True).start()
 
     def ranges(name: str) -> Tensor:
         return torch.from_numpy(chosen[[f"{name}_p_low", f"{name}_p_high"]].to_numpy(dtype=np.float32)).to(device)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
 import numpy as np
+import pytest
 import xarray as xr
 import zarr
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ from ixi_etl import manifest
 from ixi_etl.dataset import read_manifest
 from ixi_etl.files import sha256_file
 from ixi_etl.publish import Refreshed
-from ixi_etl.store import STORE, assemble, open_arrays, write_shards
+from ixi_etl.store import STORE, assemble, open_arrays, read_ahead, shards_of, write_images, write_shards
 
 slab_shapes = st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 40))
 
@@ -69,3 +71,28 @@ def test_one_slice_a_chunk_one_subject_a_shard_with_checksums(published: Refresh
     assert (array.chunks, array.shards) == ((1, 1, 64, 64), (1, 12, 64, 64))
     assert array.dtype == np.int16
     assert "crc32c" in str(array.metadata.to_dict()["codecs"])
+
+
+def test_shards_are_the_files_in_which_rows_lie(published: Refreshed, tmp_path: Path) -> None:
+    array = open_arrays(published.folder)["t2"]
+    assert [str(p.relative_to(published.folder)) for p in shards_of(published.folder, array, [4, 0, 4])] == [
+        f"{STORE}/t2/c/{row}/0/0/0" for row in (0, 4)
+    ]
+    write_images(tmp_path / STORE, {"a": np.ones((2001, 1, 28, 28), np.uint8)}, {"a": "image"}, {})
+    images = open_arrays(tmp_path)["a"]
+    assert shards_of(tmp_path, images, range(2001)) == sorted((tmp_path / STORE / "a/c").glob("*/0/0/0"))
+    assert len(shards_of(tmp_path, images, [999, 5])) == 1
+
+
+def test_what_is_read_ahead_is_read_whole_and_what_is_not_there_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / name for name in ("a", "gone", "b", "empty")]
+    for path, size in zip(paths, (5_000_000, 0, 3, 0), strict=True):
+        path.write_bytes(bytes(size))
+    paths[1].unlink()
+    sent = []
+    send = os.sendfile
+    monkeypatch.setattr(os, "sendfile", lambda *given: sent.append(send(*given)))
+    read_ahead([*paths, tmp_path])
+    assert sent[:3] == [5_000_000, 3, 0]
