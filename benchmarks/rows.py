@@ -147,7 +147,7 @@ def growth(settings: Settings) -> list[Row]:
         source = str(inputs.archives(folder, pairs, _shrink(settings)))
         at: dict[str, Any] = {"source": source, "scratch": settings.folder} | _warm(settings)
         cases.append((E + "refresh", at | {"pairing": "anatomical"}))
-    runs = alternate(1 if settings.quick else 3, *cases)
+    runs = alternate(settings.times, *cases)
     taken, peaks = [seconds(of) for of in runs], [median(r.peak_mb for r in of) for of in runs]
     slope, start = _line(list(sizes), taken)
     off = max(abs(t / (start + slope * n) - 1) for n, t in zip(sizes, taken, strict=True))
