@@ -13,19 +13,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from statistics import median
-from types import MappingProxyType
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Measured:
     """`peak_mb`: the most memory during the work, above `base_mb`, which it began with. `held_mb`: what it holds at the
-    end, above what it held before, without pages of files (libraries' code), which the system takes back as it needs.
+    end, above the same. Both are of everything resident, libraries' code too.
     """
 
     seconds: float
@@ -63,27 +61,21 @@ class Settings:
         return 1 if self.quick else self.runs
 
 
-ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
-"""With this in the environment glibc can give back all that was freed; of further threads' heaps it keeps the end."""
-
-
-def measure(case: str, environment: Mapping[str, str], **arguments: Any) -> Measured:
-    """Run a case in a process of its own, with `environment` added to this one's."""
+def measure(case: str, **arguments: Any) -> Measured:
+    """Run a case in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.measure", case, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{case} {arguments} failed:\n{done.stderr[-4000:]}")
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def alternate(
-    times: int, *cases: tuple[str, dict[str, Any]], environment: Mapping[str, str] = MappingProxyType({})
-) -> list[list[Measured]]:
+def alternate(times: int, *cases: tuple[str, dict[str, Any]]) -> list[list[Measured]]:
     """Each of the cases `times` times, in turns, so that all meet the same machine: results[case][run]."""
     results: list[list[Measured]] = [[] for _ in cases]
     for _ in range(times):
         for (case, arguments), of in zip(cases, results, strict=True):
-            of.append(measure(case, environment, **arguments))
+            of.append(measure(case, **arguments))
             print(f"  {case.rpartition(':')[2]:<28} {of[-1].seconds:8.3f} s {of[-1].peak_mb:8.0f} MB", file=sys.stderr)
     return results
 
@@ -116,21 +108,20 @@ def agree(name: str, *runs: list[Measured]) -> None:
         raise RuntimeError(f"the peers did not do the same work: {name} is {found}")
 
 
-def _memory(*names: str) -> float:
-    """The sum of lines of the process's status, MB: VmRSS is what is resident now, VmHWM the most of it so far."""
+def _memory(name: str) -> float:
+    """A line of the process's status, MB: VmRSS is what is resident now, VmHWM the most of it so far."""
     if not os.path.exists("/proc/self/status"):
         return 0.0
     with open("/proc/self/status") as file:
-        lines = dict(line.split(":", 1) for line in file if line.startswith(names))
-    return sum(int(value.split()[0]) for value in lines.values()) / 1024
+        return next(int(line.split()[1]) for line in file if line.startswith(name)) / 1024
 
 
 def _held() -> float:
-    """What was freed, and is kept for what comes next, is not held; nor are pages of files."""
+    """What was freed, and is kept for what comes next, is not held."""
     gc.collect()
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
-    return _memory("RssAnon", "RssShmem")
+    return _memory("VmRSS")
 
 
 def _forget_peak() -> None:
@@ -146,14 +137,14 @@ def main() -> None:
     stdout = os.dup(1)
     os.dup2(2, 1)  # what libraries print is not the result
     work = getattr(import_module(module), name)(**json.loads(sys.argv[2]))
-    holding, before = _held(), _memory("VmRSS")
+    before = _held()
     _forget_peak()
     start = time.perf_counter()
     facts = work()
     taken = facts.pop("seconds", None) or time.perf_counter() - start
     peak = _memory("VmHWM")
     told = {k: v for k, v in facts.items() if k != "keep"}
-    measured = Measured(taken, before, peak - before, _held() - holding, told)
+    measured = Measured(taken, before, peak - before, _held() - before, told)
     with os.fdopen(stdout, "w") as file:
         file.write(json.dumps(measured.__dict__) + "\n")
     os._exit(0)  # what is left of loaders and servers is not waited for
