@@ -82,16 +82,9 @@ def resolve(places: Places, version: str = "latest") -> str:
     Raises:
         DatasetError: there is none, or several begin so.
     """
-    names, command = published(places), COMMANDS[places.name]
     if version == "latest":
-        pointer = read_pointer(places)
-        if pointer is None and (places.datasets / POINTER).exists():
-            raise DatasetError(f"{places.datasets / POINTER} is damaged; `{command}` writes it anew")
-        if pointer is None:
-            raise DatasetError(f"{places.datasets} has no published version; run `{command}` first")
-        if pointer["version"] not in names:
-            raise DatasetError(f"{POINTER} names version {pointer['version']}, which is not there; run `{command}`")
-        return str(pointer["version"])
+        return _latest(places)
+    names = published(places)
     found = [name for name in names if name.startswith(version)]
     if version in found:
         return version
@@ -101,6 +94,22 @@ def resolve(places: Places, version: str = "latest") -> str:
     return found[0]
 
 
+def _latest(places: Places) -> str:
+    check_reachable(places.root)
+    path, command = places.datasets / POINTER, COMMANDS[places.name]
+    while True:
+        pointer, there = read_pointer(places), path.exists()
+        if pointer is not None and pointer["version"] in _names(places):  # listed later: by then it is there
+            return str(pointer["version"])
+        if read_pointer(places) == pointer:
+            break  # else another was published meanwhile, and the one that was named may have been pruned
+    if pointer is not None:
+        raise DatasetError(f"{POINTER} names version {pointer['version']}, which is not there; run `{command}`")
+    if there:
+        raise DatasetError(f"{path} is damaged; `{command}` writes it anew")
+    raise DatasetError(f"{places.datasets} has no published version; run `{command}` first")
+
+
 def published(places: Places) -> list[str]:
     """Names of the published versions, oldest first by the pointer's history.
 
@@ -108,12 +117,16 @@ def published(places: Places) -> list[str]:
         IxiError: the bucket is not there or does not answer.
     """
     check_reachable(places.root)
-    if not places.datasets.is_dir():
-        return []
-    names = {p.name for p in places.datasets.iterdir() if not p.name.startswith(".") and (p / FACTS).is_file()}
+    names = _names(places)
     pointer = read_pointer(places) or {"history": []}
     dated = list(dict.fromkeys(e["version"] for e in pointer["history"] if e["version"] in names))
     return [*sorted(names - set(dated)), *dated]
+
+
+def _names(places: Places) -> set[str]:
+    if not places.datasets.is_dir():
+        return set()
+    return {p.name for p in places.datasets.iterdir() if not p.name.startswith(".") and (p / FACTS).is_file()}
 
 
 def read_pointer(places: Places) -> dict[str, Any] | None:

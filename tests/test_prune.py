@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,7 +29,7 @@ def lay(places: Places, published: Refreshed, count: int) -> list[str]:
     facts = json.loads((published.folder / dataset.FACTS).read_text())
     for name in names:
         folder = places.version(name)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "slices").write_text("x" * 1000)
         (folder / dataset.FACTS).write_text(to_json(facts | {"version": name}))
     history = [{"version": name} for name in names]
@@ -65,6 +67,45 @@ def test_the_newest_the_latest_and_what_runs_use_stay(
     assert dataset.resolve(places) == c
     assert not file_sizes(places.version(a))
     assert [v.removed for v in prune(places, 9)] == [False] * 3
+
+
+@dataclass(frozen=True)
+class Watched(Places):
+    """Calls `asked` whenever somebody asks where the versions lie."""
+
+    asked: Callable[[], None] = lambda: None
+
+    @property
+    def datasets(self) -> Path:
+        self.asked()
+        return super().datasets
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_the_latest_is_found_while_another_is_published_and_it_is_pruned(
+    count: int, published: Refreshed, tmp_path: Path
+) -> None:
+    """At each step of looking it up, another version becomes the latest, and the one before is removed."""
+    steps = 0
+    for at in range(1, 100):
+        quiet, steps = Places(tmp_path / f"{at}"), 0
+        before = lay(quiet, published, count) if count else []
+
+        def asked(quiet: Places = quiet, at: int = at) -> None:
+            nonlocal steps
+            steps += 1
+            if steps == at:
+                lay(quiet, published, count + 1)
+                prune(quiet, 1)
+
+        try:
+            assert dataset.resolve(Watched(quiet.root, asked=asked)) in [*before, f"{count + 1:012x}"]
+        except DatasetError as error:
+            assert not count
+            assert "has no published version" in str(error)
+        if steps < at:
+            break
+    assert 3 < steps < 99
 
 
 def test_a_version_that_nothing_has_pointed_to_yet_is_being_made(published: Refreshed, tmp_path: Path) -> None:
