@@ -232,14 +232,15 @@ def _flat(image: Any) -> Tensor:
 def batch_alone(folder: str, batch: int, times: int) -> Work:
     """What a training step waits for: indices drawn, a batch normalised, when the split is in memory."""
     from model import data
+    from model.config import TrainConfig
 
     version = _version(folder)
     pairs = data.load(version, "train")
+    config = TrainConfig(side=int(pairs.source.shape[-1]), batch_size=batch)
 
     def work() -> dict[str, Any]:
         for step in range(times):
-            index = data.indices(len(pairs), 0, step * batch, batch)
-            data.augment(pairs.normalised(index), "none", int(pairs.source.shape[-1]), 0, step * batch)
+            data.draw(pairs, config, step * batch)
         return {"times": times}
 
     return work

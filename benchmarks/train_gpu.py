@@ -117,6 +117,7 @@ def trained(root: Path, config: TrainConfig, profiled: bool = False) -> tuple[pd
 def reference(device: str, batch: int, steps: int) -> tuple[float, float, float]:
     """The reference implementation's ms a step; GFLOP of a step, and GB that Adam alone must read and write in it."""
     torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True  # as it sets it
     model = Pix2PixModel(device=device)
     images = [torch.rand(batch, 1, 256, 256, device=device) * 2 - 1 for _ in range(2)]
     model.set_input(*images)

@@ -21,14 +21,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 class InstanceNorm2d(nn.InstanceNorm2d):
     """PyTorch copies images to channels first to normalise them, and the next convolution copies them back.
 
-    Batch norm takes them as they lie, and that of one image by its own statistics is instance norm.
+    Batch norm takes them as they lie, and that of one image by its own statistics is instance norm. On a GPU too, but
+    there several images one by one would be many small kernels.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _in_training(self, x):
+        if not _in_training(self, x) and not (self.training and len(x) == 1):
             return super().forward(x)
         one_by_one = [
-            torch.batch_norm(image, self.weight, self.bias, None, None, True, 0.0, self.eps, False)
+            functional.batch_norm(image, None, None, self.weight, self.bias, training=True, eps=self.eps)
             for image in x.split(1)
         ]
         return one_by_one[0] if len(one_by_one) == 1 else torch.cat(one_by_one)

@@ -25,8 +25,9 @@ from ixi_etl import dataset, manifest
 from ixi_etl.errors import DatasetError
 from ixi_etl.places import is_local
 from ixi_etl.store import open_arrays, read_ahead, shards_of
-from model.config import Augment
+from model.config import Augment, TrainConfig
 
+CPU = torch.device("cpu")
 JITTER = 286 / 256  # as published: enlarge by so much, then crop at random
 
 
@@ -155,16 +156,32 @@ def _check_memory(folder: Path, split: str, need: int, device: str | torch.devic
 # -- which pairs, and how they are changed ----------------------------------------------------------------------------
 
 
-def indices(pairs: int, seed: int, start: int, count: int) -> Tensor:
+def draw(pairs: Pairs, config: TrainConfig, start: int) -> tuple[Tensor, Tensor]:
+    """A batch of a resolved configuration, which begins with pair `start` of the stream: (B, 1, side, side) each.
+
+    Drawn where the pairs lie; a GPU is told what to do, and not waited for.
+    """
+    assert config.side is not None
+    index = indices(len(pairs), config.seed, start, config.batch_size, pairs.source.device)
+    source, target = augment(pairs.normalised(index), config.augment, config.side, config.seed, start)
+    return source, target
+
+
+def indices(pairs: int, seed: int, start: int, count: int, device: torch.device = CPU) -> Tensor:
     """(count,) pairs `start`, `start + 1`, ... of an endless stream: every pass over the data in a new random order."""
-    wanted = torch.arange(start, start + count)
-    passes = [_order(pairs, seed, int(n)) for n in range(start // pairs, (start + count - 1) // pairs + 1)]
-    return torch.cat(passes)[wanted - start // pairs * pairs]
+    passes = [_order(pairs, seed, n, device) for n in range(start // pairs, (start + count - 1) // pairs + 1)]
+    order = passes[0] if len(passes) == 1 else torch.cat(passes)
+    return order.narrow(0, start % pairs, count)
 
 
 @lru_cache(maxsize=4)
-def _order(pairs: int, seed: int, number: int) -> Tensor:
-    return torch.randperm(pairs, generator=_generator(seed, 0, number))
+def _order(pairs: int, seed: int, number: int, device: torch.device) -> Tensor:
+    return _sent(torch.randperm(pairs, generator=_generator(seed, 0, number)), device)
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """Values of this machine's memory, on `device`. A GPU takes them when it comes to it, and nobody waits."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def _generator(seed: int, stream: int, number: int) -> torch.Generator:
@@ -189,18 +206,14 @@ def augment(images: Sequence[Tensor], kind: Augment, side: int, seed: int, first
     check_side(side, height, width)
     if height == width == side and kind == "none":
         return list(images)
+    choices, device = (height - side + 1, width - side + 1, 2 if kind != "none" else 1), images[0].device
     draws = [_generator(seed, 1, first + n) for n in range(batch)]
-    top, left, flipped = (
-        torch.stack([torch.randint(choices, (1,), generator=draw) for draw in draws])
-        for choices in (height - side + 1, width - side + 1, 2 if kind != "none" else 1)
-    )
-    ahead = torch.arange(side)
+    drawn = torch.stack([torch.cat([torch.randint(n, (1,), generator=draw) for n in choices]) for draw in draws])
+    top, left, flipped = _sent(drawn, device).split(1, dim=1)
+    ahead = torch.arange(side, device=device)
     rows, columns = top + ahead, left + torch.where(flipped.bool(), ahead.flip(0), ahead)
-    device = images[0].device
-    image, row, column = (
-        i.to(device) for i in (torch.arange(batch)[:, None, None], rows[:, :, None], columns[:, None, :])
-    )
-    return [i[image, 0, row, column].unsqueeze(1) for i in images]
+    image = torch.arange(batch, device=device)[:, None, None]
+    return [i[image, 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1) for i in images]
 
 
 def check_side(side: int, height: int, width: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import compress
 
 import torch
 from torch import Tensor, distributed, nn
@@ -38,9 +39,10 @@ class Learner:
         torch.manual_seed(config.seed + self.rank)  # but dropout of its own in each process
         self.optimizers = {name: self._adam(network) for name, network in self._networks().items()}
         self.average: AveragedModel | None = None
+        self._follows = False  # it begins with the generator of the first step
+        self._blend = get_ema_multi_avg_fn(config.ema)
         if config.ema:
-            decayed = get_ema_multi_avg_fn(config.ema)
-            self.average = AveragedModel(self.generator, multi_avg_fn=decayed, use_buffers=True)
+            self.average = AveragedModel(self.generator, multi_avg_fn=self._blend, use_buffers=True)
         self._generate = self._parallel(self.generator)
         self._judge = None if self.discriminator is None else self._parallel(self.discriminator)
         self._descent: Callable[[Tensor, Tensor], Tensor] = GraphedStep(self._learn) if self._graphed else self._learn
@@ -84,7 +86,7 @@ class Learner:
         self.generator.train()
         losses = self._descent(source, target)
         if self.average is not None:
-            self.average.update_parameters(self.generator)
+            self._follow(self.average)
         return losses
 
     def _learn(self, source: Tensor, target: Tensor) -> Tensor:
@@ -132,6 +134,18 @@ class Learner:
             lying.grad = None if weight.grad is None else as_it_lies(weight.grad)
         optimizer.step()
 
+    def _follow(self, average: AveragedModel) -> None:
+        """What `update_parameters` does, which sends a count to the GPU each time and waits until that has it."""
+        if not self._follows:
+            average.update_parameters(self.generator)
+            self._follows = True
+            return
+        mine, theirs = ([*n.parameters(), *n.buffers()] for n in (average.module, self.generator))
+        for dtype in {tensor.dtype for tensor in mine}:  # one call for all of a kind
+            of = [tensor.dtype == dtype for tensor in mine]
+            self._blend(list(compress(mine, of)), list(compress(theirs, of)), average.n_averaged)
+        average.n_averaged += 1
+
     @property
     def best_generator(self) -> UNetGenerator:
         """The one to use: the moving average, if there is one."""
@@ -176,6 +190,7 @@ class Learner:
             self.optimizers[name].load_state_dict({"state": moments, "param_groups": groups})
         if self.average is not None:
             self.average.load_state_dict(_under(state, "average"))
+            self._follows = bool(self.average.n_averaged)
         if f"random.cpu.{self.rank}" in state:
             torch.set_rng_state(state[f"random.cpu.{self.rank}"])
         if self.device.type == "cuda" and f"random.cuda.{self.rank}" in state:

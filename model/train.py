@@ -67,8 +67,9 @@ def train(
     device = torch.device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
+    elif device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # batches of one shape: it tries its algorithms once
     rank, processes = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-    assert config.side is not None
     pairs = data.load(version, "train", config.direction, device)
     shown, validated = _held_out(version, config, pairs, device)
     learner = Learner(config, device)
@@ -79,10 +80,7 @@ def train(
     with _out_of_memory_in_a_line(config), _told_to_stop() as came:
         for step in range(start, config.steps):
             first = (step * processes + rank) * config.batch_size
-            index = data.indices(len(pairs), config.seed, first, config.batch_size).to(device)
-            batch = pairs.normalised(index)
-            source, target = data.augment(batch, config.augment, config.side, config.seed, first)
-            losses = learner.step(source, target, config.lr_at(step))
+            losses = learner.step(*data.draw(pairs, config, first), config.lr_at(step))
 
             done = step + 1
             progress("train", done, config.steps, "steps")
