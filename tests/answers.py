@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from servers import PROBE, Answer, Call
 
-from ixi_etl import download
+from ixi_etl import transfer
 from ixi_etl.phantom import write_tar
 
 NAME = "IXI-T1.tar"
@@ -33,12 +33,12 @@ def small(patch: pytest.MonkeyPatch, stranger: str) -> None:
     patch.setenv("SSL_CERT_FILE", stranger)
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         patch.delenv(name, raising=False)
-    patch.setattr(download, "SEGMENT", SEGMENT)
-    patch.setattr(download, "BACKOFF_S", 0.0005)
-    patch.setattr(download, "TIMEOUT_S", 20.0)
-    patch.setattr(download, "MIN_RATE", 1)
-    patch.setattr(download, "ENOUGH", 1 << 12)
-    patch.setattr(download, "TRIES", 3)
+    patch.setattr(transfer, "SEGMENT", SEGMENT)
+    patch.setattr(transfer, "BACKOFF_S", 0.0005)
+    patch.setattr(transfer, "TIMEOUT_S", 20.0)
+    patch.setattr(transfer, "MIN_RATE", 1)
+    patch.setattr(transfer, "ENOUGH", 1 << 12)
+    patch.setattr(transfer, "TRIES", 3)
 
 
 # -- ways to answer ---------------------------------------------------------------------------------------------------

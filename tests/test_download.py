@@ -46,7 +46,7 @@ from hypothesis import strategies as st
 from servers import PROBE, Answer, Call, Host, serve
 from starlette.staticfiles import StaticFiles
 
-from ixi_etl import catalog, download
+from ixi_etl import catalog, transfer
 from ixi_etl.catalog import Source, parse_md5sums
 from ixi_etl.download import acquire, own_sources
 from ixi_etl.errors import DownloadError
@@ -180,8 +180,8 @@ def test_a_stream_that_begins_again_keeps_nothing_of_the_first_try(
         call.send(longer[:-512])
         call.stall()
 
-    monkeypatch.setattr(download, "TIMEOUT_S", 0.3)
-    monkeypatch.setattr(download, "TRIES", 6)
+    monkeypatch.setattr(transfer, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(transfer, "TRIES", 6)
     with serve(Host(tar, after_probe(first(1, answer)), ranges=False, says_length=False)) as host:
         found = acquire(source_of(host, md5=None), tmp_path)
     assert Path(found.location).read_bytes() == tar
@@ -192,10 +192,10 @@ def test_a_stream_that_begins_again_keeps_nothing_of_the_first_try(
 CHILD = """
 import sys
 from pathlib import Path
-from ixi_etl import download
+from ixi_etl import download, transfer
 from ixi_etl.catalog import Source
 name, url, folder, segment, md5 = sys.argv[1:]
-download.SEGMENT = int(segment)
+transfer.SEGMENT = int(segment)
 download.acquire(Source(name, (url,), md5 or None), Path(folder))
 """
 
@@ -261,7 +261,7 @@ class Begun:
 def begun(tar: bytes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Begun]:
     folder = tmp_path_factory.mktemp("begun")
     with serve(Host(tar)) as host, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(download, "SEGMENT", SEGMENT)
+        patch.setattr(transfer, "SEGMENT", SEGMENT)
         host.answer = after_probe(first(4, Call.honest, status(403)))
         with pytest.raises(DownloadError):
             acquire(source_of(host, md5=None), folder, connections=1)
@@ -379,8 +379,8 @@ def test_resets_every_few_tens_of_kib_do_not_end_it(tmp_path: Path, tar: bytes, 
         if len(data) > 40960:
             call.reset()
 
-    monkeypatch.setattr(download, "ENOUGH", 1 << 15)
-    monkeypatch.setattr(download, "SEGMENT", 10 * SEGMENT)
+    monkeypatch.setattr(transfer, "ENOUGH", 1 << 15)
+    monkeypatch.setattr(transfer, "SEGMENT", 10 * SEGMENT)
     with serve(Host(tar, after_probe(answer))) as host:
         found = acquire(source_of(host, md5=None), tmp_path)
     assert Path(found.location).read_bytes() == tar
@@ -406,8 +406,8 @@ def test_a_server_that_fails_a_few_times_is_asked_again(
 def test_a_stall_is_timed_out_and_tried_again(
     tmp_path: Path, tar: bytes, fault: Answer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download, "TIMEOUT_S", 0.3)
-    monkeypatch.setattr(download, "TRIES", 6)
+    monkeypatch.setattr(transfer, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(transfer, "TRIES", 6)
     with serve(Host(tar, after_probe(first(3, fault)))) as host:
         found = acquire(source_of(host, md5=None), tmp_path)
     assert Path(found.location).read_bytes() == tar
@@ -418,8 +418,8 @@ def test_tries_wait_twice_as_long_each_time_with_jitter(
 ) -> None:
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)
-    monkeypatch.setattr(download, "BACKOFF_S", 1.0)
-    monkeypatch.setattr(download, "TRIES", 6)
+    monkeypatch.setattr(transfer, "BACKOFF_S", 1.0)
+    monkeypatch.setattr(transfer, "TRIES", 6)
     with serve(Host(tar, status(503))) as host, pytest.raises(DownloadError, match="6 times"):
         acquire(source_of(host, md5=None), tmp_path)
     assert len(host.asked) == 6
@@ -435,8 +435,8 @@ def test_whatever_goes_wrong_for_a_while_the_file_is_right(
 ) -> None:
     folder, todo = tmp_path_factory.mktemp("faults"), iter(plan)
     with pytest.MonkeyPatch.context() as patch, serve(Host(tar, ranges=ranges)) as host:
-        patch.setattr(download, "TRIES", len(plan) + 1)
-        patch.setattr(download, "BACKOFF_S", 0)
+        patch.setattr(transfer, "TRIES", len(plan) + 1)
+        patch.setattr(transfer, "BACKOFF_S", 0)
         host.answer = lambda call: FAULTS[next(todo, "none")](call)
         found = acquire(source_of(host, md5=None), folder)
     assert Path(found.location).read_bytes() == tar
@@ -450,7 +450,7 @@ def test_whatever_goes_wrong_for_a_while_the_file_is_right(
 def fault(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Fault:
     found = LASTING[request.param]
     for name, value in found.constants.items():
-        monkeypatch.setattr(download, name, value)
+        monkeypatch.setattr(transfer, name, value)
     return found
 
 
@@ -475,7 +475,7 @@ def test_a_first_block_that_drips_is_not_waited_for(
     tmp_path: Path, tar: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in DRIP.items():
-        monkeypatch.setattr(download, name, value)
+        monkeypatch.setattr(transfer, name, value)
     with serve(Host(tar, drip)) as host, pytest.raises(DownloadError, match="slower than 1048576"):
         acquire(source_of(host, md5=None), tmp_path)
     assert host.fetches == []
@@ -811,7 +811,7 @@ def test_an_own_host_without_md5sums_is_admitted_unchecked(tmp_path: Path, tar: 
 def test_too_little_disk_is_said_before_anything_is_fetched(
     tmp_path: Path, tar: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = len(tar) + download.SPARE_BYTES - 1
+    free = len(tar) + transfer.SPARE_BYTES - 1
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     with serve(Host(tar)) as host, serve(Host(tar)) as mirror:
         source = source_of(host, mirror, md5=None)
@@ -826,7 +826,7 @@ def test_too_little_disk_is_said_before_anything_is_fetched(
 
 def test_what_is_there_already_needs_no_disk(begun: Begun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun.lay(tmp_path, {0, 1, 2})
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=download.SPARE_BYTES + SEGMENT))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=transfer.SPARE_BYTES + SEGMENT))
     acquire(source_of(begun.host, md5=None), tmp_path)
 
 

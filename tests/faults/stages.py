@@ -28,7 +28,7 @@ import PIL.Image
 import SimpleITK
 import zarrs
 
-from ixi_etl import catalog, dataset, download, refresh, report
+from ixi_etl import catalog, dataset, refresh, report, transfer
 from ixi_etl.config import RefreshConfig
 from ixi_etl.errors import IxiError, LockedError
 from ixi_etl.places import Places
@@ -61,7 +61,7 @@ def _tell(pipe: Connection, module: Any, name: str, stage: str, leave: Callable[
 
 
 def _tell_refresh(pipe: Connection, config: RefreshConfig, segment: int) -> None:
-    download.SEGMENT = segment
+    transfer.SEGMENT = segment
     work = config.places.unfinished
 
     def made() -> dict[str, int]:

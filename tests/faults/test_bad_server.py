@@ -114,7 +114,7 @@ def watched(tmp_path: Path, tar: bytes) -> Iterator[Watch]:
 @pytest.mark.parametrize("what", PASSING)
 def test_bad_server_passing(what: str, watched: Watch, tar: bytes, monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
     count = tries(1, 20)
-    monkeypatch.setattr("ixi_etl.download.TRIES", 10)  # a reset can cost what had come, and was not read yet
+    monkeypatch.setattr("ixi_etl.transfer.TRIES", 10)  # a reset can cost what had come, and was not read yet
     for n in range(count):
         with serve(Host(tar, PASSING[what]())) as host:
             source = Source(NAME, (host.url,), md5(tar) if n % 2 else None)
@@ -134,7 +134,7 @@ def test_bad_server(what: str, watched: Watch, tar: bytes, monkeypatch: pytest.M
     """With a mirror and without, from the first request or from a later one."""
     fault: Fault = LASTING[ISSUE[what]]
     for name, value in fault.constants.items():
-        monkeypatch.setattr(f"ixi_etl.download.{name}", value)
+        monkeypatch.setattr(f"ixi_etl.transfer.{name}", value)
     rng, count, outcomes = random.Random(what), 10, Counter[str]()
     for n in range(count):
         answer = first(rng.randrange(8), Call.honest, fault.answer) if fault.answer is not Call.honest else Call.honest

@@ -18,7 +18,7 @@ from processes import Job, preload
 from reader import latest_of, reading
 from servers import Host, serve
 
-from ixi_etl import dataset, download, refresh
+from ixi_etl import dataset, refresh, transfer
 from ixi_etl.errors import IxiError
 from ixi_etl.publish import Refreshed
 
@@ -85,8 +85,8 @@ STAGES = {"download": "acquire_file", "cut": "cut_subjects", "publish": "publish
 def test_disk_full(
     stage: str, disk: Path, archives: Path, published: Refreshed, monkeypatch: pytest.MonkeyPatch, row: Row
 ) -> None:
-    monkeypatch.setattr(download, "SPARE_BYTES", 0)
-    monkeypatch.setattr(download, "SEGMENT", 1 << 16)
+    monkeypatch.setattr(transfer, "SPARE_BYTES", 0)
+    monkeypatch.setattr(transfer, "SEGMENT", 1 << 16)
     refresh.refresh(config_for(disk / "before", archives, split_seed=1, pictures=False))
     files = {f"/{name}": (archives / name).read_bytes() for name in ("IXI-T1.tar", "IXI-T2.tar", "MD5SUMS")}
     need = {"download": sum(map(len, files.values())), "cut": 1 << 20, "publish": 200_000}[stage]

@@ -1,0 +1,391 @@
+"""The bytes of one file from one URL: what a server offers, its ranges in parallel, and the part that they fill.
+
+`NAME.part` is written at any offset; `NAME.part.json` says which segments of it are done, so that a transfer goes on
+from where it was after any kind of stop.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import random
+import re
+import shutil
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import httpx
+
+from ixi_etl.catalog import Source
+from ixi_etl.errors import DownloadError
+from ixi_etl.files import Progress, read_json, to_json, write_atomic
+
+T = TypeVar("T")
+Pieces = Sequence[tuple[int, int]]  # start and stop, in bytes
+Segment = tuple[int, int, int]  # the same with its index before
+
+SEGMENT = 8 << 20  # bytes: the most that one connection has to fetch again after a kill
+TRIES = 5  # that bring nothing, in a row, before a URL is given up
+BACKOFF_S = 0.5  # doubled at each such try, with jitter
+TIMEOUT_S = 30.0
+MIN_RATE = 1024  # bytes a second, over TIMEOUT_S; a slower connection counts as stalled
+SPARE_BYTES = 64 << 20  # of the disk, left free beside the download
+GAP = 4096  # bytes between two members that are fetched rather than asked for twice; a tar has up to 1023
+ENOUGH = 1 << 15  # bytes; a try that brings less (MIN_RATE brings less in TIMEOUT_S) counts as bringing nothing
+
+
+class UnusableError(Exception):
+    """This URL cannot give the file: try the next. `transient`: it might, later."""
+
+    def __init__(self, message: str, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
+
+
+class ChangedError(Exception):
+    """The server no longer serves the file that was begun."""
+
+
+class TransientError(Exception):
+    """Worth another try."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a server says it has; `size` is None where it does not say, `validator` is fit for If-Range."""
+
+    url: str
+    size: int | None
+    validator: str | None
+    ranges: bool
+
+
+# -- asking -----------------------------------------------------------------------------------------------------------
+
+
+def open_client(insecure_hosts: tuple[str, ...], connections: int) -> httpx.Client:
+    """To be closed. Of `insecure_hosts` the certificates are not looked at."""
+    return httpx.Client(
+        headers={"accept-encoding": "identity", "user-agent": "ixi-etl"},
+        follow_redirects=True,
+        auth=_netrc(),
+        timeout=TIMEOUT_S,
+        limits=httpx.Limits(max_connections=connections + 1),
+        mounts={f"https://{host}": httpx.HTTPTransport(verify=False) for host in insecure_hosts},
+    )
+
+
+def _netrc() -> httpx.Auth | None:
+    """Names and passwords of hosts, where a person keeps them: each is told to its own host alone."""
+    try:
+        return httpx.NetRCAuth()
+    except (OSError, netrc.NetrcParseError):
+        return None
+
+
+def probe(client: httpx.Client, url: str, source: Source) -> Offer:
+    """Ask for the first block: is it there, is it a tar, how long is it, does the server give ranges?
+
+    Raises:
+        UnusableError, TransientError: it cannot be had, or not now.
+    """
+    with _get(client, url, {"range": "bytes=0-511"}) as answer:
+        head = b""
+        for block in _not_too_slow(answer.iter_raw()):
+            head += block
+            if len(head) >= 512:
+                break
+        total = re.fullmatch(r"bytes 0-\d+/(\d+)", answer.headers.get("content-range", ""))
+        length = answer.headers.get("content-length")
+        partial = answer.status_code == 206 and total is not None
+        if source.name.endswith(".tar"):
+            try:
+                tarfile.TarInfo.frombuf(head[:512], "utf-8", "surrogateescape")
+            except tarfile.HeaderError:
+                page = head.lstrip()[:1] == b"<" or "html" in answer.headers.get("content-type", "")
+                raise UnusableError("an HTML page in place of a tar" if page else "not a tar archive") from None
+        size = int(total[1]) if partial and total else int(length) if answer.status_code == 200 and length else None
+        validator = validator_of(answer)
+        whole_only = validator is None and source.md5 is None  # of a file that changes, ranges would make a mix
+        return Offer(url, size, validator, ranges=partial and not whole_only)
+
+
+def text_of(client: httpx.Client, url: str) -> str:
+    """A small file, whole; raises what `probe` does."""
+    with _get(client, url, {}) as answer:
+        answer.read()
+        return answer.text
+
+
+def validator_of(answer: httpx.Response) -> str | None:
+    """What If-Range may hold: a strong ETag, else the date."""
+    etag: str = answer.headers.get("etag", "")
+    date: str | None = answer.headers.get("last-modified")
+    return etag if etag.startswith('"') else date
+
+
+@contextmanager
+def _get(client: httpx.Client, url: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
+    """A GET answered with 200 or 206, to be read inside; every failure is sorted into this module's own three."""
+    try:
+        with client.stream("GET", url, headers=headers) as answer:
+            status, what = answer.status_code, f"{answer.status_code} {answer.reason_phrase}"
+            if status == 416 and "if-range" in headers:
+                raise ChangedError
+            if status >= 500 or status in (408, 425, 429):
+                raise TransientError(what)
+            if status not in (200, 206):
+                raise UnusableError(what)
+            yield answer
+    except (httpx.TooManyRedirects, httpx.InvalidURL, httpx.DecodingError, httpx.UnsupportedProtocol) as error:
+        raise UnusableError(str(error)) from error
+    except httpx.TransportError as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise UnusableError("its TLS certificate is not valid (--insecure-host HOST to go on)") from error
+        raise TransientError(str(error) or type(error).__name__) from error
+
+
+def _backoff(failures: int) -> None:
+    jitter = random.uniform(0.5, 1.5)  # noqa: S311 - no secret  # nosec B311
+    time.sleep(BACKOFF_S * 2 ** (failures - 1) * jitter)
+
+
+def retried(call: Callable[[], T]) -> T:
+    """What `call` gives, as soon as it ends without a `TransientError`; after TRIES of those an `UnusableError`."""
+    for failures in range(1, TRIES + 1):
+        try:
+            return call()
+        except TransientError as error:
+            last = error
+            if failures < TRIES:
+                _backoff(failures)
+    raise UnusableError(f"{last}, {TRIES} times", transient=True)
+
+
+# -- the bytes --------------------------------------------------------------------------------------------------------
+
+
+def discard(path: Path) -> None:
+    """Forget what has been fetched of the file that is to be `path`."""
+    path.with_name(f"{path.name}.part.json").unlink(missing_ok=True)
+    path.with_name(f"{path.name}.part").unlink(missing_ok=True)
+
+
+_under_way: set[Part] = set()
+_under_way_lock = threading.Lock()
+
+
+class Part:
+    """`NAME.part`, written at any offset, and the record of which segments of it are done."""
+
+    def __init__(self, path: Path, offer: Offer, any_origin: bool, pieces: Pieces | None = None) -> None:
+        """Go on with what is there, if it is of the file offered. `any_origin`: an MD5 will judge the sum anyway.
+
+        `pieces` are the segments, as (start, stop) in bytes; without them the file is cut into such of equal size.
+        """
+        self.path = path.with_name(f"{path.name}.part")
+        self.record = path.with_name(f"{path.name}.part.json")
+        self._size = self.needed = offer.size or 0
+        self._state = {"url": offer.url, "validator": offer.validator, "size": offer.size, "segment": SEGMENT}
+        even = [(a, min(a + SEGMENT, self._size)) for a in range(0, self._size, SEGMENT)]
+        self.segments = [(i, *piece) for i, piece in enumerate(even if pieces is None else pieces)]
+        self._lock = threading.Lock()
+        old = read_json(self.record) or {}
+        differs = {key for key, value in self._state.items() if old.get(key) != value}
+        usable = not differs or (any_origin and "url" in differs and differs <= {"url", "validator"})
+        if not (usable and offer.ranges and self.path.exists() and self.path.stat().st_size == offer.size):
+            discard(path)
+            old = {}
+        self.done: set[int] = set(old.get("done", ()))
+        self.resumed = bool(self.done)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        with _under_way_lock:
+            _under_way.add(self)
+
+    def __enter__(self) -> Part:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with _under_way_lock:
+            _under_way.discard(self)
+        os.close(self._file)
+
+    def missing(self) -> int:
+        """Bytes that are still to come, and to find room."""
+        return max(0, self.needed - os.fstat(self._file).st_blocks * 512)
+
+    def check_disk(self) -> None:
+        with _under_way_lock:  # two archives at once must fit together
+            need = sum(part.missing() for part in _under_way) + SPARE_BYTES
+        free = shutil.disk_usage(self.path.parent).free
+        if need > free:
+            raise DownloadError(
+                f"{self.path.parent} has {free / 1e9:.2f} GB free, but {self.path.stem} needs {need / 1e9:.2f} GB "
+                "more; free some, or choose another --root"
+            )
+
+    def write(self, data: bytes, at: int) -> None:
+        while data:
+            n = os.pwrite(self._file, data, at)
+            data, at = data[n:], at + n
+
+    def finish(self, segment: int) -> None:
+        os.fdatasync(self._file)  # before the record says so
+        with self._lock:
+            self.done.add(segment)
+            write_atomic(self.record, to_json(self._state | {"done": sorted(self.done)}))
+
+    def truncate(self, size: int) -> None:
+        os.ftruncate(self._file, size)
+
+    def sync(self) -> None:
+        os.fsync(self._file)
+
+
+def _neighbours(segments: Sequence[Segment], together: int) -> Iterator[list[Segment]]:
+    """Segments that (almost) touch, as many together as make a request of `together` bytes; each alone at the least."""
+    run: list[Segment] = []
+    for segment in segments:
+        if run and (segment[1] - run[-1][2] > GAP or segment[2] - run[0][1] > together):
+            yield run
+            run = []
+        run.append(segment)
+    if run:
+        yield run
+
+
+def fetch_ranges(
+    client: httpx.Client,
+    offer: Offer,
+    part: Part,
+    wanted: Sequence[Segment],
+    together: int,
+    connections: int,
+    progress: Progress,
+) -> None:
+    """Fetch the wanted segments that are not done, `connections` at a time; the first failure stops all of them.
+
+    Segments that touch are asked for together, up to `together` bytes. `progress` is told bytes.
+
+    Raises:
+        ChangedError: the server has another file by now.
+        UnusableError: it gave what was not asked for, or nothing TRIES times in a row.
+    """
+    todo = [s for s in wanted if s[0] not in part.done]
+    size = sum(stop - start for _, start, stop in wanted)
+    have = size - sum(stop - start for _, start, stop in todo)
+    what = f"download {part.path.name.removesuffix('.part')}"
+    halt, lock = threading.Event(), threading.Lock()
+
+    def fetch(run: list[Segment]) -> None:
+        left = list(run)
+
+        def arrived(before: int, at: int) -> None:
+            nonlocal have
+            gained = sum(max(0, min(at, stop) - max(before, start)) for _, start, stop in run)  # not the gaps
+            with lock:
+                have += gained
+                progress(what, have, size, "B")
+            while left and left[0][2] <= at:
+                part.finish(left.pop(0)[0])
+
+        try:
+            _fetch_run(client, offer, part, run[0][1], run[-1][2], halt, arrived)
+        except BaseException:
+            halt.set()
+            raise
+
+    part.truncate(offer.size or 0)  # at once: a part of another length is of another file, or was cut short
+    progress(what, have, size, "B")
+    with ThreadPoolExecutor(connections) as pool:
+        jobs = [pool.submit(fetch, run) for run in _neighbours(todo, together)]
+        try:
+            for job in jobs:
+                job.result()
+        finally:
+            halt.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def _fetch_run(
+    client: httpx.Client,
+    offer: Offer,
+    part: Part,
+    at: int,
+    stop: int,
+    halt: threading.Event,
+    arrived: Callable[[int, int], None],
+) -> None:
+    failures = 0
+    while at < stop and not halt.is_set():
+        begun = at
+        try:
+            for block in _range_blocks(client, offer, at, stop):
+                part.write(block, at)
+                at += len(block)
+                arrived(at - len(block), at)
+                if halt.is_set():
+                    return
+        except TransientError as error:
+            failures = 1 if at - begun >= ENOUGH else failures + 1
+            if failures >= TRIES:
+                raise UnusableError(f"{error}, {TRIES} times at byte {at}", transient=True) from error
+            _backoff(failures)
+
+
+def _range_blocks(client: httpx.Client, offer: Offer, start: int, stop: int) -> Iterator[bytes]:
+    headers = {"range": f"bytes={start}-{stop - 1}"}
+    if offer.validator:
+        headers["if-range"] = offer.validator
+    with _get(client, offer.url, headers) as answer:
+        if answer.status_code == 200 or (offer.validator and validator_of(answer) not in (None, offer.validator)):
+            raise ChangedError
+        if answer.headers.get("content-range") != f"bytes {start}-{stop - 1}/{offer.size}":
+            got = answer.headers.get("content-range")
+            raise UnusableError(f"asked for bytes {start}-{stop - 1}/{offer.size}, was given {got}")
+        left = stop - start
+        for block in _not_too_slow(answer.iter_raw()):
+            left -= len(block)
+            if left < 0:
+                raise UnusableError("more bytes than the range that was asked for")
+            yield block
+        if left:
+            raise TransientError("the connection ended early")
+
+
+def _not_too_slow(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    since, bytes_since = time.monotonic(), 0
+    for block in blocks:
+        yield block
+        bytes_since += len(block)
+        elapsed = time.monotonic() - since
+        if elapsed > TIMEOUT_S:
+            if bytes_since < MIN_RATE * elapsed:
+                raise TransientError(f"slower than {MIN_RATE} bytes a second")
+            since, bytes_since = time.monotonic(), 0
+
+
+def fetch_stream(client: httpx.Client, offer: Offer, part: Part, progress: Progress) -> None:
+    """The whole file in one piece, from a server without ranges.
+
+    Raises:
+        UnusableError, TransientError: it cannot be had, or came short.
+    """
+    at = 0
+    what = f"download {part.path.name.removesuffix('.part')}"
+    with _get(client, offer.url, {}) as answer:
+        for block in _not_too_slow(answer.iter_raw()):
+            part.write(block, at)
+            at += len(block)
+            progress(what, at, offer.size or at, "B")
+    if offer.size is not None and at != offer.size:
+        raise TransientError(f"{at} bytes came, {offer.size} were announced")
+    part.truncate(at)
