@@ -92,12 +92,9 @@ def _version(folder: str) -> Path:
     return _files(folder)[0]
 
 
-def ours(folder: str) -> Work:
+def _epoch(version: Path) -> Work:
+    """All batches of our loader, in a random order."""
     from model import data
-    from model.cpu import keep_freed_memory
-
-    keep_freed_memory()  # as `model.train.train` does
-    version = _version(folder)
 
     def work() -> dict[str, Any]:
         pairs = data.load(version, "train")
@@ -108,6 +105,13 @@ def ours(folder: str) -> Work:
         return _consumed(batches, pairs)
 
     return work
+
+
+def ours(folder: str) -> Work:
+    from model.cpu import keep_freed_memory
+
+    keep_freed_memory()  # as `model.train.train` does
+    return _epoch(_version(folder))
 
 
 def zarr_default(folder: str) -> Work:
@@ -123,16 +127,7 @@ def zarr_default(folder: str) -> Work:
         return dict(zarr.open_group(str(folder / STORE), mode="r").arrays())
 
     data.open_arrays = plain
-
-    def work() -> dict[str, Any]:
-        pairs = data.load(version, "train")
-        starts = range(0, len(pairs), BATCH)
-        batches = (
-            pairs.normalised(data.indices(len(pairs), 0, start, min(BATCH, len(pairs) - start))) for start in starts
-        )
-        return _consumed(batches, pairs)
-
-    return work
+    return _epoch(version)
 
 
 class _Slices(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
