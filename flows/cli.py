@@ -37,6 +37,10 @@ OwnSource = Annotated[
     str | None,
     typer.Option("--source", help="Your own archives: a folder, a tar file, or a URL. Else the official ones."),
 ]
+InsecureHosts = Annotated[
+    list[str] | None,
+    typer.Option("--insecure-host", help="Host whose TLS certificate is not checked; may be repeated."),
+]
 DEFAULT_ROOT = "ixi-data"
 DEMO_SPLIT_SEED = 6  # of the six subjects, one is for validation and one for test
 NAMING = "[NAME@]VERSION, the beginning of a version, or latest; NAME is ixi-t1-t2 or digits"
@@ -49,6 +53,7 @@ def survey(
     out: Annotated[
         Path | None, typer.Option(help="Folder for survey.csv and depths.png.  [default: ROOT/survey]")
     ] = None,
+    insecure_host: InsecureHosts = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -74,7 +79,7 @@ def survey(
             places = {modality: places[modality]}
     say = Output(quiet, as_json)
     with show_progress() as progress:
-        table = survey_archives(places, progress)
+        table = survey_archives(places, progress, tuple(insecure_host or ()))
     out = out or Places(root).local / "survey"
     out.mkdir(parents=True, exist_ok=True)
     table.to_csv(out / "survey.csv", index=False)
@@ -135,9 +140,7 @@ def refresh(
     ] = "archives",
     connections: Annotated[int, typer.Option(min=1, max=16, help="Parallel ranges for each archive.")] = 4,
     offline: Annotated[bool, typer.Option("--offline", help="Use verified archives; ask no server anything.")] = False,
-    insecure_host: Annotated[
-        list[str] | None, typer.Option(help="Host whose TLS certificate is not checked; may be repeated.")
-    ] = None,
+    insecure_host: InsecureHosts = None,
     then_train: Annotated[
         bool, typer.Option("--then-train", help="Train pix2pix on the version; go on with a training that was stopped.")
     ] = False,

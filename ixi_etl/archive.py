@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
+from urllib.parse import urlsplit
 
 import fsspec
 
@@ -57,18 +58,24 @@ class Member:
     head: bytes = b""
 
 
-def index_archive(location: str, heads: int = 0, on_member: Callable[[float], None] = lambda _: None) -> list[Member]:
+def index_archive(
+    location: str,
+    heads: int = 0,
+    on_member: Callable[[float], None] = lambda _: None,
+    insecure_hosts: Collection[str] = (),
+) -> list[Member]:
     """All members of the tar at a path or fsspec URL, in archive order.
 
     Reads their 512-byte headers and, at the same time, the first `heads` bytes of each: over a network one request a
     member, which costs its latency and nothing else. `on_member` is told how much of the archive was passed, 0 to 1.
+    Of `insecure_hosts` the TLS certificates are not looked at.
 
     Raises:
         ArchiveError: not there, or not a tar.
     """
     members = []
     try:
-        filesystem, path = fsspec.url_to_fs(location)
+        filesystem, path = fsspec.url_to_fs(location, **_over_http(location, insecure_hosts))
         # tarfile looks at the byte before a header first; what it then reads, and the head, come with that.
         window = {"block_size": tarfile.BLOCKSIZE + heads, "cache_type": "readahead"}
         with (
@@ -94,7 +101,10 @@ def index_archive(location: str, heads: int = 0, on_member: Callable[[float], No
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"damaged or cut short at byte {tar.offset}, after {len(members)} members")
             on_member(1.0)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error.__cause__):
+            said = "its TLS certificate is not valid (--insecure-host HOST to go on)"
+            raise ArchiveError(f"cannot read {location}: {said}") from error
         wanted = "--source wants a folder or URL with IXI-T1.tar and IXI-T2.tar"
         raise ArchiveError(f"{location} is not there, or cannot be reached; {wanted}") from None
     except tarfile.TarError as error:
@@ -102,6 +112,14 @@ def index_archive(location: str, heads: int = 0, on_member: Callable[[float], No
     except (OSError, ValueError, ImportError) as error:  # fsspec's for a protocol that it does not know, or has not
         raise ArchiveError(f"cannot read {location}: {getattr(error, 'strerror', None) or error}") from error
     return members
+
+
+def _over_http(location: str, insecure_hosts: Collection[str]) -> dict[str, Any]:
+    """Options for fsspec, by which it obeys proxies in the environment and ~/.netrc, as downloads do."""
+    url = urlsplit(location)
+    if url.scheme not in ("http", "https"):
+        return {}
+    return {"client_kwargs": {"trust_env": True}} | ({"ssl": False} if url.hostname in insecure_hosts else {})
 
 
 def read_member(location: str, offset: int, size: int) -> bytes:

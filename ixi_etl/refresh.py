@@ -131,7 +131,7 @@ def acquire_members(config: RefreshConfig, progress: Progress = silent) -> Input
     """Survey the archives where they lie, and fetch the members of those alone whose headers let them be used."""
     sources = find_sources(config)
     remotes = {m: find_remote(sources[m], config.insecure_hosts) for m in MODALITIES}
-    table = survey({m: remote.url for m, remote in remotes.items()}, progress)
+    table = survey({m: remote.url for m, remote in remotes.items()}, progress, config.insecure_hosts)
     candidates = manifest.select(table, config.dataset)
     wanted = set(candidates.loc[candidates["status"] == CANDIDATE, "subject_id"])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -48,12 +48,15 @@ COLUMNS = [
 ]
 
 
-def survey(archives: Mapping[str, str], progress: Progress = silent) -> pd.DataFrame:
+def survey(
+    archives: Mapping[str, str], progress: Progress = silent, insecure_hosts: Collection[str] = ()
+) -> pd.DataFrame:
     """One row per member of `archives` (modality -> path or URL), in archive order; see `COLUMNS`.
 
     shape (voxels I, J, K as stored), spacing_mm and affine (4 x 4, voxel to RAS mm) are JSON; depth is shape[2].
     A member that is no volume of a subject has an empty subject_id. `reason` and `problem` say what is wrong with a
-    header, as a manifest reason and in words. offset, size: where the member's bytes lie in its archive.
+    header, as a manifest reason and in words. offset, size: where the member's bytes lie in its archive. Of
+    `insecure_hosts` the TLS certificates are not looked at.
 
     Raises:
         ArchiveError: an archive is not there, or is not a tar.
@@ -68,7 +71,7 @@ def survey(archives: Mapping[str, str], progress: Progress = silent) -> pd.DataF
                 told = int(100 * passed)
                 progress(f"survey {modality}", told, 100, "%")
 
-        return index_archive(archives[modality], HEAD_BYTES, on_member)
+        return index_archive(archives[modality], HEAD_BYTES, on_member, insecure_hosts)
 
     with ThreadPoolExecutor(max(len(archives), 1)) as pool:  # for archives elsewhere, each of which waits for its own
         found = dict(zip(archives, pool.map(members_of, archives), strict=True))

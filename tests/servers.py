@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import trustme
+
 PROBE = "bytes=0-511"
 
 
@@ -144,6 +146,13 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: object, client_address: object) -> None:
         pass
+
+
+def served_as(authority: trustme.CA, *names: str) -> ssl.SSLContext:
+    """For `serve`: a certificate for `names`, signed by `authority`."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(*names).configure_cert(context)
+    return context
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import shutil
-import ssl
 import subprocess
 import sys
 import threading
@@ -43,7 +42,7 @@ from answers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from servers import PROBE, Answer, Call, Host, serve
+from servers import PROBE, Answer, Call, Host, serve, served_as
 from starlette.staticfiles import StaticFiles
 
 from ixi_etl import catalog, transfer
@@ -518,12 +517,6 @@ def test_a_host_that_is_not_there_is_left_for_the_mirror(tmp_path: Path, tar: by
 
 
 # -- certificates -----------------------------------------------------------------------------------------------------
-
-
-def served_as(authority: trustme.CA, *names: str) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert(*names).configure_cert(context)
-    return context
 
 
 @pytest.mark.parametrize("trusted", [False, True])

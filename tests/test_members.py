@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import trustme
 from conftest import config_for
-from servers import Call, Host, serve
+from servers import Call, Host, serve, served_as
 
 from ixi_etl import dataset, manifest
 from ixi_etl.config import RefreshConfig
@@ -79,6 +80,14 @@ def test_members_alone_make_the_same_store_and_the_same_decisions(
     pd.testing.assert_frame_equal(used[of_the_archive[1:]], expected[of_the_archive[1:]])
     assert not dataset.verify(made.folder, deep=True)
     assert "MD5s were not checked" in (made.folder / "report.html").read_text()
+
+
+def test_a_host_named_as_insecure_is_surveyed_and_fetched_from(host: Host, tmp_path: Path) -> None:
+    with serve(Host(b"", host.answer), served_as(trustme.CA(), "localhost"), "localhost") as strange:
+        config = members_of(strange, tmp_path)
+        with pytest.raises(DownloadError, match="certificate is not valid"):
+            refresh(config)
+        assert refresh(config.model_copy(update={"insecure_hosts": ("localhost",)})).is_new
 
 
 def test_no_more_moves_than_the_members_and_the_heads_of_the_others(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 from collections import Counter
@@ -11,11 +12,13 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+import trustme
 from hypothesis import given
 from hypothesis import strategies as st
-from servers import Host, serve
+from servers import Call, Host, serve, served_as
 
 from ixi_etl.archive import read_member
+from ixi_etl.errors import ArchiveError
 from ixi_etl.phantom import grid_affine, pack, write_tar
 from ixi_etl.survey import (
     COLUMNS,
@@ -75,6 +78,41 @@ def test_a_survey_of_an_archive_elsewhere_asks_once_a_member_for_its_head_alone(
     asked = [a for a in host.asked if a.method == "GET"]
     assert len(asked) <= len(here) + 3  # the beginning, and the two looks at the end
     assert sum(a.sent for a in asked) <= len(asked) * (HEAD_BYTES + 2 * 512)
+
+
+def test_the_certificate_of_a_named_host_alone_is_not_looked_at(archives: Path) -> None:
+    tar, certified = archives / "IXI-T1.tar", served_as(trustme.CA(), "localhost", "127.0.0.1")
+    with serve(Host(tar.read_bytes()), certified, "localhost") as named, serve(Host(b""), certified) as numbered:
+        found = survey({"T1": named.url}, insecure_hosts=("localhost",))
+        pd.testing.assert_frame_equal(found, survey({"T1": str(tar)}))
+        for url, let_through in ((numbered.url, ("localhost",)), (named.url, ())):
+            with pytest.raises(ArchiveError, match="certificate is not valid \\(--insecure-host") as caught:
+                survey({"T1": url}, insecure_hosts=let_through)
+            assert url in str(caught.value)
+            assert "\n" not in str(caught.value)
+    assert numbered.asked == []
+
+
+def test_a_password_in_netrc_is_told_to_its_host_alone(
+    archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tar = archives / "IXI-T1.tar"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login me password secret\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    said = set()
+
+    def answer(call: Call) -> None:
+        said.add(call.headers.get("authorization"))
+        call.honest() if call.headers.get("authorization") else call.plain(401)
+
+    with serve(Host(tar.read_bytes(), answer)) as host, serve(Host(b"", answer), name="localhost") as elsewhere:
+        pd.testing.assert_frame_equal(survey({"T1": host.url}), survey({"T1": str(tar)}))
+        assert said == {f"Basic {base64.b64encode(b'me:secret').decode()}"}
+        said.clear()
+        with pytest.raises(ArchiveError, match="not there, or cannot be reached"):
+            survey({"T1": elsewhere.url})
+        assert said == {None}
 
 
 @given(st.dictionaries(st.sampled_from(["T1", "T2"]), st.lists(st.integers(1, 6), min_size=1), min_size=1))
