@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -543,7 +544,15 @@ def _run_flow(name: str, *arguments: Any, **parameters: Any) -> Any:
 
 
 def _stop(_signal: int, _frame: object) -> None:
-    """Ctrl-C: at once. What is on the disk outlives a kill, and Prefect would first want to tell its dead server."""
+    """Ctrl-C: at once. What is on the disk outlives a kill, and Prefect would first want to tell its dead server.
+
+    A terminal sends its Ctrl-C to that server too, which would go on for a while, and may end in a trace.
+    """
+    import psutil
+
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it has ended already
+            child.kill()
     shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # the cursor, that a progress bar hides
     os.write(2, f"{shown}\nstopped; the same command goes on from here\n".encode())
     os._exit(130)
