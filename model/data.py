@@ -119,22 +119,29 @@ def load(folder: Path, split: str, direction: str | None = None, device: str | t
     def ranges(name: str) -> Tensor:
         return torch.from_numpy(chosen[[f"{name}_p_low", f"{name}_p_high"]].to_numpy(dtype=np.float32)).to(device)
 
-    def slabs(name: str) -> Tensor:
+    def memory(name: str) -> Tensor:
+        """Room for the slabs of an array.
+
+        Of torch's: for large arrays numpy asks for huge pages, and a busy system is slow to find them. Written once by
+        all threads while the disk is read: threads that decode into new memory wait for each other to be given it.
+        """
         array = arrays[name]
-        # Memory of torch's: for large arrays numpy asks for huge pages, and a busy system is slow to find them.
-        read = torch.empty((len(rows), *array.shape[1:]), dtype=getattr(torch, str(array.dtype)))
+        return torch.empty((len(rows), *array.shape[1:]), dtype=getattr(torch, str(array.dtype))).zero_()
+
+    def slabs(name: str, read: Tensor) -> Tensor:
         try:
-            array.get_orthogonal_selection((rows,), out=NDBuffer.from_numpy_array(read.numpy()))
+            arrays[name].get_orthogonal_selection((rows,), out=NDBuffer.from_numpy_array(read.numpy()))
         except Exception as error:  # whatever a codec raises on damaged bytes
             found = dataset.verify(folder, deep=True)
             raise DatasetError(found[0] if found else f"{folder}: {name} cannot be read ({error})") from error
         return read.flatten(0, 1).to(device)
 
+    rooms = memory(source), memory(target)
     return Pairs(
         direction=(source, target),
         subjects=chosen["subject_id"].tolist(),
-        source=slabs(source),
-        target=slabs(target),
+        source=slabs(source, rooms[0]),
+        target=slabs(target, rooms[1]),
         subject=torch.arange(len(rows), device=device).repeat_interleave(slices),
         position=torch.arange(slices, device=device).repeat(len(rows)),
         source_range=ranges(source),
