@@ -7,6 +7,7 @@ in a table of the page. Series and rows have the classes s0, s1, ... of `templat
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from statistics import quantiles
 
@@ -112,8 +113,8 @@ def _scale(values: tuple[float, float], places: tuple[float, float]) -> Scale:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Two to seven round numbers, the first at or under `low` and the last at or over `high`."""
-    span = max(high - low, 1e-6 * max(abs(low), abs(high))) or 1.0  # values that hardly differ are drawn as equal
-    rough = span / 5
+    span = max(high - low, 1e-6 * max(abs(low), abs(high)))  # values that hardly differ are drawn as equal
+    rough = (span if span > sys.float_info.min else 1.0) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(s * power for s in (1, 2, 5, 10) if s * power >= rough * 0.999)
     first, last = math.floor(low / step), math.ceil(high / step)

@@ -1,5 +1,4 @@
-"""What is deployed fits the flows, the server and the containers it is deployed with, and a deployment answers to its
-bare name."""
+"""What is deployed fits the flows, the server and the containers it is deployed with."""
 
 from __future__ import annotations
 
@@ -8,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -171,48 +169,3 @@ def test_prefect_s_settings_do_not_show_the_passwords() -> None:
             [sys.executable, *command], capture_output=True, text=True, env=os.environ | secrets, check=True
         )
         assert "hunter2" not in done.stdout + done.stderr
-
-
-# -- bare names -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """The API's address of a Prefect server with the deployments lone/lone, one/twin and two/twin."""
-    from prefect import get_client
-    from prefect.settings import get_current_settings
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=60):
-        with get_client(sync_client=True) as client:
-            for flow, name in (("lone", "lone"), ("one", "twin"), ("two", "twin")):
-                client.create_deployment(client.create_flow_from_name(flow), name)
-        yield str(get_current_settings().api.url)
-
-
-def type_run(server: str, name: str) -> subprocess.CompletedProcess[str]:
-    """Type `prefect deployment run NAME` in the project's folder, whose prefect.toml turns the plugin on."""
-    return subprocess.run(
-        [sys.executable, "-m", "prefect", "deployment", "run", name],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PREFECT_API_URL": server, "NO_COLOR": "1"},
-        check=False,
-    )
-
-
-@pytest.mark.parametrize("name", ["lone", "lone/lone", "two/twin"])
-def test_a_deployment_runs_by_its_bare_name_and_by_its_full_one(server: str, name: str) -> None:
-    done = type_run(server, name)
-    assert done.returncode == 0, done.stderr
-    assert "Created flow run" in done.stdout
-
-
-@pytest.mark.parametrize("name", ["twin", "nobody"])
-def test_a_bare_name_that_is_not_one_deployment_s_gets_prefect_s_own_answer(server: str, name: str) -> None:
-    done = type_run(server, name)
-    assert done.returncode == 1
-    assert f"Invalid deployment name format: {name}. Expected format: <FLOW_NAME>/<DEPLOYMENT_NAME>" in (
-        " ".join((done.stdout + done.stderr).split())
-    )

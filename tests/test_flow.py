@@ -171,6 +171,7 @@ def test_a_prefect_server_that_is_not_there_is_one_line(archives: Path, tmp_path
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.stack  # a server of its own, and a registered refresh after it: half a minute on two cores
 def test_ctrl_c_stops_at_once_and_the_next_run_goes_on(archives: Path, tmp_path: Path) -> None:
     arguments = ["refresh", "--root", str(tmp_path), "--source", str(archives), "--slices", "12", "--workers", "1"]
     child = subprocess.Popen(
@@ -295,3 +296,46 @@ def test_every_flow_has_help_and_stands_in_the_readme_and_in_the_deployments() -
         assert flow.description, f"{name} says nothing on the server's page"
         assert f"from flows.{flow.fn.__name__} import {flow.fn.__name__}" in README.read_text()
         assert f"flows/{flow.fn.__name__}.py:{flow.fn.__name__}" in (top / "prefect.yaml").read_text()
+
+
+# -- a deployment answers to its bare name ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(prefect: None) -> str:
+    """The API's address of a Prefect server with the deployments lone/lone, one/twin and two/twin."""
+    from prefect import get_client
+    from prefect.settings import get_current_settings
+
+    with get_client(sync_client=True) as client:
+        for flow, name in (("lone", "lone"), ("one", "twin"), ("two", "twin")):
+            client.create_deployment(client.create_flow_from_name(flow), name)
+    return str(get_current_settings().api.url)
+
+
+def type_run(server: str, name: str) -> subprocess.CompletedProcess[str]:
+    """Type `prefect deployment run NAME` in the project's folder, whose prefect.toml turns the plugin on."""
+    return subprocess.run(
+        [sys.executable, "-m", "prefect", "deployment", "run", name],
+        cwd=README.parent,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PREFECT_API_URL": server, "NO_COLOR": "1"},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", ["lone", "lone/lone", "two/twin"])
+def test_a_deployment_runs_by_its_bare_name_and_by_its_full_one(server: str, name: str) -> None:
+    done = type_run(server, name)
+    assert done.returncode == 0, done.stderr
+    assert "Created flow run" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["twin", "nobody"])
+def test_a_bare_name_that_is_not_one_deployment_s_gets_prefect_s_own_answer(server: str, name: str) -> None:
+    done = type_run(server, name)
+    assert done.returncode == 1
+    assert f"Invalid deployment name format: {name}. Expected format: <FLOW_NAME>/<DEPLOYMENT_NAME>" in (
+        " ".join((done.stdout + done.stderr).split())
+    )

@@ -253,9 +253,13 @@ def test_a_refresh_finds_the_motion_of_every_subject(moving: Path, tmp_path: Pat
             assert row["nmi_after"] > row["nmi_before"]
             assert row["motion_mm"] > 0.5
     assert moved >= 2
-    # workers and repeats do not change a byte
-    other = tmp_path / "other"
-    again = refresh(config.model_copy(update={"root": other, "workers": 1}))
+
+
+@pytest.mark.stack  # half a minute on two cores; without registration it is a test of `make test`
+def test_workers_and_repeats_do_not_change_a_byte_of_what_is_registered(moving: Path, tmp_path: Path) -> None:
+    config = config_for(tmp_path, moving, registration="rigid", slices=20)
+    done = refresh(config)
+    again = refresh(config.model_copy(update={"root": tmp_path / "other", "workers": 1}))
     files = [p.relative_to(done.folder) for p in sorted(done.folder.rglob("*")) if p.is_file()]
     assert [(done.folder / f).read_bytes() for f in files] == [(again.folder / f).read_bytes() for f in files]
 

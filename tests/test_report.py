@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import config_for
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -119,6 +119,8 @@ def test_without_pictures_there_is_no_contact_sheet(archives: Path, tmp_path: Pa
 
 
 @given(st.dictionaries(st.text(max_size=8), st.lists(numbers, max_size=20), max_size=4))
+@example({"": [0.0, 5e-324]})
+@example({"": [0.0, 1e-307]})
 def test_strips_stay_in_the_picture_whatever_the_values(rows: dict[str, list[float]]) -> None:
     stays_inside(str(charts.strips(rows, "label")), any(rows.values()))
 
@@ -126,6 +128,8 @@ def test_strips_stay_in_the_picture_whatever_the_values(rows: dict[str, list[flo
 @given(
     st.dictionaries(st.text(max_size=8), st.lists(st.tuples(st.integers(0, 10**6), numbers), max_size=20), max_size=3)
 )
+@example({"": [(0, 0.0), (0, 5e-324)]})
+@example({"": [(0, 0.0), (0, 1e-307)]})
 def test_lines_stay_in_the_picture_whatever_the_values(series: dict[str, list[tuple[float, float]]]) -> None:
     stays_inside(str(charts.lines(series, "label")), any(series.values()))
 
