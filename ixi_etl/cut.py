@@ -117,7 +117,7 @@ def _cut(job: Job, packed: dict[str, bytes], config: DatasetConfig, work: Path, 
         similarity = _nmi_within(_foreground(slabs["T2"]), slabs["T1"], slabs["T2"])
         record |= {"nmi_before": similarity, "nmi_after": similarity}
     else:
-        slabs = _anatomical_slabs(volumes["T1"], volumes["T2"], config, record)
+        slabs = _anatomical_slabs(volumes.pop("T1"), volumes.pop("T2"), config, record)
     voxels = _quantise(slabs, record)
     for modality, slab in slabs.items():
         name = modality.lower()
@@ -173,19 +173,24 @@ def _axial_slab(t2: _Volume, config: DatasetConfig) -> Slab:
     window = config.window_in(align.axial_depth(t2.header.shape, t2.affine))
     assert window is not None, "select let a window through that does not fit"
     stored, affine = align.axial_slab(t2.stored, t2.affine, window)
-    # In its own order: what follows reads it over and over, and a flipped view is read at half the speed.
-    return Slab(t2.header.scaled(np.ascontiguousarray(stored)), affine, window)
+    # A copy: what follows reads it over and over, a flipped view is read at half the speed, and any keeps the volume.
+    return Slab(t2.header.scaled(stored.copy()), affine, window)
 
 
 def _anatomical_slabs(t1: _Volume, t2: _Volume, config: DatasetConfig, record: dict[str, Any]) -> dict[str, Slab]:
     """Both slabs on the T2's planes, the T1 interpolated once; how they were aligned goes into `record`."""
     target = _axial_slab(t2, config)
+    rigid = config.registration == "rigid"
+    if not rigid:
+        del t2  # a volume is let go as soon as it can be: each worker has its own
     foreground = _foreground(target)
     t2_to_t1 = np.eye(4)
     chosen, inside = _resampled_slab(t1, target, t2_to_t1)
+    if not rigid:
+        del t1
     similarity = _nmi_within(foreground & inside, chosen, target)
     record["nmi_before"] = similarity
-    if config.registration == "rigid":
+    if rigid:
         points = align.world_points(foreground, target.affine)
         found, flag = _registered(t1, t2, points)
         if not flag:
@@ -241,7 +246,7 @@ def _bounded(values: NDArray[Any]) -> NDArray[Any]:
     """Values within twice the range of int16, so that no sum overflows; who has others will be `intensity_range`."""
     if values.dtype.kind != "f" and values.dtype.itemsize <= 2:
         return values
-    bounded: NDArray[Any] = np.nan_to_num(np.clip(values, -65536.0, 65536.0))
+    bounded: NDArray[Any] = np.nan_to_num(np.clip(values, -65536.0, 65536.0), copy=False)
     return bounded
 
 

@@ -5,7 +5,7 @@ What there are many of, and are small integers, is counted: it takes a quarter o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ PERCENTILES = (0.1, 99.9)
 """Of each slab, in the manifest: what a network's input is normalised by, and what tells one slab from another."""
 
 MANY = 1 << 16  # values: fewer are sorted as soon as counted
+PART = 1 << 17  # values that are counted at a time
 WIDE = 1 << 18  # values that may occur: more are sorted as soon as counted
 
 
@@ -53,7 +54,16 @@ class Counts:
 def count_values(image: NDArray[Any]) -> Counts:
     """Counts of integers; of all between the least and the largest, so these must not lie far apart."""
     low = int(image.min())
-    return Counts(low, np.bincount(np.subtract(image, low, dtype=np.intp).ravel()))
+    counts = np.zeros(int(image.max()) - low + 1, np.intp)
+    for part in in_parts(image):
+        counts += np.bincount(np.subtract(part, low, dtype=np.intp), minlength=len(counts))
+    return Counts(low, counts)
+
+
+def in_parts(image: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """The values, flat, in parts that a cache holds: NumPy counts in 8 bytes a value, and makes all of them at once."""
+    flat = image.ravel()
+    return (flat[start : start + PART] for start in range(0, flat.size, PART))
 
 
 def better_counted(image: NDArray[Any]) -> bool:

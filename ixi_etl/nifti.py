@@ -18,6 +18,7 @@ from ixi_etl.errors import BadVolumeError
 
 HEADER_BYTES = 540  # NIfTI-2's; NIfTI-1's 348 lie within
 MAX_VOLUME_BYTES = 512 << 20  # of voxels, in a file of a person's own; an IXI volume has 20 MB
+PIECE_BYTES = 1 << 20  # inflated at a time
 MAX_DEFLATE_RATIO = 1032  # the most that deflate can shrink
 
 
@@ -58,7 +59,9 @@ class Header:
         """Stored values in the scanner's units; float64 unless nothing is to be done."""
         if (self.slope, self.intercept) == (1.0, 0.0):
             return stored
-        return stored * np.float64(self.slope) + self.intercept
+        scaled: NDArray[Any] = stored * np.float64(self.slope)
+        scaled += self.intercept
+        return scaled
 
 
 def read(data: bytes) -> tuple[Header, NDArray[Any]]:
@@ -71,11 +74,9 @@ def read(data: bytes) -> tuple[Header, NDArray[Any]]:
     if header.reason:
         raise BadVolumeError(header.reason, header.problem)
     size = header.voxel_offset + header.voxel_bytes
-    if is_gzip(data):
-        data = inflate(data, size)
-    elif len(data) != size:
+    if not is_gzip(data) and len(data) != size:
         raise BadVolumeError("corrupt_voxels", f"{len(data)} bytes; the header announces {size}")
-    stored = voxels(data, header)
+    stored = voxels(inflate(data, size) if is_gzip(data) else data, header)
     if stored.dtype.kind == "f" and not np.isfinite(stored).all():
         raise BadVolumeError("corrupt_voxels", "voxels that are NaN or infinite")
     return header, stored
@@ -107,30 +108,36 @@ def inflate_head(packed: bytes, size: int = HEADER_BYTES) -> bytes:
     return head
 
 
-def inflate(packed: bytes, size: int) -> bytes:
+def inflate(packed: bytes, size: int) -> memoryview:
     """All of a gzip file that holds `size` bytes, its CRC-32 and length checked.
+
+    Piece by piece into memory of that size: what is inflated at once is moved each time its memory has to double, and
+    the halves stay behind as holes.
 
     Raises:
         BadVolumeError: `corrupt_voxels`: cut short, damaged, or longer than `size`.
     """
-    whole = b""
-    rest = packed
-    while True:  # a gzip file may be several streams end to end
-        stream = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
+    whole, filled = np.empty(size, np.uint8).data, 0
+    stream, rest = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP), packed
+    while True:
         try:
-            piece = stream.decompress(rest, size - len(whole) + 1)
+            piece = stream.decompress(rest, PIECE_BYTES)
         except igzip_lib.error as error:  # type: ignore[misc]  # its stub calls it a value
             raise BadVolumeError("corrupt_voxels", f"the gzip stream is damaged ({error})") from error
-        whole = whole + piece if whole else piece
-        if len(whole) > size:
+        rest = b""  # the stream has it
+        if filled + len(piece) > size:
             raise BadVolumeError("corrupt_voxels", f"damaged, or more than the {size} bytes that the header announces")
-        if not stream.eof:
-            raise BadVolumeError("corrupt_voxels", f"the gzip stream is cut short after {len(whole)} of {size} bytes")
-        rest = stream.unused_data
-        if not is_gzip(rest):
-            break
-    if len(whole) < size:
-        raise BadVolumeError("corrupt_voxels", f"{len(whole)} bytes of the {size} that the header announces")
+        whole[filled : filled + len(piece)] = piece
+        filled += len(piece)
+        if stream.eof:
+            rest = stream.unused_data
+            if not is_gzip(rest):
+                break
+            stream = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)  # there may be several, end to end
+        elif not piece:
+            raise BadVolumeError("corrupt_voxels", f"the gzip stream is cut short after {filled} of {size} bytes")
+    if filled < size:
+        raise BadVolumeError("corrupt_voxels", f"{filled} bytes of the {size} that the header announces")
     return whole
 
 
@@ -242,7 +249,7 @@ def axis_codes(affine: NDArray[np.float64]) -> tuple[str, ...]:
     return tuple("LPIRAS"[world + 3 * (rotation[world, voxel] > 0)] for voxel, world in enumerate(axes))
 
 
-def voxels(inflated: bytes, header: Header) -> NDArray[np.generic]:
+def voxels(inflated: bytes | memoryview, header: Header) -> NDArray[np.generic]:
     """The stored voxels, [k, j, i], without slope and intercept; a view of `inflated`, in its own byte order."""
     i, j, k = header.shape
     flat = np.frombuffer(inflated, np.dtype(header.dtype), i * j * k, header.voxel_offset)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ixi_etl.align import Matrix, itk
-from ixi_etl.intensity import better_counted, count_values
+from ixi_etl.intensity import better_counted, count_values, in_parts
 
 
 @dataclass(frozen=True)
@@ -45,26 +45,26 @@ def nmi(a: NDArray[Any], b: NDArray[Any]) -> float:
     """
     if a.size == 0 or a.min() == a.max() or b.min() == b.max():
         return 0.0
-    joint = np.zeros((NMI_BINS, NMI_BINS))
-    joint += np.bincount(_bins(a) * NMI_BINS + _bins(b), minlength=NMI_BINS**2).reshape(joint.shape)
-    joint /= a.size
+    counts = np.zeros(NMI_BINS**2)
+    for bins_a, bins_b in zip(in_parts(_bins(a)), in_parts(_bins(b)), strict=True):
+        counts += np.bincount(bins_a * NMI_BINS + bins_b, minlength=NMI_BINS**2)
+    joint = counts.reshape(NMI_BINS, NMI_BINS) / a.size
     of_both = _entropy(joint)
     of_each = _entropy(joint.sum(axis=0)) + _entropy(joint.sum(axis=1))
     return 2 * (of_each - of_both) / of_each if of_each > 0 else 0.0
 
 
-def _bins(values: NDArray[Any]) -> NDArray[np.intp]:
+def _bins(values: NDArray[Any]) -> NDArray[np.int16]:
     if not better_counted(values):
         return _binned(values, *np.percentile(values, NMI_RANGE))
     counted = count_values(values)
     bins = _binned(counted.values, *counted.percentiles(NMI_RANGE))
-    taken: NDArray[np.intp] = bins[np.subtract(values, counted.low, dtype=np.intp)]
-    return taken
+    return np.concatenate([bins[np.subtract(part, counted.low, dtype=np.intp)] for part in in_parts(values)])
 
 
-def _binned(values: NDArray[Any], low: float, high: float) -> NDArray[np.intp]:
+def _binned(values: NDArray[Any], low: float, high: float) -> NDArray[np.int16]:
     width = (high - low) or 1.0
-    binned: NDArray[np.intp] = np.clip((values - low) * (NMI_BINS / width), 0, NMI_BINS - 1).astype(np.intp)
+    binned: NDArray[np.int16] = np.clip((values - low) * (NMI_BINS / width), 0, NMI_BINS - 1).astype(np.int16)
     return binned
 
 

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import tempfile
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from strategies import affines, world_of
 from ixi_etl.config import DatasetConfig
 from ixi_etl.cut import Job, Part, cut_subject, record_path, shard_path
 from ixi_etl.phantom import grid_affine, pack, rigid
-from ixi_etl.store import assemble, open_arrays
+from ixi_etl.store import assemble, open_arrays, write_shards
 
 RNG = np.random.default_rng(5)
 T1_GRID = (grid_affine((24, 24, 20), (3, 3, 4), "PSR"), (20, 24, 24))
@@ -243,3 +244,26 @@ def test_a_half_written_record_does_not_count(tmp_path: Path) -> None:
     path = record_path(tmp_path, "IXI002-Guys-0828")
     path.write_text(path.read_text()[:40])
     assert cut(tmp_path, T1, T2) == first
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_volumes_are_let_go_before_their_slabs_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+
+    def watched(*arguments: Any) -> dict[str, str]:
+        held.append(tracemalloc.get_traced_memory()[0])
+        return write_shards(*arguments)
+
+    monkeypatch.setattr("ixi_etl.cut.write_shards", watched)
+    grids = [(grid_affine((80, 80, 60), (1, 1, 1), "RAS"), (60, 80, 80))] * 2
+    t1, t2 = (pack(textured(shape, seed=seed), affine) for seed, (affine, shape) in enumerate(grids))
+    cut(tmp_path, t1, t2, CONFIG)  # what is imported where it is used
+    record_path(tmp_path, "IXI002-Guys-0828").unlink()
+    tracemalloc.start()
+    try:
+        cut(tmp_path, t1, t2, CONFIG)
+    finally:
+        tracemalloc.stop()
+    assert held[-1] < 2 * 60 * 80 * 80  # bytes of one of them
