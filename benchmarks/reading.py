@@ -1,12 +1,14 @@
 """Cases of reading for training: every pair of a version once, in random order, as normalised float32 batches of 16.
 
 A first epoch: files are not in the system's memory, and whatever a peer builds (a cache, workers) is counted. Batches
-are (16, 1, H, W) in [-1, 1]; `checksum` is of nothing but the number of pixels, as each peer draws its own order.
+are (16, 1, H, W) in [-1, 1]; nothing but the number of pixels is compared, as each peer draws its own order. A case is
+given a `folder` that `prepare` filled, and `warm`, a small one, of which it reads an epoch first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -80,21 +82,22 @@ def _consumed(batches: Iterable[tuple[Tensor, Tensor]], keep: Any = None) -> dic
     return {"pairs": pairs, "pixels": pixels, "keep": keep}
 
 
-def _version(folder: str) -> Path:
-    """The version, of which a slab was read before, so that what is imported where it is used is not counted."""
-    from ixi_etl import dataset
-    from ixi_etl.store import open_arrays
+def _warmed(case: Callable[..., Work]) -> Callable[..., Work]:
+    """The case of `folder`, after it was done once of `warm`: what is imported where it is used is not counted."""
 
-    version, _, _ = _files(folder)
-    dataset.read_manifest(version)
-    for array in open_arrays(version).values():
-        np.asarray(array[0])
-    return _files(folder)[0]
+    @wraps(case)
+    def ready(folder: str, warm: str, **more: Any) -> Work:
+        case(warm, **more)()
+        return case(folder, **more)
+
+    return ready
 
 
-def _epoch(version: Path) -> Work:
+def _epoch(folder: str) -> Work:
     """All batches of our loader, in a random order."""
     from model import data
+
+    version, _, _ = _files(folder)
 
     def work() -> dict[str, Any]:
         pairs = data.load(version, "train")
@@ -107,13 +110,15 @@ def _epoch(version: Path) -> Work:
     return work
 
 
+@_warmed
 def ours(folder: str) -> Work:
     from model.cpu import keep_freed_memory
 
     keep_freed_memory()  # as `model.train.train` does
-    return _epoch(_version(folder))
+    return _epoch(folder)
 
 
+@_warmed
 def zarr_default(folder: str) -> Work:
     """Our store and our batches, read by zarr-python's own codec pipeline."""
     import zarr
@@ -121,13 +126,11 @@ def zarr_default(folder: str) -> Work:
     from ixi_etl.store import STORE
     from model import data
 
-    version = _version(folder)
-
     def plain(folder: Path) -> dict[str, Any]:
         return dict(zarr.open_group(str(folder / STORE), mode="r").arrays())
 
     data.open_arrays = plain
-    return _epoch(version)
+    return _epoch(folder)
 
 
 class _Slices(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
@@ -152,6 +155,7 @@ class _Slices(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return torch.from_numpy(((stored - low) / (high - low) * 2 - 1).clip(-1, 1))[None]
 
 
+@_warmed
 def npy_loader(folder: str, workers: int) -> Work:
     """`DataLoader` over a .npy file for each slice."""
     _, ranges, subjects = _files(folder)
@@ -165,6 +169,7 @@ def npy_loader(folder: str, workers: int) -> Work:
     return work
 
 
+@_warmed
 def monai_cache(folder: str) -> Work:
     """MONAI's `CacheDataset` of normalised slices, built by two threads, then its batches."""
     from monai.data import CacheDataset, DataLoader
@@ -186,6 +191,7 @@ def monai_cache(folder: str) -> Work:
     return work
 
 
+@_warmed
 def torchio_queue(folder: str) -> Work:
     """TorchIO's `Queue` of single slices drawn from whole slabs, two loading workers; each subject as often as it has
     slices.
@@ -229,8 +235,7 @@ def batch_alone(folder: str, batch: int, times: int) -> Work:
     from model import data
     from model.config import TrainConfig
 
-    version = _version(folder)
-    pairs = data.load(version, "train")
+    pairs = data.load(_files(folder)[0], "train")
     config = TrainConfig(side=int(pairs.source.shape[-1]), batch_size=batch)
 
     def work() -> dict[str, Any]:

@@ -173,9 +173,12 @@ def reading(settings: Settings) -> list[Row]:
     """A first epoch, and what a step waits for."""
     pairs = 6 if settings.quick else 64
     source = str(inputs.archives(Path(settings.folder), pairs, _shrink(settings)))
-    place = inputs.fresh(Path(settings.folder), "reading")
-    at = {"folder": str(place)}
-    (made,) = alternate(1, (R + "prepare", {"source": source} | at))
+    places = {name: str(inputs.fresh(Path(settings.folder), f"reading-{name}")) for name in ("folder", "warm")}
+    made, _ = alternate(
+        1,
+        (R + "prepare", {"source": source, "folder": places["folder"]}),
+        (R + "prepare", {"source": _warm(settings)["warm"], "folder": places["warm"]}),
+    )
     peers = {
         "DataLoader over .npy, 0 workers": ("npy_loader", {"workers": 0}),
         "DataLoader over .npy, 2 workers": ("npy_loader", {"workers": 2}),
@@ -184,7 +187,7 @@ def reading(settings: Settings) -> list[Row]:
         "zarr-python's codec pipeline": ("zarr_default", {}),
     }
     ours, *theirs = alternate(
-        settings.times, (R + "ours", at), *((R + case, at | more) for case, more in peers.values())
+        settings.times, (R + "ours", places), *((R + case, places | more) for case, more in peers.values())
     )
     agree("pixels", ours, *theirs)
     best = min(range(len(theirs)), key=lambda n: seconds(theirs[n]))
@@ -206,7 +209,7 @@ def reading(settings: Settings) -> list[Row]:
         times = 20 if settings.quick else 500
         alone, step = alternate(
             1,
-            (R + "batch_alone", at | {"batch": batch, "times": times}),
+            (R + "batch_alone", {"folder": places["folder"], "batch": batch, "times": times}),
             (T + "our_step", {"batch": batch, "side": side, "width": width, "times": 3}),
         )
         waits, taken = seconds(alone) / times, seconds(step)

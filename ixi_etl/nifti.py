@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import deflate
 import nibabel as nib
 import numpy as np
 from isal import igzip_lib
@@ -108,14 +109,29 @@ def inflate_head(packed: bytes, size: int = HEADER_BYTES) -> bytes:
     return head
 
 
-def inflate(packed: bytes, size: int) -> memoryview:
+def inflate(packed: bytes, size: int) -> bytearray | memoryview:
     """All of a gzip file that holds `size` bytes, its CRC-32 and length checked.
 
-    Piece by piece into memory of that size: what is inflated at once is moved each time its memory has to double, and
-    the halves stay behind as holes.
+    At one go by libdeflate, in little more than half the time that a stream takes. It reads the first of several
+    members end to end, and says no more of a damaged one than that it is: what does not end with the trailer of the
+    first is left to `inflate_in_pieces`. A member that stands there twice is read once.
 
     Raises:
         BadVolumeError: `corrupt_voxels`: cut short, damaged, or longer than `size`.
+    """
+    try:
+        whole = deflate.gzip_decompress(packed, size)
+    except deflate.DeflateError:
+        return inflate_in_pieces(packed, size)
+    trailer = deflate.crc32(whole).to_bytes(4, "little") + len(whole).to_bytes(4, "little")
+    return whole if len(whole) == size and packed.endswith(trailer) else inflate_in_pieces(packed, size)
+
+
+def inflate_in_pieces(packed: bytes, size: int) -> memoryview:
+    """The same by ISA-L, a piece at a time into memory of `size` bytes, of members end to end, too.
+
+    Raises:
+        BadVolumeError: `corrupt_voxels`, and what is wrong.
     """
     whole, filled = np.empty(size, np.uint8).data, 0
     stream, rest = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP), packed
@@ -133,7 +149,7 @@ def inflate(packed: bytes, size: int) -> memoryview:
             rest = stream.unused_data
             if not is_gzip(rest):
                 break
-            stream = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)  # there may be several, end to end
+            stream = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
         elif not piece:
             raise BadVolumeError("corrupt_voxels", f"the gzip stream is cut short after {filled} of {size} bytes")
     if filled < size:
@@ -249,7 +265,7 @@ def axis_codes(affine: NDArray[np.float64]) -> tuple[str, ...]:
     return tuple("LPIRAS"[world + 3 * (rotation[world, voxel] > 0)] for voxel, world in enumerate(axes))
 
 
-def voxels(inflated: bytes | memoryview, header: Header) -> NDArray[np.generic]:
+def voxels(inflated: bytes | bytearray | memoryview, header: Header) -> NDArray[np.generic]:
     """The stored voxels, [k, j, i], without slope and intercept; a view of `inflated`, in its own byte order."""
     i, j, k = header.shape
     flat = np.frombuffer(inflated, np.dtype(header.dtype), i * j * k, header.voxel_offset)

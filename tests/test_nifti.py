@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import zlib
+from collections.abc import Callable
+from itertools import pairwise
 
 import nibabel as nib
 import numpy as np
@@ -163,6 +166,49 @@ def test_a_damaged_byte_never_changes_a_voxel_unseen(at: int, bits: int) -> None
         assert error.reason == "corrupt_voxels"
     else:  # in the gzip header's own time or system field
         assert got == RAW
+
+
+def outcome(inflate: Callable[[bytes, int], bytearray | memoryview], packed: bytes, size: int) -> bytes | str:
+    """What comes of it: the bytes, or what is said to be wrong."""
+    try:
+        return bytes(inflate(packed, size))
+    except BadVolumeError as error:
+        return f"{error.reason}: {error.detail}"
+
+
+@st.composite
+def gzip_files(draw: st.DrawFn) -> bytes:
+    """One to three members of parts of RAW, by any compressor, with or without a name, and perhaps something behind."""
+    ends = sorted(draw(st.lists(st.integers(0, len(RAW)), max_size=2)))
+    parts = [RAW[a:b] for a, b in pairwise([0, *ends, len(RAW)])]
+    levels, names = st.integers(0, 9), st.sampled_from(["", "a.nii"])
+    file = io.BytesIO()
+    for part in parts:
+        with gzip.GzipFile(draw(names), "wb", draw(levels), file, mtime=0) as member:
+            member.write(part)
+    return file.getvalue() + draw(st.sampled_from([b"", bytes(512), b"\x1f", b"\x1f\x8b", b"\x1f\x8b\x08", b"<html>"]))
+
+
+@given(gzip_files(), st.integers(-1, 1), st.none() | st.tuples(st.integers(0, 2000), st.integers(0, 255)), st.data())
+@settings(max_examples=400)
+def test_a_file_inflated_at_once_is_what_it_is_in_pieces(
+    packed: bytes, more: int, damage: tuple[int, int] | None, data: st.DataObject
+) -> None:
+    if damage:
+        at, byte = damage
+        packed = packed[: at % len(packed)] + bytes([byte]) + packed[at % len(packed) + 1 :]
+    packed = packed[: data.draw(st.just(len(packed)) | st.integers(0, len(packed)))]
+    size = len(RAW) + more
+    assert outcome(nifti.inflate, packed, size) == outcome(nifti.inflate_in_pieces, packed, size)
+
+
+def test_a_whole_member_takes_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nifti, "inflate_in_pieces", lambda packed, size: pytest.fail("it was inflated twice"))
+    assert nifti.inflate(PACKED, len(RAW)) == RAW
+
+
+def test_a_member_that_stands_there_twice_is_read_once() -> None:
+    assert nifti.inflate(PACKED + PACKED, len(RAW)) == RAW
 
 
 def test_a_bomb_is_stopped_at_the_announced_size() -> None:
