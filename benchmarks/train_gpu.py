@@ -7,38 +7,44 @@
     python -m benchmarks.train_gpu --device cpu --steps 4 --batch-size 1   # only to see that it runs
 
 Prints, of each batch size, ms a step, images a second and peak memory of each precision, the reference implementation's
-step in the same run, for how long the GPU is idle, what a step computes and moves at the least, and both loss curves
-side by side. Our time is that of the whole loop, drawing batches included; the reference's is of its step alone, its
-images on the device.
+step in the same run, for how long the GPU is idle, what a step computes and moves at the least, and the loss curves of
+both precisions side by side; last of all, images a second of both at their best batch sizes. Our time is that of the
+whole loop, drawing batches included; the reference's is of its step alone, its images on the device. On a GPU float32
+is TF32 in convolutions, as PyTorch has it, for both.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
-from torch.profiler import profile, supported_activities
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.reference import Pix2PixModel
 from ixi_etl.config import DatasetConfig, RefreshConfig
 from ixi_etl.phantom import write_phantom
 from ixi_etl.refresh import refresh
+from model import data
 from model.config import TrainConfig, preset
 from model.graph import EAGER_STEPS
+from model.learner import Learner
 from model.run import prepare, train_run
 
 SPLIT_SEED = 6  # of the phantom's six subjects, one is for validation and one for test
 CURVE_ROWS = 10
 REFERENCE_STEPS = 300
+TRACED_STEPS = 100
+WAITING_US = 5  # between two kernels of one recording lies about 1 us; more, and the GPU waits for this machine
 ADAM_BYTES = 28  # a weight: itself and two moments read and written, its gradient read
 
 
@@ -53,15 +59,20 @@ def main() -> None:
     if given.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit("there is no GPU here; --device cpu --steps 4 --batch-size 1 shows that the benchmark runs")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if ":" in given.device:
+        torch.cuda.set_device(given.device)
     with tempfile.TemporaryDirectory() as scratch:
         root = given.root or simulate(Path(scratch))
-        for batch in given.batch_size:
-            tell(root, given.dataset, given.steps, batch, given.device)
+        rates = [tell(root, given.dataset, given.steps, batch, given.device) for batch in given.batch_size]
+    ours, theirs = (max(of) for of in zip(*rates, strict=True))
+    print(f"\nat the best batch size of each: {ours:.1f} images/s, the reference {theirs:.1f}: {ours / theirs:.2f} x")
 
 
-def tell(root: Path, dataset: str, steps: int, batch: int, device: str) -> None:
-    """Train at one batch size in each precision, and print what came of it."""
-    curves, busy = {}, {}
+def tell(root: Path, dataset: str, steps: int, batch: int, device: str) -> tuple[float, float]:
+    """Train at one batch size in each precision, and print what came of it; images a second, ours and the
+    reference's.
+    """
+    curves, idle, whole = {}, {}, {}
     for precision in ("fp32", "bf16"):
         config = preset(
             "paper",
@@ -74,10 +85,9 @@ def tell(root: Path, dataset: str, steps: int, batch: int, device: str) -> None:
             samples=0,
             log_every=max(1, steps // 40),
         )
-        curves[precision], _ = trained(root, config)
-        few = max(EAGER_STEPS + 2, steps // 20)
-        at_work = [trained(root, config.model_copy(update={"steps": n}), profiled=True)[1] for n in (few, 2 * few)]
-        busy[precision] = (at_work[1] - at_work[0]) / few  # without the validation, and the steps before the recording
+        curves[precision], whole[precision] = trained(root, config)
+        if device.startswith("cuda"):
+            idle[precision] = idle_shares(root, config)
     name = torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"
     print(f"\n{name}, torch {torch.__version__}, batch {batch}, {steps} steps")
     # The first tenth warms up: allocator, cuDNN's choice of algorithms, the recording of the step.
@@ -90,28 +100,65 @@ def tell(root: Path, dataset: str, steps: int, batch: int, device: str) -> None:
     print(
         "times as fast as the reference: " + ", ".join(f"{name} {reference_ms / ms:.2f}" for name, ms in ours.items())
     )
-    if device.startswith("cuda"):
-        print("GPU idle: " + ", ".join(f"{name} {1 - busy[name] / ms:.1%}" for name, ms in ours.items()))
+    for name, (between, waiting) in idle.items():
+        print(f"GPU idle, {name}: {between:.1%} of the time between kernels, {waiting:.1%} waiting for this machine")
     print(
         f"a step computes {gflop:.0f} GFLOP and moves {gigabytes:.2f} GB for the weights: divide by the device's rates"
     )
     print("49,200 such steps: " + ", ".join(f"{name} {ms * 49_200 / 6e4:.1f} min" for name, ms in ours.items()))
+    print(
+        f"these {steps}, with reading, validation and a checkpoint: "
+        + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in whole.items())
+    )
     both = pd.concat(
         {name: c[["loss_d", "loss_g_adversarial", "loss_g_reconstruction"]] for name, c in curves.items()}, axis=1
     )
     print(both.iloc[:: max(1, len(both) // CURVE_ROWS)].round(4).to_string())
+    return 1000 * batch / min(ours.values()), 1000 * batch / reference_ms
 
 
-def trained(root: Path, config: TrainConfig, profiled: bool = False) -> tuple[pd.DataFrame, float]:
-    """What a training logged, by step; and for how many ms the GPU was at work, if that was asked for."""
+def trained(root: Path, config: TrainConfig) -> tuple[pd.DataFrame, float]:
+    """What a training logged, by step; and how many seconds all of it took."""
+    gc.collect()  # learners hold their graphs, and graphs their learners
     run = prepare(root, config)
     with tempfile.TemporaryDirectory() as folder:
         run = replace(run, folder=Path(folder) / "run")
-        with profile(activities=list(supported_activities())) if profiled else nullcontext() as seen:
-            train_run(run)
-        kernels = [] if seen is None else seen.key_averages()
-        busy = sum(event.self_device_time_total for event in kernels) / 1000
-        return pd.read_csv(run.folder / "metrics.csv").set_index("step"), busy
+        start = time.perf_counter()
+        train_run(run)
+        taken = time.perf_counter() - start
+        return pd.read_csv(run.folder / "metrics.csv").set_index("step"), taken
+
+
+def idle_shares(root: Path, config: TrainConfig) -> tuple[float, float]:
+    """The share of the time in which a GPU runs no kernel, of steps that are played back, drawing batches included;
+    and the share of gaps so long that it must be waiting for this machine.
+    """
+    gc.collect()
+    run = prepare(root, config)
+    device = torch.device(run.config.device)
+    torch.backends.cudnn.benchmark = True  # as `model.train.train` sets it
+    pairs, learner = data.load(run.version, "train", run.config.direction, device), Learner(run.config, device)
+
+    def steps(first: int, count: int) -> None:
+        for step in range(first, first + count):
+            learner.step(*data.draw(pairs, run.config, step * run.config.batch_size), run.config.lr_at(step))
+        torch.cuda.synchronize()
+
+    warm = 2 * EAGER_STEPS
+    steps(0, warm)
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        steps(warm, TRACED_STEPS)
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in seen.events() or ()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    )
+    (first, end), gaps = spans[0], []
+    for start, stop in spans[1:]:
+        gaps.append(max(0.0, start - end))
+        end = max(end, stop)
+    total = end - first
+    return sum(gaps) / total, sum(gap for gap in gaps if gap > WAITING_US) / total
 
 
 def reference(device: str, batch: int, steps: int) -> tuple[float, float, float]:

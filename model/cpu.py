@@ -15,6 +15,8 @@ from torch.nn import functional
 FEW_PIXELS = 128
 """With so few, a convolution is bound by reading its weights, and a matrix product reads them as they lie."""
 
+FEW_IMAGES = 2  # a pair and a generated one, which the discriminator is shown at batch size 1
+
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -22,17 +24,18 @@ class InstanceNorm2d(nn.InstanceNorm2d):
     """PyTorch copies images to channels first to normalise them, and the next convolution copies them back.
 
     Batch norm takes them as they lie, and that of one image by its own statistics is instance norm. On a GPU too, but
-    there several images one by one would be many small kernels.
+    there many images one by one would be many small kernels.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _in_training(self, x) and not (self.training and len(x) == 1):
+        if not _in_training(self, x) and not (self.training and len(x) <= FEW_IMAGES):
             return super().forward(x)
-        one_by_one = [
-            functional.batch_norm(image, None, None, self.weight, self.bias, training=True, eps=self.eps)
-            for image in x.split(1)
-        ]
-        return one_by_one[0] if len(one_by_one) == 1 else torch.cat(one_by_one)
+        if len(x) == 1:  # as `cat` of one would copy its gradient
+            return self._of_one(x)
+        return torch.cat([self._of_one(image) for image in x.split(1)])
+
+    def _of_one(self, image: Tensor) -> Tensor:
+        return functional.batch_norm(image, None, None, self.weight, self.bias, training=True, eps=self.eps)
 
 
 class Conv2d(nn.Conv2d):

@@ -5,6 +5,7 @@ At batch 1 a step is some thousand kernels of a few microseconds each, which Pyt
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 
@@ -25,6 +26,7 @@ class GraphedStep:
 
     def __init__(self, learn: Callable[[Tensor, Tensor], Tensor]) -> None:
         self._learn, self._calls = learn, 0
+        self._stream: torch.cuda.Stream | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch: tuple[Tensor, Tensor] | None = None
         self._losses: Tensor | None = None
@@ -43,23 +45,27 @@ class GraphedStep:
         return self._losses.clone()  # the next step writes where these lie
 
     def _aside(self, source: Tensor, target: Tensor) -> Tensor:
-        """On a stream of its own, as what is to be recorded must have run before."""
-        stream, here = torch.cuda.Stream(source.device), torch.cuda.current_stream(source.device)
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
+        """On the stream that it will be recorded on, as what is to be recorded must have run before."""
+        self._stream, here = self._stream or torch.cuda.Stream(source.device), torch.cuda.current_stream(source.device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
             losses = self._learn(source, target)
-        here.wait_stream(stream)
+        here.wait_stream(self._stream)
         return losses
 
     def _record(self, source: Tensor, target: Tensor) -> None:
         graph, batch = torch.cuda.CUDAGraph(), (torch.empty_like(source), torch.empty_like(target))
+        here = torch.cuda.current_stream(source.device)
+        gc.collect()  # what an earlier training left must not be freed while this is recorded
         try:
             # Other threads, which write logs and show progress, may go on meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 losses = self._learn(*batch)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            torch.cuda.set_stream(here)  # where ending a recording fails, its stream stays the current one
+            memory = next((e for e in (error, error.__context__) if isinstance(e, torch.OutOfMemoryError)), None)
+            if memory is not None:  # of what fails next, out of memory is the cause
+                raise memory from None
             log.warning("a step cannot be recorded as a CUDA graph (%s); going on without", str(error).split("\n")[0])
             return
         self._graph, self._batch, self._losses = graph, batch, losses

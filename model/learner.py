@@ -45,12 +45,16 @@ class Learner:
             self.average = AveragedModel(self.generator, multi_avg_fn=self._blend, use_buffers=True)
         self._generate = self._parallel(self.generator)
         self._judge = None if self.discriminator is None else self._parallel(self.discriminator)
-        self._descent: Callable[[Tensor, Tensor], Tensor] = GraphedStep(self._learn) if self._graphed else self._learn
+        self._lr: float | None = None  # that the optimisers have
+        self._descent = self._new_descent()
 
     @property
     def _graphed(self) -> bool:
         """Under `torchrun` processes wait for each other's gradients, which is left to run as it is."""
         return self.config.cuda_graphs and self.device.type == "cuda" and not distributed.is_initialized()
+
+    def _new_descent(self) -> Callable[[Tensor, Tensor], Tensor]:
+        return GraphedStep(self._learn) if self._graphed else self._learn
 
     def _networks(self) -> dict[str, nn.Module]:
         both = {"generator": self.generator, "discriminator": self.discriminator}
@@ -75,19 +79,25 @@ class Learner:
 
     def step(self, source: Tensor, target: Tensor, lr: float) -> Tensor:
         """Learn from one batch (B, 1, H, W) in [-1, 1]; the losses, (6,) in the order of `LOSSES`."""
+        if lr != self._lr:
+            self._set_lr(lr)
+        source = source.contiguous(memory_format=torch.channels_last)
+        target = target.contiguous(memory_format=torch.channels_last)
+        if not self.generator.training:
+            self.generator.train()
+        losses = self._descent(source, target)
+        if self.average is not None:
+            self._follow(self.average)
+        return losses
+
+    def _set_lr(self, lr: float) -> None:
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 if self._graphed:
                     group["lr"].fill_(lr)
                 else:
                     group["lr"] = lr
-        source = source.contiguous(memory_format=torch.channels_last)
-        target = target.contiguous(memory_format=torch.channels_last)
-        self.generator.train()
-        losses = self._descent(source, target)
-        if self.average is not None:
-            self._follow(self.average)
-        return losses
+        self._lr = lr
 
     def _learn(self, source: Tensor, target: Tensor) -> Tensor:
         """One step of both networks. Nothing in here may ask the GPU for a number: it is recorded as a graph."""
@@ -102,14 +112,12 @@ class Learner:
             self._descend("discriminator", loss.total)
             told = [part.detach() for part in loss]
         logits = None
-        if self.discriminator is not None:
-            self.discriminator.requires_grad_(False)  # its gradients of the generator's loss would be thrown away
-            with self.autocast():
-                logits = self.discriminator(source, generated)
-        missed = generator_loss(self.config, logits, generated, target)
-        self._descend("generator", missed.total)
-        if self.discriminator is not None:
-            self.discriminator.requires_grad_(True)
+        with _frozen(self.discriminator):  # its gradients of the generator's loss would be thrown away
+            if self.discriminator is not None:
+                with self.autocast():
+                    logits = self.discriminator(source, generated)
+            missed = generator_loss(self.config, logits, generated, target)
+            self._descend("generator", missed.total)
         return torch.stack([*told, *(part.detach() for part in missed)])
 
     def _judged(self, source: Tensor, target: Tensor, generated: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,6 +203,23 @@ class Learner:
             torch.set_rng_state(state[f"random.cpu.{self.rank}"])
         if self.device.type == "cuda" and f"random.cuda.{self.rank}" in state:
             torch.cuda.set_rng_state(state[f"random.cuda.{self.rank}"], self.device)
+        self._lr, self._descent = (
+            None,
+            self._new_descent(),
+        )  # what was recorded is of the tensors that were there before
+
+
+@contextmanager
+def _frozen(network: nn.Module | None) -> Iterator[None]:
+    """Nothing in the block makes gradients of the network's weights."""
+    if network is None:
+        yield
+        return
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)
 
 
 def _under(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:

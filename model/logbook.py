@@ -36,6 +36,8 @@ class Logbook:
             _strike_out(run / name, start)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
         self._sums = torch.zeros(len(LOSSES), device=learner.device)
+        if learner.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(learner.device)  # an earlier training of this process had its own
         self._since, self._added = time.perf_counter(), 0
 
     def add(self, losses: Tensor) -> None:
@@ -46,6 +48,8 @@ class Logbook:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """What is done in the block is no training, and does not count into ms a step."""
+        if self.learner.device.type == "cuda":
+            torch.cuda.synchronize(self.learner.device)  # the steps that it still works on are training
         began = time.perf_counter()
         yield
         self._since += time.perf_counter() - began
@@ -68,7 +72,7 @@ class Logbook:
         for name, value in row.items():
             self.board.add_scalar(name, value, step)
         self._sums.zero_()
-        self._since, self._added = time.perf_counter(), 0
+        self._since, self._added = now, 0  # writing this line counts into the next: a GPU waits for it
 
     def _peak_memory_mb(self) -> float:
         """Of the device on a GPU, else of the process."""

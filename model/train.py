@@ -68,6 +68,8 @@ def train(
     if device.type == "cpu":
         keep_freed_memory()
     elif device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)  # what names no device, as a graph's stream, is then of this one
         torch.backends.cudnn.benchmark = True  # batches of one shape: it tries its algorithms once
     rank, processes = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     pairs = data.load(version, "train", config.direction, device)
@@ -118,8 +120,13 @@ def train(
 
 def validate(learner: Learner, pairs: Pairs) -> dict[str, float]:
     """Means over the subjects of the validation split: `mae`, `psnr` (dB) and `ssim` of whole slices."""
-    with learner.autocast():
-        table = evaluate.measure(pairs, {"generated": evaluate.generated_by(learner.best_generator)})
+    generate = evaluate.generated_by(learner.best_generator)
+
+    def generated(source: Tensor, position: Tensor) -> Tensor:
+        with learner.autocast():  # generating alone: in bf16 SSIM tells equal images apart
+            return generate(source, position)
+
+    table = evaluate.measure(pairs, {"generated": generated})
     return {str(k): float(v) for k, v in table[table["mask"] == "whole"][["mae", "psnr", "ssim"]].mean().items()}
 
 

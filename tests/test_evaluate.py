@@ -14,6 +14,8 @@ from scipy import stats
 
 torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
 
+from conftest import SMALL_NETWORKS  # noqa: E402
+
 from ixi_etl import dataset  # noqa: E402
 from ixi_etl.publish import Refreshed  # noqa: E402
 from model import data, evaluate, metrics  # noqa: E402
@@ -21,8 +23,10 @@ from model.checkpoint import CheckpointError  # noqa: E402
 from model.config import TrainConfig  # noqa: E402
 from model.data import Pairs  # noqa: E402
 from model.evaluate import GENERATED, MAPPING, MEAN_TARGET, SOURCE  # noqa: E402
+from model.learner import Learner  # noqa: E402
 from model.networks import UNetGenerator  # noqa: E402
 from model.run import evaluate_run, open_run, prepare, train_run  # noqa: E402
+from model.train import validate  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,19 @@ def test_a_perfect_generator_is_told_so(pairs: Pairs) -> None:
     assert (table["mae"] == 0).all()
     assert table["ssim"].min() == pytest.approx(1)
     assert np.isposinf(table["psnr"]).all()
+
+
+def test_validation_generates_in_bf16_and_measures_in_float32(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = iter(pairs.normalised(torch.arange(len(pairs)))[1].split(evaluate.BATCH))
+
+    def perfect(source: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        assert torch.is_autocast_enabled("cpu")
+        return next(targets)
+
+    monkeypatch.setattr(evaluate, "generated_by", lambda generator: perfect)
+    config = TrainConfig.model_validate(SMALL_NETWORKS | {"side": 32, "precision": "bf16"})
+    found = validate(Learner(config, torch.device("cpu")), pairs)
+    assert (found["ssim"], found["mae"]) == (pytest.approx(1, abs=1e-6), 0)
 
 
 def test_ssim_is_the_one_of_wang_et_al() -> None:
