@@ -36,7 +36,7 @@ class TrainConfig(BaseModel):
     discriminator_layers: Annotated[int, Field(ge=1, le=5)] = Field(3, description="3 see 70 pixels, 2: 34, 1: 16")
 
     steps: Annotated[int, Field(ge=1)] = 49_200
-    batch_size: Annotated[int, Field(ge=1)] = Field(1, description="pairs a step, on each GPU")
+    batch_size: Annotated[int, Field(ge=1, le=1 << 24)] = Field(1, description="pairs a step, on each GPU")
     lr: Annotated[float, Field(gt=0)] = 2e-4
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.5, 0.999)
     decay: Annotated[float, Field(ge=0, le=1)] = Field(
