@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,17 +17,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ixi_etl.errors import IxiError
+from model.config import TrainConfig, in_a_line
 
 log = logging.getLogger(__name__)
 
 
 class CheckpointError(IxiError):
     """A checkpoint is damaged, missing, or of another training."""
+
+
+class _Facts(BaseModel):
+    """What every header must say; a generator's says more."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    step: int = Field(ge=0)
+    config: dict[str, Any]
+    validation: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -82,11 +95,11 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         said = metadata["facts"]
-        facts = json.loads(said)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not there") from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint of this project ({error})") from error
+    facts = _parsed(path, said)
     if _digest(tensors, said) != metadata.get("sha256"):
         raise CheckpointError(f"{path} is damaged: it has not the SHA-256 in its header")
     return tensors, facts
@@ -100,11 +113,49 @@ def read_facts(path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(json.loads((file.metadata() or {})["facts"]))
+            said = (file.metadata() or {})["facts"]
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not there") from None
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint of this project ({error})") from error
+    return _parsed(path, said)
+
+
+def _parsed(path: Path, said: str) -> dict[str, Any]:
+    try:
+        return _Facts.model_validate_json(said).model_dump()
+    except ValidationError as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint of this project ({in_a_line(error)})") from error
+
+
+def config_of(path: Path, said: dict[str, Any]) -> TrainConfig:
+    """The resolved configuration that a file's facts have as `said`.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    try:
+        config = TrainConfig.model_validate(said)
+    except ValidationError as error:
+        raise CheckpointError(f"the configuration in {path} cannot be used: {in_a_line(error)}") from error
+    if config.side is None:
+        raise CheckpointError(f"the configuration in {path} cannot be used: it has no side")
+    return config
+
+
+def require(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` unless the file's tensors have the names, shapes and types of `wanted`, and no others.
+
+    The fused optimiser trusts the shapes of its moments: it would read and write beyond the end of shorter ones.
+    """
+    for name in sorted(tensors.keys() | wanted.keys()):
+        there, need = (
+            "none" if t is None else f"{t.dtype} {list(t.shape)}" for t in (tensors.get(name), wanted.get(name))
+        )
+        if there != need:
+            raise CheckpointError(
+                f"{path} does not fit its configuration: of {name} it has {there}, not {need}; remove it"
+            )
 
 
 def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
@@ -126,8 +177,8 @@ def found(folder: Path) -> list[Checkpoint]:
         try:
             facts = read_facts(path)
             good.append(Checkpoint(path, facts["step"], facts["config"], facts["validation"]))
-        except (CheckpointError, KeyError) as error:
-            log.warning("%s is passed over: %s", path, error)
+        except CheckpointError as error:
+            log.warning("%s; it is passed over", error)
     return good
 
 
@@ -143,9 +194,13 @@ def newest_whole(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | None:
 
 def best(folder: Path) -> Checkpoint | None:
     """The one with the lowest validated MAE (the newer of equals); where nothing was validated, the newest."""
+
+    def rank(checkpoint: Checkpoint) -> tuple[float, int]:
+        mae = checkpoint.validation.get("mae", math.inf)
+        return (math.inf if math.isnan(mae) else mae), -checkpoint.step
+
     there = found(folder)
-    validated = [c for c in there if c.validation]
-    return min(validated or there, key=lambda c: (c.validation.get("mae", 0.0), -c.step), default=None)
+    return min([c for c in there if c.validation] or there, key=rank, default=None)
 
 
 def prune(folder: Path, keep: int) -> None:

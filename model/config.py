@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from model.networks import SIDES, Norm, Upsampling
 
@@ -16,10 +16,15 @@ Augment = Literal["none", "flip", "jitter"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
+WIDTHS = 1 << 16  # more than any memory holds, and few enough for torch to count in
+STEPS = 10**8 - 1  # checkpoints are in the order of their names, which have eight digits
+SEEDS = 1 << 63  # torch's are 64 bits
+
+
 class TrainConfig(BaseModel):
     """One training. The defaults are the published recipe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     dataset: str = Field("ixi-t1-t2@latest", description="NAME@VERSION; `latest` is resolved once, at the start")
     direction: str | None = Field(None, description="SOURCE->TARGET, as t1->t2 or t2->t1; omit for the dataset's own")
@@ -28,14 +33,14 @@ class TrainConfig(BaseModel):
         "none", description="none; flip left and right; jitter: flip, enlarge by 286/256, and crop"
     )
 
-    width: Annotated[int, Field(ge=1)] = Field(64, description="channels of the generator's outermost level")
+    width: Annotated[int, Field(ge=1, le=WIDTHS)] = Field(64, description="channels of the generator's outermost level")
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     upsampling: Upsampling = "transpose"
     norm: Norm = "instance"
-    discriminator_width: Annotated[int, Field(ge=1)] = 64
+    discriminator_width: Annotated[int, Field(ge=1, le=WIDTHS)] = 64
     discriminator_layers: Annotated[int, Field(ge=1, le=5)] = Field(3, description="3 see 70 pixels, 2: 34, 1: 16")
 
-    steps: Annotated[int, Field(ge=1)] = 49_200
+    steps: Annotated[int, Field(ge=1, le=STEPS)] = 49_200
     batch_size: Annotated[int, Field(ge=1, le=1 << 24)] = Field(1, description="pairs a step, on each GPU")
     lr: Annotated[float, Field(gt=0)] = 2e-4
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.5, 0.999)
@@ -48,14 +53,16 @@ class TrainConfig(BaseModel):
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="decay of the generator's moving average; 0: none"
     )
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-SEEDS, lt=SEEDS)] = 0
     precision: Precision = Field("auto", description="auto: bf16 where the hardware computes in it, else fp32")
     device: str = Field("auto", description="auto: the GPU if there is one; else as torch names it, cpu or cuda:1")
     cuda_graphs: bool = Field(True, description="on a GPU, alone: record a step once and play it back")
 
     checkpoint_every: Annotated[int, Field(ge=1)] = Field(1000, description="steps; validated at the same time")
     keep: Annotated[int, Field(ge=1)] = Field(2, description="newest checkpoints kept, besides the best")
-    samples: Annotated[int, Field(ge=0)] = Field(10, description="how many times in a run the sample sheet is drawn")
+    samples: Annotated[int, Field(ge=0, le=10_000)] = Field(
+        10, description="how many times in a run the sample sheet is drawn"
+    )
     log_every: Annotated[int, Field(ge=1)] = 50
 
     @field_validator("side")
@@ -118,6 +125,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "gpu": {"batch_size": 32, "steps": 20_000, "augment": "jitter", "decay": 0.5, "ema": 0.999, "precision": "bf16"},
 }
+
+
+def in_a_line(error: ValidationError) -> str:
+    """What is wrong with which field."""
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".lstrip(": ") for e in error.errors())
 
 
 def preset(name: str, **settings: Any) -> TrainConfig:

@@ -154,12 +154,14 @@ def load_generator(path: Path, device: str | torch.device = "cpu") -> tuple[UNet
     """The generator of a checkpoint, or of `generator.safetensors`, its configuration, and the step it is of.
 
     Raises:
-        CheckpointError: the file is missing or damaged.
+        CheckpointError: the file is missing or damaged, or holds no generator of its configuration.
     """
     tensors, facts = checkpoint.load(path)
-    config = TrainConfig.model_validate(facts["config"])
+    config, weights = checkpoint.config_of(path, facts["config"]), generator_weights(tensors)
+    with torch.device("meta"):  # no memory yet for a configuration that the weights do not bear out
+        checkpoint.require(path, weights, build_generator(config).state_dict())
     generator = build_generator(config)
-    generator.load_state_dict(generator_weights(tensors))
+    generator.load_state_dict(weights)
     return place(generator, device).eval(), config, facts["step"]
 
 

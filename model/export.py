@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ixi_etl.errors import IxiError
 from ixi_etl.files import to_json, write_atomic
-from model import checkpoint
+from model import checkpoint, planes
 from model.evaluate import load_generator
 from model.networks import UNetGenerator
 from model.train import GENERATOR
@@ -43,9 +43,8 @@ def export(generator: Path, form: Format, out: Path) -> tuple[Path, float]:
         ExportError: something is missing, or what was written differs by more than `TOLERANCE`.
     """
     network, config, step = load_generator(generator)
-    facts = checkpoint.read_facts(generator)
-    planes = facts.get("planes")
-    shape = tuple(planes["shape"]) if planes else (network.side, network.side)
+    trained_on = planes.of(generator, checkpoint.read_facts(generator))
+    shape = trained_on.shape if trained_on else (network.side, network.side)
     out.mkdir(parents=True, exist_ok=True)
     path, write = (out / GENERATOR, _write_safetensors) if form == "safetensors" else (out / ONNX, _write_onnx)
     if path.resolve() == generator.resolve():
@@ -62,7 +61,7 @@ def export(generator: Path, form: Format, out: Path) -> tuple[Path, float]:
     said: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "step": step,
-        "planes": planes,
+        "planes": trained_on.model_dump(mode="json") if trained_on else None,
         "input": {
             "name": "source",
             "dtype": "float32",

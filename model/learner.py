@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import compress
+from pathlib import Path
 
 import torch
 from torch import Tensor, distributed, nn
@@ -12,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from model import checkpoint
+from model.checkpoint import CheckpointError
 from model.config import TrainConfig
 from model.cpu import as_it_is_shaped, as_it_lies
 from model.graph import GraphedStep
@@ -165,13 +168,16 @@ class Learner:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by name. Under `torchrun` every process must call this."""
-        state = {f"{n}.{k}": v for n, network in self._networks().items() for k, v in network.state_dict().items()}
+        state = self._weights()
         for name, optimizer in self.optimizers.items():
             for number, values in optimizer.state_dict()["state"].items():
                 state |= {f"{name}_optimizer.{number}.{k}": as_it_is_shaped(v) for k, v in values.items()}
-        if self.average is not None:
-            state |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         return state | self._random_states()
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Of the networks and the moving average."""
+        networks = self._networks() | ({} if self.average is None else {"average": self.average})
+        return {f"{name}.{k}": v for name, network in networks.items() for k, v in network.state_dict().items()}
 
     def _random_states(self) -> dict[str, Tensor]:
         mine = {f"random.cpu.{self.rank}": torch.get_rng_state()}
@@ -183,8 +189,13 @@ class Learner:
         distributed.all_gather_object(everybody, mine)
         return {name: state for theirs in everybody for name, state in theirs.items()}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Take up the state that `tensors` gave."""
+    def restore(self, state: dict[str, Tensor], path: Path) -> None:
+        """Take up the state that `tensors` gave, and that was read from `path`.
+
+        Raises:
+            CheckpointError: it is of another learner.
+        """
+        checkpoint.require(path, state, self._wanted(state))
         for name, network in self._networks().items():
             network.load_state_dict(_under(state, name))
             moments: dict[int, dict[str, Tensor]] = {}
@@ -199,14 +210,31 @@ class Learner:
         if self.average is not None:
             self.average.load_state_dict(_under(state, "average"))
             self._follows = bool(self.average.n_averaged)
-        if f"random.cpu.{self.rank}" in state:
-            torch.set_rng_state(state[f"random.cpu.{self.rank}"])
-        if self.device.type == "cuda" and f"random.cuda.{self.rank}" in state:
-            torch.cuda.set_rng_state(state[f"random.cuda.{self.rank}"], self.device)
+        try:
+            if f"random.cpu.{self.rank}" in state:
+                torch.set_rng_state(state[f"random.cpu.{self.rank}"])
+            if self.device.type == "cuda" and f"random.cuda.{self.rank}" in state:
+                torch.cuda.set_rng_state(state[f"random.cuda.{self.rank}"], self.device)
+        except (RuntimeError, TypeError) as error:
+            said = str(error).splitlines()[0]
+            raise CheckpointError(f"{path} has no random state that torch takes ({said}); remove it") from error
         self._lr, self._descent = (
             None,
             self._new_descent(),
         )  # what was recorded is of the tensors that were there before
+
+    def _wanted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a state of this learner has, in tensors of the same shapes and types.
+
+        One that has not taken a step has no moments; random states are those of however many processes there were.
+        """
+        wanted = self._weights() | {name: t for name, t in state.items() if name.startswith("random.")}
+        for name, network in self._networks().items():
+            moments = f"{name}_optimizer"
+            for number, weight in enumerate(network.parameters() if _under(state, moments) else ()):
+                wanted |= {f"{moments}.{number}.{what}": weight for what in ("exp_avg", "exp_avg_sq")}
+                wanted[f"{moments}.{number}.step"] = torch.zeros(())
+        return wanted
 
 
 @contextmanager

@@ -111,9 +111,19 @@ def _append(path: Path, row: Mapping[str, float]) -> None:
 
 
 def _strike_out(path: Path, after: int) -> None:
-    """Remove the rows of steps after `after`, which are about to be done again, and a row that was cut short."""
+    """Remove the rows of steps after `after`, which are about to be done again, and a row that was cut short.
+
+    A file that a full disk or a crash left without a head, or with something else in it than rows, is begun anew.
+    """
     if not path.exists():
         return
-    head, *rows = path.read_text().splitlines(keepends=True)
-    kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= after]
+    try:
+        head, *rows = path.read_text().splitlines(keepends=True) or [""]
+        if not (head.startswith("step,") and head.endswith("\n")):
+            raise ValueError("it has no whole head")
+        kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= after]
+    except ValueError as error:  # of which UnicodeDecodeError is one
+        log.warning("%s is damaged, and begun anew (%s)", path, error)
+        path.unlink()
+        return
     write_atomic(path, head + "".join(kept))

@@ -10,24 +10,32 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import nibabel as nib
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ixi_etl import dataset, manifest
 from ixi_etl.align import Matrix
 from ixi_etl.intensity import otsu_threshold
 from ixi_etl.store import open_arrays
+from model.checkpoint import CheckpointError
+from model.config import in_a_line
 from model.data import Pairs
 
 BINS = 32  # of the histograms
 SHOWN = 32  # training subjects that the histograms are of, at most
 SAME_SPACING = 1e-3  # scanners write spacings with noise in the last digits
 _AXES = ("RL", "AP", "SI")
+
+
+Pixels = Annotated[int, Field(ge=1, le=4096)]
+Millimetres = Annotated[float, Field(ge=1e-3, le=1e3)]
+Intensity = Annotated[float, Field(ge=-1e6, le=1e6)]
+Shares = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=BINS, max_length=BINS)]
 
 
 class Planes(BaseModel):
@@ -43,16 +51,30 @@ class Planes(BaseModel):
         source_histogram, target_histogram: shares of the head's pixels at intensities from -1 to 1, see `histogram`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    shape: tuple[int, int]
-    spacing_mm: tuple[float, float]
-    slab_mm: float
-    slab_offset_mm: float
-    source_spacing_mm: tuple[float, float, float]
-    target_low_high: tuple[float, float]
-    source_histogram: tuple[float, ...]
-    target_histogram: tuple[float, ...]
+    shape: tuple[Pixels, Pixels]
+    spacing_mm: tuple[Millimetres, Millimetres]
+    slab_mm: Millimetres
+    slab_offset_mm: Annotated[float, Field(ge=-1e3, le=1e3)]
+    source_spacing_mm: tuple[Millimetres, Millimetres, Millimetres]
+    target_low_high: tuple[Intensity, Intensity]
+    source_histogram: Shares
+    target_histogram: Shares
+
+
+def of(path: Path, facts: dict[str, Any]) -> Planes | None:
+    """The planes in the facts of the generator in `path`; None where it was trained on none, or does not say.
+
+    Raises:
+        CheckpointError: they are no planes.
+    """
+    if facts.get("planes") is None:
+        return None
+    try:
+        return Planes.model_validate(facts["planes"])
+    except ValidationError as error:
+        raise CheckpointError(f"the planes in {path} cannot be used: {in_a_line(error)}") from error
 
 
 def describe(version: Path, pairs: Pairs) -> Planes | None:

@@ -6,6 +6,7 @@ It is made of the files in the run's folder alone, so it can be made at any time
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from PIL import Image
 from ixi_etl import charts, pages
 from ixi_etl.config import SPLITS
 from ixi_etl.files import read_json, write_atomic
+
+log = logging.getLogger(__name__)
 
 REPORT = "report.html"
 FRAMES = 10  # of the slider; even of noise, with 4 subjects, they take 4 MB
@@ -39,7 +42,8 @@ def write_report(run: Path) -> Path:
 def run_report(run: Path) -> str:
     """The page of a run's folder."""
     record = read_json(run / "config.json")
-    metrics, validation = _table(run / "metrics.csv"), _table(run / "validation.csv")
+    metrics = _table(run / "metrics.csv", "step", "ms_per_step", "images_per_s", "peak_memory_mb")
+    validation = _table(run / "validation.csv", "step", *MEASURES)
     steps, samples = _samples(run / "samples")
     return pages.render(
         "run.html",
@@ -61,9 +65,18 @@ def run_report(run: Path) -> str:
     )
 
 
-def _table(path: Path) -> pd.DataFrame:
-    """A CSV of the logbook; empty where there is none yet."""
-    return pd.read_csv(path) if path.exists() else pd.DataFrame({"step": []})
+def _table(path: Path, *columns: str) -> pd.DataFrame:
+    """A CSV of the logbook with at least `columns`; empty where there is none yet, or a full disk left a part of it."""
+    try:
+        table = pd.read_csv(path)
+        table.astype(float)[list(columns)]
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError) as error:
+        log.warning("%s is damaged, and left out of the report (%s)", path, str(error).splitlines()[0])
+    else:
+        return table
+    return pd.DataFrame({"step": []})
 
 
 def _series(table: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, charts.Points]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import re
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version as installed
@@ -29,17 +30,19 @@ from ixi_etl.errors import DatasetError
 from ixi_etl.files import Progress, disk_errors_in_a_line, lock_root, read_json, silent, to_json, write_atomic
 from ixi_etl.places import Places, check_reachable, is_local, place
 from ixi_etl.store import open_arrays
-from model import evaluate, mirror
+from model import checkpoint, evaluate, mirror
 from model.checkpoint import CheckpointError
 from model.config import TrainConfig
 from model.data import check_side, parse_direction
 from model.networks import SIDES
 from model.report import write_report
-from model.train import GENERATOR, nothing, train, under_torchrun
+from model.train import GENERATOR, TrainingError, nothing, train, under_torchrun
 
 log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
+DEVICES = ("cpu", "cuda", "mps")
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 SOFTWARE = ("torch", "numpy", "zarr", "ixi-etl")
 
 
@@ -72,7 +75,10 @@ def prepare(root: str | Path, config: TrainConfig, run: str | None = None, scrat
 
     Raises:
         DatasetError: there is no such version, or it does not fit the configuration.
+        TrainingError: no run can have that name.
     """
+    if run is not None and (run == "latest" or not RUN_ID.fullmatch(run)):  # runs are looked for in one folder
+        raise TrainingError(f"--run-id {run!r} is no name of a run; give letters, digits, '.', '_' and '-' (no latest)")
     name, wanted = dataset.parse(config.dataset)
     places = Places(root, name, scratch)
     version = dataset.resolve(places, wanted)
@@ -115,6 +121,8 @@ def pick_device(wanted: str) -> str:
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if torch.device(wanted).type not in DEVICES:
+            raise RuntimeError(f"it is none of {', '.join(DEVICES)}")
         torch.empty(0, device=wanted)
     except (RuntimeError, AssertionError) as error:
         raise DatasetError(f"device {wanted} is not to be had here ({str(error).splitlines()[0]}); try auto") from error
@@ -151,7 +159,7 @@ def train_run(run: Run, *, resume: bool = False, progress: Progress = silent) ->
                 "hardware": _hardware(config.device),
             }
             saved = partial(mirror.keep_if_possible, run.folder, run.kept) if run.kept else nothing
-            if not any((run.folder / "checkpoints").glob("step-*")):  # else it tells of the training that goes on
+            if checkpoint.newest_whole(run.folder / "checkpoints") is None:  # else it tells of what goes on
                 write_atomic(run.folder / CONFIG, to_json(record))
                 saved()  # at once: it is what keeps `ixi-etl prune` from removing the version
             generator = train(run.folder, config, run.version, resume=resume, progress=progress, on_saved=saved)

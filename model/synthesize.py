@@ -28,6 +28,7 @@ from ixi_etl.files import Progress, sha256_file, silent, to_json, write_atomic
 from ixi_etl.intensity import otsu_threshold, percentiles
 from model import checkpoint, planes
 from model.checkpoint import CheckpointError
+from model.config import SEEDS
 from model.data import normalise
 from model.evaluate import BATCH, Method, generated_by, load_generator
 from model.planes import Planes
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (".nii.gz", ".nii")
 SPACING_WARNED, SPACING_REFUSED = 1.5, 8.0  # times the training source's, or a part of it
+DIRECTION = re.compile(r"([A-Za-z0-9_]+)->([A-Za-z0-9_]+)")
 MAX_BEYOND = 0.05  # of the head, outside the planes
 
 
@@ -98,18 +100,23 @@ def load(path: Path, device: str = "cpu", *, dropout: bool = False, seed: int = 
     """The generator in `path`. `dropout` leaves its noise on, drawn from `seed`.
 
     Raises:
-        CheckpointError: the file is missing or damaged.
-        SynthesisError: it was not trained on axial planes of heads.
+        CheckpointError: the file is missing or damaged, or says what cannot be.
+        SynthesisError: it was not trained on axial planes of heads; or the seed is too large.
     """
+    if not -SEEDS <= seed < SEEDS:
+        raise SynthesisError(f"seed {seed} is no number of 64 bits; give a smaller one")
     facts = checkpoint.read_facts(path)
     if "planes" not in facts:
         raise SynthesisError(f"{path} does not say which planes it was trained on; `ixi-etl train --resume` adds that")
     generator, config, step = load_generator(path, device)
-    if facts["planes"] is None:
+    wanted = planes.of(path, facts)
+    if wanted is None:
         name = config.dataset.partition("@")[0]
         why = "slices paired by index, which show two different planes" if name != "digits" else "digits, not on heads"
         raise SynthesisError(f"{path} was trained on {why}: no volume can be made; train on a version made by `paired`")
-    source, _, target = str(config.direction).partition("->")
+    direction = DIRECTION.fullmatch(str(config.direction))  # of which names of files are made
+    if direction is None:
+        raise CheckpointError(f"the direction in {path} cannot be used: {config.direction!r} is not SOURCE->TARGET")
     torch.manual_seed(seed)
     record = {
         "GeneratorSHA256": sha256_file(path),
@@ -120,7 +127,7 @@ def load(path: Path, device: str = "cpu", *, dropout: bool = False, seed: int = 
         **({"Seed": seed} if dropout else {}),
     }
     method = generated_by(generator, dropout=dropout)
-    return Trained(method, Planes.model_validate(facts["planes"]), (source, target), device, record)
+    return Trained(method, wanted, (direction[1], direction[2]), device, record)
 
 
 def synthesize_volume(
@@ -133,7 +140,10 @@ def synthesize_volume(
     """
     wanted = trained.planes
     warnings = _spacing_warnings(wanted, planes.spacing_of(affine))
-    head = volume > otsu_threshold(volume)
+    threshold = otsu_threshold(volume)
+    head = volume > threshold
+    if not head.any():
+        raise SynthesisError(f"it is empty: it has no voxel above {threshold:g}")
     grid, shape = planes.through(wanted, volume.shape, affine, align.world_points(head, affine))
     sampled, inside = align.resample(volume, align.sampling_matrix(grid, affine, np.eye(4)), shape)
     thickness = float(np.linalg.norm(grid[:3, 2]))
@@ -274,7 +284,7 @@ def _renamed(name: str, direction: tuple[str, str]) -> str:
     """`IXI002-T1.nii.gz` -> `IXI002-T2.nii.gz`, and what does not end in the source's name gets the target's."""
     source, target = direction
     stem = _stem(Path(name))
-    renamed = re.sub(rf"(?i)(?<![a-z0-9]){re.escape(source)}(?=w?$)", target.upper(), stem)
+    renamed = re.sub(rf"(?i)(?<![a-z0-9]){re.escape(source)}(?=w?$)", lambda _: target.upper(), stem)
     return f"{renamed if renamed != stem else f'{stem}-{target.upper()}'}{name[len(stem) :]}"
 
 

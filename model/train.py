@@ -14,7 +14,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -74,19 +74,21 @@ def train(
     rank, processes = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     pairs = data.load(version, "train", config.direction, device)
     shown, validated = _held_out(version, config, pairs, device)
-    learner = Learner(config, device)
-    start = _restore(learner, run, config, resume)
+    with _out_of_memory_in_a_line("before the first step", "a smaller width"):
+        learner = Learner(config, device)
+        start = _restore(learner, run, config, resume)
     logbook = Logbook(run, config, learner, start, images_a_step=config.batch_size * processes) if rank == 0 else None
     sampled = {round((n + 1) * config.steps / config.samples) for n in range(config.samples)}
 
-    with _out_of_memory_in_a_line(config), _told_to_stop() as came:
+    smaller = f"batch_size {config.batch_size // 2}" if config.batch_size > 1 else "a smaller width or side"
+    with _out_of_memory_in_a_line(f"at batch_size {config.batch_size}", smaller), _told_to_stop() as came:
         for step in range(start, config.steps):
             first = (step * processes + rank) * config.batch_size
             losses = learner.step(*data.draw(pairs, config, first), config.lr_at(step))
 
             done = step + 1
             progress("train", done, config.steps, "steps")
-            ends, stopping = done == config.steps, bool(came)
+            ends, stopping = done == config.steps, _agreed(came)
             if logbook is not None:
                 logbook.add(losses)
                 if done % config.log_every == 0 or ends:
@@ -96,8 +98,8 @@ def train(
                         sheets = samples.draw(learner.best_generator, shown, run / "samples", f"step-{done:08d}")
                     logbook.images(done, sheets)
             if done % config.checkpoint_every == 0 or ends or stopping:
-                _check_finite(losses, done, run)
                 tensors = learner.tensors()  # of every process
+                _check_finite(losses, tensors, done, run)
                 if logbook is not None:
                     with logbook.aside():
                         # Asked to stop, there may be seconds left before the kill: save, and do not validate.
@@ -111,7 +113,7 @@ def train(
                         on_saved()
             if stopping and not ends:
                 said = f"stopped at step {done} of {config.steps} and saved in {run}; --resume goes on"
-                raise StoppedError(said, came[0])
+                raise StoppedError(said, stopping)
     if logbook is not None:
         logbook.close()
         keep_best(run, config, planes.describe(version, pairs))
@@ -163,36 +165,48 @@ def _restore(learner: Learner, run: Path, config: TrainConfig, resume: bool) -> 
         step = newest[0].step
         raise CheckpointError(f"{run} has trained to step {step}; --resume goes on, another --run-id begins anew")
     check_same(newest[0], config)
-    learner.restore(newest[1])
+    learner.restore(newest[1], newest[0].path)
     log.info("going on from %s", newest[0].path)
     return newest[0].step
 
 
 def check_same(there: checkpoint.Checkpoint, config: TrainConfig) -> None:
     """Raise `CheckpointError` unless a training with `config` may go on from the checkpoint `there`."""
-    unlike = config.difference(TrainConfig.model_validate(there.config))
+    unlike = config.difference(checkpoint.config_of(there.path, there.config))
     if unlike:
         raise CheckpointError(
             f"{there.path} has another configuration ({unlike}); set the same, or give another --run-id"
         )
 
 
-def _check_finite(losses: Tensor, step: int, run: Path) -> None:
-    if not torch.isfinite(losses).all():
-        good = checkpoint.best(run / "checkpoints")
-        last = f"the last good checkpoint is {good.path}" if good else "there is no checkpoint yet"
-        raise TrainingError(f"the loss is not finite at step {step}; {last}; try a lower lr, or precision fp32")
+def _check_finite(losses: Tensor, tensors: Mapping[str, Tensor], step: int, run: Path) -> None:
+    """The losses are of the weights before the step: one that ruins the weights shows in these alone."""
+    weights = [t for name, t in tensors.items() if t.is_floating_point() and "_optimizer." not in name]
+    for what, values in (("the loss is", [losses]), ("the weights are", weights)):
+        if not torch.stack([torch.isfinite(v).all() for v in values]).all():
+            good = checkpoint.best(run / "checkpoints")
+            last = f"the last good checkpoint is {good.path}" if good else "there is no checkpoint yet"
+            raise TrainingError(f"{what} not finite at step {step}; {last}; try a lower lr, or precision fp32")
+
+
+def _agreed(came: list[int]) -> int:
+    """The signal that this or any other process was sent, or 0: all must stop at the same step, as all wait for all."""
+    number = came[0] if came else 0
+    if not distributed.is_initialized():
+        return number
+    everybody = torch.tensor(number)  # on the CPU, so that no GPU is waited for
+    distributed.all_reduce(everybody, distributed.ReduceOp.MAX)
+    return int(everybody)
 
 
 @contextmanager
-def _out_of_memory_in_a_line(config: TrainConfig) -> Iterator[None]:
+def _out_of_memory_in_a_line(when: str, smaller: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # of which torch.OutOfMemoryError is one; the CPU's allocator has none of its own
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        smaller = f"batch_size {config.batch_size // 2}" if config.batch_size > 1 else "a smaller width or side"
-        raise TrainingError(f"out of memory at batch_size {config.batch_size}; try {smaller}") from error
+        raise TrainingError(f"out of memory {when}; try {smaller}") from error
 
 
 @contextmanager
@@ -225,7 +239,7 @@ def under_torchrun(device: str) -> Iterator[str]:
     if cuda:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if cuda else "gloo")
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield device
     finally:

@@ -21,6 +21,9 @@ TENSORS = {
 }
 
 
+FACTS = {"step": 1, "config": {}, "validation": {}}
+
+
 def write(folder: Path, step: int, mae: float | None = None) -> Path:
     path = checkpoint.path_of(folder, step)
     validation = {} if mae is None else {"mae": mae}
@@ -39,7 +42,7 @@ def test_what_was_saved_is_what_is_loaded(tmp_path: Path) -> None:
 
 def test_layout_in_memory_is_no_part_of_it(tmp_path: Path) -> None:
     image = torch.rand(2, 3, 4, 4)
-    checkpoint.save(tmp_path / "a", {"x": image.contiguous(memory_format=torch.channels_last)}, {"step": 1})
+    checkpoint.save(tmp_path / "a", {"x": image.contiguous(memory_format=torch.channels_last)}, FACTS)
     assert torch.equal(checkpoint.load(tmp_path / "a")[0]["x"], image)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,7 +105,7 @@ def test_the_moving_average_is_torch_s(norm: str) -> None:
         if step == 3:  # as a training that was stopped
             state = learner.tensors()
             learner = Learner(config, torch.device("cpu"))
-            learner.restore(state)
+            learner.restore(state, Path("step-3"))
         learner.step(*data.draw(pairs, config, step * config.batch_size), 1e-2)
         plain.update_parameters(learner.generator)
     assert learner.average is not None
