@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
+
+from safetensors.torch import save_file  # noqa: E402
 
 from model import checkpoint  # noqa: E402
 from model.checkpoint import CheckpointError  # noqa: E402
@@ -100,6 +104,34 @@ def test_of_equally_good_ones_and_of_none_validated_the_newest_is_best(tmp_path:
     write(tmp_path, 4, 0.2)
     write(tmp_path, 5)
     assert checkpoint.best(tmp_path).step == 4  # type: ignore[union-attr]
+
+
+def test_one_whose_validation_is_no_number_is_never_the_best(tmp_path: Path) -> None:
+    write(tmp_path, 1, float("nan"))
+    write(tmp_path, 2, 0.3)
+    write(tmp_path, 3, float("nan"))
+    assert checkpoint.best(tmp_path).step == 2  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["[]", "5", "{}", "[" * 100_000, "1" * 5000]
+    + [
+        json.dumps(FACTS | change)
+        for change in ({"step": "1"}, {"step": None}, {"step": -1}, {"config": []}, {"validation": [1]})
+    ]
+    + [json.dumps(FACTS | {"validation": {"mae": "x"}})],
+    ids=lambda said: said[:60],
+)
+def test_facts_that_cannot_be_are_refused_in_a_line(said: str, tmp_path: Path) -> None:
+    path = checkpoint.path_of(tmp_path, 1)
+    save_file({}, path, metadata={"facts": said, "sha256": hashlib.sha256(said.encode()).hexdigest()})
+    for read in (checkpoint.load, checkpoint.read_facts):
+        with pytest.raises(CheckpointError, match="is damaged or no checkpoint of this project") as error:
+            read(path)
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+    assert checkpoint.newest_whole(tmp_path) is None
 
 
 def test_a_file_that_is_no_checkpoint_is_refused_and_never_run(tmp_path: Path) -> None:

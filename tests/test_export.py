@@ -18,6 +18,7 @@ from model.evaluate import load_generator  # noqa: E402
 from model.export import ExportError  # noqa: E402
 from model.learner import build_generator  # noqa: E402
 from model.networks import UNetGenerator  # noqa: E402
+from model.planes import BINS  # noqa: E402
 from model.synthesize import find_generator  # noqa: E402
 
 
@@ -26,7 +27,16 @@ def generator(request: Any, tmp_path: Path) -> Path:
     """A small generator, trained (so it says) on planes of 48 x 32, which its side of 32 does not divide."""
     config = TrainConfig(side=32, width=4, upsampling=request.param, dataset="ixi-t1-t2@0123", direction="t1->t2")
     torch.manual_seed(0)
-    planes = {"shape": [48, 32]}
+    planes = {
+        "shape": [48, 32],
+        "spacing_mm": [1.0, 1.0],
+        "slab_mm": 80.0,
+        "slab_offset_mm": 0.0,
+        "source_spacing_mm": [1.0, 1.0, 1.0],
+        "target_low_high": [0.0, 900.0],
+        "source_histogram": [0.0] * BINS,
+        "target_histogram": [0.0] * BINS,
+    }
     facts = {"step": 7, "config": config.model_dump(mode="json"), "validation": {}, "planes": planes}
     path = tmp_path / "run" / "generator.safetensors"
     checkpoint.save(path, build_generator(config).state_dict(), facts)

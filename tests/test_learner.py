@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn  # noqa: E
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from model import data  # noqa: E402
+from model.checkpoint import CheckpointError  # noqa: E402
 from model.config import TrainConfig  # noqa: E402
 from model.data import Pairs  # noqa: E402
 from model.learner import Learner  # noqa: E402
@@ -111,3 +112,40 @@ def test_the_moving_average_is_torch_s(norm: str) -> None:
     assert learner.average is not None
     ours = learner.average.state_dict()
     assert all(torch.equal(ours[name], value) for name, value in plain.state_dict().items())
+
+
+FIRST = "generator.down.0.0.weight"
+MOMENT = "generator_optimizer.0.exp_avg"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        (FIRST, torch.zeros(3)),
+        (FIRST, None),
+        ("generator.more", torch.zeros(3)),
+        (MOMENT, torch.zeros(1)),
+        (MOMENT, torch.zeros(4, 1, 4, 4, dtype=torch.float64)),
+        (MOMENT, None),
+        ("generator_optimizer.0.step", torch.zeros(2)),
+        ("generator_optimizer.x.exp_avg", torch.zeros(3)),
+        ("generator_optimizer.0.exp_avg.x", torch.zeros(3)),
+        ("random.cpu.0", torch.zeros(3)),
+        ("random.cpu.0", torch.zeros(5056, dtype=torch.uint8)),
+    ],
+)
+def test_a_state_of_another_shape_is_refused_before_the_optimiser_reads_beyond_it(name: str, tensor: Any) -> None:
+    config = config_of()
+    pairs, learner = pairs_on("cpu"), Learner(config, torch.device("cpu"))
+    learner.step(*data.draw(pairs, config, 0), 1e-3)
+    state = learner.tensors()
+    assert tensor is None or tensor.dim() == 1 or state[name].shape == tensor.shape
+    state = {k: v for k, v in state.items() if k != name} | ({} if tensor is None else {name: tensor})
+    with pytest.raises(CheckpointError, match="^step-1 (does not fit its configuration: of |has no random state)") as e:
+        Learner(config, torch.device("cpu")).restore(state, Path("step-1"))
+    assert "\n" not in str(e.value)
+
+
+def test_the_state_of_a_learner_that_has_not_begun_is_taken_up() -> None:
+    fresh = Learner(config_of(), torch.device("cpu"))
+    Learner(config_of(), torch.device("cpu")).restore(fresh.tensors(), Path("step-0"))

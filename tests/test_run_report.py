@@ -48,6 +48,17 @@ def write_run(folder: Path, subjects: int, steps: range = STEPS) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "validation.csv"])
+@pytest.mark.parametrize("left", [b"", b"step,lo", b"step,mae\n\0\0\0\n", b"\xff\xfe\n1,2\n"])
+def test_a_log_that_a_full_disk_left_is_left_out(
+    name: str, left: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_run(tmp_path / "a", subjects=1, steps=range(0))
+    (folder / name).write_bytes(left)
+    assert "a GPU" in run_report(folder)
+    assert f"{folder / name} is damaged, and left out of the report" in caplog.text
+
+
 def write_evaluation(folder: Path, subjects: int) -> None:
     random = np.random.default_rng(1)
     names = [f"test-{k:05}" for k in range(subjects)]

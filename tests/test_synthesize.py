@@ -25,7 +25,8 @@ from ixi_etl import dataset, manifest  # noqa: E402
 from ixi_etl.phantom import grid_affine, pack, rigid  # noqa: E402
 from ixi_etl.publish import Refreshed  # noqa: E402
 from ixi_etl.store import open_arrays  # noqa: E402
-from model import data, planes, synthesize  # noqa: E402
+from model import checkpoint, data, export, planes, synthesize  # noqa: E402
+from model.checkpoint import CheckpointError  # noqa: E402
 from model.config import TrainConfig  # noqa: E402
 from model.evaluate import BATCH, generated_by, load_generator  # noqa: E402
 from model.planes import Planes  # noqa: E402
@@ -245,7 +246,15 @@ def bad_inputs() -> dict[str, tuple[bytes, str]]:
         "no orientation": (nifti_of(values, affine, 0, 0), "neither sform nor qform is set"),
         "four axes": (nifti_of(np.stack([values, values]), affine), "shape is 20 x 20 x 20 x 2"),
         "not finite": (nifti_of(broken, affine), "voxels that are NaN or infinite"),
-        "empty": (nifti_of(values * 0, affine), "it is empty: its middle 14 mm hold no other value than 0"),
+        "empty": (nifti_of(values * 0, affine), "it is empty: it has no voxel above 0"),
+        "empty and wide": (
+            nifti_of(np.full((20, 60, 60), 5.0, np.float32), affine),
+            "it is empty: it has no voxel above",
+        ),
+        "empty in the middle": (
+            nifti_of(np.where(np.arange(20)[:, None, None] < 2, values, 0).astype(np.float32), affine),
+            "it is empty: its middle 14 mm hold no other value than 0",
+        ),
         "in metres": (nifti_of(values, affine @ np.diag([1e-3, 1e-3, 1e-3, 1])), "is the header's spacing in mm?"),
         "thick slices": (nifti_of(values, affine @ np.diag([1, 1, 10, 1])), "voxels of 2 x 2 x 20 mm"),
         "cut short": (packed[: len(packed) // 2], "is cut short"),
@@ -302,8 +311,6 @@ def test_the_wrong_modality_is_suspected_and_the_right_one_is_not(
 def test_a_run_on_no_planes_of_a_head_is_refused(
     pairing: str, line: str, archives: Path, tmp_path: Path, root: Path
 ) -> None:
-    from model import checkpoint
-
     path = root / "runs" / "a" / "generator.safetensors"
     weights, facts = checkpoint.load(path)
     if pairing == "digits":
@@ -340,6 +347,53 @@ def test_outputs_are_named_after_their_inputs(name: str, renamed: str, tmp_path:
     assert synthesize.plan([tmp_path], tmp_path / "out", ("t1", "t2")) == [
         (tmp_path / name, tmp_path / "out" / renamed)
     ]
+
+
+def test_a_direction_is_taken_as_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "x-T1.nii").touch()
+    ((_, out),) = synthesize.plan([tmp_path / "x-T1.nii"], tmp_path / "out", ("t1", r"a\1"))
+    assert out.name == r"x-A\1.nii"
+
+
+@pytest.mark.parametrize("direction", ["x->/../../PWNED/EVIL", "t1->t2/..", r"t1->\1", "t1", "->t2", None])
+def test_a_generator_cannot_say_where_outputs_are_written(direction: str | None, root: Path, tmp_path: Path) -> None:
+    path = with_facts(root, tmp_path, config={"direction": direction})
+    with pytest.raises(CheckpointError, match=r"the direction in .* cannot be used: .* is not SOURCE->TARGET"):
+        synthesize.load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [0, 0]},
+        {"shape": [-5, 32]},
+        {"shape": [200_000, 200_000]},
+        {"spacing_mm": [0, 0]},
+        {"spacing_mm": [float("nan")] * 2},
+        {"source_spacing_mm": [0, 0, 0]},
+        {"slab_mm": float("nan")},
+        {"slab_mm": 0},
+        {"slab_offset_mm": float("inf")},
+        {"target_low_high": [float("nan"), 1]},
+        {"target_low_high": [0, 1e308]},
+        {"source_histogram": [1]},
+    ],
+    ids=str,
+)
+def test_planes_that_cannot_be_are_refused_in_a_line(change: dict[str, Any], root: Path, tmp_path: Path) -> None:
+    path = with_facts(root, tmp_path, planes=change)
+    for use in (synthesize.load, lambda path: export.export(path, "safetensors", tmp_path / "out")):
+        with pytest.raises(CheckpointError, match="the planes in .* cannot be used: ") as error:
+            use(path)
+        assert "\n" not in str(error.value)
+
+
+def with_facts(root: Path, folder: Path, **changes: dict[str, Any]) -> Path:
+    """A copy of the generator of run `a` whose facts are changed."""
+    weights, facts = checkpoint.load(root / "runs" / "a" / "generator.safetensors")
+    facts |= {name: facts[name] | change for name, change in changes.items()}
+    checkpoint.save(folder / "hostile.safetensors", weights, facts)
+    return folder / "hostile.safetensors"
 
 
 def command(root: Path, *arguments: Any, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -401,6 +455,8 @@ def test_dropout_is_noise_that_its_seed_repeats(root: Path, tmp_path: Path) -> N
         (["a", "x.nii", "z.nii", "-o", "y.nii"], "is one file, and there may be several to write; give a folder"),
         (["a", "nowhere.nii", "-o", "nowhere.nii"], "nowhere.nii is not there"),
         (["a", "x.nii", "-o", "y.nii", "--device", "cuda:9"], "device cuda:9 is not to be had here"),
+        (["a", "x.nii", "-o", "y.nii", "--device", "meta"], "device meta is not to be had here"),
+        (["a", "x.nii", "-o", "y.nii", "--seed", str(10**23)], "is no number of 64 bits; give a smaller one"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], line: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

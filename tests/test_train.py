@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
@@ -137,6 +138,32 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_whole_one(
     assert checkpoint.found(newest.parent)[-1].step == 6
 
 
+def test_after_nothing_but_damage_the_configuration_kept_is_of_the_training_that_began_anew(root: Path) -> None:
+    """By it `prune` knows which version is in use."""
+    train_run(run_of(root, "a", seed=1))
+    for path in (root / "runs" / "a" / "checkpoints").iterdir():
+        whole = bytearray(path.read_bytes())
+        whole[-1] ^= 1  # which no header tells
+        path.write_bytes(whole)
+    train_run(run_of(root, "a", seed=2), resume=True)
+    assert json.loads((root / "runs" / "a" / "config.json").read_text())["config"]["seed"] == 2
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "validation.csv"])
+@pytest.mark.parametrize("left", [b"", b"step,lo", b"step,mae\n\0\0\0\n", b"\xff\xfe\n1,2\n"])
+def test_a_log_that_a_full_disk_left_is_begun_anew(
+    name: str, left: bytes, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_of(root, "a", steps=2)
+    train_run(run)
+    if name == "validation.csv" and not (run.folder / name).exists():
+        assert not checkpoint.found(run.folder / "checkpoints")[-1].validation
+    (run.folder / name).write_bytes(left)
+    train_run(run_of(root, "a", steps=4), resume=True)
+    assert f"{run.folder / name} is damaged, and begun anew" in caplog.text
+    assert [row["step"] for row in read_rows(run.folder / "metrics.csv")][-1] == "4"
+
+
 # -- what a run leaves ------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +248,20 @@ def test_two_processes_learn_what_one_learns_from_both_their_batches(root: Path,
     assert float((a - b).abs().max()) < 0.02 * float((a - before).abs().max())
 
 
+@pytest.mark.stack  # a quarter of a minute on two cores
+def test_one_of_two_processes_told_to_stop_stops_both_at_the_same_step(root: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    two = launch + command(root, "two", steps=100_000, checkpoint_every=90_000, batch_size=1)[2:]
+    process = subprocess.Popen(two, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wait_for((root / "runs" / "two" / "metrics.csv").exists, process)
+    one = next(p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == "1")
+    one.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    (saved,) = checkpoint.found(root / "runs" / "two" / "checkpoints")
+    assert f"stopped at step {saved.step} of 100000 and saved" in said.decode()
+    assert b'Traceback (most recent call last):\n  File "/tmp' not in said
+
+
 # -- what goes wrong --------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +271,22 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_last_good_checkpoint_named(r
         train_run(run_of(root, "a", lr=1e20), resume=True)
     with pytest.raises(TrainingError, match="not finite at step 2; there is no checkpoint yet; try a lower lr"):
         train_run(run_of(root, "b", lr=1e38))
+
+
+def test_weights_that_are_not_finite_are_never_saved(root: Path) -> None:
+    """The losses are of the weights before a step, and finite when the step ruins them."""
+    said = r"the weights are not finite at step 2; the last good checkpoint is .*step-00000001"
+    with pytest.raises(TrainingError, match=said):
+        train_run(run_of(root, "a", lr=1e12, checkpoint_every=1))
+    (saved,) = checkpoint.found(root / "runs" / "a" / "checkpoints")
+    assert saved.step == 1
+
+
+@pytest.mark.parametrize("name", ["exp/one", "..", ".", ".a", "/tmp/a", "../../x", "", "latest", "a\n"])
+def test_a_run_has_a_name_that_stays_among_the_runs(name: str, root: Path) -> None:
+    with pytest.raises(TrainingError, match="is no name of a run; give letters, digits") as error:
+        run_of(root, name)
+    assert "\n" not in str(error.value)
 
 
 def test_a_run_is_not_overwritten(root: Path) -> None:
@@ -253,6 +310,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_and_the_difference_nam
         ({"side": 256}, "crops of 256 x 256 do not fit slices of 64 x 64; set a smaller side"),
         ({"direction": "t1->t1"}, "direction 't1->t1' does not fit the dataset: it is t1->t2 or t2->t1"),
         ({"device": "cuda:7"}, "device cuda:7 is not to be had here"),
+        ({"device": "meta"}, "device meta is not to be had here"),
     ],
 )
 def test_what_does_not_fit_is_said_in_one_line_before_anything_is_made(
@@ -282,6 +340,11 @@ def test_a_damaged_store_is_refused_by_the_name_of_its_file(published: Refreshed
         (["train", "--set", "wormhole=1"], "error: wormhole: Extra inputs are not permitted"),
         (["train", "--set", "steps"], "error: --set steps: give NAME=VALUE, for example --set steps=1000"),
         (["train", "--set", "steps=-1"], "error: steps: Input should be greater than or equal to 1"),
+        (["train", "--set", f"steps={10**20}"], "error: steps: Input should be less than"),
+        (["train", "--set", f"seed={10**23}"], "error: seed: Input should be less than"),
+        (["train", "--set", "width=400000"], "error: width: Input should be less than"),
+        (["train", "--set", "lr=Infinity"], "error: lr: Input should be a finite number"),
+        (["train", "--set", "lambda_l1=Infinity"], "error: lambda_l1: Input should be a finite number"),
         (["train", "--preset", "smoke"], "error: crops of 128 x 128 do not fit slices of 64 x 64; set a smaller side"),
         (["evaluate", "zz"], "error: there is no run zz in"),
         (["evaluate", "a", "--split", "val"], "has no subject in split val"),

@@ -90,15 +90,21 @@ def short_of_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
 
 
-def test_training_out_of_memory(root: Path, row: Row) -> None:
-    """A batch of 25 GB with no more address space than 16 GiB: the real allocator's own refusal, and at once."""
-    wants = {"batch_size": 3 * 10**6, "side": 64}
+@pytest.mark.parametrize(
+    ("wants", "line"),
+    [
+        ({"batch_size": 3 * 10**6, "side": 64}, "at batch_size 3000000; try batch_size 1500000"),
+        ({"width": 60_000}, "before the first step; try a smaller width"),
+    ],
+)
+def test_training_out_of_memory(wants: dict[str, int], line: str, root: Path, row: Row) -> None:
+    """A batch of 25 GB, or weights, with no more address space than 16 GiB: the allocator's own refusal, and at once."""
     done = subprocess.run(
         command(root, "a", **wants), capture_output=True, text=True, preexec_fn=short_of_memory, check=False
     )
     assert done.returncode == 1
     said = [line for line in done.stderr.splitlines() if line]
-    assert said[-1] == "error: out of memory at batch_size 3000000; try batch_size 1500000", done.stderr
+    assert said[-1] == f"error: out of memory {line}", done.stderr
     assert "Traceback" not in done.stderr
     row("out of memory in training", 1, "one line with the batch size to try", "steps since the last checkpoint")
 
