@@ -141,7 +141,9 @@ def test_a_state_of_another_shape_is_refused_before_the_optimiser_reads_beyond_i
     state = learner.tensors()
     assert tensor is None or tensor.dim() == 1 or state[name].shape == tensor.shape
     state = {k: v for k, v in state.items() if k != name} | ({} if tensor is None else {name: tensor})
-    with pytest.raises(CheckpointError, match="^step-1 (does not fit its configuration: of |has no random state)") as e:
+    with pytest.raises(
+        CheckpointError, match=r"^step-1 (does not fit its configuration: of |has no random state)"
+    ) as e:
         Learner(config, torch.device("cpu")).restore(state, Path("step-1"))
     assert "\n" not in str(e.value)
 

@@ -383,7 +383,7 @@ def test_a_generator_cannot_say_where_outputs_are_written(direction: str | None,
 def test_planes_that_cannot_be_are_refused_in_a_line(change: dict[str, Any], root: Path, tmp_path: Path) -> None:
     path = with_facts(root, tmp_path, planes=change)
     for use in (synthesize.load, lambda path: export.export(path, "safetensors", tmp_path / "out")):
-        with pytest.raises(CheckpointError, match="the planes in .* cannot be used: ") as error:
+        with pytest.raises(CheckpointError, match=r"the planes in .* cannot be used: ") as error:
             use(path)
         assert "\n" not in str(error.value)
 

@@ -98,7 +98,7 @@ def short_of_memory() -> None:
     ],
 )
 def test_training_out_of_memory(wants: dict[str, int], line: str, root: Path, row: Row) -> None:
-    """A batch of 25 GB, or weights, with no more address space than 16 GiB: the allocator's own refusal, and at once."""
+    """A batch of 25 GB, or weights, with no more address space than 16 GiB: the allocator itself refuses, at once."""
     done = subprocess.run(
         command(root, "a", **wants), capture_output=True, text=True, preexec_fn=short_of_memory, check=False
     )
