@@ -19,6 +19,7 @@ import pytest
 from conftest import config_for
 
 from ixi_etl import dataset, manifest, publish
+from ixi_etl import refresh as jobs
 from ixi_etl.archive import read_member
 from ixi_etl.config import DatasetConfig
 from ixi_etl.errors import DatasetError, DownloadError, IxiError, LockedError
@@ -280,6 +281,14 @@ def test_one_refresh_at_a_time_and_the_second_says_who(archives: Path, tmp_path:
         pass
 
 
+@pytest.mark.parametrize("note", ["[1]", '{"pid": 1}', "5", "[" * 200_000, "1" * 5000])
+def test_a_damaged_note_of_who_holds_the_root_is_passed_over(note: str, tmp_path: Path) -> None:
+    with lock_root(tmp_path):
+        (tmp_path / ".lock.json").write_text(note)
+        with pytest.raises(LockedError, match="is in use by another process"), lock_root(tmp_path):
+            pass
+
+
 def test_a_root_that_cannot_be_written_is_one_clear_line(archives: Path) -> None:
     with pytest.raises(IxiError, match="cannot write to /proc/nowhere"):
         refresh(config_for(Path("/proc/nowhere"), archives))
@@ -336,6 +345,34 @@ def test_archives_that_are_not_what_md5sums_says_are_refused(archives: Path, tmp
         file.write(b"\0\1\2")
     with pytest.raises(DownloadError, match=r"IXI-T2\.tar: MD5 is \w+, not"):
         refresh(config_for(tmp_path / "root", source))
+
+
+@pytest.mark.parametrize("how", ["replaced", "removed once read"])
+def test_archives_that_change_after_they_were_hashed_are_not_published_under_their_old_name(
+    how: str, archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copytree(archives, tmp_path / "src"))
+    stage = "survey_archives" if how == "replaced" else "spread"
+    honest = getattr(jobs, stage)
+
+    def meanwhile(*arguments: Any, **more: Any) -> Any:
+        if how == "replaced":
+            shutil.copy(archives / "IXI-T1.tar", source / "new")
+            (source / "new").replace(source / "IXI-T1.tar")
+            return honest(*arguments, **more)
+        done = honest(*arguments, **more)
+        (source / "IXI-T2.tar").unlink()
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, stage, meanwhile)
+        with pytest.raises(DatasetError, match=r"IXI-T[12]\.tar changed while it was read; run again when it is whole"):
+            refresh(config_for(tmp_path / "root", source))
+    places = dataset.Places(tmp_path / "root")
+    assert dataset.published(places) == []
+    assert not list(places.unfinished.glob("*/work")), "records of nobody knows which archive"
+    shutil.copy(archives / "IXI-T2.tar", source)
+    assert dataset.verify(refresh(config_for(tmp_path / "root", source)).folder) == []
 
 
 def test_unchecked_archives_are_admitted_and_recorded_so(archives: Path, tmp_path: Path) -> None:
