@@ -26,7 +26,7 @@ from ixi_etl.demographics import read_demographics
 from ixi_etl.download import Acquired, _stamp, acquire, fetch_members, find_remote, own_sources
 from ixi_etl.errors import DatasetError
 from ixi_etl.files import Progress, disk_errors_in_a_line, lock_root, sha256_file, silent, write_atomic
-from ixi_etl.places import check_reachable
+from ixi_etl.places import check_reachable, expanded
 from ixi_etl.publish import Refreshed
 from ixi_etl.schema import CANDIDATE, IXI
 from ixi_etl.spread import spread
@@ -99,7 +99,7 @@ def find_sources(config: RefreshConfig) -> dict[str, catalog.Source]:
             download.
     """
     check_reachable(config.root)
-    if config.demographics not in (None, OFFICIAL) and not Path(str(config.demographics)).expanduser().is_file():
+    if config.demographics not in (None, OFFICIAL) and not expanded(str(config.demographics)).is_file():
         raise DatasetError(f"{config.demographics} is not there; give IXI.xls, '{OFFICIAL}', or leave it out")
     people = {DEMOGRAPHICS: catalog.official(DEMOGRAPHICS)} if config.demographics == OFFICIAL else {}
     if config.source is not None:
@@ -160,7 +160,7 @@ def inputs_of(config: RefreshConfig, acquired: Mapping[str, Acquired]) -> Inputs
         return Inputs(archives, None)
     if config.demographics == OFFICIAL:
         return Inputs(archives, Path(acquired[DEMOGRAPHICS].location))
-    return Inputs(archives, Path(config.demographics).expanduser())
+    return Inputs(archives, expanded(config.demographics))
 
 
 def name_version(config: RefreshConfig, inputs: Inputs) -> tuple[str, dict[str, Any]]:

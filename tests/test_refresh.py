@@ -22,7 +22,7 @@ from ixi_etl import dataset, manifest, publish
 from ixi_etl import refresh as jobs
 from ixi_etl.archive import read_member
 from ixi_etl.config import DatasetConfig
-from ixi_etl.errors import DatasetError, DownloadError, IxiError, LockedError
+from ixi_etl.errors import ArchiveError, DatasetError, DownloadError, IxiError, LockedError
 from ixi_etl.files import lock_root
 from ixi_etl.phantom import write_tar
 from ixi_etl.publish import Refreshed
@@ -498,6 +498,13 @@ def test_a_missing_demographics_file_is_said_before_any_download(tmp_path: Path)
     config = config_for(tmp_path, "http://127.0.0.1:9").model_copy(update={"demographics": str(tmp_path / "IXI.xls")})
     with pytest.raises(DatasetError, match=r"IXI\.xls is not there; give IXI\.xls, 'official', or leave it out"):
         refresh(config)
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://host:x/y", "http://host:99999", "http://ho\x00st"])
+def test_a_source_that_is_no_url_is_one_clear_line(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match=r"cannot read .*--source") as caught:
+        refresh(config_for(tmp_path, url))
+    assert "\n" not in str(caught.value)
 
 
 def test_demographics_reach_the_manifest_and_the_version(published: Refreshed, archives: Path, tmp_path: Path) -> None:
