@@ -448,6 +448,29 @@ def test_cheap_verification_finds_what_a_person_or_a_disk_did(what: str, copy: P
     assert dataset.verify(copy)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"node_type": "group"', '"node_uype": "group"'),
+        ('"consolidated_metadata": {', '"consolidated_metadata": 5, "x": {'),
+        ('"metadata": {', '"metadata": [], "x": {'),
+        ('"kind": "inline"', '"kine": "inline"'),
+        ('"shape": [', '"shaqe": ['),
+        ('"codecs": [', '"codecs": null, "x": ['),
+        ('"data_type": "int16"', '"data_type": [1]'),
+        ('"zarr_format": 3', '"zarr_format": []'),
+    ],
+)
+def test_verification_of_damaged_metadata_ends_in_lines(old: str, new: str, copy: Path) -> None:
+    path = copy / "slices.zarr/zarr.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    problems = dataset.verify(copy, deep=True)
+    assert any(str(path) in problem for problem in problems)
+    assert not any("\n" in problem for problem in problems)
+
+
 def test_a_shard_in_another_subject_s_row_is_found(copy: Path) -> None:
     rows = [copy / f"slices.zarr/t1/c/{n}/0/0/0" for n in (0, 1)]
     one, two = (row.read_bytes() for row in rows)
