@@ -81,4 +81,5 @@ def _print_table(table: pd.DataFrame, title: str) -> None:
         shown.add_column(str(name), justify="right" if numeric else "left", overflow="fold")
     for row in table.itertuples(index=False):
         shown.add_row(*(str(value) for value in row))
-    Console(width=None if sys.stdout.isatty() else 160).print(shown)
+    # What stands in brackets in the name of a member, a folder or a column is no markup.
+    Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False).print(shown)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from ixi_etl.errors import ArchiveError
-from ixi_etl.places import is_url
+from ixi_etl.places import expanded, is_url, refuse_secret
 
 MODALITIES = ("T1", "T2")
+SCHEMES = ("http", "https", "s3", "file")  # of the URLs that a person's own files may lie at
 
 LICENCE = "CC BY-SA 3.0 (https://creativecommons.org/licenses/by-sa/3.0/)"
 CREDIT = (
@@ -90,8 +90,21 @@ def own_archives(source: str) -> dict[str, str]:
 
 
 def _absolute(place: str) -> str:
-    """A folder or URL without its last slash; a folder from the root of the file system."""
-    return (place if is_url(place) else str(Path(place).expanduser().resolve())).rstrip("/")
+    """A folder or URL without its last slash; a folder from the root of the file system.
+
+    Raises:
+        IxiError: it is neither, or has a password in it.
+    """
+    refuse_secret(place)
+    if not is_url(place):
+        return str(expanded(place).resolve()).rstrip("/")
+    if place.partition("://")[0] not in SCHEMES or not place.isprintable():
+        raise ArchiveError(f"cannot read {place!r}: give a folder, or a URL of http, https or s3, as --source")
+    try:
+        _ = urlsplit(place).port
+    except ValueError as error:
+        raise ArchiveError(f"cannot read {place!r}: it is no URL ({error}); mend --source") from error
+    return place.rstrip("/")
 
 
 def modality_of(tar_name: str) -> str | None:

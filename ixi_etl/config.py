@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ixi_etl.places import Places
+from ixi_etl.errors import IxiError
+from ixi_etl.places import Places, expanded, refuse_secret
 
 SPLITS = ("train", "val", "test")
 
@@ -23,9 +24,11 @@ class _Strict(BaseModel):
 
 
 def _no_password(place: str) -> str:
-    """`place`, unless it is a URL with a password: that would stand in logs, parameters and `latest.json`."""
-    if re.match(r"[a-z0-9+]+://[^/]*@", place):
-        raise ValueError("a URL with a password or a key in it; put those into ~/.netrc, or of S3 into the environment")
+    """`place`, unless it is a URL with a password."""
+    try:
+        refuse_secret(place)
+    except IxiError as error:
+        raise ValueError(str(error)) from None
     return place
 
 
@@ -111,12 +114,13 @@ class _Job(_Strict):
             return str(root).rstrip("/")
         if not str(root) or re.match(r"[a-z0-9]+:/", str(root)):
             raise ValueError(f"{str(root)!r} is neither a folder nor s3://bucket/prefix")
-        return str(Path(root).expanduser().resolve())  # workers in other folders must find it
+        return str(expanded(root).resolve())  # workers in other folders must find it
 
     @field_validator("scratch", mode="before")
     @classmethod
     def _whole_scratch(cls, scratch: Any) -> Any:
-        return Path(scratch).expanduser().resolve() if scratch else None  # "" is what a variable gives that is not set
+        _no_password(str(scratch))
+        return expanded(scratch).resolve() if scratch else None  # "" is what a variable gives that is not set
 
 
 class RefreshConfig(_Job):
@@ -125,7 +129,7 @@ class RefreshConfig(_Job):
     source: Place | None = Field(
         None, description="your own archives (folder, tar file, http(s):// or s3:// URL) instead of the official ones"
     )
-    demographics: str | None = Field(
+    demographics: Annotated[str, AfterValidator(_no_password)] | None = Field(
         None, description="'official' to fetch IXI.xls, or your own copy of it (.xls or .csv); omit for none"
     )
     dataset: DatasetConfig = DatasetConfig()
@@ -140,7 +144,9 @@ class RefreshConfig(_Job):
     workers: Annotated[int, Field(ge=1)] = Field(
         default_factory=lambda: os.cpu_count() or 1, description="threads that cut subjects on this machine"
     )
-    dask: str | None = Field(None, description="address of a Dask scheduler (tcp://host:port) to cut subjects on")
+    dask: Annotated[str, AfterValidator(_no_password)] | None = Field(
+        None, description="address of a Dask scheduler (tcp://host:port) to cut subjects on"
+    )
     insecure_hosts: tuple[str, ...] = Field((), description="hosts whose TLS certificate is not checked")
 
     @model_validator(mode="after")

@@ -27,6 +27,7 @@ from ixi_etl.files import disk_errors_in_a_line, read_json, sha256_file, to_json
 from ixi_etl.intensity import count_values, otsu_threshold
 from ixi_etl.store import write_shards
 
+SEAL = "record_sha256"
 MAX_OUTSIDE = 0.05  # of the T2 slab's foreground
 MIN_LEVELS = 256  # distinct values; fewer and rounding to integers has thrown the picture away
 
@@ -83,7 +84,8 @@ def record_path(work: Path, subject_id: str) -> Path:
 
 @disk_errors_in_a_line()  # here, so that a Dask worker, too, says what ails its disk
 def cut_subject(job: Job, config: DatasetConfig, work: Path) -> dict[str, Any]:
-    """Cut one subject into `work`, and return its record: manifest columns, `affines`, and the `files` with SHA-256.
+    """Cut one subject into `work`, and return its record: manifest columns, `affines`, the `files` with SHA-256, and
+    `record_sha256` of all that.
 
     A subject that cannot be used is a record with its reason; nothing about a volume raises. One that was done before,
     by a run that was killed, is not done again.
@@ -94,7 +96,7 @@ def cut_subject(job: Job, config: DatasetConfig, work: Path) -> dict[str, Any]:
     if not work.is_dir():
         raise DatasetError(f"{socket.gethostname()} has no folder {work}; Dask's workers must have it in common")
     done = read_json(record_path(work, job.subject_id))
-    if isinstance(done, dict) and _still_there(done, job, work):
+    if isinstance(done, dict) and done == _sealed(done) and _still_there(done, job, work):
         return done
     read = {m: part for m, part in job.parts.items() if part.size <= MAX_MEMBER_BYTES}  # who has larger ones is out
     packed = {m: read_member(part.archive, part.offset, part.size) for m, part in read.items()}
@@ -105,8 +107,15 @@ def cut_subject(job: Job, config: DatasetConfig, work: Path) -> dict[str, Any]:
             _cut(job, packed, config, work, record)
         except BadVolumeError as error:
             record |= {"reason": error.reason, "detail": error.detail}
+    record = _sealed(record)
     write_atomic(record_path(work, job.subject_id), to_json(record))
     return record
+
+
+def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with its own hash: its numbers go into the manifest, and nothing else would tell that one changed."""
+    said = {key: value for key, value in record.items() if key != SEAL}
+    return said | {SEAL: hashlib.sha256(to_json(said).encode()).hexdigest()}
 
 
 def _cut(job: Job, packed: dict[str, bytes], config: DatasetConfig, work: Path, record: dict[str, Any]) -> None:

@@ -157,6 +157,8 @@ def _are_facts(facts: Any) -> bool:
     kinds |= dict.fromkeys(("name", "version", "source", "target"), str)
     if not isinstance(facts, dict) or not all(isinstance(facts.get(key), kind) for key, kind in kinds.items()):
         return False
+    if not isinstance(facts["inputs"].get("config"), dict):
+        return False
     said = [(f.get("size"), f.get("sha256")) if isinstance(f, dict) else (None, None) for f in facts["files"].values()]
     return facts["name"] in COMMANDS and all(isinstance(a, int) and isinstance(b, str) for a, b in said)
 
@@ -169,7 +171,7 @@ def read_manifest(folder: Path) -> pd.DataFrame:
     """
     path, schema = folder / MANIFEST, SCHEMAS[read_facts(folder)["name"]]
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode()  # not as text: that would turn \r into \n
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} cannot be read ({error})") from error
     return schema.from_csv(text, str(path))

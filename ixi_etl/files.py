@@ -55,11 +55,13 @@ def to_json(value: Any) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds, or None where there is no such file or it was cut short."""
+    """What a JSON file holds, or None where there is no such file, or what `to_json` could not have written."""
     try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        value = json.loads(path.read_bytes())
+        to_json(value)  # whoever hashes it must not find NaN in it, or more brackets than Python nests
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):  # an integer of 5,000 digits, too
         return None
+    return value
 
 
 def sha256_file(path: Path) -> str:
@@ -83,8 +85,9 @@ def lock_root(root: Path, option: str = "--root") -> Iterator[None]:
         lock = FileLock(root / ".lock")
         lock.acquire(blocking=False)
     except Timeout:
-        holder = read_json(note) or {}
-        who = "process {pid} on {host} since {since}".format(**holder) if holder else "another process"
+        holder = read_json(note)
+        known = isinstance(holder, dict) and holder.keys() >= {"pid", "host", "since"}
+        who = "process {pid} on {host} since {since}".format(**holder) if known else "another process"
         raise LockedError(f"{root} is in use by {who}; wait for it to end, or choose another {option}") from None
     except OSError as error:
         raise IxiError(f"cannot write to {root}: {error.strerror}; choose another {option}") from error

@@ -6,6 +6,7 @@ S3, and with what credentials, stands in the environment (AWS_ENDPOINT_URL, AWS_
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +25,28 @@ SCRATCH = Path("ixi-data")
 
 def is_url(text: str) -> bool:
     return "://" in text
+
+
+def refuse_secret(where: str | Path | None) -> None:
+    """What a person gives stands in logs, parameters and `latest.json`, and in what is said of a mistake in it.
+
+    Raises:
+        IxiError: it is a URL with a password or a key, however it is written; the message does not repeat it.
+    """
+    if re.search(r"(?i)[a-z0-9+.-]+:/+[^/]*@", str(where)):
+        raise IxiError("a URL with a password or a key in it; put those into ~/.netrc, or of S3 into the environment")
+
+
+def expanded(where: str | Path) -> Path:
+    """The path with `~` and `~name` as the home folders that they mean.
+
+    Raises:
+        IxiError: there is no such person here.
+    """
+    try:
+        return Path(where).expanduser()
+    except RuntimeError as error:
+        raise IxiError(f"{where}: this machine knows no home folder of that name; write the path out") from error
 
 
 def place(where: str | Path) -> Path:
@@ -51,6 +74,13 @@ class Places:
     root: str | Path
     name: str = NAME
     scratch: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `IxiError`: the root or the scratch folder has a password in it, or `::`."""
+        for given in (self.root, self.scratch):
+            refuse_secret(given)
+            if "::" in str(given):  # fsspec and Zarr take what follows for another URL
+                raise IxiError(f"{given} has :: in it, which no store can be opened by; give a folder of another name")
 
     @property
     def local(self) -> Path:

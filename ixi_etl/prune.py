@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,10 +69,10 @@ def _verdicts(places: Places, keep: int) -> list[Verdict]:
 
 
 def _remains(places: Places, needed: set[str]) -> Iterator[Verdict]:
-    """Folders without `dataset.json`, which are no versions: a removal, or an upload, was stopped."""
+    """Folders that bear a version's name without `dataset.json`: a removal, or an upload, was stopped."""
     folders = places.datasets.iterdir() if places.datasets.is_dir() else ()
     for folder in sorted(folders, key=str):
-        if folder.name in needed or folder.name.startswith(".") or not folder.is_dir():
+        if folder.name in needed or not re.fullmatch("[0-9a-f]{12}", folder.name) or not folder.is_dir():
             continue
         if is_local(folder) and folder.is_symlink():  # it lies elsewhere, and is not ours
             continue

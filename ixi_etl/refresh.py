@@ -23,10 +23,10 @@ from ixi_etl.catalog import MODALITIES
 from ixi_etl.config import RefreshConfig
 from ixi_etl.cut import Job, Part, cut_subject, picture_path, shard_path
 from ixi_etl.demographics import read_demographics
-from ixi_etl.download import Acquired, acquire, fetch_members, find_remote, own_sources
+from ixi_etl.download import Acquired, _stamp, acquire, fetch_members, find_remote, own_sources
 from ixi_etl.errors import DatasetError
 from ixi_etl.files import Progress, disk_errors_in_a_line, lock_root, sha256_file, silent, write_atomic
-from ixi_etl.places import check_reachable
+from ixi_etl.places import check_reachable, expanded
 from ixi_etl.publish import Refreshed
 from ixi_etl.schema import CANDIDATE, IXI
 from ixi_etl.spread import spread
@@ -99,7 +99,7 @@ def find_sources(config: RefreshConfig) -> dict[str, catalog.Source]:
             download.
     """
     check_reachable(config.root)
-    if config.demographics not in (None, OFFICIAL) and not Path(str(config.demographics)).expanduser().is_file():
+    if config.demographics not in (None, OFFICIAL) and not expanded(str(config.demographics)).is_file():
         raise DatasetError(f"{config.demographics} is not there; give IXI.xls, '{OFFICIAL}', or leave it out")
     people = {DEMOGRAPHICS: catalog.official(DEMOGRAPHICS)} if config.demographics == OFFICIAL else {}
     if config.source is not None:
@@ -160,7 +160,7 @@ def inputs_of(config: RefreshConfig, acquired: Mapping[str, Acquired]) -> Inputs
         return Inputs(archives, None)
     if config.demographics == OFFICIAL:
         return Inputs(archives, Path(acquired[DEMOGRAPHICS].location))
-    return Inputs(archives, Path(config.demographics).expanduser())
+    return Inputs(archives, expanded(config.demographics))
 
 
 def name_version(config: RefreshConfig, inputs: Inputs) -> tuple[str, dict[str, Any]]:
@@ -221,7 +221,8 @@ def cut_subjects(
     """Cut every candidate and hash every member; the settled manifest, and what was recorded of each subject.
 
     Raises:
-        DatasetError: too many subjects are unreadable, or none is left; or Dask's workers write to another folder.
+        DatasetError: too many subjects are unreadable, or none is left; an archive was replaced meanwhile; or Dask's
+            workers write to another folder.
     """
     places = config.places
     work = places.staging(version) / "work"
@@ -236,6 +237,7 @@ def cut_subjects(
         libraries=("ixi-etl", *VOXEL_LIBRARIES),
         on_done=lambda done: progress("cut", done, len(jobs), "subjects"),
     )
+    _check_unchanged(inputs, work)
     records = {job.subject_id: result for job, result in zip(jobs, results, strict=True)}
     if inputs.surveyed is not None:
         for job in jobs:
@@ -273,6 +275,18 @@ def _check_disk(work: Path, candidates: pd.DataFrame, slices: int) -> None:
     need, free = len(MODALITIES) * 2 * slices * voxels - have, shutil.disk_usage(work).free
     if need > free:
         raise DatasetError(f"{work} has {free / 1e9:.2f} GB free, but the slabs need {need / 1e9:.2f} GB; free some")
+
+
+def _check_unchanged(inputs: Inputs, work: Path) -> None:
+    """What was surveyed and cut since the archives were hashed must be what was hashed: the version bears its name."""
+    for archive in inputs.archives.values():
+        try:
+            same = _stamp(archive.location) == archive.stamp
+        except FileNotFoundError:
+            same = False
+        if not same:
+            shutil.rmtree(work)  # nobody knows of which archive a record there is
+            raise DatasetError(f"{archive.location} changed while it was read; run again when it is whole")
 
 
 def _check_there(work: Path, records: Mapping[str, Any]) -> None:

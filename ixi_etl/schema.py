@@ -75,12 +75,13 @@ class Schema:
             DatasetError: it is not one; `name` is what the message calls it.
         """
         try:
-            raw = pd.read_csv(io.StringIO(text), dtype="str", keep_default_na=False)
+            # A carriage return is a part of a member's name, and pandas quotes none when it writes.
+            raw = pd.read_csv(io.StringIO(text), dtype="str", keep_default_na=False, lineterminator="\n")
             if list(raw.columns) != self.columns:
                 wrong = sorted(set(raw.columns) ^ set(self.columns)) or "their order"
                 raise ValueError(f"its columns are not those of a manifest: {wrong}")
             return self.validate(self.typed(raw))
-        except (ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # pandas and pandera raise what comes, on damaged text
             raise DatasetError(f"{name} is not a manifest: {' '.join(str(error).split())[:300]}") from error
 
     def typed(self, table: pd.DataFrame) -> pd.DataFrame:
@@ -169,7 +170,7 @@ def _is_matrix(text: str) -> bool:
     """Whether it is a 4 x 4 matrix in JSON, or empty, as for pairs by index."""
     try:
         return text == "" or np.shape(json.loads(text)) == (4, 4)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

@@ -174,8 +174,9 @@ def open_arrays(version: Path) -> dict[str, zarr.Array[Any]]:
         with _settings_lock, zarr.config.set(_READING if is_local(path) else {}):
             # Version 3 alone: the codecs of version 2 include pickle.
             return dict(zarr.open_group(str(path), mode="r", zarr_format=3).arrays())
-    except (OSError, ValueError, KeyError) as error:
-        raise DatasetError(f"{path} cannot be opened as a Zarr group ({error})") from error
+    except Exception as error:  # zarr raises what comes, on damaged metadata
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise DatasetError(f"{path} cannot be opened as a Zarr group ({said})") from error
 
 
 def shards_of(version: Path, array: zarr.Array[Any], rows: Iterable[int]) -> list[Path]:

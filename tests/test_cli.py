@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +77,15 @@ def test_verify_and_versions(published: Refreshed, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["survey", "--source", "foo://x"], "cannot read foo://x/IXI-T1.tar"),
+        (["survey", "--source", "foo://x"], "cannot read 'foo://x': give a folder, or a URL of http, https or s3"),
+        (["survey", "--source", "github://a/b"], "cannot read 'github://a/b': give a folder, or a URL of http, https"),
+        (["survey", "--source", "~nobody-here/x"], "~nobody-here/x: this machine knows no home folder of that name"),
+        (["refresh", "--source", "~nobody-here/x"], "~nobody-here/x: this machine knows no home folder of that name"),
+        (["refresh", "--root", "~nobody-here/x"], "~nobody-here/x: this machine knows no home folder of that name"),
+        (["refresh", "--scratch", "~nobody-here/x"], "~nobody-here/x: this machine knows no home folder of that name"),
+        (["refresh", "--demographics", "~nobody-here/x"], "~nobody-here/x: this machine knows no home folder of that"),
+        (["digits", "--root", "/tmp/a::b"], "/tmp/a::b has :: in it, which no store can be opened by"),
+        (["verify", "--root", "/tmp/a::b"], "/tmp/a::b has :: in it, which no store can be opened by"),
         (["refresh", "--root", "gs://bucket/x"], "neither a folder nor s3://bucket/prefix"),
         (["refresh", "--preset", "paper", "--registration", "rigid"], "registration must be none"),
         (["survey", "--source", "/nowhere"], "/nowhere/IXI-T1.tar is not there"),
@@ -102,6 +111,19 @@ def test_a_mistake_is_one_line_and_no_trace(
     assert err.startswith("error: ")
     assert said in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("inputs", ["{}", '{"config": 5}', '{"config": {}, "x": NaN}'])
+def test_facts_of_which_no_version_can_be_are_one_line(
+    inputs: str, published: Refreshed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(published.folder.parents[2], tmp_path / "root")
+    facts = tmp_path / "root/datasets/ixi-t1-t2" / published.version / "dataset.json"
+    facts.write_text(facts.read_text().replace('"inputs": {', f'"inputs": {inputs}, "others": {{'))
+    for command in ("versions", "verify"):
+        code, _, err = run(command, "--root", str(tmp_path / "root"), capsys=capsys)
+        assert (code, "dataset.json is missing, damaged" in err) == (1, True)
+        assert err.count("\n") == (1 if command == "versions" else 2)
 
 
 def test_then_train_trains_on_the_version_that_the_refresh_ended_with(

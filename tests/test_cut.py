@@ -22,6 +22,7 @@ from strategies import affines, world_of
 
 from ixi_etl.config import DatasetConfig
 from ixi_etl.cut import Job, Part, cut_subject, record_path, shard_path
+from ixi_etl.files import to_json
 from ixi_etl.phantom import grid_affine, pack, rigid
 from ixi_etl.store import assemble, open_arrays, write_shards
 
@@ -212,7 +213,8 @@ def test_every_supported_dtype_gives_the_same_slabs(dtype: str, tmp_path: Path) 
 
 def test_who_is_out_already_is_hashed_and_not_cut(tmp_path: Path) -> None:
     record = cut(tmp_path, T1, b"no volume", cut=False)
-    assert set(record) == {f"{m}_{column}" for m in ("t1", "t2") for column in ("sha256", "gzip_crc32")}
+    hashes = {f"{m}_{column}" for m in ("t1", "t2") for column in ("sha256", "gzip_crc32")}
+    assert set(record) == hashes | {"record_sha256"}
     assert int(record["t1_gzip_crc32"], 16) == zlib.crc32(gzip.decompress(T1))
     assert not list(tmp_path.glob("*.shard"))
 
@@ -243,6 +245,36 @@ def test_a_half_written_record_does_not_count(tmp_path: Path) -> None:
     first = cut(tmp_path, T1, T2)
     path = record_path(tmp_path, "IXI002-Guys-0828")
     path.write_text(path.read_text()[:40])
+    assert cut(tmp_path, T1, T2) == first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"t1_p_low": 1.0},
+        {"reason": "outside_fov", "detail": "x"},
+        {"files": []},
+        {"files": None},
+        {"affines": "x"},
+        {"slab_shape": [1]},
+        {"flags": 5},
+        {"record_sha256": None},
+    ],
+    ids=str,
+)
+def test_a_record_that_was_edited_does_not_count(change: dict[str, Any], tmp_path: Path) -> None:
+    first = cut(tmp_path, T1, T2)
+    path = record_path(tmp_path, "IXI002-Guys-0828")
+    whole = path.read_text()
+    path.write_text(to_json(json.loads(whole) | change))
+    assert cut(tmp_path, T1, T2) == first
+    assert path.read_text() == whole
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "5", "[" * 200_000, '{"a":' * 900 + "1" + "}" * 900, "1" * 5000])
+def test_a_record_that_is_none_does_not_count(text: str, tmp_path: Path) -> None:
+    first = cut(tmp_path, T1, T2)
+    record_path(tmp_path, "IXI002-Guys-0828").write_text(text)
     assert cut(tmp_path, T1, T2) == first
 
 

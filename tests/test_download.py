@@ -770,7 +770,7 @@ def test_an_own_archive_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 def test_an_own_store_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match=r"cannot read nosuch://store/IXI-T1.tar: .*nosuch") as caught:
-        acquire(own_sources("nosuch://store")["T1"], tmp_path)
+        acquire(Source("IXI-T1.tar", ("nosuch://store/IXI-T1.tar",), None), tmp_path)
     assert_one_clear_line(str(caught.value), tmp_path)
 
 

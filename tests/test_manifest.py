@@ -12,12 +12,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ixi_etl import manifest
+from ixi_etl import dataset, manifest
 from ixi_etl.config import DatasetConfig
 from ixi_etl.demographics import read_demographics
 from ixi_etl.errors import DatasetError
+from ixi_etl.files import write_atomic
 from ixi_etl.manifest import REASONS
 from ixi_etl.phantom import grid_affine
+from ixi_etl.publish import Refreshed
 from ixi_etl.schema import IXI
 from ixi_etl.survey import COLUMNS, modal_depths
 
@@ -120,6 +122,15 @@ def test_settled_manifests_keep_the_contract_and_survive_the_csv(table: pd.DataF
     assert funnel.is_monotonic_decreasing
     assert (funnel.iloc[0], funnel.iloc[-1]) == (len(settled), len(used))
     assert manifest.exclusions(settled)["all"].sum() == len(settled) - len(used)
+
+
+@pytest.mark.parametrize("odd", ["a\rb/", "a\r\nb/", 'a"b,c/', "=1+1/"])
+def test_an_odd_folder_in_an_archive_survives_the_csv(odd: str, published: Refreshed, tmp_path: Path) -> None:
+    settled = dataset.read_manifest(published.folder)
+    settled["t1_member"] = odd + settled["t1_member"]
+    write_atomic(tmp_path / dataset.MANIFEST, IXI.to_csv(settled))
+    write_atomic(tmp_path / dataset.FACTS, (published.folder / dataset.FACTS).read_bytes())
+    pd.testing.assert_frame_equal(dataset.read_manifest(tmp_path), settled)
 
 
 def test_columns_are_in_the_order_of_the_contract() -> None:
@@ -279,6 +290,33 @@ def test_demographics_join_without_duplicating_anybody(tmp_path: Path) -> None:
     assert selected["sex"].tolist() == ["m", "m", ""]
     assert selected["age"].tolist()[:2] == [41.5, 41.5]
     assert selected["age"].isna().tolist() == [False, False, True]
+
+
+HEADER = "IXI_ID,SEX_ID,AGE\n"
+
+
+def test_ids_and_ages_that_are_none_belong_to_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "people.csv"
+    ids = ("inf", "-inf", "1e22", "1e300", "-3", "0", "100000", "x", "")
+    path.write_text(HEADER + "".join(f"{n},1,30\n" for n in ids) + "12,1,inf\n13,2,50.5\n14,2,-inf\n")
+    people = read_demographics(path)
+    assert people == {"IXI012": {"sex": "m"}, "IXI013": {"age": 50.5, "sex": "f"}, "IXI014": {"sex": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("IXI_ID,SEX_ID a,SEX_ID b,AGE\n1,1,2,30\n", "has more than one column SEX_ID; leave one of each"),
+        ("IXI_ID,IXI_ID x,SEX_ID,AGE,AGE y\n1,2,1,30,3\n", "has more than one column AGE, IXI_ID; leave one of each"),
+        (HEADER + "1,1,2\n1,2,3,4,5,6\n", "cannot be read as IXI.xls .*line 3"),
+    ],
+)
+def test_a_table_of_another_form_is_one_clear_line(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "people.csv"
+    path.write_text(text)
+    with pytest.raises(DatasetError, match=said) as caught:
+        read_demographics(path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"not an xls", b""])

@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from flows.cli import main
+from flows.output import Output
 from flows.progress import show_progress
 from ixi_etl.dataset import read_manifest
 from ixi_etl.publish import Refreshed
@@ -50,6 +52,13 @@ def test_json_of_a_refresh_leads_to_all_that_it_made(
     assert all(Path(said[name]).exists() for name in ("store", "manifest", "report"))
     assert said["funnel"][-1]["all"] == (read_manifest(published.folder)["status"] == "used").sum()
     assert {row["reason"] for row in said["exclusions"]} == set(read_manifest(published.folder)["reason"]) - {""}
+
+
+def test_brackets_and_colons_in_what_is_shown_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    say = Output()
+    say.table("broken", pd.DataFrame({"[/a]": ["[/x].txt", ":smile:"]}), "members of [/b]")
+    said = capsys.readouterr().out
+    assert all(shown in said for shown in ("[/a]", "[/x].txt", ":smile:", "members of [/b]"))
 
 
 def test_quiet_leaves_the_result_alone(archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,6 +134,16 @@ def test_a_removal_that_was_killed_leaves_no_version_and_is_ended_by_the_next(
     assert not places.version(old).exists()
 
 
+def test_a_folder_of_a_person_s_own_stays(published: Refreshed, tmp_path: Path) -> None:
+    places = Places(tmp_path)
+    _, new = lay(places, published, 2)
+    for name in ("my-notes", "000000000001-copy"):
+        places.version(name).mkdir()
+        (places.version(name) / "notes.txt").write_text("x")
+    assert [(v.version, v.removed) for v in prune(places, 1)] == [(new, False), (f"{1:012x}", True)]
+    assert {p.name for p in places.datasets.iterdir()} == {"my-notes", "000000000001-copy", new, dataset.POINTER}
+
+
 def test_what_lacks_its_facts_on_s3_may_be_an_upload_and_stays_for_a_day(
     s3_root: str, published: Refreshed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,9 +19,10 @@ import pytest
 from conftest import config_for
 
 from ixi_etl import dataset, manifest, publish
+from ixi_etl import refresh as jobs
 from ixi_etl.archive import read_member
 from ixi_etl.config import DatasetConfig
-from ixi_etl.errors import DatasetError, DownloadError, IxiError, LockedError
+from ixi_etl.errors import ArchiveError, DatasetError, DownloadError, IxiError, LockedError
 from ixi_etl.files import lock_root
 from ixi_etl.phantom import write_tar
 from ixi_etl.publish import Refreshed
@@ -280,6 +281,14 @@ def test_one_refresh_at_a_time_and_the_second_says_who(archives: Path, tmp_path:
         pass
 
 
+@pytest.mark.parametrize("note", ["[1]", '{"pid": 1}', "5", "[" * 200_000, "1" * 5000])
+def test_a_damaged_note_of_who_holds_the_root_is_passed_over(note: str, tmp_path: Path) -> None:
+    with lock_root(tmp_path):
+        (tmp_path / ".lock.json").write_text(note)
+        with pytest.raises(LockedError, match="is in use by another process"), lock_root(tmp_path):
+            pass
+
+
 def test_a_root_that_cannot_be_written_is_one_clear_line(archives: Path) -> None:
     with pytest.raises(IxiError, match="cannot write to /proc/nowhere"):
         refresh(config_for(Path("/proc/nowhere"), archives))
@@ -336,6 +345,34 @@ def test_archives_that_are_not_what_md5sums_says_are_refused(archives: Path, tmp
         file.write(b"\0\1\2")
     with pytest.raises(DownloadError, match=r"IXI-T2\.tar: MD5 is \w+, not"):
         refresh(config_for(tmp_path / "root", source))
+
+
+@pytest.mark.parametrize("how", ["replaced", "removed once read"])
+def test_archives_that_change_after_they_were_hashed_are_not_published_under_their_old_name(
+    how: str, archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copytree(archives, tmp_path / "src"))
+    stage = "survey_archives" if how == "replaced" else "spread"
+    honest = getattr(jobs, stage)
+
+    def meanwhile(*arguments: Any, **more: Any) -> Any:
+        if how == "replaced":
+            shutil.copy(archives / "IXI-T1.tar", source / "new")
+            (source / "new").replace(source / "IXI-T1.tar")
+            return honest(*arguments, **more)
+        done = honest(*arguments, **more)
+        (source / "IXI-T2.tar").unlink()
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, stage, meanwhile)
+        with pytest.raises(DatasetError, match=r"IXI-T[12]\.tar changed while it was read; run again when it is whole"):
+            refresh(config_for(tmp_path / "root", source))
+    places = dataset.Places(tmp_path / "root")
+    assert dataset.published(places) == []
+    assert not list(places.unfinished.glob("*/work")), "records of nobody knows which archive"
+    shutil.copy(archives / "IXI-T2.tar", source)
+    assert dataset.verify(refresh(config_for(tmp_path / "root", source)).folder) == []
 
 
 def test_unchecked_archives_are_admitted_and_recorded_so(archives: Path, tmp_path: Path) -> None:
@@ -411,6 +448,29 @@ def test_cheap_verification_finds_what_a_person_or_a_disk_did(what: str, copy: P
     assert dataset.verify(copy)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"node_type": "group"', '"node_uype": "group"'),
+        ('"consolidated_metadata": {', '"consolidated_metadata": 5, "x": {'),
+        ('"metadata": {', '"metadata": [], "x": {'),
+        ('"kind": "inline"', '"kine": "inline"'),
+        ('"shape": [', '"shaqe": ['),
+        ('"codecs": [', '"codecs": null, "x": ['),
+        ('"data_type": "int16"', '"data_type": [1]'),
+        ('"zarr_format": 3', '"zarr_format": []'),
+    ],
+)
+def test_verification_of_damaged_metadata_ends_in_lines(old: str, new: str, copy: Path) -> None:
+    path = copy / "slices.zarr/zarr.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    problems = dataset.verify(copy, deep=True)
+    assert any(str(path) in problem for problem in problems)
+    assert not any("\n" in problem for problem in problems)
+
+
 def test_a_shard_in_another_subject_s_row_is_found(copy: Path) -> None:
     rows = [copy / f"slices.zarr/t1/c/{n}/0/0/0" for n in (0, 1)]
     one, two = (row.read_bytes() for row in rows)
@@ -461,6 +521,13 @@ def test_a_missing_demographics_file_is_said_before_any_download(tmp_path: Path)
     config = config_for(tmp_path, "http://127.0.0.1:9").model_copy(update={"demographics": str(tmp_path / "IXI.xls")})
     with pytest.raises(DatasetError, match=r"IXI\.xls is not there; give IXI\.xls, 'official', or leave it out"):
         refresh(config)
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://host:x/y", "http://host:99999", "http://ho\x00st"])
+def test_a_source_that_is_no_url_is_one_clear_line(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match=r"cannot read .*--source") as caught:
+        refresh(config_for(tmp_path, url))
+    assert "\n" not in str(caught.value)
 
 
 def test_demographics_reach_the_manifest_and_the_version(published: Refreshed, archives: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from ixi_etl.catalog import Source
 from ixi_etl.config import DigitsConfig, RefreshConfig
 from ixi_etl.download import acquire
 from ixi_etl.errors import DatasetError, DownloadError
-from ixi_etl.places import file_sizes, place
+from ixi_etl.places import file_sizes, place, refuse_secret
 from ixi_etl.refresh import refresh
 from ixi_etl.store import open_arrays
 
@@ -112,6 +112,51 @@ def test_a_secret_in_a_url_is_refused_and_not_repeated(kind: Any, given: dict[st
     )
     assert (done.returncode, SECRET in done.stdout + done.stderr) == (1, False)
     assert "~/.netrc" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"https://me:{SECRET}@example.org/ixi",
+        f"HTTPS://me:{SECRET}@example.org/ixi",
+        f" https://me:{SECRET}@example.org/ixi",
+        f"https:/me:{SECRET}@example.org/ixi",
+        f"simplecache::https://me:{SECRET}@example.org/ixi",
+        f"s3://key:{SECRET}@bucket/x",
+        f"tcp://me:{SECRET}@scheduler:8786",
+    ],
+)
+def test_a_secret_is_refused_wherever_a_person_can_give_it(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from flows.cli import main
+
+    commands = [
+        ["survey", "--source", url],
+        ["survey", "--root", url],
+        ["refresh", "--source", url],
+        ["refresh", "--root", url],
+        ["refresh", "--scratch", url],
+        ["refresh", "--demographics", url],
+        ["refresh", "--dask", url],
+        ["digits", "--source", url],
+        ["digits", "--root", url],
+        ["verify", "--root", url],
+        ["versions", "--root", url],
+        ["prune", "--keep", "1", "--root", url],
+        ["prune", "--keep", "1", "--scratch", url],
+    ]
+    for command in commands:
+        with pytest.raises(SystemExit) as ended:
+            main(command)
+        said = capsys.readouterr()
+        assert (ended.value.code, said.out) == (1, ""), command
+        assert re.fullmatch(r"error: .*a URL with a password or a key in it; put those into ~/\.netrc.*\n", said.err)
+
+
+@pytest.mark.parametrize(
+    "place", ["/data/a@b", "https://example.org/ixi@2", "s3://bucket/x@y", "ixi-data", "tcp://h:1"]
+)
+def test_an_at_sign_in_a_path_is_no_secret(place: str) -> None:
+    refuse_secret(place)
 
 
 def test_a_password_in_netrc_is_used_and_told_to_nobody_else(

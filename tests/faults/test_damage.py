@@ -164,6 +164,38 @@ def test_damage_facts_fuzzed(copy: Path, row: Row) -> None:
     row("facts with other values", count, f"{found} found at once, no trace", "none")
 
 
+def test_damage_metadata_fuzzed(copy: Path, row: Row) -> None:
+    """Whatever is in the metadata of the store, or in the manifest, verification ends in lines that name the file."""
+    count, rng = tries(10, 300), np.random.default_rng(4)
+    kinds = [None, [], {}, "x", -1, 10**30, [1], {"a": 1}, True, 1.5]
+    paths = [copy / "slices.zarr/zarr.json", copy / "slices.zarr/t1/zarr.json", copy / dataset.MANIFEST]
+    for path in paths:
+        whole = path.read_bytes()
+        broken = bytearray(whole)
+        for _ in range(count):
+            if path.suffix == ".json" and rng.random() < 0.5:
+                metadata = where = json.loads(whole)
+                while True:
+                    key = list(where)[rng.integers(len(where))]
+                    if not isinstance(where[key], dict) or not where[key] or rng.random() < 0.2:
+                        break
+                    where = where[key]
+                where[key] = kinds[rng.integers(len(kinds))]
+                path.write_text(json.dumps(metadata))
+            else:
+                at = int(rng.integers(len(broken)))
+                broken[:] = whole
+                broken[at] ^= int(rng.integers(1, 256))
+                path.write_bytes(broken)
+            problems = dataset.verify(copy)
+            assert any(str(path) in problem for problem in problems)
+            assert all("\n" not in problem for problem in problems)
+        path.write_bytes(whole)
+    row(
+        "metadata and manifests with other values", len(paths) * count, "verify names the file, no trace", "none unseen"
+    )
+
+
 def test_damage_pointer(copy: Path, row: Row) -> None:
     places = dataset.Places(copy.parents[2])
     pointer = places.datasets / dataset.POINTER

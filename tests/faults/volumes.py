@@ -84,8 +84,20 @@ def named() -> dict[str, tuple[str, bytes, str]]:
         "gzip bomb of a claimed size": ("T1", claiming("T1", (4700, 4700, 24), (2, 8), 4700 * 4700 * 24), "unreadable"),
         "gzip bomb of the largest size": (
             "T1",
-            claiming("T1", (1182, 1182, 24), (2, 8), 1182 * 1182 * 24),
+            claiming("T1", (768, 768, 24), (2, 8), 768 * 768 * 24),
             "empty_image",
+        ),
+        "more voxels than are read": ("T1", claiming("T1", (760, 760, 30), (2, 8), 760 * 760 * 30), "unreadable"),
+        "more bytes than are read": ("T2", claiming("T2", (640, 640, 24), (64, 64), 640 * 640 * 24 * 8), "unreadable"),
+        "a side longer than is read": (
+            "T2",
+            claiming("T2", (22000, 60, 24), (4, 16), 22000 * 60 * 24 * 2),
+            "unreadable",
+        ),
+        "more slices than are read": (
+            "T1",
+            claiming("T1", (32, 32, 30000), (4, 16), 32 * 32 * 30000 * 2),
+            "unreadable",
         ),
         "7-D": ("T1", changed("T1", (40, [7, 2, 2, 2, 2, 2, 2, 2], "<i2")), "not_3d"),
         "zero spacing": ("T2", changed("T2", (80, [0.0, 1, 1], "<f4")), "bad_affine"),
