@@ -14,7 +14,7 @@ from ixi_etl.archive import index_archive, read_member
 from ixi_etl.errors import ArchiveError
 
 names = st.text(
-    st.characters(codec="utf-8", exclude_characters="\0/", exclude_categories=["Cs"]), min_size=1, max_size=300
+    st.characters(codec="utf-8", exclude_characters="\0/", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=300
 )
 
 
