@@ -78,7 +78,7 @@ def redirect_to_self(call: Call) -> None:
 
 def wrong_range(change: Callable[[int, int, int], str]) -> Answer:
     def answer(call: Call) -> None:
-        start, stop = (int(n) for n in (call.asked.range or "").removeprefix("bytes=").split("-"))
+        start, stop = (int(n) for n in (call.asked.range or PROBE).removeprefix("bytes=").split("-"))
         said = change(start, stop, len(call.host.body))
         call.plain(206, call.host.body[start : stop + 1], content_range=said, etag=call.host.etag or "")
 

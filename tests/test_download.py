@@ -325,7 +325,8 @@ def test_a_spoilt_record_is_not_gone_on_from(begun: Begun, tmp_path: Path, recor
 
 @pytest.mark.parametrize("done", [5, None, "01", [[1]], [0, "a"], {"0": 1}], ids=str)
 def test_a_record_that_does_not_say_what_is_done_is_not_gone_on_from(begun: Begun, tmp_path: Path, done: Any) -> None:
-    begun.lay(tmp_path, set(), done=done)
+    begun.lay(tmp_path, set())
+    (tmp_path / f"{NAME}.part.json").write_text(json.dumps(begun.record | {"done": done}))
     found = acquire(source_of(begun.host, md5=None), tmp_path)
     assert Path(found.location).read_bytes() == begun.host.body
 
