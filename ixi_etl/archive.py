@@ -84,6 +84,8 @@ def index_archive(
         if os.path.exists(location) and not os.path.isfile(location):  # a pipe, or a link to a device, has no end
             raise ArchiveError(f"{location} is not a regular file; give a --source that has one of this name")
         filesystem, path = fsspec.url_to_fs(location, **_over_http(location, insecure_hosts))
+        if location.startswith("https://") and filesystem.info(path).get("url", "").startswith("http://"):
+            raise ArchiveError(f"{location} leads from https to http, which anybody on the way can change")
         # tarfile looks at the byte before a header first; what it then reads, and the head, come with that.
         window = {"block_size": tarfile.BLOCKSIZE + heads, "cache_type": "readahead"}
         with (

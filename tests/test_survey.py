@@ -108,6 +108,17 @@ def test_the_certificate_of_a_named_host_alone_is_not_looked_at(archives: Path) 
     assert numbered.asked == []
 
 
+def test_a_redirect_away_from_tls_is_not_surveyed(archives: Path) -> None:
+    certified = served_as(trustme.CA(), "localhost")
+    with (
+        serve(Host((archives / "IXI-T1.tar").read_bytes())) as bare,
+        serve(Host(b"", status(302, location=bare.url)), certified, "localhost") as host,
+    ):
+        with pytest.raises(ArchiveError, match=f"{host.url} leads from https to http, which"):
+            survey({"T1": host.url}, insecure_hosts=("localhost",))
+        assert {a.method for a in bare.asked} <= {"HEAD"}
+
+
 def test_a_password_in_netrc_is_told_to_its_host_alone(
     archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
