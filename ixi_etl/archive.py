@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from ixi_etl.errors import ArchiveError
+from ixi_etl.errors import ArchiveError, IxiError
 
 MAX_MEMBER_BYTES = 256 << 20  # of an IXI archive about 9 MB; a member is read whole, and several at once
 _KINDS = {
@@ -25,7 +26,7 @@ _KINDS = {
 }
 
 _TEXTS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-_MAX_TEXT = 1 << 20  # bytes of a long name or of what else is said of a member; tarfile reads it whole
+_MAX_TEXT = 16 << 10  # bytes of a long name or of what else is said of a member; tarfile takes their square in time
 
 
 class _Info(tarfile.TarInfo):
@@ -39,12 +40,17 @@ class _Info(tarfile.TarInfo):
         return info
 
 
+def escaped(text: str) -> str:
+    """Somebody else's words, without the control characters by which they could steer a terminal."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 @dataclass(frozen=True)
 class Member:
     """Where a member's bytes lie.
 
     Attributes:
-        name: as stored in the tar; compared and shown, never used as a path.
+        name: as stored in the tar, its control characters escaped; compared and shown, never used as a path.
         offset: of its first byte in the archive.
         size: in bytes.
         problem: why it cannot be read in place ("" if it can).
@@ -75,7 +81,11 @@ def index_archive(
     """
     members = []
     try:
+        if os.path.exists(location) and not os.path.isfile(location):  # a pipe, or a link to a device, has no end
+            raise ArchiveError(f"{location} is not a regular file; give a --source that has one of this name")
         filesystem, path = fsspec.url_to_fs(location, **_over_http(location, insecure_hosts))
+        if location.startswith("https://") and filesystem.info(path).get("url", "").startswith("http://"):
+            raise ArchiveError(f"{location} leads from https to http, which anybody on the way can change")
         # tarfile looks at the byte before a header first; what it then reads, and the head, come with that.
         window = {"block_size": tarfile.BLOCKSIZE + heads, "cache_type": "readahead"}
         with (
@@ -92,9 +102,12 @@ def index_archive(
                 if not problem and info.size > MAX_MEMBER_BYTES:
                     problem = f"a member of {info.size} bytes; at most {MAX_MEMBER_BYTES} are read"
                 # A name that is no UTF-8 can be neither shown nor written down as it is.
-                name = info.name.encode("utf-8", "backslashreplace").decode()
+                name = escaped(info.name.encode("utf-8", "backslashreplace").decode())
                 file.seek(info.offset_data)
-                members.append(Member(name, info.offset_data, info.size, problem, file.read(min(info.size, heads))))
+                head = file.read(min(info.size, heads))
+                if not problem and len(head) < min(info.size, heads):
+                    raise tarfile.ReadError(f"cut short in the member at byte {info.offset}")
+                members.append(Member(name, info.offset_data, info.size, problem, head))
                 on_member(min(1.0, (info.offset_data + info.size) / end))
             # tarfile takes a damaged header for the end of the archive; the end is a block of zeros.
             file.seek(tar.offset)
@@ -107,10 +120,13 @@ def index_archive(
             raise ArchiveError(f"cannot read {location}: {said}") from error
         wanted = "--source wants a folder or URL with IXI-T1.tar and IXI-T2.tar"
         raise ArchiveError(f"{location} is not there, or cannot be reached; {wanted}") from None
-    except tarfile.TarError as error:
+    except (tarfile.TarError, RecursionError) as error:  # tarfile goes a level deeper with each header before a member
         raise ArchiveError(f"{location} is not a tar archive that can be read ({error}); fetch it again") from error
-    except (OSError, ValueError, ImportError) as error:  # fsspec's for a protocol that it does not know, or has not
-        raise ArchiveError(f"cannot read {location}: {getattr(error, 'strerror', None) or error}") from error
+    except IxiError:
+        raise
+    except Exception as error:  # each kind of store has its own
+        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ArchiveError(f"cannot read {location}: {escaped(said)}") from error
     return members
 
 

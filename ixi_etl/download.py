@@ -17,15 +17,18 @@ from pathlib import Path
 import fsspec
 import httpx
 
+from ixi_etl.archive import escaped, index_archive
 from ixi_etl.catalog import Source, archive_name, basename, own_archives, parse_md5sums
-from ixi_etl.errors import DownloadError
+from ixi_etl.errors import ArchiveError, DownloadError
 from ixi_etl.files import Progress, read_json, silent, to_json, write_atomic
 from ixi_etl.places import is_url
 from ixi_etl.transfer import (
+    MAX_TEXT,
     ChangedError,
     Offer,
     Part,
     Pieces,
+    TransientError,
     UnusableError,
     discard,
     fetch_ranges,
@@ -132,7 +135,7 @@ def find_remote(source: Source, insecure_hosts: tuple[str, ...] = ()) -> Remote:
         try:
             with open_client(insecure_hosts, 1) as client:
                 offer = retried(lambda: probe(client, url, source))  # noqa: B023 - called at once
-                if not offer.ranges:
+                if not offer.ranges or offer.validator is None:  # no MD5 will find a mix of two archives
                     raise UnusableError("gives no byte ranges that can be trusted; fetch the whole archives")
                 return Remote(source, offer)
         except UnusableError as error:
@@ -192,7 +195,8 @@ def own_sources(place: str, *, offline: bool = False, insecure_hosts: tuple[str,
     if not beside.startswith(("http://", "https://")):
         with suppress(Exception):  # each kind of store has its own; what ails it is said when the archive is read
             filesystem, path = fsspec.url_to_fs(beside)
-            sums = parse_md5sums(filesystem.cat_file(path).decode("utf-8", "replace"))
+            if filesystem.isfile(path):  # a pipe would be waited for
+                sums = parse_md5sums(filesystem.cat_file(path, end=MAX_TEXT).decode("utf-8", "replace"))
     elif not offline:
         try:
             with open_client(insecure_hosts, 1) as client:
@@ -257,6 +261,8 @@ def _not_there(location: str) -> DownloadError:
 
 def _verify_in_place(source: Source, folder: Path, progress: Progress) -> Acquired:
     location = source.urls[0]
+    if os.path.exists(location) and not os.path.isfile(location):  # a pipe, or a link to a device, has no end
+        raise DownloadError(f"{location} is not a regular file; give a --source that has one of this name")
     try:
         md5 = _md5(location, progress)
     except FileNotFoundError:
@@ -278,8 +284,8 @@ def _still_served(known: Acquired, source: Source, insecure_hosts: tuple[str, ..
         with open_client(insecure_hosts, 1) as client:
             answer = client.head(url)
             answer.raise_for_status()
-    except httpx.HTTPError as error:
-        reason = str(error).partition("\n")[0]
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, TransientError, UnusableError) as error:
+        reason = escaped(str(error).partition("\n")[0])
         log.warning("%s did not answer (%s); using the verified copy in %s", url, reason, known.location)
         return True
     length = answer.headers.get("content-length")
@@ -309,6 +315,16 @@ def _from_first(
     raise DownloadError(f"could not get {source.name}: {'; '.join(reasons)}. Try again later, or {by_hand}", transient)
 
 
+def _stream_whole(client: httpx.Client, offer: Offer, source: Source, part: Part, progress: Progress) -> None:
+    """A tar of which nobody has said the length or the MD5 shows only by its end that all of it came."""
+    fetch_stream(client, offer, part, progress)
+    if source.md5 is None and offer.size is None and source.name.endswith(".tar"):
+        try:
+            index_archive(str(part.path))
+        except ArchiveError:
+            raise TransientError("what came is no whole tar archive") from None
+
+
 def _download(
     client: httpx.Client, url: str, source: Source, path: Path, connections: int, progress: Progress
 ) -> Acquired:
@@ -320,7 +336,7 @@ def _download(
                 if offer.ranges:
                     fetch_ranges(client, offer, part, part.segments, 0, connections, progress)
                 else:
-                    retried(lambda: fetch_stream(client, offer, part, progress))  # noqa: B023 - called at once
+                    retried(lambda: _stream_whole(client, offer, source, part, progress))  # noqa: B023 - called at once
             except ChangedError:
                 continue  # what the server offers now says whether what is here is still of use
             part.sync()

@@ -20,10 +20,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx
 
+from ixi_etl.archive import escaped
 from ixi_etl.catalog import Source
 from ixi_etl.errors import DownloadError
 from ixi_etl.files import Progress, read_json, to_json, write_atomic
@@ -39,6 +40,8 @@ TIMEOUT_S = 30.0
 MIN_RATE = 1024  # bytes a second, over TIMEOUT_S; a slower connection counts as stalled
 SPARE_BYTES = 64 << 20  # of the disk, left free beside the download
 GAP = 4096  # bytes between two members that are fetched rather than asked for twice; a tar has up to 1023
+MAX_FILE = 1 << 40  # bytes; a server that says more is not believed: the segments alone would fill the memory
+MAX_TEXT = 64 << 10  # bytes of a small file that are read
 ENOUGH = 1 << 15  # bytes; a try that brings less (MIN_RATE brings less in TIMEOUT_S) counts as bringing nothing
 
 
@@ -46,7 +49,7 @@ class UnusableError(Exception):
     """This URL cannot give the file: try the next. `transient`: it might, later."""
 
     def __init__(self, message: str, transient: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(escaped(message))  # part of it is often a server's own words
         self.transient = transient
 
 
@@ -72,7 +75,16 @@ class Offer:
 
 
 def open_client(insecure_hosts: tuple[str, ...], connections: int) -> httpx.Client:
-    """To be closed. Of `insecure_hosts` the certificates are not looked at."""
+    """To be closed. Of `insecure_hosts` the certificates are not looked at.
+
+    Raises:
+        DownloadError: one of those is not the name of a host; for httpx "" and "*" are all hosts.
+    """
+    for host in insecure_hosts:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", host):
+            raise DownloadError(
+                f"--insecure-host {host!r} is not the name of one host; give that alone, or leave it out"
+            )
     return httpx.Client(
         headers={"accept-encoding": "identity", "user-agent": "ixi-etl"},
         follow_redirects=True,
@@ -80,7 +92,42 @@ def open_client(insecure_hosts: tuple[str, ...], connections: int) -> httpx.Clie
         timeout=TIMEOUT_S,
         limits=httpx.Limits(max_connections=connections + 1),
         mounts={f"https://{host}": httpx.HTTPTransport(verify=False) for host in insecure_hosts},
+        event_hooks={"request": [_bound_headers], "response": [_stay_with_tls]},
     )
+
+
+_headers_by = threading.local()
+
+
+def _bound_headers(request: httpx.Request) -> None:
+    """Let no answer's headers take longer than TIMEOUT_S: httpx counts from the last byte, so a drip has no end."""
+
+    def trace(event: str, info: dict[str, Any]) -> None:
+        if event.endswith("send_request_headers.started"):
+            _headers_by.time = time.monotonic() + TIMEOUT_S
+        elif event.endswith("receive_response_headers.complete"):
+            _headers_by.time = float("inf")
+        elif event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            stream = info["return_value"]
+            stream.read = _in_time(stream.read)
+
+    request.extensions["trace"] = trace
+
+
+def _in_time(read: Callable[..., bytes]) -> Callable[..., bytes]:
+    def read_in_time(*args: Any, **kwargs: Any) -> bytes:
+        if time.monotonic() > _headers_by.time:
+            raise TransientError(f"no whole answer in {TIMEOUT_S:g} s")
+        return read(*args, **kwargs)
+
+    return read_in_time
+
+
+def _stay_with_tls(answer: httpx.Response) -> None:
+    if answer.has_redirect_location and answer.url.scheme == "https":
+        target = answer.url.join(answer.headers["location"])
+        if target.scheme == "http":
+            raise UnusableError(f"it leads from https to {target}, which anybody on the way can change")
 
 
 def _netrc() -> httpx.Auth | None:
@@ -103,7 +150,7 @@ def probe(client: httpx.Client, url: str, source: Source) -> Offer:
             head += block
             if len(head) >= 512:
                 break
-        total = re.fullmatch(r"bytes 0-\d+/(\d+)", answer.headers.get("content-range", ""))
+        total = re.fullmatch(r"bytes 0-\d+/(\d{1,18})", answer.headers.get("content-range", ""))
         length = answer.headers.get("content-length")
         partial = answer.status_code == 206 and total is not None
         if source.name.endswith(".tar"):
@@ -113,16 +160,24 @@ def probe(client: httpx.Client, url: str, source: Source) -> Offer:
                 page = head.lstrip()[:1] == b"<" or "html" in answer.headers.get("content-type", "")
                 raise UnusableError("an HTML page in place of a tar" if page else "not a tar archive") from None
         size = int(total[1]) if partial and total else int(length) if answer.status_code == 200 and length else None
+        if size == 0:
+            raise UnusableError("an empty file")
+        if size is not None and size > MAX_FILE:
+            raise UnusableError(f"a file of {size:.3g} bytes; at most {MAX_FILE} are fetched")
         validator = validator_of(answer)
         whole_only = validator is None and source.md5 is None  # of a file that changes, ranges would make a mix
         return Offer(url, size, validator, ranges=partial and not whole_only)
 
 
 def text_of(client: httpx.Client, url: str) -> str:
-    """A small file, whole; raises what `probe` does."""
+    """The first MAX_TEXT bytes of a file, as UTF-8 whatever its server says; raises what `probe` does."""
+    data = b""
     with _get(client, url, {}) as answer:
-        answer.read()
-        return answer.text
+        for block in _not_too_slow(answer.iter_raw()):
+            data += block
+            if len(data) >= MAX_TEXT:
+                break
+    return data[:MAX_TEXT].decode("utf-8", "replace")
 
 
 def validator_of(answer: httpx.Response) -> str | None:
@@ -145,7 +200,7 @@ def _get(client: httpx.Client, url: str, headers: dict[str, str]) -> Iterator[ht
             if status not in (200, 206):
                 raise UnusableError(what)
             yield answer
-    except (httpx.TooManyRedirects, httpx.InvalidURL, httpx.DecodingError, httpx.UnsupportedProtocol) as error:
+    except (httpx.TooManyRedirects, httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError) as error:
         raise UnusableError(str(error)) from error
     except httpx.TransportError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
@@ -198,7 +253,11 @@ class Part:
         even = [(a, min(a + SEGMENT, self._size)) for a in range(0, self._size, SEGMENT)]
         self.segments = [(i, *piece) for i, piece in enumerate(even if pieces is None else pieces)]
         self._lock = threading.Lock()
-        old = read_json(self.record) or {}
+        old = read_json(self.record)
+        if not (
+            isinstance(old, dict) and isinstance(old.get("done"), list) and {type(n) for n in old["done"]} <= {int}
+        ):
+            old = {}
         differs = {key for key, value in self._state.items() if old.get(key) != value}
         usable = not differs or (any_origin and "url" in differs and differs <= {"url", "validator"})
         if not (usable and offer.ranges and self.path.exists() and self.path.stat().st_size == offer.size):

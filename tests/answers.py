@@ -78,7 +78,7 @@ def redirect_to_self(call: Call) -> None:
 
 def wrong_range(change: Callable[[int, int, int], str]) -> Answer:
     def answer(call: Call) -> None:
-        start, stop = (int(n) for n in (call.asked.range or "").removeprefix("bytes=").split("-"))
+        start, stop = (int(n) for n in (call.asked.range or PROBE).removeprefix("bytes=").split("-"))
         said = change(start, stop, len(call.host.body))
         call.plain(206, call.host.body[start : stop + 1], content_range=said, etag=call.host.etag or "")
 
@@ -94,6 +94,25 @@ def half_of_who_knows(call: Call) -> None:
     call.head(200, {"connection": "close"})
     call.send(call.host.body[: len(call.host.body) // 2])
     call.close_connection = True
+
+
+def drip_headers(call: Call) -> None:
+    call.wfile.write(b"HTTP/1.1 200 OK\r\nx: ")
+    while not call.host.closing.wait(0.02):
+        call.wfile.write(b"a")
+
+
+def hint_for_ever(call: Call) -> None:
+    while not call.host.closing.wait(0.02):
+        call.wfile.write(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+
+
+def red_letters(call: Call) -> None:
+    call.wfile.write(b"HTTP/1.1 403 \x1b[31mNo\r\ncontent-length: 0\r\n\r\n")
+
+
+def strange_etag(call: Call) -> None:
+    call.plain(206, call.host.body[:512], content_range=f"bytes 0-511/{len(call.host.body)}", etag='"\xff"')
 
 
 def after_probe(answer: Answer) -> Answer:
@@ -133,6 +152,10 @@ LASTING = {
     "not a tar": Fault(Call.honest, "not a tar archive", spoil=lambda tar: tar[::-1]),
     "empty file": Fault(Call.honest, "416", spoil=lambda tar: b""),
     "redirect loop": Fault(redirect_to_self, "redirects"),
+    "redirect to an empty label": Fault(status(302, location="http://a..b/"), "label empty or too long"),
+    "redirect to a long label": Fault(status(302, location=f"http://{'a' * 70}/"), "label too long"),
+    "an ETag that is not ASCII": Fault(strange_etag, "can't encode"),
+    "words that steer a terminal": Fault(red_letters, r"403 \\x1b\[31mNo"),
     "redirect to FTP": Fault(status(302, location="ftp://127.0.0.1/IXI-T1.tar"), "protocol"),
     "wrong byte": Fault(Call.honest, "MD5 is [0-9a-f]{32}, not", spoil=lambda tar: flipped(tar, 500_000)),
     "wrong byte in a stream": Fault(Call.honest, "MD5 is", host={"ranges": False}, spoil=lambda t: flipped(t, 9999)),
@@ -143,6 +166,11 @@ LASTING = {
     "another range": Fault(
         after_probe(wrong_range(lambda start, stop, size: f"bytes {start + 512}-{stop + 512}/{size}")), "was given"
     ),
+    "a size that would fill the memory": Fault(
+        wrong_range(lambda start, stop, size: f"bytes {start}-{stop}/{10**15}"), r"a file of 1e\+15 bytes"
+    ),
+    "a size of nothing": Fault(wrong_range(lambda start, stop, size: f"bytes {start}-{stop}/0"), "an empty file"),
+    "a size of 5000 digits": Fault(wrong_range(lambda start, stop, size: f"bytes {start}-{stop}/{'9' * 5000}"), "MD5"),
     "another size": Fault(
         after_probe(wrong_range(lambda start, stop, size: f"bytes {start}-{stop}/{size + 1}")), "was given"
     ),
@@ -152,6 +180,9 @@ LASTING = {
     ),
     "empty ranges": Fault(after_probe(empty_range), "ended early, 3 times at byte"),
     "ranges cut at once": Fault(after_probe(Call.reset), "3 times at byte"),
+    "headers that drip": Fault(drip_headers, "no whole answer in 0.15 s, 2 times", QUICK),
+    "headers that drip midway": Fault(after_probe(drip_headers), "no whole answer in 0.15 s, 2 times", QUICK),
+    "hints for ever": Fault(hint_for_ever, "no whole answer in 0.15 s, 2 times", QUICK),
     "stall": Fault(Call.stall, "timed out, 2 times", QUICK),
     "stall midway": Fault(after_probe(Call.stall), "timed out, 2 times", QUICK),
     "slow drip": Fault(after_probe(drip), "slower than 1048576 bytes a second, 2 times", DRIP),
@@ -169,6 +200,6 @@ FAULTS: dict[str, Answer] = {
 
 
 def assert_one_clear_line(message: str, folder: Path, *said: str) -> None:
-    assert "\n" not in message
+    assert message.isprintable()
     assert all(text in message for text in (NAME, *said))
     assert not (folder / NAME).exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from ixi_etl.archive import index_archive, read_member
 from ixi_etl.errors import ArchiveError
 
 names = st.text(
-    st.characters(codec="utf-8", exclude_characters="\0/", exclude_categories=["Cs"]), min_size=1, max_size=300
+    st.characters(codec="utf-8", exclude_characters="\0/", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=300
 )
 
 
@@ -108,6 +109,40 @@ def test_a_name_that_is_no_utf_8_can_be_written_down(tmp_path: Path) -> None:
     path = tar_of(tmp_path / "a.tar", [(tarfile.TarInfo("caf\udce9"), b"x")], tarfile.GNU_FORMAT)
     (member,) = index_archive(str(path))
     assert member.name.encode() == b"caf\\udce9"
+
+
+def test_a_name_cannot_steer_a_terminal(tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "a.tar", [(tarfile.TarInfo("a\x1b]0;b\x07\n\x7f\x9b\u2028\ufeff"), b"x")])
+    (member,) = index_archive(str(path))
+    assert member.name == "a\\x1b]0;b\\x07\\x0a\\x7f\\x9b\u2028\ufeff"
+
+
+def header(size: int, kind: bytes) -> bytes:
+    info = tarfile.TarInfo("IXI002-Guys-0828-T1.nii.gz")
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def test_a_header_on_which_tarfile_would_take_minutes_is_one_clear_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(header(1 << 18, tarfile.XHDTYPE) + b"1" * (1 << 18) + header(0, tarfile.REGTYPE) + bytes(1024))
+    with pytest.raises(ArchiveError, match="a member of 262144 bytes, of type b'x'"):
+        index_archive(str(path))
+
+
+def test_headers_without_end_before_a_member_are_one_clear_line(tmp_path: Path) -> None:
+    path, name = tmp_path / "a.tar", header(4, tarfile.GNUTYPE_LONGNAME) + b"abc\0" + bytes(508)
+    path.write_bytes(name * 2000 + header(0, tarfile.REGTYPE) + bytes(1024))
+    with pytest.raises(ArchiveError, match=r"a\.tar is not a tar archive that can be read"):
+        index_archive(str(path))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_has_no_end_is_one_clear_line(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.tar"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises(ArchiveError, match=r"a\.tar is not a regular file"):
+        index_archive(str(path))
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>" * 500, b"\0" * 100])

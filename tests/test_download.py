@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,8 +32,10 @@ from answers import (
     assert_one_clear_line,
     close,
     drip,
+    drip_headers,
     first,
     flipped,
+    half_of_who_knows,
     half_then,
     make_tar,
     md5,
@@ -186,6 +189,23 @@ def test_a_stream_that_begins_again_keeps_nothing_of_the_first_try(
     assert Path(found.location).read_bytes() == tar
 
 
+def test_a_stream_of_no_said_length_that_came_short_begins_again(tmp_path: Path, tar: bytes) -> None:
+    answer = after_probe(first(2, half_of_who_knows))
+    with serve(Host(tar, answer, ranges=False, says_length=False)) as host:
+        found = acquire(source_of(host, md5=None), tmp_path)
+    assert Path(found.location).read_bytes() == tar
+
+
+def test_a_stream_of_no_said_length_that_always_comes_short_gets_no_final_name(tmp_path: Path, tar: bytes) -> None:
+    with serve(Host(tar, after_probe(half_of_who_knows), ranges=False, says_length=False)) as host:
+        with pytest.raises(DownloadError, match="no whole tar archive, 3 times") as caught:
+            acquire(source_of(host, md5=None), tmp_path)
+        assert_one_clear_line(str(caught.value), tmp_path, host.url)
+        host.answer = Call.honest
+        found = acquire(source_of(host, md5=None), tmp_path)
+    assert Path(found.location).read_bytes() == tar
+
+
 # -- stops and resumption ---------------------------------------------------------------------------------------------
 
 CHILD = """
@@ -295,10 +315,18 @@ def test_a_record_of_another_file_is_not_gone_on_from(begun: Begun, tmp_path: Pa
     assert begun.host.sent == len(begun.host.body)
 
 
-@pytest.mark.parametrize("record", ["", "{", "[]", "null", '{"done": [0, 1]}'])
+@pytest.mark.parametrize("record", ["", "{", "[]", "[1]", "5", "null", '{"done": [0, 1]}'])
 def test_a_spoilt_record_is_not_gone_on_from(begun: Begun, tmp_path: Path, record: str) -> None:
     begun.lay(tmp_path, set())
     (tmp_path / f"{NAME}.part.json").write_text(record)
+    found = acquire(source_of(begun.host, md5=None), tmp_path)
+    assert Path(found.location).read_bytes() == begun.host.body
+
+
+@pytest.mark.parametrize("done", [5, None, "01", [[1]], [0, "a"], {"0": 1}], ids=str)
+def test_a_record_that_does_not_say_what_is_done_is_not_gone_on_from(begun: Begun, tmp_path: Path, done: Any) -> None:
+    begun.lay(tmp_path, set())
+    (tmp_path / f"{NAME}.part.json").write_text(json.dumps(begun.record | {"done": done}))
     found = acquire(source_of(begun.host, md5=None), tmp_path)
     assert Path(found.location).read_bytes() == begun.host.body
 
@@ -552,6 +580,28 @@ def test_insecure_hosts_lets_that_host_through_and_no_other(tmp_path: Path, tar:
             acquire(source_of(numbered, md5=None), tmp_path / "numbered", insecure_hosts=("localhost",))
 
 
+@pytest.mark.parametrize("host", ["", "*", "*host", "localhost:1", "local host", "https://localhost"])
+def test_what_is_not_the_name_of_one_host_turns_no_certificate_off(tmp_path: Path, host: str) -> None:
+    with pytest.raises(DownloadError, match=f"--insecure-host {re.escape(repr(host))} is not the name") as caught:
+        acquire(Source(NAME, ("https://localhost:9/IXI-T1.tar",), None), tmp_path, insecure_hosts=(host,))
+    assert str(caught.value).isprintable()
+
+
+def test_a_redirect_away_from_tls_is_not_followed(
+    tmp_path: Path, tar: bytes, authority: trustme.CA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    with (
+        serve(Host(tar)) as bare,
+        serve(Host(b"", status(302, location=bare.url)), served_as(authority, "localhost"), "localhost") as host,
+    ):
+        with pytest.raises(DownloadError, match=f"from https to {bare.url}") as caught:
+            acquire(source_of(host, md5=None), tmp_path)
+        assert_one_clear_line(str(caught.value), tmp_path, host.url)
+    assert bare.asked == []
+
+
 # -- a file that changes ----------------------------------------------------------------------------------------------
 
 
@@ -605,6 +655,17 @@ def test_a_verified_archive_costs_one_head_or_nothing_when_offline(tmp_path: Pat
         assert acquire(source, tmp_path, offline=True) == found
         assert host.asked == []
     assert acquire(source, tmp_path) == found  # the host has gone
+
+
+@pytest.mark.parametrize("fault", [drip_headers, status(302, location="http://a..b/")], ids=["drip", "redirect"])
+def test_a_server_that_fails_at_the_head_leaves_the_verified_archive_in_use(
+    tmp_path: Path, tar: bytes, fault: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve(Host(tar)) as host:
+        found = acquire(source_of(host, md5=None), tmp_path)
+        monkeypatch.setattr(transfer, "TIMEOUT_S", 0.15)
+        host.answer = fault
+        assert acquire(source_of(host, md5=None), tmp_path) == found
 
 
 def test_offline_with_nothing_there_is_an_error(tmp_path: Path, tar: bytes) -> None:
@@ -768,6 +829,20 @@ def test_an_own_archive_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     assert_one_clear_line(str(caught.value), tmp_path, str(tmp_path / "none"))
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_an_own_archive_that_has_no_end_is_one_line(tmp_path: Path, own: Path, kind: str) -> None:
+    (own / NAME).unlink()
+    os.mkfifo(own / NAME) if kind == "pipe" else (own / NAME).symlink_to("/dev/zero")
+    with pytest.raises(DownloadError, match="is not a regular file; give a --source") as caught:
+        acquire(own_sources(str(own))["T1"], tmp_path / "got")
+    assert_one_clear_line(str(caught.value), tmp_path / "got", str(own / NAME))
+
+
+def test_md5sums_that_is_a_pipe_is_not_waited_for(own: Path) -> None:
+    os.mkfifo(own / "MD5SUMS")
+    assert own_sources(str(own))["T1"].md5 is None
+
+
 def test_an_own_store_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match=r"cannot read nosuch://store/IXI-T1.tar: .*nosuch") as caught:
         acquire(Source("IXI-T1.tar", ("nosuch://store/IXI-T1.tar",), None), tmp_path)
@@ -789,6 +864,32 @@ def test_md5sums_of_an_own_host_is_held_against_its_archives(tmp_path: Path, tar
         host.asked.clear()
         assert own_sources(folder, offline=True)["T1"].md5 is None
         assert host.asked == []
+
+
+def test_md5sums_is_read_whatever_its_server_calls_its_characters(tar: bytes) -> None:
+    sums = f"{md5(tar)}  IXI-T1.tar\n".encode()
+    with serve(Host(tar, lambda call: call.plain(200, sums, content_type="text/plain; charset=rot13"))) as host:
+        assert own_sources(host.url)["T1"].md5 == md5(tar)
+
+
+def flood(call: Call) -> None:
+    call.head(200, {"connection": "close"})
+    while True:  # until the client goes
+        call.send(b"#" * 65536)
+
+
+def trickle(call: Call) -> None:
+    call.head(200, {"connection": "close"})
+    while not call.host.closing.wait(0.02):
+        call.send(b"#")
+
+
+@pytest.mark.parametrize("answer", [flood, trickle, drip_headers])
+def test_md5sums_without_end_is_given_up(tar: bytes, answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in DRIP.items():
+        monkeypatch.setattr(transfer, name, value)
+    with serve(Host(tar, answer)) as host:
+        assert own_sources(host.url)["T1"].md5 is None
 
 
 def test_an_own_host_without_md5sums_is_admitted_unchecked(tmp_path: Path, tar: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,6 +137,18 @@ def test_an_archive_that_changes_meanwhile_is_one_line(host: Host, tmp_path: Pat
     with pytest.raises(DownloadError, match="changed while its members were fetched; run again"):
         refresh(members_of(host, tmp_path))
     assert not list(tmp_path.glob("datasets/*/latest.json"))
+
+
+def test_members_of_a_server_that_cannot_tell_one_archive_from_another_are_refused(
+    archives: Path, tmp_path: Path
+) -> None:
+    bodies = {f"/IXI-{m}.tar": (archives / f"IXI-{m}.tar").read_bytes() for m in ("T1", "T2")}
+    sums = "".join(f"{hashlib.md5(body).hexdigest()}  {name[1:]}\n" for name, body in bodies.items())
+    with serve(Host(b"", etag=None, files=bodies | {"/MD5SUMS": sums.encode()})) as host:
+        with pytest.raises(DownloadError, match="gives no byte ranges that can be trusted; fetch the whole"):
+            refresh(members_of(host, tmp_path))
+        config = config_for(tmp_path, host.url.rpartition("/")[0])
+        assert refresh(config).is_new
 
 
 def test_a_server_without_ranges_and_a_folder_are_one_line_each(archives: Path, tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import trustme
+from answers import close, first, half_then, redirect_to_self, status
 from hypothesis import given
 from hypothesis import strategies as st
-from servers import Call, Host, serve, served_as
+from servers import Answer, Call, Host, serve, served_as
 
 from ixi_etl.archive import read_member
 from ixi_etl.errors import ArchiveError
@@ -101,6 +102,20 @@ def test_a_survey_of_an_archive_elsewhere_asks_once_a_member_for_its_head_alone(
     assert sum(a.sent for a in asked) <= len(asked) * (HEAD_BYTES + 2 * 512)
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [status(500), status(403), Call.reset, half_then(close), redirect_to_self, status(302, location="http://a..b/")],
+    ids=["500", "403", "reset", "cut short", "redirect loop", "redirect to nowhere"],
+)
+@pytest.mark.parametrize("after", [0, 6])
+def test_a_server_that_fails_a_survey_is_one_line(archives: Path, fault: Answer, after: int) -> None:
+    with serve(Host((archives / "IXI-T1.tar").read_bytes(), first(after, Call.honest, fault))) as host:
+        with pytest.raises(ArchiveError) as caught:
+            survey({"T1": host.url})
+        assert host.url in str(caught.value)
+        assert str(caught.value).isprintable()
+
+
 def test_the_certificate_of_a_named_host_alone_is_not_looked_at(archives: Path) -> None:
     tar, certified = archives / "IXI-T1.tar", served_as(trustme.CA(), "localhost", "127.0.0.1")
     with serve(Host(tar.read_bytes()), certified, "localhost") as named, serve(Host(b""), certified) as numbered:
@@ -112,6 +127,17 @@ def test_the_certificate_of_a_named_host_alone_is_not_looked_at(archives: Path) 
             assert url in str(caught.value)
             assert "\n" not in str(caught.value)
     assert numbered.asked == []
+
+
+def test_a_redirect_away_from_tls_is_not_surveyed(archives: Path) -> None:
+    certified = served_as(trustme.CA(), "localhost")
+    with (
+        serve(Host((archives / "IXI-T1.tar").read_bytes())) as bare,
+        serve(Host(b"", status(302, location=bare.url)), certified, "localhost") as host,
+    ):
+        with pytest.raises(ArchiveError, match=f"{host.url} leads from https to http, which"):
+            survey({"T1": host.url}, insecure_hosts=("localhost",))
+        assert {a.method for a in bare.asked} <= {"HEAD"}
 
 
 def test_a_password_in_netrc_is_told_to_its_host_alone(
