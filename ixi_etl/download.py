@@ -181,7 +181,7 @@ def fetch_members(
         ) from error
     location = str(part.path)
     size = offer.size or 0
-    return Acquired(path.stem, location, size, "", False, remote.url, offer.validator, _stamp(location))
+    return Acquired(path.stem, location, size, "", False, remote.url, offer.validator, stamp_of(location))
 
 
 def own_sources(place: str, *, offline: bool = False, insecure_hosts: tuple[str, ...] = ()) -> dict[str, Source]:
@@ -210,7 +210,7 @@ def own_sources(place: str, *, offline: bool = False, insecure_hosts: tuple[str,
 # -- what is known of a file ------------------------------------------------------------------------------------------
 
 
-def _stamp(location: str) -> str:
+def stamp_of(location: str) -> str:
     """Identity of a file's present content, without reading it (size, times, inode; the ETag of an object)."""
     filesystem, path = fsspec.url_to_fs(location)
     return str(filesystem.ukey(path))
@@ -220,7 +220,7 @@ def _recorded(folder: Path, name: str, location: str) -> Acquired | None:
     record = read_json(folder / f"{name}.json")
     with suppress(Exception):  # a spoilt record, or a file that cannot be looked at: the same as no record
         known = Acquired(**record)
-        if known.location == location and known.stamp == _stamp(location):
+        if known.location == location and known.stamp == stamp_of(location):
             return known
     return None
 
@@ -235,7 +235,7 @@ def _record(folder: Path, source: Source, location: str, md5: str, origin: str, 
         checked=source.md5 is not None,
         origin=origin,
         validator=validator,
-        stamp=_stamp(location),
+        stamp=stamp_of(location),
     )
     write_atomic(folder / f"{source.name}.json", to_json(asdict(found)))
     return found
@@ -244,13 +244,13 @@ def _record(folder: Path, source: Source, location: str, md5: str, origin: str, 
 def _md5(location: str, progress: Progress) -> str:
     filesystem, path = fsspec.url_to_fs(location)
     size, done, digest = filesystem.size(path), 0, hashlib.md5(usedforsecurity=False)
-    what, stamp = f"verify {path.rpartition('/')[2].removesuffix('.part')}", _stamp(location)
+    what, stamp = f"verify {path.rpartition('/')[2].removesuffix('.part')}", stamp_of(location)
     with filesystem.open(path, "rb", block_size=4 << 20) as file:
         while block := file.read(4 << 20):
             digest.update(block)
             done += len(block)
             progress(what, done, size, "B")
-    if _stamp(location) != stamp:
+    if stamp_of(location) != stamp:
         raise DownloadError(f"{location} changed while it was read; run again when it is whole")
     return digest.hexdigest()
 

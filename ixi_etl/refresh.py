@@ -23,7 +23,7 @@ from ixi_etl.catalog import MODALITIES
 from ixi_etl.config import RefreshConfig
 from ixi_etl.cut import Job, Part, cut_subject, picture_path, shard_path
 from ixi_etl.demographics import read_demographics
-from ixi_etl.download import Acquired, _stamp, acquire, fetch_members, find_remote, own_sources
+from ixi_etl.download import Acquired, acquire, fetch_members, find_remote, own_sources, stamp_of
 from ixi_etl.errors import DatasetError
 from ixi_etl.files import Progress, disk_errors_in_a_line, lock_root, sha256_file, silent, write_atomic
 from ixi_etl.places import check_reachable, expanded
@@ -281,7 +281,7 @@ def _check_unchanged(inputs: Inputs, work: Path) -> None:
     """What was surveyed and cut since the archives were hashed must be what was hashed: the version bears its name."""
     for archive in inputs.archives.values():
         try:
-            same = _stamp(archive.location) == archive.stamp
+            same = stamp_of(archive.location) == archive.stamp
         except FileNotFoundError:
             same = False
         if not same:
