@@ -637,6 +637,7 @@ def main(arguments: list[str] | None = None) -> Any:
     except OSError as error:
         typer.echo(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", err=True)
     except ValidationError as error:
-        said = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".lstrip(": ") for e in error.errors())
-        typer.echo(f"error: {said}", err=True)
+        from ixi_etl.config import in_a_line
+
+        typer.echo(f"error: {in_a_line(error)}", err=True)
     return sys.exit(1)

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ixi_etl.errors import IxiError
 from ixi_etl.places import Places, expanded, refuse_secret
@@ -21,6 +21,11 @@ MIN_NMI = 0.15
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+def in_a_line(error: ValidationError) -> str:
+    """What is wrong with which field."""
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".lstrip(": ") for e in error.errors())
 
 
 def _no_password(place: str) -> str:

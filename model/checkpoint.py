@@ -22,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ixi_etl.config import in_a_line
 from ixi_etl.errors import IxiError
-from model.config import TrainConfig, in_a_line
+from model.config import TrainConfig
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from model.networks import SIDES, Norm, Upsampling
 
@@ -125,11 +125,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "gpu": {"batch_size": 32, "steps": 20_000, "augment": "jitter", "decay": 0.5, "ema": 0.999, "precision": "bf16"},
 }
-
-
-def in_a_line(error: ValidationError) -> str:
-    """What is wrong with which field."""
-    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".lstrip(": ") for e in error.errors())
 
 
 def preset(name: str, **settings: Any) -> TrainConfig:

@@ -20,10 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ixi_etl import dataset, manifest
 from ixi_etl.align import Matrix
+from ixi_etl.config import in_a_line
 from ixi_etl.intensity import otsu_threshold
 from ixi_etl.store import open_arrays
 from model.checkpoint import CheckpointError
-from model.config import in_a_line
 from model.data import Pairs
 
 BINS = 32  # of the histograms

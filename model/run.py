@@ -30,7 +30,7 @@ from ixi_etl.errors import DatasetError
 from ixi_etl.files import Progress, disk_errors_in_a_line, lock_root, read_json, silent, to_json, write_atomic
 from ixi_etl.places import Places, check_reachable, is_local, place
 from ixi_etl.store import open_arrays
-from model import checkpoint, evaluate, mirror
+from model import evaluate, mirror
 from model.checkpoint import CheckpointError
 from model.config import TrainConfig
 from model.data import check_side, parse_direction
@@ -159,10 +159,14 @@ def train_run(run: Run, *, resume: bool = False, progress: Progress = silent) ->
                 "hardware": _hardware(config.device),
             }
             saved = partial(mirror.keep_if_possible, run.folder, run.kept) if run.kept else nothing
-            if checkpoint.newest_whole(run.folder / "checkpoints") is None:  # else it tells of what goes on
+
+            def begun() -> None:  # else what is kept tells of the training that goes on
                 write_atomic(run.folder / CONFIG, to_json(record))
                 saved()  # at once: it is what keeps `ixi-etl prune` from removing the version
-            generator = train(run.folder, config, run.version, resume=resume, progress=progress, on_saved=saved)
+
+            generator = train(
+                run.folder, config, run.version, resume=resume, progress=progress, on_begun=begun, on_saved=saved
+            )
             write_report(run.folder)
             run.keep()
             return generator

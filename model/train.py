@@ -53,11 +53,12 @@ def train(
     *,
     resume: bool = False,
     progress: Progress = silent,
+    on_begun: Callable[[], None] = nothing,
     on_saved: Callable[[], None] = nothing,
 ) -> Path:
     """Train as the resolved `config` says on the version in `version`, in the folder `run`; the best generator's file.
 
-    `on_saved` is called after each checkpoint.
+    `on_begun` is called where there is nothing to go on from, before data are read; `on_saved` after each checkpoint.
 
     Raises:
         TrainingError: the loss is not finite, or memory is short.
@@ -72,11 +73,15 @@ def train(
             torch.cuda.set_device(device)  # what names no device, as a graph's stream, is then of this one
         torch.backends.cudnn.benchmark = True  # batches of one shape: it tries its algorithms once
     rank, processes = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    there = _to_go_on_from(run, config, resume)
+    if there is None:
+        on_begun()
     pairs = data.load(version, "train", config.direction, device)
     shown, validated = _held_out(version, config, pairs, device)
     with _out_of_memory_in_a_line("before the first step", "a smaller width"):
         learner = Learner(config, device)
-        start = _restore(learner, run, config, resume)
+        start = _restore(learner, there) if there else 0
+    del there  # it holds all tensors once more
     logbook = Logbook(run, config, learner, start, images_a_step=config.batch_size * processes) if rank == 0 else None
     sampled = {round((n + 1) * config.steps / config.samples) for n in range(config.samples)}
 
@@ -156,18 +161,25 @@ def _held_out(version: Path, config: TrainConfig, pairs: Pairs, device: torch.de
     return held_out, held_out
 
 
-def _restore(learner: Learner, run: Path, config: TrainConfig, resume: bool) -> int:
-    """Take up the newest whole checkpoint, if there is one to go on from; the step to go on with."""
+def _to_go_on_from(
+    run: Path, config: TrainConfig, resume: bool
+) -> tuple[checkpoint.Checkpoint, dict[str, Tensor]] | None:
+    """The newest whole checkpoint with its tensors; None if there is none."""
     newest = checkpoint.newest_whole(run / "checkpoints")
     if newest is None:
-        return 0
+        return None
     if not resume:
         step = newest[0].step
         raise CheckpointError(f"{run} has trained to step {step}; --resume goes on, another --run-id begins anew")
     check_same(newest[0], config)
-    learner.restore(newest[1], newest[0].path)
-    log.info("going on from %s", newest[0].path)
-    return newest[0].step
+    return newest
+
+
+def _restore(learner: Learner, there: tuple[checkpoint.Checkpoint, dict[str, Tensor]]) -> int:
+    """Take up a checkpoint; the step to go on with."""
+    learner.restore(there[1], there[0].path)
+    log.info("going on from %s", there[0].path)
+    return there[0].step
 
 
 def check_same(there: checkpoint.Checkpoint, config: TrainConfig) -> None:

@@ -37,7 +37,9 @@ def learnt(device: str, **settings: object) -> tuple[Learner, torch.Tensor]:
 
 
 @pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="only a GPU can record a step and play it back, and there is none here"
+    not torch.cuda.is_available(),
+    reason="only a GPU can record a step and play it back, and there is none here; what a failed recording does is "
+    "tested below in streams of nothing",
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_steps_that_are_played_back_are_the_steps(

@@ -23,7 +23,11 @@ from model.learner import Learner  # noqa: E402
 
 N, SUBJECTS = 9, 3
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="it is about a GPU, and there is none here")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="only a GPU can be waited for, or held against a CPU, and there is none here; "
+    "test_a_step_asks_for_no_number counts on a CPU what would be waited for",
+)
 
 
 def config_of(**settings: object) -> TrainConfig:

@@ -213,6 +213,7 @@ def test_a_run_on_s3_is_there_for_others_to_see_before_its_first_checkpoint(
     pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
     from conftest import SMALL_NETWORKS
 
+    from model import data
     from model import run as runs
     from model.config import TrainConfig
 
@@ -222,7 +223,7 @@ def test_a_run_on_s3_is_there_for_others_to_see_before_its_first_checkpoint(
     def no_further(*args: object, **more: object) -> Path:
         raise IxiError("before the first step")
 
-    monkeypatch.setattr(runs, "train", no_further)
+    monkeypatch.setattr(data, "load", no_further)
     with pytest.raises(IxiError, match="before the first step"):
         runs.train_run(runs.prepare(s3_root, TrainConfig.model_validate(SMALL_NETWORKS), "a", tmp_path))
     assert module.users(Places(s3_root, scratch=tmp_path / "another machine's")) == {made.version: ["run a"]}

@@ -106,7 +106,8 @@ def test_training_out_of_memory(wants: dict[str, int], line: str, root: Path, ro
     said = [line for line in done.stderr.splitlines() if line]
     assert said[-1] == f"error: out of memory {line}", done.stderr
     assert "Traceback" not in done.stderr
-    row("out of memory in training", 1, "one line with the batch size to try", "steps since the last checkpoint")
+    when, _, advice = line.partition("; ")
+    row(f"out of memory in training, {when}", 1, f"one line: {advice}", "steps since the last checkpoint")
 
 
 def test_training_checkpoint_cut(root: Path, row: Row) -> None:
