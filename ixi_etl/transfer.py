@@ -41,7 +41,7 @@ MIN_RATE = 1024  # bytes a second, over TIMEOUT_S; a slower connection counts as
 SPARE_BYTES = 64 << 20  # of the disk, left free beside the download
 GAP = 4096  # bytes between two members that are fetched rather than asked for twice; a tar has up to 1023
 MAX_FILE = 1 << 40  # bytes; a server that says more is not believed: the segments alone would fill the memory
-MAX_TEXT = 64 << 10  # bytes of a small file that are read
+MAX_TEXT = 1 << 20  # bytes of a small file that are read; MD5SUMS of every member of IXI has 70 KB
 ENOUGH = 1 << 15  # bytes; a try that brings less (MIN_RATE brings less in TIMEOUT_S) counts as bringing nothing
 
 

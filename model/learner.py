@@ -218,10 +218,8 @@ class Learner:
         except (RuntimeError, TypeError) as error:
             said = str(error).splitlines()[0]
             raise CheckpointError(f"{path} has no random state that torch takes ({said}); remove it") from error
-        self._lr, self._descent = (
-            None,
-            self._new_descent(),
-        )  # what was recorded is of the tensors that were there before
+        self._lr = None
+        self._descent = self._new_descent()  # what was recorded is of the tensors that were there before
 
     def _wanted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """What a state of this learner has, in tensors of the same shapes and types.

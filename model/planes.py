@@ -31,7 +31,7 @@ SHOWN = 32  # training subjects that the histograms are of, at most
 SAME_SPACING = 1e-3  # scanners write spacings with noise in the last digits
 _AXES = ("RL", "AP", "SI")
 
-
+# A generator's file may come from anywhere: sizes that no head has would fill all memory with planes.
 Pixels = Annotated[int, Field(ge=1, le=4096)]
 Millimetres = Annotated[float, Field(ge=1e-3, le=1e3)]
 Intensity = Annotated[float, Field(ge=-1e6, le=1e6)]

@@ -872,6 +872,13 @@ def test_md5sums_is_read_whatever_its_server_calls_its_characters(tar: bytes) ->
         assert own_sources(host.url)["T1"].md5 == md5(tar)
 
 
+def test_md5sums_may_list_all_members_before_the_archives(tar: bytes) -> None:
+    members = "".join(f"{n:032x}  IXI{n:03d}-Guys-{n:04d}-T1.nii.gz\n" for n in range(1500))
+    sums = f"{members}{md5(tar)}  IXI-T1.tar\n".encode()
+    with serve(Host(tar, lambda call: call.plain(200, sums))) as host:
+        assert own_sources(host.url)["T1"].md5 == md5(tar)
+
+
 def flood(call: Call) -> None:
     call.head(200, {"connection": "close"})
     while True:  # until the client goes
