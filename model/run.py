@@ -86,6 +86,8 @@ def prepare(root: str | Path, config: TrainConfig, run: str | None = None, scrat
     facts = dataset.read_facts(folder)
     source, target = parse_direction(config.direction, (facts["source"], facts["target"]))
     arrays = open_arrays(folder)
+    if source not in arrays:
+        raise DatasetError(f"{folder / dataset.FACTS} is damaged: it names an array {source}, and there is none")
     height, width = arrays[source].shape[-2:]
     device = pick_device(config.device)
     chosen = {

@@ -225,6 +225,14 @@ def test_every_preset_is_sound(name: str) -> None:
         assert (config.width, config.dropout, config.discriminator_layers, config.augment) == (64, 0.5, 3, "none")
 
 
+def test_a_version_that_names_an_array_that_is_not_there_is_one_line(published: Refreshed, tmp_path: Path) -> None:
+    shutil.copytree(published.folder.parents[1], tmp_path / "datasets")
+    facts = tmp_path / "datasets/ixi-t1-t2" / published.version / "dataset.json"
+    facts.write_text(facts.read_text().replace('"source": "t1"', '"source": "zzz"'))
+    with pytest.raises(DatasetError, match=r"dataset\.json is damaged: it names an array zzz"):
+        run_of(tmp_path, "a")
+
+
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
