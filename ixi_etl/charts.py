@@ -7,6 +7,7 @@ in a table of the page. Series and rows have the classes s0, s1, ... of `templat
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from statistics import quantiles
@@ -17,6 +18,8 @@ WIDTH = 380
 LEFT, RIGHT = 116, 44  # of charts with a name at each row; numbers stand on the right
 ROW = 24
 POINTS = 400  # of a line; longer ones are drawn through means
+
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 Points = Sequence[tuple[float, float]]
 Scale = Callable[[float], float]
@@ -97,13 +100,18 @@ def _svg(height: float, label: str, drawn: Sequence[str]) -> Markup:
     return Markup('<svg role="img" viewBox="0 0 {} {}" aria-label="{}">{}</svg>').format(
         WIDTH,
         height,
-        label,
+        _readable(label),
         Markup("".join(drawn)),  # noqa: S704 - numbers, and text that _text escaped  # nosec B704
     )
 
 
 def _text(x: float, y: float, text: str, attributes: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" {attributes}>{escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" {attributes}>{escape(_readable(text))}</text>'
+
+
+def _readable(text: str) -> str:
+    """Replace the characters that XML cannot hold, such as a NUL in the name of a site."""
+    return _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _scale(values: tuple[float, float], places: tuple[float, float]) -> Scale:

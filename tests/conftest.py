@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import profiles  # noqa: F401 - loads the profile of `make test`
 import pytest
 import trustme
 from faults_table import pytest_terminal_summary, row  # noqa: F401 - a hook and a fixture
-from hypothesis import settings
 
 from ixi_etl.config import DatasetConfig, RefreshConfig
 from ixi_etl.phantom import write_phantom
@@ -21,9 +21,6 @@ from ixi_etl.refresh import refresh
 
 # Networks of a few channels wait for each other more than they compute; and processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-settings.register_profile("here", deadline=None)  # machines differ, and the first call imports
-settings.load_profile("here")
 
 SHRINK = 4  # of the phantom's grids: IXI's shapes, a quarter of the voxels along each axis
 SLICES = 12  # of the 33 that are left of the T2's 130

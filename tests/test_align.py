@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from scipy.ndimage import map_coordinates
 from strategies import ORIENTATIONS, affines, numbered, shapes, world_of
 
@@ -130,7 +131,7 @@ def test_inside_is_what_every_voxel_by_itself_says(
     np.testing.assert_array_equal(found[sure], expected[sure])
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(ROWS, SHAPES, SHAPES, st.integers(0, 2**32 - 1))
 def test_samples_of_the_part_that_is_reached_are_those_of_the_whole_volume(
     rows: list[tuple[float, ...]], shape_zyx: tuple[int, int, int], shape_kji: tuple[int, int, int], seed: int

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
 
@@ -50,10 +51,10 @@ def test_layout_in_memory_is_no_part_of_it(tmp_path: Path) -> None:
     assert torch.equal(checkpoint.load(tmp_path / "a")[0]["x"], image)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(max_examples=examples(60))
 @given(data=st.data())
-def test_any_cut_and_any_flipped_bit_is_noticed(tmp_path: Path, data: st.DataObject) -> None:
-    path = write(tmp_path, 1)
+def test_any_cut_and_any_flipped_bit_is_noticed(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    path = write(tmp_path_factory.mktemp("damaged"), 1)
     whole = path.read_bytes()
     if data.draw(st.booleans(), label="cut"):
         broken = whole[: data.draw(st.integers(0, len(whole) - 1))]

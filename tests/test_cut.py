@@ -17,6 +17,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from profiles import examples
 from scipy.ndimage import map_coordinates
 from strategies import affines, world_of
 
@@ -61,7 +62,7 @@ def centre_of(affine: NDArray[Any], shape: tuple[int, int, int]) -> NDArray[Any]
     return affine[:3] @ [*((n - 1) / 2 for n in shape), 1]
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(st.data(), st.tuples(*[st.integers(12, 20)] * 3), st.tuples(*[st.integers(12, 20)] * 3))
 def test_anatomical_slabs_are_the_stored_t2_and_the_t1_at_the_same_place(
     data: st.DataObject, shape1: tuple[int, int, int], shape2: tuple[int, int, int]
@@ -97,7 +98,7 @@ def test_anatomical_slabs_are_the_stored_t2_and_the_t1_at_the_same_place(
     assert np.abs(got["t1"] - want)[clear].max() <= 0.51
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(st.data(), st.tuples(*[st.integers(12, 20)] * 3), st.integers(1, 12))
 def test_index_slabs_are_the_stored_slices_exactly(
     data: st.DataObject, shape: tuple[int, int, int], slices: int

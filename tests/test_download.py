@@ -45,6 +45,7 @@ from answers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from servers import PROBE, Answer, Call, Host, serve, served_as
 from starlette.staticfiles import StaticFiles
 
@@ -290,7 +291,7 @@ def begun(tar: bytes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Begu
 
 
 @given(data=st.data(), known=st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 def test_any_set_of_done_segments_is_gone_on_from(
     begun: Begun, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, known: bool
 ) -> None:
@@ -456,7 +457,7 @@ def test_tries_wait_twice_as_long_each_time_with_jitter(
 
 
 @given(plan=st.lists(st.sampled_from(sorted(FAULTS)), max_size=12), ranges=st.booleans())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15))
 def test_whatever_goes_wrong_for_a_while_the_file_is_right(
     tar: bytes, tmp_path_factory: pytest.TempPathFactory, plan: list[str], ranges: bool
 ) -> None:

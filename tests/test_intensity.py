@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from profiles import examples
 
 from ixi_etl import intensity
 from ixi_etl.align import itk
@@ -39,7 +40,7 @@ def _between(image: NDArray[np.int16], threshold: float) -> float:
     return float(share * (1 - share) * (image[above].mean() - image[~above].mean()) ** 2)
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.sampled_from(["i1", "u1", "<i2", "<u2", ">i2"]), st.integers(0, 2**32 - 1), st.sampled_from([0.5, 30, 5000]))
 def test_otsu_of_many_integers_is_otsu_of_the_same_numbers_uncounted(dtype: str, seed: int, spread: float) -> None:
     rng, limits = np.random.default_rng(seed), np.iinfo(dtype)
@@ -51,7 +52,7 @@ def test_otsu_of_many_integers_is_otsu_of_the_same_numbers_uncounted(dtype: str,
     np.testing.assert_array_equal(edges, plain_edges)
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.sampled_from(["i1", "u1", "<i2", "<u2", ">i2"]), st.integers(0, 2**32 - 1), st.sampled_from([0.5, 30, 5000]))
 def test_percentiles_by_counting_are_numpy_s(dtype: str, seed: int, spread: float) -> None:
     rng, limits = np.random.default_rng(seed), np.iinfo(dtype)

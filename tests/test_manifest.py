@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from profiles import examples
 
 from ixi_etl import dataset, manifest
 from ixi_etl.config import DatasetConfig
@@ -98,7 +99,7 @@ def test_selection_loses_nobody_and_gives_the_first_reason(table: pd.DataFrame, 
             assert row.status == ("excluded" if row.reason else "candidate")
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(surveys(), st.data())
 def test_settled_manifests_keep_the_contract_and_survive_the_csv(table: pd.DataFrame, data: st.DataObject) -> None:
     config = DatasetConfig(pairing="index")
@@ -221,7 +222,7 @@ def test_index_pairs_need_slices_of_one_shape() -> None:
     assert manifest.select(table_of(rows), DatasetConfig())["reason"].tolist() == [""]
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(st.integers(0, 10**6), st.integers(0, 999))
 def test_the_split_belongs_to_the_person_and_the_seed(seed: int, number: int) -> None:
     config = DatasetConfig(split_seed=seed)

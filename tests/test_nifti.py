@@ -15,6 +15,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
+from profiles import examples
 from strategies import affines, shapes
 
 from ixi_etl import nifti
@@ -137,7 +138,7 @@ def test_a_missing_sform_leaves_the_qform() -> None:
 
 
 @given(st.integers(0, 347), st.binary(min_size=1, max_size=8))
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 def test_no_header_raises_whatever_its_bytes(at: int, data: bytes) -> None:
     header = nifti.parse_header(changed(at, data)[: len(RAW)], len(PACKED))
     assert header.reason in ("", *REASONS)
@@ -156,7 +157,7 @@ def test_a_stream_cut_anywhere_is_found(at: int) -> None:
 
 
 @given(st.integers(0, len(PACKED) - 1), st.integers(1, 255))
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 def test_a_damaged_byte_never_changes_a_voxel_unseen(at: int, bits: int) -> None:
     damaged = bytearray(PACKED)
     damaged[at] ^= bits
@@ -190,7 +191,7 @@ def gzip_files(draw: st.DrawFn) -> bytes:
 
 
 @given(gzip_files(), st.integers(-1, 1), st.none() | st.tuples(st.integers(0, 2000), st.integers(0, 255)), st.data())
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 def test_a_file_inflated_at_once_is_what_it_is_in_pieces(
     packed: bytes, more: int, damage: tuple[int, int] | None, data: st.DataObject
 ) -> None:

@@ -12,6 +12,7 @@ from conftest import config_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from profiles import examples
 from scipy.ndimage import zoom
 from scipy.spatial.transform import Rotation
 from strategies import world_of
@@ -102,7 +103,7 @@ def test_nmi_is_between_0_and_1_symmetric_and_1_with_itself(a: np.ndarray, seed:
         assert register.nmi(a, 4.0 * a) == pytest.approx(1)  # a factor that rounds no value into another bin
 
 
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(st.integers(0, 2**32 - 1), st.sampled_from([np.int16, np.uint16, np.int32]), st.floats(1, 3e4))
 def test_nmi_of_many_integers_is_that_of_the_same_numbers_uncounted(seed: int, dtype: type, spread: float) -> None:
     rng, limits = np.random.default_rng(seed), np.iinfo(np.int16)

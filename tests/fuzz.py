@@ -1,0 +1,68 @@
+"""Run the property tests once for each seed with many more examples, and list what failed: `make fuzz`.
+
+A failure does not end it: each seed runs, and the end lists the tests that failed, the seeds, and how to repeat each.
+What Hypothesis found is kept in `.hypothesis/`, and tried first by the next run, until it is fixed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+TOP = Path(__file__).parent.parent
+NO_TEST = 5  # pytest's exit code
+
+
+def run(seed: int, only: str, more: list[str]) -> tuple[int, list[str], str]:
+    """pytest's exit code, the tests that failed, and what pytest printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results.xml"
+        command = [sys.executable, "-m", "pytest", "-m", "hypothesis and not standin and not stack", "-k", only, "-q"]
+        command += ["--hypothesis-profile=fuzz", f"--hypothesis-seed={seed}", f"--junitxml={results}", *more]
+        done = subprocess.run(
+            command, cwd=TOP, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+        cases = ElementTree.parse(results).iter("testcase") if results.exists() else ()
+        failed = [str(c.get("name")) for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    return done.returncode, failed, done.stdout
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=10, help="how many seeds to draw")
+    parser.add_argument("--seed", type=int, nargs="*", default=[], help="these seeds instead")
+    parser.add_argument("--only", default="", help="the tests to run, as pytest's -k takes them")
+    chosen, more = parser.parse_known_args()
+    seeds = chosen.seed or [random.SystemRandom().randrange(1 << 32) for _ in range(chosen.seeds)]
+    found: dict[str, list[int]] = {}
+    broken = []
+    for number, seed in enumerate(seeds, 1):
+        code, failed, said = run(seed, chosen.only, more)
+        if code == NO_TEST:
+            print(said)
+            return code
+        if code and not failed:
+            broken.append(seed)
+        if code and (not failed or not found.keys() >= set(failed)):  # the first time that a test fails
+            print(said)
+        for name in failed:
+            found.setdefault(name, []).append(seed)
+        print(f"seed {seed} ({number} of {len(seeds)}): {said.strip().splitlines()[-1]}", flush=True)
+    for name, at in found.items():
+        print(
+            f"{name} failed with {', '.join(map(str, at))}; to repeat: make fuzz SEED={at[0]} ONLY={name.split('[')[0]}"
+        )
+    for seed in broken:
+        print(f"pytest ended early with {seed}; to repeat: make fuzz SEED={seed}")
+    if not found and not broken:
+        print(f"no test failed with any of {len(seeds)} seeds")
+    return 1 if found or broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
