@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+BASE   := $(VENV)/.installed-base
+TRAIN  := $(VENV)/.installed-train
 STAMP  := $(VENV)/.installed
 BENCH  := $(VENV)/.installed-bench
 
@@ -22,14 +24,18 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove the environment and the demo"
 
-# The environment is made anew only when what it is made from changes.
-$(STAMP): pyproject.toml constraints.txt
+# Each stamp says which extras are installed. They are installed again only when these files change.
+$(BASE): EXTRAS :=
+$(TRAIN): EXTRAS := [train]
+$(STAMP): EXTRAS := [train,test]
+$(BASE) $(TRAIN) $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (some minutes the first time)"
-	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,test]"
-	@touch $(STAMP)
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".$(EXTRAS)"
+	@touch $@
 
-demo: $(STAMP)
+# What holds more extras serves too.
+demo: $(or $(wildcard $(STAMP)),$(TRAIN))
 	@$(BIN)/ixi-etl demo
 
 test: $(STAMP)
@@ -59,7 +65,7 @@ $(BENCH): $(STAMP)
 bench: $(BENCH)
 	@$(BIN)/python -m benchmarks.run --only "$(ONLY)" $(if $(QUICK),--quick) $(if $(OUT),--out "$(OUT)")
 
-deploy: $(STAMP)
+deploy: $(or $(wildcard $(STAMP) $(TRAIN)),$(BASE))
 	@$(BIN)/python -m flows.deploy
 
 lint: $(STAMP)

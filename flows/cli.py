@@ -18,6 +18,7 @@ import typer
 
 from flows.output import LOGGERS, Json, Output, Quiet
 from ixi_etl.errors import ArchiveError, DatasetError, IxiError, StoppedError
+from ixi_etl.extras import require_extra
 
 if TYPE_CHECKING:
     from ixi_etl.publish import Refreshed
@@ -154,6 +155,8 @@ def refresh(
 
     What was done before is not done again: a run that was stopped goes on from where it was.
     """
+    if then_train:
+        require_extra("train")
     from ixi_etl.config import PRESETS, DatasetConfig, RefreshConfig
     from ixi_etl.places import is_url
     from ixi_etl.refresh import find_sources
@@ -220,6 +223,7 @@ def train(
 
     SIGTERM and Ctrl-C save and stop. For several GPUs: torchrun --nproc-per-node N -m flows train ...
     """
+    require_extra("train")
     from flows.progress import show_progress
     from model import run as runs
     from model.config import preset as preset_of
@@ -273,6 +277,7 @@ def evaluate(
 
     Writes evaluation-SPLIT.csv (a row for each subject, method and mask) and evaluation-SPLIT.json into the run.
     """
+    require_extra("train")
     from flows.progress import show_progress
     from model.run import evaluate_run, open_run
 
@@ -311,6 +316,7 @@ def synthesize(
 
     Beside each output lies a JSON file that says how it came to be.
     """
+    require_extra("train")
     from flows.progress import show_progress
     from model import synthesize as synthesis
     from model.run import pick_device
@@ -336,6 +342,9 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the generator to be used elsewhere; it is read back and compared before this says that it is done."""
+    require_extra("train")
+    if form == "onnx":
+        require_extra("export")
     from model.export import export as export_generator
     from model.synthesize import find_generator
 
@@ -500,6 +509,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Run the whole job on a small simulated IXI, served over HTTP on this machine: refresh, then a smoke training."""
+    require_extra("train")
     from flows.progress import show_progress
     from ixi_etl.config import DatasetConfig, RefreshConfig
     from ixi_etl.phantom import write_phantom

@@ -8,13 +8,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from model.networks import SIDES, Norm, Upsampling
-
+Norm = Literal["instance", "batch", "none"]
+Upsampling = Literal["transpose", "nearest"]
 Adversarial = Literal["bce", "lsgan", "none"]
 Reconstruction = Literal["l1", "l2", "none"]
 Augment = Literal["none", "flip", "jitter"]
 Precision = Literal["auto", "fp32", "bf16"]
 
+SIDES = (32, 64, 128, 256, 512)
+"""Square crops that the generator takes."""
 
 WIDTHS = 1 << 16  # more than any memory holds, and few enough for torch to count in
 STEPS = 10**8 - 1  # checkpoints are in the order of their names, which have eight digits

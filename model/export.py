@@ -9,7 +9,6 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ixi_etl.errors import IxiError
+from ixi_etl.extras import require_extra
 from ixi_etl.files import to_json, write_atomic
 from model import checkpoint, planes
 from model.evaluate import load_generator
@@ -42,6 +42,8 @@ def export(generator: Path, form: Format, out: Path) -> tuple[Path, float]:
     Raises:
         ExportError: something is missing, or what was written differs by more than `TOLERANCE`.
     """
+    if form == "onnx":
+        require_extra("export")
     network, config, step = load_generator(generator)
     trained_on = planes.of(generator, checkpoint.read_facts(generator))
     shape = trained_on.shape if trained_on else (network.side, network.side)
@@ -94,9 +96,6 @@ class _Whole(nn.Module):
 def _write_onnx(
     _generator: Path, network: UNetGenerator, shape: tuple[int, int], path: Path
 ) -> Callable[[Tensor], Tensor]:
-    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
-    if missing:
-        raise ExportError(f"ONNX needs {', '.join(missing)}; pip install -c constraints.txt -e '.[export]'")
     import onnx
     import onnxruntime
 

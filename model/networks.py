@@ -6,19 +6,17 @@ Legend: B, C, H, W are batch, channel, height, width. Images are in [-1, 1].
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.config import SIDES, Norm, Upsampling
 from model.cpu import Conv2d, DoublingConv2d, InstanceNorm2d
 
-Norm = Literal["instance", "batch", "none"]
-Upsampling = Literal["transpose", "nearest"]
 Network = TypeVar("Network", bound=nn.Module)
 
-SIDES = (32, 64, 128, 256, 512)
 DROPOUT_LEVELS = 3  # of the decoder, from the innermost
 WIDEST = 8  # times the width, however deep
 

@@ -32,9 +32,8 @@ from ixi_etl.places import Places, check_reachable, is_local, place
 from ixi_etl.store import open_arrays
 from model import evaluate, mirror
 from model.checkpoint import CheckpointError
-from model.config import TrainConfig
+from model.config import SIDES, TrainConfig
 from model.data import check_side, parse_direction
-from model.networks import SIDES
 from model.report import write_report
 from model.train import GENERATOR, TrainingError, nothing, train, under_torchrun
 
