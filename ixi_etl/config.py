@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Sequence
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,17 +17,55 @@ from ixi_etl.places import Places, expanded, refuse_secret
 
 SPLITS = ("train", "val", "test")
 
+NEAR = 0.6  # of 1: how alike two names must be
+
 MIN_NMI = 0.15
 """Measured: docs/registration.md shows the distribution it comes from."""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A configuration: an unknown field is refused, with the nearest known one."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            unknown = [str(name) for name in given if name not in cls.model_fields]
+            if unknown:
+                raise ValueError("; ".join(_unknown_field(name, list(cls.model_fields)) for name in unknown))
+        return given
+
+
+def _unknown_field(name: str, fields: Sequence[str]) -> str:
+    near = nearest(name, fields)
+    return f"there is no field {name}; " + (f"did you mean {near}?" if near else f"the fields are {', '.join(fields)}")
+
+
+def nearest(name: str, known: Sequence[str]) -> str | None:
+    """The known name that somebody who typed `name` most probably meant, if any is near.
+
+    Near is a slip of the keys (`batch_sise`), a part (`batch`, `lambda`) or the initials (`learning_rate` for `lr`).
+    """
+
+    def likeness(field: str) -> float:
+        words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
+        typed, there = "".join(words), field.lower().replace("_", "")
+        if typed == there or (len(words) > 1 and "".join(word[0] for word in words) == there):
+            return 1.0
+        whole_word = len(typed) > 1 and typed in field.lower().split("_")
+        return max(SequenceMatcher(None, typed, there).ratio(), 0.9 if whole_word else 0.0)
+
+    best = max(known, key=likeness, default=None)
+    return best if best is not None and likeness(best) >= NEAR else None
 
 
 def in_a_line(error: ValidationError) -> str:
     """What is wrong with which field."""
-    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}".lstrip(": ") for e in error.errors())
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}".lstrip(": ") for e in error.errors()
+    )
 
 
 def _no_password(place: str) -> str:
@@ -40,7 +80,7 @@ def _no_password(place: str) -> str:
 Place = Annotated[str, Field(min_length=1), AfterValidator(_no_password)]
 
 
-class DatasetConfig(_Strict):
+class DatasetConfig(Strict):
     """What the data are. Every field changes bytes of a version, so all of them go into its name."""
 
     pairing: Literal["anatomical", "index"] = Field(
@@ -102,7 +142,7 @@ PRESETS: dict[str, dict[str, Any]] = {"paired": {}, "paper": {"pairing": "index"
 """What each sets. `paired`, the defaults, is what we recommend; `paper` is the published recipe."""
 
 
-class _Job(_Strict):
+class _Job(Strict):
     """What every job that makes a dataset version must know."""
 
     root: str = Field("ixi-data", description="folder, or s3://bucket/prefix, that holds datasets")
@@ -165,7 +205,7 @@ class RefreshConfig(_Job):
         return Places(self.root, scratch=self.scratch)
 
 
-class DigitsDataset(_Strict):
+class DigitsDataset(Strict):
     """Which digits. It goes into the version's name."""
 
     limit: Annotated[int, Field(ge=2)] | None = Field(

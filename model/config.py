@@ -6,7 +6,9 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from ixi_etl.config import Strict
 
 Norm = Literal["instance", "batch", "none"]
 Upsampling = Literal["transpose", "nearest"]
@@ -23,10 +25,10 @@ STEPS = 10**8 - 1  # checkpoints are in the order of their names, which have eig
 SEEDS = 1 << 63  # torch's are 64 bits
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(Strict):
     """One training. The defaults are the published recipe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     dataset: str = Field("ixi-t1-t2@latest", description="NAME@VERSION; `latest` is resolved once, at the start")
     direction: str | None = Field(None, description="SOURCE->TARGET, as t1->t2 or t2->t1; omit for the dataset's own")
