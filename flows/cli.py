@@ -6,6 +6,7 @@ import atexit
 import gc
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -286,15 +287,16 @@ def evaluate(
     with show_progress() as progress:
         _, comparison = evaluate_run(opened, split=split, weights=weights, dropout=dropout, progress=progress)
     _tell_run(say, opened.folder, split)
-    shown = comparison.assign(
-        better_by=[f"{row.better_by:+.4f} [{row.low_95:.4f}, {row.high_95:.4f}]" for row in comparison.itertuples()]
-    )
+    intervals = comparison[["better_by", "low_95", "high_95"]].itertuples(index=False)
+    shown = comparison.assign(better_by=[_with_interval(*row) for row in intervals])
     say.table(
         "comparison",
         shown[["mask", "baseline", "measure", "better_by"]],
         "The generator against each baseline: mean paired difference [95% interval], above 0 is better",
-        comparison.to_dict("records"),
+        json.loads(comparison.to_json(orient="records")),  # which makes null of NaN: JSON has none
     )
+    if (comparison["subjects"] < 2).any():
+        say.words(f"no intervals: they take two subjects, and split {split} has one")
     say.lines({"subjects": opened.folder / f"evaluation-{split}.csv"})
     say.end()
 
@@ -572,6 +574,12 @@ def _not_a_users_mistake(record: logging.LogRecord) -> bool:
     """Prefect logs every exception with its trace; an `IxiError` is said once, by `main`, in one line."""
     said = record.getMessage()
     return not (record.exc_info and isinstance(record.exc_info[1], IxiError)) and "Finished in state Failed" not in said
+
+
+def _with_interval(mean: float, low: float, high: float) -> str:
+    """`+1.0000 [0.5000, 1.5000]`; a dash for what is not a finite number, as the interval of one subject."""
+    shown = f"{mean:+.4f}" if math.isfinite(mean) else "-"
+    return f"{shown} [{low:.4f}, {high:.4f}]" if math.isfinite(low) and math.isfinite(high) else f"{shown} [-]"
 
 
 def _tell_run(say: Output, folder: Path, split: str = "test") -> None:

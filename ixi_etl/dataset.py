@@ -163,6 +163,12 @@ def _are_facts(facts: Any) -> bool:
     return facts["name"] in COMMANDS and all(isinstance(a, int) and isinstance(b, str) for a, b in said)
 
 
+def licence_of(folder: Path) -> dict[str, Any]:
+    """The `licence` and `credit` that a version records, under which what is made of it may be passed on."""
+    facts = read_facts(folder)
+    return {name: facts[name] for name in ("licence", "credit") if name in facts}
+
+
 def read_manifest(folder: Path) -> pd.DataFrame:
     """The manifest of a version's folder, checked.
 

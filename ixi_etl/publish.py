@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ixi_etl.config import SPLITS
 from ixi_etl.dataset import COMMANDS, FACTS, POINTER, published, read_pointer, verify
 from ixi_etl.download import Acquired
 from ixi_etl.errors import DatasetError
@@ -79,7 +80,20 @@ def publish(
         upload(staged, target, last=FACTS, progress=progress)
     _point_to(places, version, origins)
     _clear_staging(places)
+    _warn_of_empty_splits(summary["splits"])
     return Refreshed(version, target, is_new=True)
+
+
+def _warn_of_empty_splits(splits: Mapping[str, int]) -> None:
+    """Say at once what a training would find out hours later."""
+    lost = {"train": "no training", "val": "no validation during a training", "test": "no evaluation after it"}
+    empty = [name for name in SPLITS if not splits.get(name)]
+    if empty:
+        there = ", ".join(f"{count} {name}" for name, count in splits.items())
+        log.warning(
+            "no subject is in split %s (the version has %s): %s; give more subjects, or another split seed",
+            *(" or ".join(empty), there, ", ".join(lost[name] for name in empty)),
+        )
 
 
 def list_files(folder: Path, progress: Progress = silent) -> dict[str, dict[str, Any]]:

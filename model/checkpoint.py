@@ -71,7 +71,11 @@ def save(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) ->
     part = path.with_name(f".{path.name}.part")
     said = json.dumps(facts)
     try:
+        part.unlink(missing_ok=True)
+        part.touch()
+        mode = part.stat().st_mode  # by the umask; safetensors would leave it readable to its owner alone
         save_file(plain, part, metadata={"facts": said, "sha256": _digest(plain, said)})
+        part.chmod(mode)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
     except (SafetensorError, OSError) as error:

@@ -46,6 +46,7 @@ class Pairs:
         subject: (N,) which of the subjects a slice is of.
         position: (N,) which of the Z slices of its slab it is.
         source_range, target_range: (S, 2) float32, the values that become -1 and 1: the manifest's percentiles.
+        split: which of the version's splits it is.
         origin: `lower` where row 0 is shown at the bottom (y runs to the anterior), `upper` where it is on top.
     """
 
@@ -58,6 +59,7 @@ class Pairs:
     source_range: Tensor
     target_range: Tensor
     origin: Literal["lower", "upper"]
+    split: str = "train"
 
     def __len__(self) -> int:
         return len(self.source)
@@ -147,6 +149,7 @@ def load(folder: Path, split: str, direction: str | None = None, device: str | t
         source_range=ranges(source),
         target_range=ranges(target),
         origin="lower" if f"{source}_affine" in arrays else "upper",
+        split=split,
     )
 
 

@@ -5,26 +5,31 @@ What was written is read back and compared with the original before it gets its 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ixi_etl import __version__
 from ixi_etl.errors import IxiError
 from ixi_etl.extras import require_extra
 from ixi_etl.files import to_json, write_atomic
 from model import checkpoint, planes
+from model.config import TrainConfig
 from model.evaluate import load_generator
 from model.networks import UNetGenerator
+from model.planes import Planes
 from model.train import GENERATOR
 
 Format = Literal["safetensors", "onnx"]
 ONNX = "generator.onnx"
+NORMALISATION = "percentiles 0.1 and 99.9 of the subject's slab become -1 and 1; clipped"
 TOLERANCE = 1e-4
 """Of outputs in [-1, 1]: torch and ONNX Runtime add up in another order, and differ by some 1e-6."""
 
@@ -45,22 +50,30 @@ def export(generator: Path, form: Format, out: Path) -> tuple[Path, float]:
     if form == "onnx":
         require_extra("export")
     network, config, step = load_generator(generator)
-    trained_on = planes.of(generator, checkpoint.read_facts(generator))
+    facts = checkpoint.read_facts(generator)
+    trained_on = planes.of(generator, facts)
     shape = trained_on.shape if trained_on else (network.side, network.side)
     out.mkdir(parents=True, exist_ok=True)
     path, write = (out / GENERATOR, _write_safetensors) if form == "safetensors" else (out / ONNX, _write_onnx)
     if path.resolve() == generator.resolve():
         raise ExportError(f"{path} is the generator itself; give another -o")
     part = path.with_name(f".part-{path.name}")
+    said = _describe(config, step, trained_on, shape) | {k: facts[k] for k in ("licence", "credit") if k in facts}
     try:
-        generate = write(generator, network, shape, part)
+        generate = write(generator, network, shape, said, part)
         difference = _difference(network, generate, shape)
         if not difference <= TOLERANCE:
             raise ExportError(f"{path} would give other slices than {generator}, by up to {difference:g}: not written")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    said: dict[str, Any] = {
+    write_atomic(out / "config.json", to_json(said))
+    return path, difference
+
+
+def _describe(config: TrainConfig, step: int, trained_on: Planes | None, shape: tuple[int, int]) -> dict[str, Any]:
+    """What somebody who has only the exported file must know to use it."""
+    return {
         "config": config.model_dump(mode="json"),
         "step": step,
         "planes": trained_on.model_dump(mode="json") if trained_on else None,
@@ -69,15 +82,44 @@ def export(generator: Path, form: Format, out: Path) -> tuple[Path, float]:
             "dtype": "float32",
             "shape": ["batch", 1, *shape],
             "range": [-1, 1],
-            "normalisation": "percentiles 0.1 and 99.9 of the subject's slab become -1 and 1; clipped",
+            "normalisation": NORMALISATION,
         },
         "output": {"name": "generated", "dtype": "float32", "shape": ["batch", 1, *shape], "range": [-1, 1]},
     }
-    write_atomic(out / "config.json", to_json(said))
-    return path, difference
 
 
-def _write_safetensors(generator: Path, _network: UNetGenerator, _shape: Any, path: Path) -> Callable[[Tensor], Tensor]:
+def _metadata(said: Mapping[str, Any]) -> dict[str, str]:
+    """The same as ONNX holds it: names and texts. What is no text is JSON."""
+    config = said["config"]
+    source, target = said["input"], said["output"]
+    texts = {
+        "direction": config["direction"],
+        "dataset": config["dataset"],
+        "step": said["step"],
+        "input_range": source["range"],
+        "output_range": target["range"],
+        "axes": "[batch, 1, y, x]; y to the Anterior, x to the Right" if said["planes"] else "[batch, 1, y, x]",
+        "normalisation": source["normalisation"],
+        "planes": said["planes"],
+        "licence": said.get("licence", f"not recorded; that of {config['dataset']}"),
+        "credit": said.get("credit", f"not recorded; that of {config['dataset']}"),
+        "config": config,
+    }
+    return {name: text if isinstance(text, str) else json.dumps(text, sort_keys=True) for name, text in texts.items()}
+
+
+def _doc(metadata: Mapping[str, str]) -> str:
+    return (
+        f"pix2pix generator, {metadata['direction']}, trained on {metadata['dataset']}. Takes and gives float32 slices "
+        f"{metadata['axes']}, in {metadata['input_range']}: {metadata['normalisation']}. "
+        f"Licence: {metadata['licence']}. Credit: {metadata['credit']}. "
+        "Its output is drawn by a network: no measurement, and nothing to diagnose from."
+    )
+
+
+def _write_safetensors(
+    generator: Path, _network: UNetGenerator, _shape: tuple[int, int], _said: Mapping[str, Any], path: Path
+) -> Callable[[Tensor], Tensor]:
     checkpoint.save(path, *checkpoint.load(generator))
     return load_generator(path)[0].whole
 
@@ -94,7 +136,7 @@ class _Whole(nn.Module):
 
 
 def _write_onnx(
-    _generator: Path, network: UNetGenerator, shape: tuple[int, int], path: Path
+    _generator: Path, network: UNetGenerator, shape: tuple[int, int], said: Mapping[str, Any], path: Path
 ) -> Callable[[Tensor], Tensor]:
     import onnx
     import onnxruntime
@@ -113,6 +155,10 @@ def _write_onnx(
             verbose=False,
         )
     assert program is not None
+    metadata = _metadata(said)
+    program.model.metadata_props.update(metadata)
+    program.model.doc_string = _doc(metadata)
+    program.model.producer_name, program.model.producer_version = "ixi-etl", __version__
     program.save(path)
     onnx.checker.check_model(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

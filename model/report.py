@@ -21,6 +21,7 @@ from ixi_etl.files import read_json, write_atomic
 log = logging.getLogger(__name__)
 
 REPORT = "report.html"
+SAMPLED = "samples.json"  # in the folder of the samples: the split of which they are
 FRAMES = 10  # of the slider; even of noise, with 4 subjects, they take 4 MB
 SMALL = 100  # pixels: smaller images are enlarged without smoothing
 LISTED = 100  # subjects in the table; all stand in the CSV
@@ -58,6 +59,7 @@ def run_report(run: Path) -> str:
         },
         validated=_validated(validation),
         steps=steps,
+        shown=_shown(run / "samples"),
         samples=samples,
         evaluations=[_evaluation(run, split) for split in reversed(SPLITS) if _facts(run, split)],
         speed=_speed(metrics),
@@ -129,6 +131,13 @@ def _samples(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
             }
         )
     return [f"step {int(p.name.removeprefix('step-')):,}" for p in drawn], samples
+
+
+def _shown(folder: Path) -> str:
+    """Whose samples they are: validation or training subjects; of a run that does not record it, fixed ones."""
+    recorded = read_json(folder / SAMPLED)
+    split = recorded.get("split") if isinstance(recorded, dict) else None
+    return {"train": "training", "val": "validation", "test": "test"}.get(str(split), "the same")
 
 
 def _uri(path: Path) -> str:

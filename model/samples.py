@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ixi_etl.files import to_json, write_atomic
 from model.data import Pairs
 from model.evaluate import generated_by
 from model.networks import UNetGenerator
+from model.report import SAMPLED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,9 +51,10 @@ def draw(generator: UNetGenerator, pairs: Pairs, folder: Path, name: str) -> lis
         scale = (0.0, ERROR_SHOWN) if what == "error" else (-1.0, 1.0)
         for label, image in zip(labels, values, strict=True):
             _save_gray(image, scale, singles / f"{label.replace(' slice ', '-')}-{what}.png")
+    write_atomic(folder / SAMPLED, to_json({"split": pairs.split, "direction": list(pairs.direction)}))
     paths = []
     for kind, maps in MAPS.items():
-        figure = _sheet(images, labels, pairs.direction, maps, f"{name}, {' -> '.join(pairs.direction)}")
+        figure = _sheet(images, labels, pairs.direction, maps, f"{name}, {' -> '.join(pairs.direction)}, split {pairs.split}")
         path = folder / f"{name}-{kind}.png"
         figure.savefig(path)
         paths.append(path)

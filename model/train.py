@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
+from ixi_etl import dataset
 from ixi_etl.errors import IxiError, StoppedError
 from ixi_etl.files import Progress, silent
 from model import checkpoint, data, evaluate, planes, samples
@@ -121,7 +123,7 @@ def train(
                 raise StoppedError(said, stopping)
     if logbook is not None:
         logbook.close()
-        keep_best(run, config, planes.describe(version, pairs))
+        keep_best(run, config, planes.describe(version, pairs), dataset.licence_of(version))
     return run / GENERATOR
 
 
@@ -137,17 +139,18 @@ def validate(learner: Learner, pairs: Pairs) -> dict[str, float]:
     return {str(k): float(v) for k, v in table[table["mask"] == "whole"][["mae", "psnr", "ssim"]].mean().items()}
 
 
-def keep_best(run: Path, config: TrainConfig, trained_on: Planes | None) -> None:
+def keep_best(run: Path, config: TrainConfig, trained_on: Planes | None, licence: Mapping[str, Any]) -> None:
     """Write the best validated generator (without validation, the last) as a file of its own.
 
-    It holds all that synthesis needs: the weights, how they were trained, and which planes they were trained on.
+    It holds all that synthesis needs: the weights, how they were trained, and which planes they were trained on; and
+    the licence and credit of the dataset, under which it may be passed on.
     """
     best = checkpoint.best(run / "checkpoints")
     if best is None:
         raise CheckpointError(f"{run / 'checkpoints'} has no whole checkpoint; train again")
     weights = generator_weights(checkpoint.load(best.path)[0])
     facts = {"step": best.step, "config": config.model_dump(mode="json"), "validation": best.validation}
-    facts["planes"] = trained_on.model_dump(mode="json") if trained_on else None
+    facts |= {"planes": trained_on.model_dump(mode="json") if trained_on else None, **licence}
     checkpoint.save(run / GENERATOR, weights, facts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,18 @@ def test_what_was_saved_is_what_is_loaded(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert tensor.dtype == TENSORS[name].dtype
         assert torch.equal(tensor, TENSORS[name])
+
+
+def test_a_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    path = write(tmp_path / "checkpoints", 1)
+    write(tmp_path / "checkpoints", 1)  # over one that is there
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    before = os.umask(0o027)
+    try:
+        assert write(tmp_path, 2).stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
 
 
 def test_layout_in_memory_is_no_part_of_it(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed; pip install
 
 from conftest import SMALL_NETWORKS  # noqa: E402
 
+from flows.cli import main  # noqa: E402
 from ixi_etl import dataset  # noqa: E402
 from ixi_etl.publish import Refreshed  # noqa: E402
 from model import data, evaluate, metrics  # noqa: E402
@@ -150,6 +151,26 @@ def test_of_one_subject_there_is_a_difference_and_no_interval() -> None:
     found = evaluate.compare(pd.DataFrame([row | {"method": GENERATED}, row | {"method": SOURCE}]))
     assert found["better_by"].tolist() == [0, 0, 0]
     assert all(math.isnan(x) for x in found["low_95"])
+
+
+def test_the_command_shows_a_dash_for_the_interval_of_one_subject(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"subject_id": "a", "mask": "whole", "psnr": 1.0, "ssim": 1.0, "mae": 1.0}
+    comparison = evaluate.compare(pd.DataFrame([row | {"method": GENERATED}, row | {"method": SOURCE}]))
+    monkeypatch.setattr("model.run.evaluate_run", lambda *_, **__: (None, comparison))
+    command = ["evaluate", "a", "--root", str(trained)]
+    for form in ([], ["--json"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, *form])
+        assert not ended.value.code
+        out = capsys.readouterr().out
+        assert "nan" not in out.lower()
+        if form:
+            assert {entry["low_95"] for entry in json.loads(out)["comparison"]} == {None}
+        else:
+            assert "+0.0000 [-]" in out
+            assert "no intervals: they take two subjects, and split test has one" in out
 
 
 def test_dropout_is_off_in_synthesis_and_on_where_it_is_asked_for() -> None:

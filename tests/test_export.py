@@ -38,6 +38,7 @@ def generator(request: Any, tmp_path: Path) -> Path:
         "target_histogram": [0.0] * BINS,
     }
     facts = {"step": 7, "config": config.model_dump(mode="json"), "validation": {}, "planes": planes}
+    facts |= {"licence": "a licence", "credit": "somebody"}
     path = tmp_path / "run" / "generator.safetensors"
     checkpoint.save(path, build_generator(config).state_dict(), facts)
     return path
@@ -72,11 +73,38 @@ def test_onnx_gives_the_same_slices_for_any_batch(generator: Path, tmp_path: Pat
             np.testing.assert_allclose(got, original.whole(slices(batch)).numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("generator", ["transpose"], indirect=True)
+def test_an_onnx_file_says_what_it_takes_and_whose_it_is(generator: Path, tmp_path: Path, recorded: bool) -> None:
+    onnx = pytest.importorskip("onnx", reason="pip install -c constraints.txt -e '.[export]'")
+    if not recorded:  # as in the file of an older version
+        weights, facts = checkpoint.load(generator)
+        checkpoint.save(generator, weights, {k: v for k, v in facts.items() if k not in ("licence", "credit")})
+    path, _ = export.export(generator, "onnx", tmp_path / "out")
+    model = onnx.load(path)
+    said = {prop.key: prop.value for prop in model.metadata_props}
+    assert said["direction"] == "t1->t2"
+    assert said["dataset"] == "ixi-t1-t2@0123"
+    assert json.loads(said["input_range"]) == json.loads(said["output_range"]) == [-1, 1]
+    assert "percentiles 0.1 and 99.9" in said["normalisation"]
+    assert json.loads(said["planes"])["spacing_mm"] == [1, 1]
+    assert json.loads(said["config"])["width"] == 4
+    assert said["licence"] == ("a licence" if recorded else "not recorded; that of ixi-t1-t2@0123")
+    assert said["credit"] == ("somebody" if recorded else "not recorded; that of ixi-t1-t2@0123")
+    for part in (said["direction"], said["dataset"], said["normalisation"], said["licence"], said["credit"]):
+        assert part in model.doc_string
+    assert model.producer_name == "ixi-etl"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert ("licence" in config) is recorded
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 @pytest.mark.parametrize("generator", ["transpose"], indirect=True)
 def test_what_gives_other_slices_is_not_written(
     generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrongly(source: Path, network: UNetGenerator, shape: tuple[int, int], path: Path) -> Any:
+    def wrongly(source: Path, network: UNetGenerator, shape: tuple[int, int], said: Any, path: Path) -> Any:
         path.write_bytes(b"weights of another")
         return lambda source: network.whole(source) + 0.01
 

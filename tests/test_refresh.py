@@ -563,3 +563,12 @@ def test_a_pointer_to_a_missing_version_is_one_clear_line(archives: Path, tmp_pa
     with pytest.raises(DatasetError, match=f"names version {done.version}, which is not there"):
         dataset.resolve(dataset.Places(tmp_path))
     assert refresh(config_for(tmp_path, archives)).is_new
+
+
+def test_a_split_without_subjects_is_warned_of_at_the_refresh(
+    archives: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refresh(config_for(tmp_path, archives, split=(1.0, 0.0, 0.0), pictures=False))
+    [line] = [record.getMessage() for record in caplog.records if "is in split" in record.getMessage()]
+    assert line.startswith("no subject is in split val or test (the version has ")
+    assert "no validation during a training, no evaluation after it" in line

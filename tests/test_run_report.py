@@ -144,6 +144,29 @@ def test_a_difference_is_called_what_its_interval_tells(
     assert f"<td>{better_by}</td><td>{interval}</td><td>{verdict}</td>" in page
 
 
+@pytest.mark.parametrize(
+    ("recorded", "whose"),
+    [
+        ({"split": "val"}, "validation"),
+        ({"split": "train"}, "training"),
+        (None, "the same"),  # of an older version, which records nothing
+        ([], "the same"),
+    ],
+)
+def test_the_samples_are_called_what_they_are(run: Path, recorded: Any, whose: str) -> None:
+    if recorded is not None:
+        (run / "samples" / "samples.json").write_text(json.dumps(recorded))
+    page = run_report(run)
+    assert f"Middle slices of {whose} subjects" in page
+    assert ("was trained on these subjects" in page) is (whose == "training")
+
+
+def test_one_subject_has_no_interval_and_the_page_says_why(run: Path) -> None:
+    assert "they take two subjects" not in run_report(run)
+    write_evaluation(run, 1)
+    assert "they take two subjects" in run_report(run)
+
+
 def test_the_step_with_the_least_mae_is_marked(full: Path) -> None:
     assert f'<tr class="marked"><th scope="row">{STEPS[-1]:,}</th><td>20.00</td>' in run_report(full)
 

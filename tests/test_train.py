@@ -397,3 +397,7 @@ def test_without_validation_the_last_is_the_best_and_the_samples_are_of_training
     assert best is not None
     assert (best.step, best.validation) == (4, {})
     assert list((run.folder / "samples").glob("*.png"))
+    page = (run.folder / "report.html").read_text()
+    assert "Middle slices of training subjects" in page
+    assert "the generator was trained on these subjects" in page
+    assert "validation subjects" not in page
