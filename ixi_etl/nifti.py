@@ -275,13 +275,14 @@ def voxels(inflated: bytes | bytearray | memoryview, header: Header) -> NDArray[
 def pack_like(head: bytes, values: NDArray[np.int16], description: str) -> bytes:
     """A plain NIfTI file of `values` [k, j, i] on the grid of the volume that `head` is of.
 
-    Affines and their codes, spacing, units and byte order are copied bit for bit; values are the scanner's units, so
-    there is no slope. `description` is cut to 80 bytes. What else a header or its extensions hold is not taken along.
+    Affines and their codes, spacing, units, byte order and trailing axes of length 1 are copied bit for bit; values are
+    the scanner's units, so there is no slope. `description` is cut to 80 bytes. What else a header or its extensions
+    hold is not taken along: it may name the person.
     """
     theirs = _raw_header(head)
     ours = type(theirs)(endianness=theirs.endianness)
     ours.set_data_dtype(np.int16)
-    ours.set_data_shape(values.shape[::-1])
+    ours.set_data_shape([*values.shape[::-1], *theirs["dim"][4 : int(theirs["dim"][0]) + 1].tolist()])
     for field in _GEOMETRY:
         ours[field] = theirs[field]
     ours["vox_offset"] = len(ours.binaryblock) + 4  # of which four say that no extension follows
@@ -289,7 +290,27 @@ def pack_like(head: bytes, values: NDArray[np.int16], description: str) -> bytes
     ours["scl_slope"], ours["scl_inter"] = 1, 0
     ours["descrip"] = description.encode("ascii", "replace")[:80]
     stored = values.astype(values.dtype.newbyteorder(ours.endianness))
-    return bytes(ours.binaryblock) + bytes(4) + stored.tobytes()
+    return b"".join((bytes(ours.binaryblock), bytes(4), np.ascontiguousarray(stored).data))
+
+
+def extension_codes(data: bytes, header: Header) -> list[int]:
+    """The codes of the extensions between a file's header and its voxels; [] where there are none.
+
+    Whatever makes no sense there ends the list: nothing but these codes is made of it.
+    """
+    head = inflate_head(data, header.voxel_offset) if is_gzip(data) else data[: header.voxel_offset]
+    raw = _raw_header(head)
+    at, codes = len(raw.binaryblock), []
+    if len(head) < at + 4 or not head[at]:
+        return []
+    at += 4
+    while at + 8 <= len(head):
+        size, code = np.frombuffer(head, np.dtype(np.int32).newbyteorder(raw.endianness), 2, at).tolist()
+        if size < 8:
+            break
+        codes.append(code)
+        at += size
+    return codes
 
 
 _GEOMETRY = (

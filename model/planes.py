@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ixi_etl import dataset, manifest
 from ixi_etl.align import Matrix
 from ixi_etl.config import in_a_line
-from ixi_etl.intensity import otsu_threshold
+from ixi_etl.intensity import Counts, otsu_threshold
 from ixi_etl.store import open_arrays
 from model.checkpoint import CheckpointError
 from model.data import Pairs
@@ -145,16 +146,23 @@ def spacing_of(affine: Matrix) -> NDArray[np.float64]:
     return spacing
 
 
+def axial_axis(affine: Matrix) -> tuple[int, bool]:
+    """Which axis of a volume [k, j, i] is nearest to inferior-superior, and whether it runs to the inferior."""
+    orientation = nib.io_orientation(affine)
+    stored = int(np.argmax(orientation[:, 0]))
+    return 2 - stored, bool(orientation[stored, 1] < 0)
+
+
 def through(
-    planes: Planes, shape_kji: tuple[int, ...], affine: Matrix, head_mm: NDArray[np.float64]
+    planes: Planes, shape_kji: tuple[int, ...], affine: Matrix, head: Sequence[NDArray[np.intp]]
 ) -> tuple[Matrix, tuple[int, int, int]]:
     """The grid of `planes` through a whole volume: its affine, (x, y, z, 1) to RAS mm, and shape (z, y, x).
 
     It lies along the volume's axes, nearest to R, A, S, as the training's planes lie along their scan's axes and not
     the scanner's. Along z there is a plane at each of the volume's own voxels, so nothing is interpolated there, either
     way. Along x and y pixels have the training's size and number, and one lies on the volume's first voxel, so equal
-    spacing means equal positions. Where the volume is wider than a training slice, pixels are centred on the head, of
-    which `head_mm` (n, 3) are points in RAS mm.
+    spacing means equal positions. Where the volume is wider than a training slice, pixels are centred on the head:
+    `head` says how many of its voxels there are at each index along k, j and i.
     """
     orientation = nib.io_orientation(affine)
     upright = affine @ nib.orientations.inv_ornt_aff(orientation, shape_kji[::-1])
@@ -167,8 +175,9 @@ def through(
     before = [(n - m) // 2 for n, m in zip(count, need, strict=True)]
     for axis in (0, 1):
         if before[axis] < 0:
-            row = np.linalg.inv(upright)[axis]
-            low, high = np.percentile(head_mm @ row[:3] + row[3], (1, 99)) * size[axis] / step[axis]
+            stored = int(np.flatnonzero(orientation[:, 0] == axis)[0])
+            counts = head[2 - stored][:: int(orientation[stored, 1])]
+            low, high = np.multiply(Counts(0, counts).percentiles((1, 99)), size[axis] / step[axis])
             centred = round((count[axis] - 1) / 2 - (low + high) / 2)
             before[axis] = min(0, max(centred, count[axis] - need[axis]))
     scale = np.diag([*step / size, 1])

@@ -54,7 +54,9 @@ def draw(generator: UNetGenerator, pairs: Pairs, folder: Path, name: str) -> lis
     write_atomic(folder / SAMPLED, to_json({"split": pairs.split, "direction": list(pairs.direction)}))
     paths = []
     for kind, maps in MAPS.items():
-        figure = _sheet(images, labels, pairs.direction, maps, f"{name}, {' -> '.join(pairs.direction)}, split {pairs.split}")
+        figure = _sheet(
+            images, labels, pairs.direction, maps, f"{name}, {' -> '.join(pairs.direction)}, split {pairs.split}"
+        )
         path = folder / f"{name}-{kind}.png"
         figure.savefig(path)
         paths.append(path)

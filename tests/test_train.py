@@ -352,7 +352,10 @@ def test_a_damaged_store_is_refused_by_the_name_of_its_file(published: Refreshed
     ("arguments", "line"),
     [
         (["train", "--dataset", "ixi-t1-t2@ffff"], "error: there is no version ffff in"),
-        (["train", "--set", "wormhole=1"], "error: there is no field wormhole; the fields are dataset, direction, side,"),
+        (
+            ["train", "--set", "wormhole=1"],
+            "error: there is no field wormhole; the fields are dataset, direction, side,",
+        ),
         (["train", "--set", "learning_rate=1"], "error: there is no field learning_rate; did you mean lr?"),
         (["train", "--set", "steps"], "error: --set steps: give NAME=VALUE, for example --set steps=1000"),
         (["train", "--set", "steps=-1"], "error: steps: Input should be greater than or equal to 1"),
