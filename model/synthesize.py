@@ -247,7 +247,8 @@ def _generate(trained: Trained, source: torch.Tensor, head_above: float) -> torc
     A network that was never shown air draws patterns into it.
     """
     generated = torch.full_like(source, -1)
-    for at in torch.nonzero(source.amax((1, 2, 3)) > head_above).flatten().split(BATCH):
+    with_head = torch.nonzero(source.amax((1, 2, 3)) > head_above).flatten()
+    for at in with_head.split(BATCH) if len(with_head) else ():  # nothing is split into one empty part
         generated[at] = trained.method(source[at].to(trained.device), at.to(trained.device)).clamp(-1, 1).cpu()
     return generated
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -329,6 +330,142 @@ def test_a_run_on_no_planes_of_a_head_is_refused(
         synthesize.load(path)
 
 
+@pytest.mark.parametrize(
+    ("to_source", "to_target", "warned"),
+    [(0.5, 0.02, True), (0.1, 0.04, True), (0.06, 0.04, False), (0.9, 0.3, False), (0.02, 0.5, False)],
+)
+def test_only_what_is_near_to_the_targets_is_called_one_of_them(
+    to_source: float, to_target: float, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A T1 of another protocol is far from both histograms, and often nearer to that of the T2s."""
+    made = identity()
+    distances = {made.planes.source_histogram: to_source, made.planes.target_histogram: to_target}
+    monkeypatch.setattr(planes, "distance", lambda _, other: distances[other])
+    affine = grid_affine((20, 20, 20), (2, 2, 2), "LAS")
+    warnings = synthesize.synthesize_volume(made, head((20, 20, 20), affine), affine).warnings
+    assert any("looks more like a T2 than a T1" in line for line in warnings) is warned
+
+
+@pytest.mark.parametrize(
+    ("name", "warned"),
+    [
+        ("sub-01_T2w.nii.gz", True),
+        ("IXI002-Guys-0828-T2.nii", True),
+        ("t2 (1).nii.gz", True),
+        ("IXI002-Guys-0828-T1.nii.gz", False),
+        ("T1-on-T2-grid.nii", False),
+        ("head.nii", False),
+        ("CT2.nii", False),
+    ],
+)
+def test_a_name_that_says_the_wrong_modality_is_warned_of(name: str, warned: bool, tmp_path: Path) -> None:
+    affine = grid_affine((20, 20, 20), (2, 2, 2), "LAS")
+    (tmp_path / name).write_bytes(nifti_of(head((20, 20, 20), affine), affine))
+    synthesize.synthesize_file(identity(), tmp_path / name, tmp_path / "out.nii")
+    said = json.loads((tmp_path / "out.json").read_text())["Warnings"]
+    assert any("by its name it is a T2" in line for line in said) is warned
+
+
+def test_a_generator_is_shown_planes_with_a_head_and_no_empty_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (12, 12, 200)
+    affine = grid_affine(shape, (2, 2, 2), "LAS")
+    values = head(shape, affine)
+    values[:80] = values[120:] = 0
+    batches = []
+
+    def recorded(source: Any, _: Any) -> Any:
+        batches.append(len(source))
+        return source
+
+    monkeypatch.setattr(synthesize, "BLOCK_PIXELS", 1)
+    made = synthesize.synthesize_volume(replace(identity(), method=recorded), values, affine)
+    assert 0 < min(batches) <= max(batches) <= BATCH
+    assert sum(batches) <= 40
+    assert not made.values[:80].any()
+
+
+# -- blocks, scales, shapes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", ["LAS", "PSR", "RSA", "LPI", "AIR"])
+def test_blocks_of_planes_give_what_all_planes_at_once_give(orientation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (41, 43, 47)
+    affine = rigid((9, -4, 6), (1, -2, 3)) @ grid_affine(shape, (2.1, 1.9, 2.2), orientation)
+    values = head(shape, affine)
+    made = identity((40, 40), 1.7, (0, 1000))
+    whole = synthesize.synthesize_volume(made, values, affine)
+    sizes = []
+    resample = synthesize.align.resample
+
+    def recorded(volume: Any, matrix: Any, size: tuple[int, ...]) -> Any:
+        sizes.append(size)
+        return resample(volume, matrix, size)
+
+    monkeypatch.setattr(synthesize.align, "resample", recorded)
+    monkeypatch.setattr(synthesize, "BLOCK_PIXELS", 1)
+    blocks = synthesize.synthesize_volume(made, values, affine)
+    np.testing.assert_allclose(blocks.values, whole.values, atol=2e-3)
+    assert blocks.source_low_high == whole.source_low_high
+    assert blocks.warnings == whole.warnings
+    assert len(sizes) > 5
+    assert max(np.prod(size) for size in sizes) <= BATCH * 47**2  # however many planes there are
+
+
+@pytest.mark.parametrize("slope", [1.0, 2.0, -0.5])
+def test_the_header_s_scale_changes_nothing_but_the_units(slope: float) -> None:
+    shape = (20, 22, 18)
+    affine = grid_affine(shape, (2, 2, 2), "LAS")
+    units = np.rint(head(shape, affine)).astype(np.int16)
+    stored = ((units - 7) / slope).astype(np.float32)
+    plain = synthesize.synthesize_volume(identity(low_high=(0, 1000)), units, affine)
+    scaled = synthesize.synthesize_volume(identity(low_high=(0, 1000)), stored, affine, scale=(slope, 7.0))
+    assert scaled.source_low_high == pytest.approx(plain.source_low_high, abs=0.01)
+    np.testing.assert_allclose(scaled.values, plain.values, atol=0.1)
+
+
+@pytest.mark.parametrize("trailing", [(), (1,), (1, 1), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_the_output_has_the_input_s_shape(trailing: tuple[int, ...], kind: Any, tmp_path: Path) -> None:
+    affine = grid_affine((20, 22, 18), (2, 2, 2), "LAS")
+    image = kind(head((20, 22, 18), affine).T.reshape((20, 22, 18, *trailing)), affine)
+    source = tmp_path / "x.nii"
+    image.to_filename(source)
+    out = synthesize.synthesize_file(identity(), source, tmp_path / "out.nii.gz")
+    before, after = nib.load(source), nib.load(out)
+    assert after.shape == before.shape
+    assert after.header.get_zooms() == before.header.get_zooms()
+    assert np.asanyarray(after.dataobj).shape == before.shape
+
+
+@pytest.mark.parametrize("endianness", ["<", ">"])
+@pytest.mark.parametrize("name", ["x.nii", "x.nii.gz"])
+def test_dropped_header_extensions_are_recorded(name: str, endianness: str, tmp_path: Path) -> None:
+    affine = grid_affine((20, 22, 18), (2, 2, 2), "LAS")
+    image = nib.Nifti1Image(head((20, 22, 18), affine).T, affine)
+    if endianness == ">":
+        image = nib.Nifti1Image(image.get_fdata(), affine, image.header.as_byteswapped(">"))
+    for code, text in ((6, b"the name of a person"), (44, b"{}" * 400)):
+        image.header.extensions.append(nib.nifti1.Nifti1Extension(code, text))
+    image.to_filename(tmp_path / name)
+    out = synthesize.synthesize_file(identity(), tmp_path / name, tmp_path / "out.nii")
+    # nibabel writes the sizes and codes of extensions in the machine's own order, whatever the header's is.
+    dropped = json.loads((tmp_path / "out.json").read_text())["HeaderExtensionsDropped"]
+    assert dropped == [6, 44]
+    assert not nib.load(out).header.extensions
+
+
+def test_too_many_voxels_are_refused_before_they_are_inflated(tmp_path: Path) -> None:
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape((512, 512, 513))
+    header.set_sform(np.eye(4), 1)
+    header["vox_offset"], header["magic"] = 352, b"n+1"
+    path = tmp_path / "x.nii.gz"
+    path.write_bytes(gzip.compress(header.binaryblock + bytes(4)) + bytes(200_000))
+    with pytest.raises(SynthesisError, match=r"x.nii.gz cannot be used: it has 512 x 512 x 513 voxels; 134217728 are"):
+        synthesize.synthesize_file(identity(), path, tmp_path / "out.nii")
+
+
 # -- files and the command --------------------------------------------------------------------------------------------
 
 
@@ -340,6 +477,9 @@ def test_a_run_on_no_planes_of_a_head_is_refused(
         ("t1.nii.gz", "T2.nii.gz"),
         ("head.nii.gz", "head-T2.nii.gz"),
         ("CT1.nii.gz", "CT1-T2.nii.gz"),
+        ("X-T1.NII.GZ", "X-T2.nii.gz"),
+        ("x.Nii", "x-T2.nii"),
+        ("x-T1 (1).nii.gz", "x-T1 (1)-T2.nii.gz"),
     ],
 )
 def test_outputs_are_named_after_their_inputs(name: str, renamed: str, tmp_path: Path) -> None:
@@ -478,3 +618,75 @@ def test_nothing_is_written_over_an_input_or_twice(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     with pytest.raises(SynthesisError, match="has no volume in it"):
         synthesize.plan([tmp_path / "c"], tmp_path / "out", direction)
+    (tmp_path / "c" / "a-T1.nii").touch()
+    (tmp_path / "c" / "a-T1.nii.gz").touch()
+    with pytest.raises(SynthesisError, match=r"a-T2.json is an input, or would be written twice"):
+        synthesize.plan([tmp_path / "c"], tmp_path / "out", direction)
+
+
+def test_what_is_no_volume_in_a_folder_is_passed_over_with_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scans = tmp_path / "scans"
+    (scans / "a-folder.nii.gz").mkdir(parents=True)
+    (scans / "sub-01").mkdir()
+    for name in ("a-T1.nii.gz", "B-T1.NII.GZ", "._a-T1.nii.gz", ".DS_Store", ".hidden.nii", "README.txt"):
+        (scans / name).touch()
+    (scans / "link-T1.nii.gz").symlink_to(tmp_path / "nowhere.nii.gz")
+    os.mkfifo(scans / "pipe-T1.nii")
+    (tmp_path / "0123").touch()
+    (scans / "z-T1.nii.gz").symlink_to(tmp_path / "0123")  # as a content-addressed store has it: the link's name counts
+    jobs = synthesize.plan([scans], tmp_path / "out", ("t1", "t2"))
+    assert [out.name for _, out in jobs] == ["B-T2.nii.gz", "a-T2.nii.gz", "z-T2.nii.gz"]
+    assert "3 hidden files are passed over (.DS_Store ...)" in caplog.text
+    for name in ("a-folder.nii.gz", "link-T1.nii.gz", "pipe-T1.nii"):
+        assert f"{scans / name} is passed over" in caplog.text
+
+
+def test_a_folder_of_folders_names_one_to_give(tmp_path: Path) -> None:
+    (tmp_path / "sub-01").mkdir()
+    with pytest.raises(
+        SynthesisError, match=r"has no volume in it .*; give one of the 1 folders in it, such as sub-01"
+    ):
+        synthesize.plan([tmp_path], tmp_path / "out", ("t1", "t2"))
+
+
+def test_what_another_program_wrote_is_not_overwritten(tmp_path: Path) -> None:
+    affine = grid_affine((20, 22, 18), (2, 2, 2), "LAS")
+    source = tmp_path / "a_T1w.nii.gz"
+    source.write_bytes(gzip.compress(nifti_of(head((20, 22, 18), affine), affine)))
+    jobs = synthesize.plan([source], tmp_path, ("t1", "t2"))
+    synthesize.synthesize(identity(), jobs)
+    assert synthesize.plan([source], tmp_path, ("t1", "t2")) == jobs  # its own work may be done again
+    (tmp_path / "a_T2w.json").write_text("{}")
+    with pytest.raises(SynthesisError, match=r"a_T2w.json is there, and no work of this command"):
+        synthesize.plan([source], tmp_path, ("t1", "t2"))
+    (tmp_path / "a_T2w.nii.gz").write_bytes(source.read_bytes())
+    with pytest.raises(SynthesisError, match=r"a_T2w.nii.gz is there, and no work of this command"):
+        synthesize.plan([source], tmp_path, ("t1", "t2"))
+
+
+@pytest.mark.parametrize("out", ["file/made", "file"])
+def test_an_output_folder_that_cannot_be_written_is_one_line_before_any_work(out: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    jobs = [(tmp_path / "a-T1.nii", tmp_path / out / "a-T2.nii")]
+    with pytest.raises(SynthesisError, match=r"cannot write to .*; give another -o"):
+        synthesize.synthesize(identity(), jobs)
+
+
+def test_an_input_that_cannot_be_read_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    affine = grid_affine((20, 22, 18), (2, 2, 2), "LAS")
+    for name in ("a-T1.nii", "b-T1.nii"):
+        (tmp_path / name).write_bytes(nifti_of(head((20, 22, 18), affine), affine))
+    read = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path.name == "a-T1.nii":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    jobs = synthesize.plan([tmp_path], tmp_path / "out", ("t1", "t2"))
+    with pytest.raises(SynthesisError, match=r"1 of 2 inputs could not be used; .*a-T1.nii .*: Permission denied"):
+        synthesize.synthesize(identity(), jobs)
+    assert (tmp_path / "out" / "b-T2.nii").is_file()
