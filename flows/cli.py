@@ -69,6 +69,7 @@ def survey(
     from flows.progress import show_progress
     from ixi_etl.catalog import MODALITIES, archive_name, modality_of, own_archives
     from ixi_etl.places import Places
+    from ixi_etl.schema import without_formulas
     from ixi_etl.survey import depth_histogram, draw_histogram, modal_depths
     from ixi_etl.survey import survey as survey_archives
 
@@ -87,7 +88,7 @@ def survey(
         table = survey_archives(places, progress, tuple(insecure_host or ()))
     out = out or Places(root).local / "survey"
     out.mkdir(parents=True, exist_ok=True)
-    table.to_csv(out / "survey.csv", index=False)
+    without_formulas(table).to_csv(out / "survey.csv", index=False)
     histogram, modal = depth_histogram(table), modal_depths(table)
     if histogram.empty:
         raise ArchiveError(f"no volume can be read in {', '.join(places.values())}; {out / 'survey.csv'} says why")

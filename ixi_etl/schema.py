@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,8 +66,8 @@ class Schema:
         return list(self.dtypes)
 
     def to_csv(self, manifest: pd.DataFrame) -> str:
-        """The CSV text of a manifest, checked first."""
-        return self.validate(manifest).to_csv(index=False, lineterminator="\n")
+        """The CSV text of a manifest, checked first; no cell of it is a formula to a spreadsheet."""
+        return without_formulas(self.validate(manifest)).to_csv(index=False, lineterminator="\n")
 
     def from_csv(self, text: str, name: str) -> pd.DataFrame:
         """The manifest that `to_csv` wrote.
@@ -80,7 +81,7 @@ class Schema:
             if list(raw.columns) != self.columns:
                 wrong = sorted(set(raw.columns) ^ set(self.columns)) or "their order"
                 raise ValueError(f"its columns are not those of a manifest: {wrong}")
-            return self.validate(self.typed(raw))
+            return self.validate(self.typed(_with_formulas(raw)))
         except Exception as error:  # pandas and pandera raise what comes, on damaged text
             raise DatasetError(f"{name} is not a manifest: {' '.join(str(error).split())[:300]}") from error
 
@@ -155,6 +156,26 @@ class Schema:
             return schema.validate(manifest)
         except pandera.errors.SchemaError as error:
             raise ValueError(str(error)) from error
+
+
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")  # full-width signs, too, are such to some spreadsheets
+
+
+def without_formulas(table: pd.DataFrame) -> pd.DataFrame:
+    """Put a quote before each text that a spreadsheet would take for a formula, as the name of a member may be one.
+
+    `_with_formulas` takes it off again: of texts that begin with quotes and then such a sign, one quote is ours.
+    """
+    return _map_texts(table, lambda text: f"'{text}" if _FORMULA.match(text) else text)
+
+
+def _with_formulas(table: pd.DataFrame) -> pd.DataFrame:
+    return _map_texts(table, lambda text: text[1:] if text.startswith("'") and _FORMULA.match(text) else text)
+
+
+def _map_texts(table: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
+    texts = [name for name in table.columns if pd.api.types.is_string_dtype(table[name])]
+    return table.assign(**{name: table[name].map(change, na_action="ignore") for name in texts})
 
 
 # -- IXI --------------------------------------------------------------------------------------------------------------

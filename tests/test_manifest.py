@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,23 @@ def test_an_odd_folder_in_an_archive_survives_the_csv(odd: str, published: Refre
     write_atomic(tmp_path / dataset.MANIFEST, IXI.to_csv(settled))
     write_atomic(tmp_path / dataset.FACTS, (published.folder / dataset.FACTS).read_bytes())
     pd.testing.assert_frame_equal(dataset.read_manifest(tmp_path), settled)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ['=HYPERLINK("http://x")/a', "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "'=1", "''@x", "＝1", "'quoted'", "a=1", "'"],
+)
+def test_no_cell_of_the_csv_is_a_formula_and_no_name_is_lost(name: str, published: Refreshed) -> None:
+    table = dataset.read_manifest(published.folder)
+    table.loc[0, "t1_member"] = table.loc[1, "detail"] = name
+    table = table.assign(status="excluded", reason="unreadable", split="", store_row=pd.NA)
+    table["detail"] = table["detail"].where(table["detail"] != "", "why")
+    table = IXI.typed(table)
+    text = IXI.to_csv(table)
+    cells = pd.read_csv(io.StringIO(text), dtype="str", keep_default_na=False, lineterminator="\n")
+    for column in (name for name, dtype in IXI.dtypes.items() if dtype == "str"):
+        assert not cells[column].str.match("[=+@\t\r＝-]").any()
+    pd.testing.assert_frame_equal(IXI.from_csv(text, "it"), table)
 
 
 def test_columns_are_in_the_order_of_the_contract() -> None:
