@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from flows.output import LOGGERS, Json, Output, Quiet
+from ixi_etl import __version__
 from ixi_etl.errors import ArchiveError, DatasetError, IxiError, StoppedError
 from ixi_etl.extras import require_extra
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from ixi_etl.publish import Refreshed
 
 app = typer.Typer(
-    help="Turn the IXI brain MRI archives into a verified, versioned, paired T1/T2 dataset.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -49,6 +49,21 @@ InsecureHosts = Annotated[
 DEFAULT_ROOT = "ixi-data"
 DEMO_SPLIT_SEED = 6  # of the six subjects, one is for validation and one for test
 NAMING = "[NAME@]VERSION, the beginning of a version, or latest; NAME is ixi-t1-t2 or digits"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ixi-etl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Turn the IXI brain MRI archives into a verified, versioned, paired T1/T2 dataset."""
 
 
 @app.command()

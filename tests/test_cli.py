@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from flows.cli import app, main
-from ixi_etl import dataset
+from ixi_etl import __version__, dataset
 from ixi_etl.config import PRESETS, DatasetConfig
 from ixi_etl.publish import Refreshed
 
@@ -152,6 +152,10 @@ def test_presets_can_be_over_ridden() -> None:
     assert DatasetConfig.model_validate(PRESETS["paper"]).registration == "none"
     assert DatasetConfig.model_validate(PRESETS["paper"] | {"pairing": "anatomical"}).registration == "rigid"
     assert DatasetConfig.model_validate(PRESETS["paired"]) == DatasetConfig()
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version", capsys=capsys)[:2] == (0, f"ixi-etl {__version__}\n")
 
 
 def test_a_wrong_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
