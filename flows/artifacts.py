@@ -30,7 +30,7 @@ from ixi_etl import dataset, manifest
 from ixi_etl.files import Progress, read_json
 from ixi_etl.publish import Refreshed
 from ixi_etl.schema import EXCLUDED
-from ixi_etl.survey import draw_histogram
+from ixi_etl.survey import draw_histogram, flat, table_of_sites
 
 log = logging.getLogger("ixi_etl.artifacts")
 
@@ -136,8 +136,8 @@ def _version_summary(refreshed: Refreshed, facts: Mapping[str, Any], table: pd.D
         "credit": facts["credit"],
     }
     parts = [f"# {facts['name']}@{refreshed.version}", _facts(told)]
-    parts += ["## Subjects left after each step", _markdown(manifest.funnel(table).reset_index())]
-    reasons = manifest.exclusions(table).reset_index(names="reason")
+    parts += ["## Subjects left after each step", _markdown(flat(manifest.funnel(table)))]
+    reasons = flat(manifest.exclusions(table))
     if len(reasons):
         parts += ["## Why the others are out", _markdown(reasons)]
     return "\n\n".join(parts)
@@ -166,7 +166,7 @@ def _markdown(table: pd.DataFrame) -> str:
 
 def _histogram(facts: Mapping[str, Any]) -> bytes:
     drawn = io.BytesIO()
-    histogram = pd.DataFrame(facts["histogram"]).set_index(["modality", "depth"])
+    histogram = table_of_sites(facts["histogram"], ["modality", "depth"])
     draw_histogram(histogram, facts["modal_depth"], drawn)
     return drawn.getvalue()
 

@@ -85,7 +85,7 @@ def survey(
     from ixi_etl.catalog import MODALITIES, archive_name, modality_of, own_archives
     from ixi_etl.places import Places
     from ixi_etl.schema import without_formulas
-    from ixi_etl.survey import depth_histogram, draw_histogram, modal_depths
+    from ixi_etl.survey import depth_histogram, draw_histogram, flat, modal_depths, site_records
     from ixi_etl.survey import survey as survey_archives
 
     if source is None:
@@ -108,13 +108,15 @@ def survey(
     if histogram.empty:
         raise ArchiveError(f"no volume can be read in {', '.join(places.values())}; {out / 'survey.csv'} says why")
     draw_histogram(histogram, modal, out / "depths.png")
-    shown = histogram.reset_index()
+    shown = flat(histogram)
     shown["depth"] = [f"{d} (modal)" if modal[m] == d else f"{d}" for m, d in histogram.index]
-    rows = histogram.reset_index().to_dict("records")
-    say.table("depths", shown, "Volumes by depth (slices as stored)", rows)
+    say.table("depths", shown, "Volumes by depth (slices as stored)", site_records(histogram))
     broken = table[table["problem"] != ""]
     if len(broken):
         say.table("broken", broken[["modality", "member", "reason", "problem"]], "Members that are no volume to use")
+    noted = table[table["note"] != ""]
+    if len(noted):
+        say.table("noted", noted[["modality", "member", "note"]], "Headers that say more than one thing")
     say.lines({"members": len(table), "survey": out / "survey.csv", "picture": out / "depths.png"})
     say.end()
 
@@ -637,12 +639,14 @@ def _tell_version(say: Output, refreshed: Refreshed) -> None:
     from ixi_etl import dataset, manifest
     from ixi_etl.schema import EXCLUDED
     from ixi_etl.store import STORE
+    from ixi_etl.survey import flat, site_records
 
     table = dataset.read_manifest(refreshed.folder)
     schema = dataset.SCHEMAS[dataset.read_facts(refreshed.folder)["name"]]
-    say.table("funnel", manifest.funnel(table, schema).reset_index(), "Subjects left after each step")
+    funnel, exclusions = manifest.funnel(table, schema), manifest.exclusions(table)
+    say.table("funnel", flat(funnel), "Subjects left after each step", site_records(funnel))
     if (table["status"] == EXCLUDED).any():
-        say.table("exclusions", manifest.exclusions(table).reset_index(names="reason"), "Why the others are out")
+        say.table("exclusions", flat(exclusions), "Why the others are out", site_records(exclusions))
     files = {"store": STORE, "manifest": dataset.MANIFEST, "report": dataset.REPORT}
     facts: dict[str, Any] = {"version": refreshed.version}
     facts["state"] = "published" if refreshed.is_new else "published before, nothing to do"

@@ -121,6 +121,8 @@ def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:
 def _cut(job: Job, packed: dict[str, bytes], config: DatasetConfig, work: Path, record: dict[str, Any]) -> None:
     """Cut both slabs and write them into `work`; what is found goes into `record` as it is found."""
     volumes = {m: _Volume(m, packed.pop(m)) for m in MODALITIES}
+    _share_space(volumes)
+    record["voxels_sha256"] = {m: hashlib.sha256(v.stored.data.cast("B")).hexdigest() for m, v in volumes.items()}
     if config.pairing == "index":
         slabs = {m: _index_slab(volume, config) for m, volume in volumes.items()}
         similarity = _nmi_within(_foreground(slabs["T2"]), slabs["T1"], slabs["T2"])
@@ -165,8 +167,19 @@ class _Volume:
             self.header, self.stored = nifti.read(packed)
         except BadVolumeError as error:
             raise BadVolumeError(error.reason, f"{modality}: {error.detail}") from error
+
+    @property
+    def affine(self) -> align.Matrix:
         assert self.header.affine is not None
-        self.affine = self.header.affine
+        return self.header.affine
+
+
+def _share_space(volumes: Mapping[str, _Volume]) -> None:
+    """Use the forms that selection chose, by the same rule."""
+    spaces = nifti.choose_spaces(*(volume.header.forms for volume in volumes.values()))
+    assert spaces is not None, "select let a pair through that has no space in common"
+    for volume, space in zip(volumes.values(), spaces, strict=True):
+        volume.header.use(space)
 
 
 def _index_slab(volume: _Volume, config: DatasetConfig) -> Slab:

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,13 +30,14 @@ from ixi_etl.places import check_reachable, expanded
 from ixi_etl.publish import Refreshed
 from ixi_etl.schema import CANDIDATE, IXI
 from ixi_etl.spread import spread
-from ixi_etl.survey import depth_histogram, modal_depths, modal_planes, survey
+from ixi_etl.survey import depth_histogram, modal_depths, modal_planes, site_records, survey
 
 log = logging.getLogger(__name__)
 
 OFFICIAL, DEMOGRAPHICS = "official", "IXI.xls"
 
 ALWAYS_ALLOWED_UNREADABLE = 10
+SHOWN = 5  # subjects in a warning
 UNREADABLE = ("unreadable", "corrupt_voxels")
 
 VOXEL_LIBRARIES = ("nibabel", "numpy", "simpleitk", "zarr", "zarrs")
@@ -200,13 +201,38 @@ def find_published(config: RefreshConfig, version: str, inputs: Inputs) -> Refre
 
 
 def select_subjects(config: RefreshConfig, table: pd.DataFrame, inputs: Inputs) -> pd.DataFrame:
-    """Candidates and exclusions, from headers alone."""
-    people = read_demographics(inputs.demographics) if inputs.demographics else None
+    """Candidates and exclusions, from headers alone.
+
+    Raises:
+        DatasetError: the demographics are of nobody in the archives.
+    """
+    people = _read_people(inputs.demographics, table) if inputs.demographics else None
     planes = modal_planes(table)
     if config.dataset.pairing == "index" and len(set(planes.values())) > 1:
         said = " and ".join(f"{m} slices are {plane}" for m, plane in planes.items())
         log.warning("index pairing: %s, so the two pictures of a pair show different planes of the head", said)
-    return manifest.select(table, config.dataset, people)
+    selected = manifest.select(table, config.dataset, people)
+    _warn_of_flags(selected, ("unlike_spaces", "template_space", "affine_not_pixdim"))
+    return selected
+
+
+def _read_people(path: Path, table: pd.DataFrame) -> dict[str, dict[str, float | str]]:
+    found = read_demographics(path)
+    persons = {manifest.person_of(subject) for subject in table["subject_id"] if subject}
+    wanted, matched, said = found.match(persons)
+    if not matched:
+        raise DatasetError(f"{path}: {said}; give the table of these people, or leave --demographics out")
+    log.log(logging.INFO if matched == wanted and not found.unread else logging.WARNING, "%s: %s", path, said)
+    return found.people
+
+
+def _warn_of_flags(table: pd.DataFrame, flags: Sequence[str]) -> None:
+    for flag in flags:
+        bearers = table.loc[table["flags"].str.split(",").map(lambda of, flag=flag: flag in of), "subject_id"].tolist()
+        if bearers:
+            more = ", ..." if len(bearers) > SHOWN else ""
+            which = f"{', '.join(bearers[:SHOWN])}{more}"
+            log.warning("%d flagged %s (%s): %s", len(bearers), flag, manifest.FLAGS[flag], which)
 
 
 @disk_errors_in_a_line()
@@ -245,6 +271,7 @@ def cut_subjects(
                 records[job.subject_id] = _flagged(records[job.subject_id])
     _check_there(work, records)
     settled = manifest.settle(candidates, records, config.dataset)
+    _warn_of_flags(settled, (manifest.DUPLICATE,))
     audit = places.staging(version) / dataset.MANIFEST
     write_atomic(audit, IXI.to_csv(settled))
     _check_enough(settled, config.max_unreadable, audit)
@@ -252,7 +279,7 @@ def cut_subjects(
 
 
 def _flagged(record: dict[str, Any]) -> dict[str, Any]:
-    return record | {"flags": ",".join(filter(None, [record.get("flags"), UNCHECKED]))}
+    return record | {"flags": manifest.join_flags(record.get("flags"), UNCHECKED)}
 
 
 def _jobs(table: pd.DataFrame, candidates: pd.DataFrame, inputs: Inputs) -> list[Job]:
@@ -337,7 +364,7 @@ def publish_version(
         **manifest.counts(settled),
         "modal_depth": modal_depths(table),
         "planes": modal_planes(table),
-        "histogram": json.loads(depth_histogram(table).reset_index().to_json(orient="records")),
+        "histogram": site_records(depth_histogram(table)),
         "not_volumes": table.loc[table["subject_id"] == "", "member"].tolist(),
         "licence": catalog.LICENCE,
         "credit": catalog.CREDIT,

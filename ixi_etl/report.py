@@ -13,6 +13,7 @@ from ixi_etl import charts, manifest, pages
 from ixi_etl.config import SPLITS
 from ixi_etl.pictures import Layers
 from ixi_etl.schema import EXCLUDED, REASONS
+from ixi_etl.survey import flat, flat_row, site_records, sites_of
 
 SHOWN = 24  # pairs spread over the sites
 WORST_SHOWN = 10  # pairs that are least alike
@@ -56,7 +57,7 @@ def dataset_report(summary: Mapping[str, Any], settled: pd.DataFrame, layers: Ma
     """
     used, out = manifest.used(settled), settled[settled["status"] == EXCLUDED]
     funnel, reasons = manifest.funnel(settled), manifest.exclusions(settled)
-    sites = [str(name) for name in funnel if name != "all"]
+    sites = sites_of(funnel)
     flags = used["flags"].str.split(",").explode()
     return pages.render(
         "dataset.html",
@@ -72,7 +73,7 @@ def dataset_report(summary: Mapping[str, Any], settled: pd.DataFrame, layers: Ma
                 for m in summary["modal_depth"]
             },
         },
-        funnel=manifest.records(funnel.reset_index()),
+        funnel=manifest.records(flat(funnel)),
         depths={m: _depth_rows(summary, m, sites) for m in summary["modal_depth"]},
         rule=_modal_rule(funnel, sites) if summary["inputs"]["config"]["depth"] == "modal" else [],
         measures=[
@@ -81,7 +82,7 @@ def dataset_report(summary: Mapping[str, Any], settled: pd.DataFrame, layers: Ma
         flags=flags[flags != ""].value_counts().sort_index().to_dict(),
         pairs=_cards(spread_over_sites(settled), layers),
         worst=_cards(worst(settled), layers),
-        reasons=manifest.records(reasons.reset_index()),
+        reasons=manifest.records(flat(reasons)),
         meanings={name: REASONS[name] for name in reasons.index},
         excluded=manifest.records(
             out[["subject_id", "site", "reason", "detail"]].rename(columns={"subject_id": "subject"})
@@ -97,35 +98,41 @@ def dataset_report(summary: Mapping[str, Any], settled: pd.DataFrame, layers: Ma
 
 
 def _counts(table: pd.DataFrame, sites: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Row -> site -> count, of a table with a column per site."""
-    return {str(name): {site: int(row.get(site, 0)) for site in sites} for name, row in table.iterrows()}
+    """Row -> site -> count, of a table of `by_site`."""
+    label = str(table.index.name)
+    return {str(row[label]): {s: row["sites"].get(s, 0) for s in sites} for row in site_records(table)}
 
 
 def _depth_rows(summary: Mapping[str, Any], modality: str, sites: Sequence[str]) -> list[dict[str, Any]]:
     rows = [row for row in summary["histogram"] if row["modality"] == modality]
-    return [{"slices": row["depth"]} | {s: row.get(s, 0) for s in sites} | {"all": row["all"]} for row in rows]
+    return [
+        flat_row({"slices": row["depth"]}, {s: row["sites"].get(s, 0) for s in sites}, {"all": row["all"]})
+        for row in rows
+    ]
 
 
 def _depths(summary: Mapping[str, Any], modality: str, sites: Sequence[str]) -> Markup:
     modal = summary["modal_depth"][modality]
     rows = {
-        f"{row['slices']}{' (modal)' if row['slices'] == modal else ''}": {s: row[s] for s in sites}
-        for row in _depth_rows(summary, modality, sites)
+        f"{row['depth']}{' (modal)' if row['depth'] == modal else ''}": {s: row["sites"].get(s, 0) for s in sites}
+        for row in summary["histogram"]
+        if row["modality"] == modality
     }
     return charts.bars(rows, f"{modality} volumes by number of slices", marked=f"{modal} (modal)")
 
 
 def _modal_rule(funnel: pd.DataFrame, sites: Sequence[str]) -> list[dict[str, Any]]:
     """What keeping the modal depth alone costs, by site."""
-    before, after = funnel.loc["readable"], funnel.loc["modal depth"]
+    before, after = (list(funnel.loc[step]) for step in ("readable", "modal depth"))
+    names = flat_row({}, dict.fromkeys(sites), {"all": None})
     return [
         {
-            "site": site,
-            "readable pairs": before[site],
-            "of another depth": before[site] - after[site],
-            "share": f"{(before[site] - after[site]) / before[site]:.0%}" if before[site] else "-",
+            "site": name,
+            "readable pairs": readable,
+            "of another depth": readable - left,
+            "share": f"{(readable - left) / readable:.0%}" if readable else "-",
         }
-        for site in (*sites, "all")
+        for name, readable, left in zip(names, before, after, strict=True)
     ]
 
 
@@ -145,10 +152,8 @@ def _splits(used: pd.DataFrame, sites: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for split in SPLITS:
         part = used[used["split"] == split]
-        rows.append(
-            {"split": split, "subjects": len(part), "share": f"{len(part) / len(used):.0%}"}
-            | {site: int((part["site"] == site).sum()) for site in sites}
-        )
+        labels = {"split": split, "subjects": len(part), "share": f"{len(part) / len(used):.0%}"}
+        rows.append(flat_row(labels, {site: int((part["site"] == site).sum()) for site in sites}, {}))
     return rows
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import numpy as np
 import pandas as pd
 
 from ixi_etl.archive import Member, index_archive
 from ixi_etl.errors import BadVolumeError
 from ixi_etl.files import Progress, silent
-from ixi_etl.nifti import Header, inflate_head, parse_header
+from ixi_etl.nifti import Header, inflate_head, parse_header, space_name
 
 PLANES = ("sagittal", "coronal", "axial")  # across R-L, A-P, S-I
 # IXI: 256 voxels a side, 10 million, 20 MB. To cut 20 slices of a pair of the largest takes 4 s and 0.6 GiB of memory.
@@ -37,6 +38,11 @@ COLUMNS = [
     "spacing_mm",
     "orientation",
     "affine",
+    "space",
+    "sform_code",
+    "qform_code",
+    "forms",
+    "note",
     "dtype",
     "slope",
     "intercept",
@@ -55,6 +61,8 @@ def survey(
     """One row per member of `archives` (modality -> path or URL), in archive order; see `COLUMNS`.
 
     shape (voxels I, J, K as stored), spacing_mm and affine (4 x 4, voxel to RAS mm) are JSON; depth is shape[2].
+    They are those of the form in `space`, the code of `nifti.SPACES`; `forms` has all that are set, as JSON: code ->
+    affine, spacing_mm, orientation, note. sform_code and qform_code are as stored; `note` says what is unusual.
     A member that is no volume of a subject has an empty subject_id. `reason` and `problem` say what is wrong with a
     header, as a manifest reason and in words. offset, size: where the member's bytes lie in its archive. Of
     `insecure_hosts` the TLS certificates are not looked at.
@@ -88,6 +96,9 @@ def _row(modality: str, member: Member) -> dict[str, object]:
         "offset": member.offset,
         "size": member.size,
         "voxel_offset": 0,
+        "space": 0,
+        "sform_code": 0,
+        "qform_code": 0,
         "slope": 1.0,
         "intercept": 0.0,
         "readable": False,
@@ -115,6 +126,11 @@ def _row(modality: str, member: Member) -> dict[str, object]:
         "spacing_mm": json.dumps(header.spacing_mm) if header.spacing_mm else "",
         "orientation": header.orientation,
         "affine": "" if header.affine is None else json.dumps(header.affine.tolist()),
+        "space": header.space,
+        "sform_code": header.sform_code,
+        "qform_code": header.qform_code,
+        "forms": json.dumps({code: form.to_record() for code, form in header.forms.items()}) if header.forms else "",
+        "note": _note(header),
         "dtype": header.dtype,
         "slope": header.slope,
         "intercept": header.intercept,
@@ -125,17 +141,77 @@ def _row(modality: str, member: Member) -> dict[str, object]:
     }
 
 
+def _note(header: Header) -> str:
+    first = ""
+    if len(header.forms) > 1 and header.forms[header.sform_code].affine is not header.forms[header.qform_code].affine:
+        codes = ", ".join(f"{space_name(code)} (code {code})" for code in sorted(header.forms))
+        first = f"sform and qform are of two spaces: {codes}"
+    return "; ".join(filter(None, [first, *(form.note for form in header.forms.values())]))
+
+
 def _is_too_large(header: Header) -> bool:
     voxels = math.prod(header.shape)
     return max(header.shape) > MAX_SIDE or voxels > MAX_VOXELS or header.voxel_bytes > MAX_VOXEL_BYTES
 
 
 def depth_histogram(table: pd.DataFrame) -> pd.DataFrame:
-    """Counts of 3-D volumes: one row per (modality, depth), one column per site, and `all`."""
-    volumes = _volumes(table)
-    counts = pd.crosstab([volumes["modality"], volumes["depth"]], volumes["site"])
-    counts.columns.name = None
-    return counts.assign(all=counts.sum(axis=1)).astype(int)
+    """Counts of 3-D volumes: one row per (modality, depth), columns as of `count_by_site`."""
+    return count_by_site(_volumes(table), ["modality", "depth"])
+
+
+def count_by_site(rows: pd.DataFrame, labels: list[str]) -> pd.DataFrame:
+    """How many `rows` there are of each site: the index holds `labels`, the columns are as of `by_site`."""
+    counts = rows.groupby([*labels, "site"]).size().unstack("site", fill_value=0)
+    return by_site(counts, counts.sum(axis=1))
+
+
+def by_site(counts: pd.DataFrame, total: pd.Series) -> pd.DataFrame:
+    """A table with two levels of columns: `sites`, with a column per site, and `all`.
+
+    A site may have any name, as it comes from the names of members: beside other columns, one named `all` or `depth`
+    would be taken for those.
+    """
+    columns = [("sites", str(site)) for site in counts.columns] + [("all", "")]
+    values = np.column_stack([counts.to_numpy(int), total.to_numpy(int)])
+    return pd.DataFrame(values, counts.index, pd.MultiIndex.from_tuples(columns))
+
+
+def sites_of(table: pd.DataFrame) -> list[str]:
+    """The sites of a table of `by_site`."""
+    return [str(column[1]) for column in table.columns if column[0] == "sites"]
+
+
+def site_records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table of `by_site` for JSON: its index by name, then `all` and `sites`."""
+    labels = table.index.to_frame(index=False).to_dict("records")
+    sites = [dict(zip(sites_of(table), counts, strict=True)) for counts in table.to_numpy(int)[:, :-1].tolist()]
+    rows = zip(labels, table["all"].tolist(), sites, strict=True)
+    return [{**{str(k): v for k, v in label.items()}, "all": total, "sites": of} for label, total, of in rows]
+
+
+def table_of_sites(records: Iterable[Mapping[str, Any]], labels: list[str]) -> pd.DataFrame:
+    """The table that `site_records` was made of."""
+    rows = list(records)
+    index = pd.MultiIndex.from_tuples([tuple(row[label] for label in labels) for row in rows], names=labels)
+    counts = pd.DataFrame([row["sites"] for row in rows], index).fillna(0)
+    return by_site(counts, pd.Series([row["all"] for row in rows]))
+
+
+def flat_row(labels: Mapping[str, Any], sites: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """A row to show: labels, a column per site, and what comes `after`.
+
+    A site that bears the name of another column is shown as `site NAME`, which is no other site: their names have no
+    spaces.
+    """
+    taken = {*labels, *after}
+    return {**labels, **{f"site {site}" if site in taken else site: n for site, n in sites.items()}, **after}
+
+
+def flat(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of `by_site` to show, its index as the first columns."""
+    names = [str(name) for name in table.index.names]
+    rows = [flat_row({n: row[n] for n in names}, row["sites"], {"all": row["all"]}) for row in site_records(table)]
+    return pd.DataFrame(rows, columns=list(flat_row(dict.fromkeys(names), dict.fromkeys(sites_of(table)), {"all": 0})))
 
 
 def modal_depths(table: pd.DataFrame) -> dict[str, int]:
@@ -161,13 +237,13 @@ def draw_histogram(histogram: pd.DataFrame, modal: Mapping[str, int], path: Path
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    sites = [site for site in histogram.columns if site != "all"]
+    sites = sites_of(histogram)
     figure = Figure(figsize=(5.2 * max(len(modal), 1), 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (modality, mode) in zip(
         figure.subplots(1, max(len(modal), 1), squeeze=False)[0], modal.items(), strict=False
     ):
-        counts = histogram.loc[modality]
+        counts = histogram.loc[modality]["sites"]
         ticks = range(len(counts))
         bottom = [0] * len(counts)
         for site in sites:
