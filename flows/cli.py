@@ -150,7 +150,7 @@ def refresh(
     pictures: Annotated[bool | None, typer.Option(help="Draw each pair.  [default: yes]")] = None,
     split_seed: Annotated[int | None, typer.Option(help="Seed of train / val / test.  [default: 0]")] = None,
     demographics: Annotated[
-        str | None, typer.Option(help="Join age and sex: 'official' fetches IXI.xls; or your own .xls or .csv.")
+        str | None, typer.Option(help="Join age and sex: 'official' fetches IXI.xls; or your own .xls, .xlsx or .csv.")
     ] = None,
     max_unreadable: Annotated[float, typer.Option(min=0, max=1, help="Share of pairs that may be unreadable.")] = 0.05,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads that cut.  [default: the cores]")] = None,

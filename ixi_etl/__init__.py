@@ -10,5 +10,5 @@ Nothing in this package imports Prefect or torch.
 
 __version__ = "0.1.0"
 
-PIPELINE_VERSION = 5
+PIPELINE_VERSION = 6
 """Part of every version's name. Raise it whenever the same inputs would give other bytes."""

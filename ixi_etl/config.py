@@ -175,7 +175,7 @@ class RefreshConfig(_Job):
         None, description="your own archives (folder, tar file, http(s):// or s3:// URL) instead of the official ones"
     )
     demographics: Annotated[str, AfterValidator(_no_password)] | None = Field(
-        None, description="'official' to fetch IXI.xls, or your own copy of it (.xls or .csv); omit for none"
+        None, description="'official' to fetch IXI.xls, or your own table (.xls, .xlsx or .csv); omit for none"
     )
     dataset: DatasetConfig = DatasetConfig()
     max_unreadable: Annotated[float, Field(ge=0, le=1)] = Field(

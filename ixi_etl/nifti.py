@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import Any
@@ -37,7 +37,7 @@ Float32 quaternions can turn the far corner of such a grid by 0.3 mm. Half a vox
 
 MAX_QUATERNION_EXCESS = 1e-3  # of its squared length over 1; four decimals leave 2e-4, real scans 2e-8
 SPACING_LIMITS_MM = 0.01, 100.0  # real scans of a head: 0.5 to 5; a factor of 1,000 is a wrong unit
-_UNITS_MM = {1: 1e3, 3: 1e-3}  # metres, micrometres; all other codes are read as millimetres, as by other tools
+_UNITS = {1: ("metres", 1e3), 3: ("micrometres", 1e-3)}  # in mm; other codes are read as mm, as other tools do
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,12 @@ class Header:
 
     @property
     def note(self) -> str:
-        """What is unusual about the form that is used, in words; "" if nothing is."""
-        return self.forms[self.space].note if self.space in self.forms else ""
+        """What is unusual about the forms, in words; "" if nothing is."""
+        notes = [form.note for form in self.forms.values()]
+        if len({id(form.affine) for form in self.forms.values()}) > 1:
+            spaces = " and ".join(f"{space_name(code)} (code {code})" for code in sorted(self.forms))
+            notes.insert(0, f"sform and qform are of two spaces, {spaces}")
+        return "; ".join(filter(None, notes))
 
     def use(self, space: int) -> None:
         """Take affine, spacing and orientation from the form in another space."""
@@ -253,7 +257,7 @@ def _fill(header: Header, head: bytes, packed_size: int) -> None:
         shape = shape[:-1]
     header.shape = shape
     header.sform_code, header.qform_code = int(raw["sform_code"]), int(raw["qform_code"])
-    unit_mm = _UNITS_MM.get(int(raw["xyzt_units"]) & 7, 1.0)
+    _, unit_mm = _UNITS.get(int(raw["xyzt_units"]) & 7, ("mm", 1.0))
     header.spacing_mm = tuple(_exact(v) if unit_mm == 1 else _rounded(float(v) * unit_mm) for v in raw["pixdim"][1:4])
     if len(shape) != 3 or min(shape) < 1:
         raise BadVolumeError("not_3d", f"shape is {' x '.join(map(str, shape))}")
@@ -272,7 +276,7 @@ def _fill(header: Header, head: bytes, packed_size: int) -> None:
             "unreadable", f"the header claims {header.voxel_bytes} bytes of voxels, of a member of {packed_size} bytes"
         )
 
-    header.forms = _forms(raw, shape, header.spacing_mm, unit_mm)
+    header.forms = _forms(raw, shape, header.spacing_mm)
     header.use(min(header.forms))
 
 
@@ -285,9 +289,7 @@ def _raw_header(head: bytes) -> nib.Nifti1Header:
     raise BadVolumeError("unreadable", f"not a NIfTI file (it begins with {head[:16]!r})")
 
 
-def _forms(
-    raw: nib.Nifti1Header, shape: tuple[int, ...], pixdim_mm: tuple[float, ...], unit_mm: float
-) -> dict[int, Form]:
+def _forms(raw: nib.Nifti1Header, shape: tuple[int, ...], pixdim_mm: tuple[float, ...]) -> dict[int, Form]:
     """The forms that are set, by the code of their space.
 
     A header that contradicts itself is refused, as nobody can know which half of it is right: other tools differ
@@ -297,9 +299,8 @@ def _forms(
     Raises:
         BadVolumeError: `bad_affine`, and what is wrong.
     """
-    low, high = SPACING_LIMITS_MM
-    if not all(low < mm < high for mm in pixdim_mm):
-        raise BadVolumeError("bad_affine", f"spacing is {_by(pixdim_mm)} mm")
+    unit, unit_mm = _UNITS.get(int(raw["xyzt_units"]) & 7, ("mm", 1.0))
+    _check_spacing("the spacing" if unit == "mm" else f"the spacing, given in {unit},", pixdim_mm)
     found: dict[str, tuple[int, NDArray[np.float64]]] = {}
     for kind, read_form in (("sform", _sform), ("qform", _qform)):
         code = int(raw[f"{kind}_code"])
@@ -348,16 +349,22 @@ def _check_form(
     if not np.isfinite(affine).all():
         raise BadVolumeError("bad_affine", f"the {kind} has values that are not finite")
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    low, high = SPACING_LIMITS_MM
     # The volume of a voxel beside that of the box of its edges: 1 for right angles, 0 for a flat one.
-    if not (low < lengths.min() and lengths.max() < high) or abs(np.linalg.det(affine[:3, :3] / lengths)) < 0.1:
+    if lengths.min() == 0 or abs(np.linalg.det(affine[:3, :3] / lengths)) < 0.1:
         raise BadVolumeError("bad_affine", f"the {kind} is singular: {json.dumps(affine[:3, :3].round(4).tolist())}")
+    _check_spacing(f"the {kind}'s spacing", lengths)
     if None in axis_codes(affine):
         raise BadVolumeError("bad_affine", f"the {kind} leaves an axis without direction")
     # A scanner turns and shifts. What else an sform does was computed later, or one of the two is wrong.
     if code == SCANNER and _stretch_mm(affine, shape, pixdim_mm) > MAX_FORM_ERROR_MM:
         said = f"the {kind} of scanner space has voxels of {_voxel_words(affine)}"
         raise BadVolumeError("bad_affine", f"{said}; the pixdim says {_by(pixdim_mm)} mm, at right angles")
+
+
+def _check_spacing(what: str, spacing_mm: Iterable[float]) -> None:
+    low, high = SPACING_LIMITS_MM
+    if not all(low < mm < high for mm in spacing_mm):
+        raise BadVolumeError("bad_affine", f"{what} is {_by(spacing_mm)} mm; is the header's spacing in mm?")
 
 
 def _form(
@@ -491,5 +498,5 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _by(numbers: Any) -> str:
+def _by(numbers: Iterable[float]) -> str:
     return " x ".join(f"{n:.4g}" for n in numbers)

@@ -29,7 +29,7 @@ REASONS = {
     "unreadable": "the member is no NIfTI file, or its header makes no sense",
     "not_3d": "the volume has not three dimensions",
     "unsupported_dtype": "voxels are complex, colours, or wider than 64 bits",
-    "bad_affine": "no usable sform or qform, or no usable spacing: where the voxels lie is unknown",
+    "bad_affine": "sform, qform or spacing cannot be used or contradict each other, or T1 and T2 share no space",
     "depth_not_modal": "the number of slices is not the commonest of its modality",
     "grid_not_modal": "the slices have not the commonest size and spacing, or the window does not fit",
     "corrupt_voxels": "the voxels are cut short, damaged, or not finite",

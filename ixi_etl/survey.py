@@ -16,7 +16,7 @@ import pandas as pd
 from ixi_etl.archive import Member, index_archive
 from ixi_etl.errors import BadVolumeError
 from ixi_etl.files import Progress, silent
-from ixi_etl.nifti import Header, inflate_head, parse_header, space_name
+from ixi_etl.nifti import Header, inflate_head, parse_header
 
 PLANES = ("sagittal", "coronal", "axial")  # across R-L, A-P, S-I
 # IXI: 256 voxels a side, 10 million, 20 MB. To cut 20 slices of a pair of the largest takes 4 s and 0.6 GiB of memory.
@@ -130,7 +130,7 @@ def _row(modality: str, member: Member) -> dict[str, object]:
         "sform_code": header.sform_code,
         "qform_code": header.qform_code,
         "forms": json.dumps({code: form.to_record() for code, form in header.forms.items()}) if header.forms else "",
-        "note": _note(header),
+        "note": header.note,
         "dtype": header.dtype,
         "slope": header.slope,
         "intercept": header.intercept,
@@ -139,14 +139,6 @@ def _row(modality: str, member: Member) -> dict[str, object]:
         "reason": header.reason,
         "problem": header.problem,
     }
-
-
-def _note(header: Header) -> str:
-    first = ""
-    if len(header.forms) > 1 and header.forms[header.sform_code].affine is not header.forms[header.qform_code].affine:
-        codes = ", ".join(f"{space_name(code)} (code {code})" for code in sorted(header.forms))
-        first = f"sform and qform are of two spaces: {codes}"
-    return "; ".join(filter(None, [first, *(form.note for form in header.forms.values())]))
 
 
 def _is_too_large(header: Header) -> bool:
@@ -238,7 +230,8 @@ def draw_histogram(histogram: pd.DataFrame, modal: Mapping[str, int], path: Path
     from matplotlib.figure import Figure
 
     sites = sites_of(histogram)
-    figure = Figure(figsize=(5.2 * max(len(modal), 1), 3.8), layout="constrained")
+    height = max(3.8, 1.5 + 0.22 * len(sites))  # the legend has a line for each
+    figure = Figure(figsize=(5.2 * max(len(modal), 1), height), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (modality, mode) in zip(
         figure.subplots(1, max(len(modal), 1), squeeze=False)[0], modal.items(), strict=False

@@ -313,6 +313,8 @@ def synthesize_file(trained: Trained, source: Path, out: Path, progress: Progres
     except SynthesisError as error:
         raise SynthesisError(f"{source} cannot be used: {error}") from error
     made.warnings += _name_warnings(source.name, trained.direction)
+    if header.note:
+        made.warnings.append(f"{header.note}; the {nifti.space_name(header.space)} one is used")
     for warning in made.warnings:
         log.warning("%s: %s", source, warning)
     dropped = nifti.extension_codes(packed, header)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from profiles import examples
 
 from ixi_etl import dataset, manifest
-from ixi_etl.config import DatasetConfig
-from ixi_etl.demographics import read_demographics
+from ixi_etl.config import SPLITS, DatasetConfig
+from ixi_etl.demographics import Demographics, read_demographics
 from ixi_etl.errors import DatasetError
 from ixi_etl.files import write_atomic
 from ixi_etl.manifest import REASONS
@@ -355,3 +355,115 @@ def test_a_csv_without_the_columns_is_one_clear_line(tmp_path: Path) -> None:
     path.write_text("id,years\n1,2\n")
     with pytest.raises(DatasetError, match="has no column AGE, IXI_ID, SEX_ID"):
         read_demographics(path)
+
+
+IDS = ["IXI012", "ixi12", "IXI-012", "012", "12", "12.0", " 12 ", "IXI012-Guys-0700", "sub-no", "IXI0012"]
+
+
+@pytest.mark.parametrize("written", [n for n in IDS if n != "sub-no"])
+def test_an_id_is_read_however_it_is_written(written: str, tmp_path: Path) -> None:
+    path = tmp_path / "people.CSV"
+    path.write_text(HEADER + f"{written},2,30.5\n")
+    found = read_demographics(path)
+    assert (found.people, found.unread) == ({"IXI012": {"age": 30.5, "sex": "f"}}, [])
+    (row,) = manifest.records(manifest.select(table_of(pair("IXI012-HH-1")), DatasetConfig(), found.people))
+    assert (row["age"], row["sex"]) == (30.5, "f")
+
+
+@pytest.mark.parametrize("written", ["2.5", "2,5", "-2", "0", "2 3", "2/3", "2-Jan", "two", "100000", "1e1", "n/a"])
+def test_what_is_no_id_belongs_to_nobody_and_is_listed(written: str, tmp_path: Path) -> None:
+    path = tmp_path / "people.csv"
+    path.write_text(HEADER + f'2,1,40\n"{written}",2,30.5\n')
+    found = read_demographics(path)
+    assert (found.people, found.unread) == ({"IXI002": {"age": 40.0, "sex": "m"}}, [written])
+
+
+def test_ids_of_another_kind_are_joined_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "people.csv"
+    path.write_text(HEADER + "P7,m,30\npat7,F,31\nIXI7_b,f,32\n")
+    people = read_demographics(path).people
+    rows = [*pair("P07-HH-1"), *pair("PAT007-HH-1"), *pair("IXI7_b-HH-1"), *pair("IXI007-HH-1")]
+    selected = manifest.select(table_of(rows), DatasetConfig(), people).set_index("subject_id")
+    assert selected["age"].fillna(0).to_dict() == {
+        "IXI007-HH-1": 0,
+        "IXI7_b-HH-1": 32,
+        "P07-HH-1": 30,
+        "PAT007-HH-1": 31,
+    }
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xef\xbb\xbfIXI_ID,SEX_ID,AGE\n2,1,35.8\n",
+        b'IXI_ID;"SEX_ID (1=m, 2=f)";AGE\r\nIXI002;1;35,8\r\n;;\r\n',
+        b"ixi_id\tSex_ID\tage\tNAME\n002\tMale\t35.8\tJ\xf6rg\n",
+        "IXI_ID\tSEX_ID\tAGE\r\n2\tm\t35.8\r\n".encode("utf-16"),
+        b"AGE,SEX_ID,IXI_ID\n35.8,1.0,2.0\n999,,2\n,1,\n",
+    ],
+    ids=["BOM", "semicolons", "tabs", "UTF-16", "unknown age"],
+)
+def test_tables_of_many_programs_are_read(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "people.txt"
+    path.write_bytes(data)
+    assert read_demographics(path).people == {"IXI002": {"age": 35.8, "sex": "m"}}
+
+
+def test_a_spreadsheet_is_read_whatever_its_name_and_its_cells_are(tmp_path: Path) -> None:
+    path = write_xls(tmp_path / "a.xls", [[2, "m", 0, 35.8], ["IXI003", 2, 0, "41"], [2.5, 1, 0, 20], ["", "", "", ""]])
+    path = path.rename(tmp_path / "PEOPLE.XLS")
+    found = read_demographics(path)
+    assert found.people == {"IXI002": {"age": 35.8, "sex": "m"}, "IXI003": {"age": 41.0, "sex": "f"}}
+    assert found.unread == ["2.5"]
+
+
+def test_what_matched_and_what_did_not_is_said() -> None:
+    found = Demographics({"IXI001": {}, "IXI002": {}, "IXI009": {}}, {"IXI001": 2, "IXI002": 1, "IXI009": 1}, ["2.5"])
+    wanted, matched, said = found.match(["IXI1", "IXI002", "IXI003"])
+    assert (wanted, matched) == (3, 2)
+    assert said == (
+        "3 of 5 rows are of 2 of the 3 persons in the archives; not in the archives: 1 ('IXI009'); "
+        "ids that were not understood: 1 ('2.5')"
+    )
+
+
+# -- equal scans ------------------------------------------------------------------------------------------------------
+
+
+def settled_with(scans: dict[str, tuple[str, str]]) -> pd.DataFrame:
+    table = table_of([row for subject in scans for row in pair(subject)])
+    found = {s: CUT | {"voxels_sha256": dict(zip(("T1", "T2"), of, strict=True))} for s, of in scans.items()}
+    return manifest.settle(manifest.select(table, DatasetConfig()), found, DatasetConfig()).set_index("subject_id")
+
+
+PERSONS = {
+    split: [f"IXI{n:03d}-HH-1" for n in range(1, 200) if DatasetConfig().split_of(f"IXI{n:03d}") == split]
+    for split in SPLITS
+}
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), ("test", "val"), ("test", "train"), ("val", "train", "test")])
+def test_persons_with_an_equal_scan_are_in_the_first_of_their_splits(splits: tuple[str, ...]) -> None:
+    """Through a chain, too: each has its T1 from the one before and its T2 for the next."""
+    chain = [PERSONS[split][n] for n, split in enumerate(splits)]
+    scans = {subject: (f"scan {n}", f"scan {n + 1}") for n, subject in enumerate(chain)}
+    alone = {PERSONS[split][-1]: (f"{split} T1", f"{split} T2") for split in SPLITS}
+    settled = settled_with(scans | alone)
+    assert set(settled.loc[chain, "split"]) == {min(splits, key=SPLITS.index)}
+    assert set(settled.loc[chain, "flags"]) == {"duplicate_scan"}
+    assert settled.loc[list(alone), "split"].tolist() == [*SPLITS]
+    assert set(settled.loc[list(alone), "flags"]) == {""}
+
+
+def test_a_t2_that_is_the_t1_is_flagged() -> None:
+    assert settled_with({"IXI001-HH-1": ("same", "same")})["flags"].tolist() == ["duplicate_scan"]
+
+
+def test_scans_that_are_out_move_nobody() -> None:
+    train, test = PERSONS["train"][0], PERSONS["test"][0]
+    table = table_of([*pair(train), *pair(test)])
+    found: dict[str, Any] = {s: CUT | {"voxels_sha256": {"T1": "same", "T2": s}} for s in (train, test)}
+    found[train] |= {"reason": "empty_image", "detail": "T1"}
+    settled = manifest.settle(manifest.select(table, DatasetConfig()), found, DatasetConfig()).set_index("subject_id")
+    assert settled["split"].to_dict() == {train: "", test: "test"}
+    assert set(settled["flags"]) == {""}

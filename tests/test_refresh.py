@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -26,7 +27,7 @@ from ixi_etl.errors import ArchiveError, DatasetError, DownloadError, IxiError, 
 from ixi_etl.files import lock_root
 from ixi_etl.phantom import write_tar
 from ixi_etl.publish import Refreshed
-from ixi_etl.refresh import VOXEL_LIBRARIES, refresh
+from ixi_etl.refresh import VOXEL_LIBRARIES, Inputs, refresh, select_subjects
 from ixi_etl.store import open_arrays
 from ixi_etl.survey import survey
 
@@ -193,7 +194,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from ixi_etl.config import RefreshConfig
-from ixi_etl.refresh import VOXEL_LIBRARIES, refresh
+from ixi_etl.refresh import VOXEL_LIBRARIES, Inputs, refresh, select_subjects
 refresh(RefreshConfig.model_validate_json(sys.argv[1]))
 """
 
@@ -540,6 +541,33 @@ def test_demographics_reach_the_manifest_and_the_version(published: Refreshed, a
     rows = {s[:6]: (row["age"], row["sex"]) for s, row in table.iterrows() if str(s)[:6] in ("IXI002", "IXI003")}
     assert rows == {"IXI002": (30.5, "f"), "IXI003": (44.0, "m")}
     assert table["age"].notna().sum() == 2
+
+
+@pytest.fixture(scope="module")
+def surveyed(archives: Path) -> pd.DataFrame:
+    return survey({m: str(archives / f"IXI-{m}.tar") for m in ("T1", "T2")})
+
+
+@pytest.mark.parametrize(("ids", "matched"), [("2 ixi003 2.5", 2), ("IXI002 IXI003-HH-1 900", 2), ("002 x", 1)])
+def test_what_demographics_match_is_one_warning(
+    ids: str, matched: int, surveyed: pd.DataFrame, archives: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    people = tmp_path / "people.csv"
+    people.write_text("IXI_ID,SEX_ID,AGE\n" + "".join(f"{n},1,30\n" for n in ids.split()))
+    with caplog.at_level(logging.WARNING):
+        selected = select_subjects(config_for(tmp_path, archives), surveyed, Inputs({}, people))
+    assert selected["age"].notna().sum() == matched
+    (said,) = caplog.messages
+    assert f"{people}: {matched} of {len(ids.split())} rows are of {matched} of the " in said
+    assert ids.split()[-1] in said or matched == 2
+
+
+@pytest.mark.parametrize("ids", ["900", "x y", ""])
+def test_demographics_of_nobody_are_an_error(ids: str, surveyed: pd.DataFrame, archives: Path, tmp_path: Path) -> None:
+    people = tmp_path / "people.csv"
+    people.write_text("IXI_ID,SEX_ID,AGE\n" + "".join(f"{n},1,30\n" for n in ids.split()))
+    with pytest.raises(DatasetError, match=r"people\.csv: 0 of \d rows are of 0 of the \d+ persons"):
+        select_subjects(config_for(tmp_path, archives), surveyed, Inputs({}, people))
 
 
 def test_index_pairing_warns_with_both_planes(archives: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

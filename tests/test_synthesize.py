@@ -237,6 +237,13 @@ def test_the_slab_lies_where_the_training_s_window_lay(published: Refreshed, tra
 # -- refusals and warnings --------------------------------------------------------------------------------------------
 
 
+def contradicting(plain: bytes, sform: np.ndarray, code: int) -> bytes:
+    """The same file with another sform."""
+    header = nib.Nifti1Header(plain[:348])
+    header.set_sform(sform, code)
+    return bytes(header.binaryblock) + plain[348:]
+
+
 def bad_inputs() -> dict[str, tuple[bytes, str]]:
     affine = grid_affine((20, 20, 20), (2, 2, 2), "LAS")
     values = head((20, 20, 20), affine)
@@ -257,6 +264,14 @@ def bad_inputs() -> dict[str, tuple[bytes, str]]:
             "it is empty: its middle 14 mm hold no other value than 0",
         ),
         "in metres": (nifti_of(values, affine @ np.diag([1e-3, 1e-3, 1e-3, 1])), "is the header's spacing in mm?"),
+        "a mirrored sform": (
+            contradicting(nifti_of(values, affine), np.diag([-1.0, 1, 1, 1]) @ affine, 1),
+            "sform and qform contradict each other: one is the other's mirror image",
+        ),
+        "a shifted sform": (
+            contradicting(nifti_of(values, affine), rigid((0, 0, 0), (0, 5, 0)) @ affine, 2),
+            "aligned space (code 2), but put a voxel 5 mm apart",
+        ),
         "thick slices": (nifti_of(values, affine @ np.diag([1, 1, 10, 1])), "voxels of 2 x 2 x 20 mm"),
         "cut short": (packed[: len(packed) // 2], "is cut short"),
         "a plain file cut short": (nifti_of(values, affine)[:-1], "the header announces"),
@@ -281,6 +296,21 @@ def test_another_spacing_is_warned_of(tmp_path: Path) -> None:
     affine = grid_affine((20, 20, 10), (2, 2, 4), "LAS")
     made = synthesize.synthesize_volume(identity(), head((20, 20, 10), affine), affine)
     assert made.warnings[0].startswith("voxels of 2 x 2 x 4 mm (along x, y, z) are far from the 2 x 2 x 2 mm")
+
+
+def test_a_template_beside_the_scanner_is_warned_of_and_the_scanner_s_planes_are_used(tmp_path: Path) -> None:
+    affine = grid_affine((20, 20, 20), (2, 2, 2), "LAS")
+    plain = nifti_of(head((20, 20, 20), affine), affine, qform=1)
+    both = contradicting(plain, rigid((90, 0, 0), (0, 0, 0)) @ affine @ np.diag([1.1, 1.1, 1.1, 1]), 4)
+    made = []
+    for name, contents in (("plain", plain), ("both", both)):
+        (tmp_path / f"{name}.nii").write_bytes(contents)
+        out = synthesize.synthesize_file(identity(), tmp_path / f"{name}.nii", tmp_path / f"{name}-T2.nii")
+        made.append(nib.load(out))
+        warnings = json.loads((tmp_path / f"{name}-T2.json").read_text())["Warnings"]
+        assert any("two spaces, scanner (code 1) and MNI152 (code 4)" in said for said in warnings) == (name == "both")
+    np.testing.assert_array_equal(made[0].dataobj, made[1].dataobj)
+    np.testing.assert_array_equal(made[1].get_sform(), nib.Nifti1Header(both[:348]).get_sform())
 
 
 def volume_of(folder: Path, name: str) -> bytes:
