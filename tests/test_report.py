@@ -101,7 +101,9 @@ def test_what_the_modal_rule_costs_stands_by_site(summary: dict[str, Any], settl
     funnel = manifest.funnel(settled)
     before, after = funnel.loc["readable"], funnel.loc["modal depth"]
     told = {name: (int(readable), int(out)) for name, readable, out, _ in rows}
-    assert told == {name or level: (before[level, name], before[level, name] - after[level, name]) for level, name in funnel}
+    assert told == {
+        name or level: (before[level, name], before[level, name] - after[level, name]) for level, name in funnel
+    }
     anything = json.loads(json.dumps(summary))
     anything["inputs"]["config"]["depth"] = "any"
     assert "What the modal rule costs" not in dataset_report(anything, settled, {})
