@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -307,21 +307,33 @@ def _forms(raw: nib.Nifti1Header, shape: tuple[int, ...], pixdim_mm: tuple[float
         if code > 0:
             affine = read_form(raw)
             affine[:3] *= unit_mm
-            _check_form(kind, code, affine, shape, pixdim_mm)
+            if not np.isfinite(affine).all():
+                raise BadVolumeError("bad_affine", f"the {kind} has values that are not finite")
             found[kind] = code, affine
     if not found:
         raise BadVolumeError("bad_affine", "neither sform nor qform is set, so its orientation is unknown")
+    apart = _furthest_mm(found["sform"][1] - found["qform"][1], shape) if len(found) == 2 else math.inf
+    if apart <= MAX_FORM_ERROR_MM:  # one and the same, but for rounding; and a qform has the pixdim and right angles
+        form = _form("sform", found["sform"][1], pixdim_mm)
+        return {code: form for code, _ in found.values()}
+    forms = {}
+    for kind, (code, affine) in found.items():
+        form = _form(kind, affine, pixdim_mm)
+        note = ""
+        if _stretch_mm(affine, shape, pixdim_mm) > MAX_FORM_ERROR_MM:
+            note = f"the {kind} ({space_name(code)} space, code {code}) has voxels of {_voxel_words(affine)}"
+            note += f"; the pixdim says {_by(pixdim_mm)} mm, at right angles"
+            if code == SCANNER:  # which turns and shifts; so what else this one does is wrong, or the pixdim is
+                raise BadVolumeError("bad_affine", note)
+        forms[kind] = code, replace(form, note=note)
     if len(found) == 2:
         (s_code, sform), (q_code, qform) = found["sform"], found["qform"]
         if np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0:
             raise BadVolumeError("bad_affine", "sform and qform contradict each other: one is the other's mirror image")
-        apart = _furthest_mm(sform - qform, shape)
-        if apart <= MAX_FORM_ERROR_MM:
-            found["qform"] = q_code, sform  # one and the same, but for rounding
-        elif s_code == q_code:
+        if s_code == q_code:
             said = f"sform and qform contradict each other: both are in {space_name(s_code)} space (code {s_code})"
             raise BadVolumeError("bad_affine", f"{said}, but put a voxel {apart:.3g} mm apart")
-    return {code: _form(kind, code, affine, shape, pixdim_mm) for kind, (code, affine) in found.items()}
+    return dict(forms.values())
 
 
 def _sform(raw: nib.Nifti1Header) -> NDArray[np.float64]:
@@ -343,41 +355,24 @@ def _qform(raw: nib.Nifti1Header) -> NDArray[np.float64]:
     return affine
 
 
-def _check_form(
-    kind: str, code: int, affine: NDArray[np.float64], shape: tuple[int, ...], pixdim_mm: tuple[float, ...]
-) -> None:
-    if not np.isfinite(affine).all():
-        raise BadVolumeError("bad_affine", f"the {kind} has values that are not finite")
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    # The volume of a voxel beside that of the box of its edges: 1 for right angles, 0 for a flat one.
-    if lengths.min() == 0 or abs(np.linalg.det(affine[:3, :3] / lengths)) < 0.1:
-        raise BadVolumeError("bad_affine", f"the {kind} is singular: {json.dumps(affine[:3, :3].round(4).tolist())}")
-    _check_spacing(f"the {kind}'s spacing", lengths)
-    if None in axis_codes(affine):
-        raise BadVolumeError("bad_affine", f"the {kind} leaves an axis without direction")
-    # A scanner turns and shifts. What else an sform does was computed later, or one of the two is wrong.
-    if code == SCANNER and _stretch_mm(affine, shape, pixdim_mm) > MAX_FORM_ERROR_MM:
-        said = f"the {kind} of scanner space has voxels of {_voxel_words(affine)}"
-        raise BadVolumeError("bad_affine", f"{said}; the pixdim says {_by(pixdim_mm)} mm, at right angles")
-
-
 def _check_spacing(what: str, spacing_mm: Iterable[float]) -> None:
     low, high = SPACING_LIMITS_MM
     if not all(low < mm < high for mm in spacing_mm):
         raise BadVolumeError("bad_affine", f"{what} is {_by(spacing_mm)} mm; is the header's spacing in mm?")
 
 
-def _form(
-    kind: str, code: int, affine: NDArray[np.float64], shape: tuple[int, ...], pixdim_mm: tuple[float, ...]
-) -> Form:
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    is_pixdim = np.allclose(lengths, pixdim_mm, rtol=1e-5, atol=0)  # but for the rounding of float32
+def _form(kind: str, affine: NDArray[np.float64], pixdim_mm: tuple[float, ...]) -> Form:
+    lengths = np.sqrt((affine[:3, :3] ** 2).sum(axis=0)).tolist()
+    # The volume of a voxel beside that of the box of its edges: 1 for right angles, 0 for a flat one.
+    if min(lengths) == 0 or abs(np.linalg.det(affine[:3, :3])) < 0.1 * math.prod(lengths):
+        raise BadVolumeError("bad_affine", f"the {kind} is singular: {json.dumps(affine[:3, :3].round(4).tolist())}")
+    _check_spacing(f"the {kind}'s spacing", lengths)
+    directions = axis_codes(affine)
+    if None in directions:
+        raise BadVolumeError("bad_affine", f"the {kind} leaves an axis without direction")
+    is_pixdim = all(abs(a / b - 1) < 1e-5 for a, b in zip(lengths, pixdim_mm, strict=True))  # but for rounding
     spacing = pixdim_mm if is_pixdim else tuple(_rounded(mm) for mm in lengths)
-    note = ""
-    if _stretch_mm(affine, shape, pixdim_mm) > MAX_FORM_ERROR_MM:
-        note = f"the {kind} ({space_name(code)} space, code {code}) has voxels of {_voxel_words(affine)}"
-        note += f"; the pixdim says {_by(pixdim_mm)} mm, at right angles"
-    return Form(affine, spacing, "".join(axis_codes(affine)), note)
+    return Form(affine, spacing, "".join(directions))
 
 
 def _voxel_words(affine: NDArray[np.float64]) -> str:
@@ -389,9 +384,11 @@ def _voxel_words(affine: NDArray[np.float64]) -> str:
 
 def _furthest_mm(difference: NDArray[np.float64], shape: tuple[int, ...]) -> float:
     """The largest distance that a difference of two affines makes anywhere in a volume: at one of its corners."""
-    corners = np.array([*product(*((0, n - 1) for n in shape))]).T
-    moved = difference[:3, :3] @ corners + difference[:3, 3:]
-    return float(np.linalg.norm(moved, axis=0).max())
+    moved = (_CORNERS * np.subtract(shape, 1)) @ difference[:3, :3].T + difference[:3, 3]
+    return math.sqrt(float((moved**2).sum(axis=1).max()))
+
+
+_CORNERS = np.array([*product((0.0, 1.0), repeat=3)])
 
 
 def _stretch_mm(affine: NDArray[np.float64], shape: tuple[int, ...], pixdim_mm: tuple[float, ...]) -> float:
