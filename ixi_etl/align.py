@@ -15,6 +15,19 @@ from numpy.typing import NDArray
 
 Matrix = NDArray[np.float64]
 
+GRID_BITS = 30  # of what ITK is given: 2^-30 mm, or of a voxel, is 1e-9
+
+
+def rounded(values: Any, bits: int = GRID_BITS) -> NDArray[np.float64]:
+    """`values` rounded to multiples of 2^-bits.
+
+    BLAS and LAPACK differ in the last bits of a product or a decomposition from one CPU type to another. Whatever they
+    compute is rounded before voxels depend on it, so the same inputs give the same bytes on all of them. A binary grid
+    leaves alone what is exact, such as 0.9375.
+    """
+    on_grid: NDArray[np.float64] = np.rint(np.asarray(values, np.float64) * 2.0**bits) / 2.0**bits + 0.0  # no -0.0
+    return on_grid
+
 
 def itk() -> Any:
     """SimpleITK on one thread: subjects run in parallel, and its sums depend on how many threads share them."""
@@ -27,7 +40,7 @@ def itk() -> Any:
 def stored_slab(volume: NDArray[Any], affine: Matrix, window: tuple[int, int]) -> tuple[NDArray[Any], Matrix]:
     """Slices [start, stop) of [k, j, i] along k, unflipped, and the affine of what was cut."""
     start, stop = window
-    return volume[start:stop], affine @ _shift(0, 0, start)
+    return volume[start:stop], rounded(affine @ _shift(0, 0, start))
 
 
 def axial_slab(volume: NDArray[Any], affine: Matrix, window: tuple[int, int]) -> tuple[NDArray[Any], Matrix]:
@@ -41,7 +54,7 @@ def axial_slab(volume: NDArray[Any], affine: Matrix, window: tuple[int, int]) ->
     shape_ijk = volume.shape[::-1]
     start, stop = window
     to_stored = nib.orientations.inv_ornt_aff(orientation, shape_ijk)
-    return xyz[:, :, start:stop].transpose(2, 1, 0), affine @ to_stored @ _shift(0, 0, start)
+    return xyz[:, :, start:stop].transpose(2, 1, 0), rounded(affine @ to_stored @ _shift(0, 0, start))
 
 
 def axial_depth(shape_ijk: tuple[int, ...], affine: Matrix) -> int:
@@ -51,7 +64,7 @@ def axial_depth(shape_ijk: tuple[int, ...], affine: Matrix) -> int:
 
 def sampling_matrix(slab_affine: Matrix, volume_affine: Matrix, slab_to_volume_mm: Matrix) -> Matrix:
     """(x, y, z, 1) of the slab to (i, j, k, 1) of the volume, through the world of each."""
-    return np.linalg.solve(volume_affine, slab_to_volume_mm @ slab_affine).astype(np.float64, copy=False)
+    return rounded(np.linalg.solve(volume_affine, slab_to_volume_mm @ slab_affine))
 
 
 def resample(
@@ -97,7 +110,9 @@ def _reached(volume: NDArray[Any], matrix: Matrix, shape_zyx: tuple[int, ...]) -
     start = np.clip(np.floor(least) - 1, 0, last).astype(int)  # a voxel more, so that no sample meets the new edge
     stop = np.clip(np.ceil(most) + 1, start, last).astype(int) + 1
     part = tuple(slice(a, b) for a, b in zip(start[::-1], stop[::-1], strict=True))
-    return volume[part], _shift(*-start) @ matrix
+    shifted = matrix.copy()
+    shifted[:3, 3] -= start
+    return volume[part], shifted
 
 
 def _inside(matrix: Matrix, shape_zyx: tuple[int, ...], shape_kji: tuple[int, ...]) -> NDArray[np.bool_]:
@@ -119,7 +134,7 @@ def world_points(mask: NDArray[np.bool_], affine: Matrix, most: int = 100_000) -
     """RAS mm, (n, 3), of the voxels of a slab [z, y, x] that are set: every one, or evenly `most` of them."""
     at = np.argwhere(mask)
     at = at[:: -(-len(at) // most) or 1, ::-1]
-    return at @ affine[:3, :3].T + affine[:3, 3]
+    return rounded(at @ affine[:3, :3].T + affine[:3, 3])
 
 
 def _shift(x: float, y: float, z: float) -> Matrix:

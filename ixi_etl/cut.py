@@ -12,6 +12,7 @@ import math
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from ixi_etl.catalog import MODALITIES
 from ixi_etl.config import DatasetConfig
 from ixi_etl.errors import BadVolumeError, DatasetError
 from ixi_etl.files import disk_errors_in_a_line, read_json, sha256_file, to_json, write_atomic
-from ixi_etl.intensity import count_values, otsu_threshold
+from ixi_etl.intensity import Steps, Stored, otsu_threshold, to_int16
 from ixi_etl.store import write_shards
 
 SEAL = "record_sha256"
-MAX_OUTSIDE = 0.05  # of the T2 slab's foreground
-MIN_LEVELS = 256  # distinct values; fewer and rounding to integers has thrown the picture away
+MAX_OUTSIDE = 0.05  # of the T2 slab's foreground. The real pairs of docs/registration.md have 0.
+MIN_COMMON = 0.5  # of the T2 slab's foreground: on less, two alignments are not compared by their NMI
+MOST_IN_COMMON = 4096  # times a volume's range: of float32's 24 bits, 12 are left for what differs
+UNCERTAIN_MM = 1.0  # between two alignments: twice the largest error of the search on real pairs, 0.52 mm
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,12 @@ class Slab:
     """What is cut of one volume.
 
     Attributes:
-        values: [z, y, x] (`index`: [k, j, i]) in the scanner's units, not yet rounded to int16.
+        stored: its voxels [z, y, x] (`index`: [k, j, i]) as the store will hold them.
         affine: of the slab, to RAS mm.
         window: [start, stop) along the slice axis, None where the slab was resampled.
     """
 
-    values: NDArray[Any]
+    stored: Stored
     affine: align.Matrix
     window: tuple[int, int] | None
 
@@ -122,14 +125,14 @@ def _cut(job: Job, packed: dict[str, bytes], config: DatasetConfig, work: Path, 
     """Cut both slabs and write them into `work`; what is found goes into `record` as it is found."""
     volumes = {m: _Volume(m, packed.pop(m)) for m in MODALITIES}
     _share_space(volumes)
-    record["voxels_sha256"] = {m: hashlib.sha256(v.stored.data.cast("B")).hexdigest() for m, v in volumes.items()}
+    record["voxels_sha256"] = {m: volume.voxels_sha256 for m, volume in volumes.items()}
     if config.pairing == "index":
         slabs = {m: _index_slab(volume, config) for m, volume in volumes.items()}
         similarity = _nmi_within(_foreground(slabs["T2"]), slabs["T1"], slabs["T2"])
         record |= {"nmi_before": similarity, "nmi_after": similarity}
     else:
         slabs = _anatomical_slabs(volumes.pop("T1"), volumes.pop("T2"), config, record)
-    voxels = _quantise(slabs, record)
+    voxels = _usable(slabs, record)
     for modality, slab in slabs.items():
         name = modality.lower()
         if slab.window:
@@ -167,11 +170,35 @@ class _Volume:
             self.header, self.stored = nifti.read(packed)
         except BadVolumeError as error:
             raise BadVolumeError(error.reason, f"{modality}: {error.detail}") from error
+        self.voxels_sha256 = hashlib.sha256(self.stored.view(np.uint8)).hexdigest()
+        self._move_to_zero()
 
     @property
     def affine(self) -> align.Matrix:
         assert self.header.affine is not None
-        return self.header.affine
+        return align.rounded(self.header.affine)
+
+    def _move_to_zero(self) -> None:
+        """Take from the voxels what they all have in common, where float32 would hold little else of them."""
+        if self.stored.dtype.itemsize < 4:
+            return
+        low, high = float(self.stored.min()), float(self.stored.max())
+        if max(abs(low), abs(high)) / MOST_IN_COMMON > high - low > 0:
+            self.stored = (self.stored - self.stored.min()).astype(np.float64)
+            self.header.intercept += self.header.slope * low
+
+    @cached_property
+    def steps(self) -> Steps:
+        """The values that it can have: of integers, and of floats that hold integers, multiples of its slope."""
+        whole = self.stored.dtype.kind != "f" or bool((np.rint(self.stored) == self.stored).all())
+        return Steps(abs(self.header.slope) if whole else 0.0, self.header.intercept)
+
+    def store(self, stored: NDArray[Any], inside: NDArray[np.bool_] | None = None) -> Stored:
+        """What the store will hold of a part of it, or of samples; 0 where these are not `inside` the volume."""
+        values = self.header.scaled(stored)
+        if inside is not None:
+            values[~inside] = 0
+        return to_int16(values, self.steps, inside)
 
 
 def _share_space(volumes: Mapping[str, _Volume]) -> None:
@@ -187,7 +214,7 @@ def _index_slab(volume: _Volume, config: DatasetConfig) -> Slab:
     window = config.window_in(len(volume.stored))
     assert window is not None, "select let a window through that does not fit"
     stored, affine = align.stored_slab(volume.stored, volume.affine, window)
-    return Slab(volume.header.scaled(stored), affine, window)
+    return Slab(volume.store(stored), affine, window)
 
 
 def _axial_slab(t2: _Volume, config: DatasetConfig) -> Slab:
@@ -196,7 +223,7 @@ def _axial_slab(t2: _Volume, config: DatasetConfig) -> Slab:
     assert window is not None, "select let a window through that does not fit"
     stored, affine = align.axial_slab(t2.stored, t2.affine, window)
     # A copy: what follows reads it over and over, a flipped view is read at half the speed, and any keeps the volume.
-    return Slab(t2.header.scaled(stored.copy()), affine, window)
+    return Slab(t2.store(stored.copy()), affine, window)
 
 
 def _anatomical_slabs(t1: _Volume, t2: _Volume, config: DatasetConfig, record: dict[str, Any]) -> dict[str, Slab]:
@@ -214,18 +241,28 @@ def _anatomical_slabs(t1: _Volume, t2: _Volume, config: DatasetConfig, record: d
     record["nmi_before"] = similarity
     if rigid:
         points = align.world_points(foreground, target.affine)
-        found, flag = _registered(t1, t2, points)
-        if not flag:
+        try:
+            found = register.register(register.Scan(t1.stored, t1.affine), register.Scan(t2.stored, t2.affine))
+        except register.RegistrationError:
+            flags = ["registration_failed"]
+        else:
             candidate, candidate_inside = _resampled_slab(t1, target, found)
-            both = foreground & inside & candidate_inside  # on other voxels, other figures would mean nothing
-            before, after = (_nmi_within(both, slab, target) for slab in (chosen, candidate))
-            if after > before and _share_outside(foreground, candidate_inside) <= MAX_OUTSIDE:
+            common = foreground & inside & candidate_inside
+            outside_before, outside_after = (_share_outside(foreground, of) for of in (inside, candidate_inside))
+            if 1 - _share_outside(foreground, common) >= MIN_COMMON:  # similarities of other voxels mean nothing
+                before, after = (_nmi_within(common, slab, target) for slab in (chosen, candidate))
+                is_better = after > before
+            else:
+                before, after = similarity, _nmi_within(foreground & candidate_inside, candidate, target)
+                is_better = outside_after < outside_before
+            flags = _registration_flags(is_better, *register.motion_of(found, points))
+            if is_better:
+                if outside_after > MAX_OUTSIDE >= outside_before:
+                    flags.append("registration_leaves_fov")
                 chosen, inside, t2_to_t1, similarity = candidate, candidate_inside, found, after
                 record["nmi_before"] = before
-            else:
-                flag = "registration_no_gain"
         motion_mm, motion_deg = register.motion_of(t2_to_t1, points)
-        record |= {"motion_mm": motion_mm, "motion_deg": motion_deg, "flags": flag}
+        record |= {"motion_mm": motion_mm, "motion_deg": motion_deg, "flags": ",".join(flags)}
     record |= {"t2_to_t1_ras_mm": json.dumps(t2_to_t1.tolist()), "nmi_after": similarity}
     outside = _share_outside(foreground, inside)
     if outside > MAX_OUTSIDE:
@@ -233,21 +270,17 @@ def _anatomical_slabs(t1: _Volume, t2: _Volume, config: DatasetConfig, record: d
     return {"T1": chosen, "T2": target}
 
 
-def _registered(t1: _Volume, t2: _Volume, points: NDArray[np.float64]) -> tuple[align.Matrix, str]:
-    """The rigid motion that was found, and the flag that undoes it ("" where it may stand)."""
-    try:
-        found = register.register(register.Scan(t1.stored, t1.affine), register.Scan(t2.stored, t2.affine))
-    except register.RegistrationError:
-        return np.eye(4), "registration_failed"
-    motion_mm, motion_deg = register.motion_of(found, points)
-    too_far = motion_mm > register.MAX_MOTION_MM or motion_deg > register.MAX_MOTION_DEG
-    return found, "registration_too_far" if too_far else ""
+def _registration_flags(is_kept: bool, motion_mm: float, motion_deg: float) -> list[str]:
+    """What the manifest says of the motion that was found, kept or not."""
+    if is_kept:
+        is_large = motion_mm > register.MAX_MOTION_MM or motion_deg > register.MAX_MOTION_DEG
+        return ["large_motion"] if is_large else []
+    return ["registration_no_gain"] + ["alignment_uncertain"] * (motion_mm > UNCERTAIN_MM)
 
 
 def _foreground(slab: Slab) -> NDArray[np.bool_]:
-    values = _bounded(slab.values)
-    threshold = otsu_threshold(values)
-    found: NDArray[np.bool_] = values > (math.floor(threshold) if values.dtype.kind in "iu" else threshold)
+    threshold = otsu_threshold(slab.stored.voxels)
+    found: NDArray[np.bool_] = slab.stored.voxels > math.floor(threshold)
     return found
 
 
@@ -257,50 +290,27 @@ def _share_outside(foreground: NDArray[np.bool_], inside: NDArray[np.bool_]) -> 
 
 def _nmi_within(mask: NDArray[np.bool_], a: Slab, b: Slab) -> float:
     """Of the values as they will be stored."""
-    return register.nmi(*(_rounded(_bounded(slab.values[mask])).astype(np.int32) for slab in (a, b)))
-
-
-def _rounded(values: NDArray[Any]) -> NDArray[Any]:
-    return np.rint(values) if values.dtype.kind == "f" else values
-
-
-def _bounded(values: NDArray[Any]) -> NDArray[Any]:
-    """Values within twice the range of int16, so that no sum overflows; who has others will be `intensity_range`."""
-    if values.dtype.kind != "f" and values.dtype.itemsize <= 2:
-        return values
-    bounded: NDArray[Any] = np.nan_to_num(np.clip(values, -65536.0, 65536.0), copy=False)
-    return bounded
+    return register.nmi(*(slab.stored.voxels[mask].astype(np.int32) for slab in (a, b)))
 
 
 def _resampled_slab(t1: _Volume, target: Slab, t2_to_t1: align.Matrix) -> tuple[Slab, NDArray[np.bool_]]:
     """The T1 interpolated onto exactly the target's planes, and where its grid reaches; beyond it 0."""
     matrix = align.sampling_matrix(target.affine, t1.affine, t2_to_t1)
-    stored, inside = align.resample(t1.stored, matrix, target.values.shape)
-    values = t1.header.scaled(stored)
-    values[~inside] = 0
-    return Slab(values, target.affine, None), inside
+    samples, inside = align.resample(t1.stored, matrix, target.stored.voxels.shape)
+    return Slab(t1.store(samples, inside), target.affine, None), inside
 
 
-def _quantise(slabs: Mapping[str, Slab], record: dict[str, Any]) -> dict[str, NDArray[np.int16]]:
-    """The slabs rounded to int16, an error of at most half a unit; their percentiles go into `record`.
+def _usable(slabs: Mapping[str, Slab], record: dict[str, Any]) -> dict[str, NDArray[np.int16]]:
+    """The voxels of both slabs; their scales and percentiles go into `record`.
 
     Raises:
-        BadVolumeError: a slab is constant, does not fit, or keeps too few levels; in the order of the reasons.
+        BadVolumeError: one cannot be used; the reasons in their order, T1 before T2.
     """
-    limits = np.iinfo(np.int16)
-    ranges = {m: (float(slab.values.min()), float(slab.values.max())) for m, slab in slabs.items()}
-    for modality, (low, high) in ranges.items():
-        if low == high:
-            raise BadVolumeError("empty_image", f"{modality}: every voxel of the slab is {low:g}")
-    rounded = {}
-    for modality, (low, high) in ranges.items():
-        if not limits.min - 0.5 < low <= high < limits.max + 0.5:
-            raise BadVolumeError("intensity_range", f"{modality}: values from {low:g} to {high:g} do not fit int16")
-        rounded[modality] = _rounded(slabs[modality].values).astype(np.int16, order="C")
-        counts = count_values(rounded[modality])
-        if counts.levels < MIN_LEVELS:
-            said = f"{modality}: {counts.levels} levels as integers, {MIN_LEVELS} are needed"
-            raise BadVolumeError("intensity_range", said)
-        columns = [f"{modality.lower()}_p_{end}" for end in ("low", "high")]
-        record |= dict(zip(columns, counts.percentiles(), strict=True))
-    return rounded
+    for reason in ("empty_image", "intensity_range"):
+        for modality, slab in slabs.items():
+            if slab.stored.reason == reason:
+                raise BadVolumeError(reason, f"{modality}: {slab.stored.problem}")
+    for modality, slab in slabs.items():
+        for column in ("p_low", "p_high", "scale", "offset"):
+            record[f"{modality.lower()}_{column}"] = getattr(slab.stored, column)
+    return {modality: slab.stored.voxels for modality, slab in slabs.items()}

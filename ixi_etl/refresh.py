@@ -376,6 +376,10 @@ def publish_version(
         slab_shape=tuple(records[subjects[0]]["slab_shape"]),
         pairing=config.dataset.pairing,
         attributes={"subject_id": subjects, **{k: summary[k] for k in ("name", "version", "licence", "credit")}},
+        scales=[
+            {m.lower(): (records[s][f"{m.lower()}_scale"], records[s][f"{m.lower()}_offset"]) for m in MODALITIES}
+            for s in subjects
+        ],
     )
     if config.dataset.pictures:
         _put_pictures(work, staged / dataset.PICTURES, settled)

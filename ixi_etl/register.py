@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ixi_etl.align import Matrix, itk
+from ixi_etl.align import Matrix, itk, rounded
 from ixi_etl.intensity import better_counted, count_values, in_parts
 
 
@@ -34,14 +34,18 @@ much as is needed, and no coarser grid gives a tenth of a millimetre. Measured i
 HISTOGRAM_BINS = 48
 NMI_BINS = 64
 NMI_RANGE = (0.5, 99.5)  # percentiles
+# Of a registered pair: more is flagged `large_motion`. The heads of the real pairs of docs/registration.md moved by 0.6
+# to 6 mm and up to MOVED_DEG degrees, and those of IXI by a few millimetres or degrees, as its users report.
 MAX_MOTION_MM, MAX_MOTION_DEG = 15.0, 15.0
+# Of the kept matrix, whose entries are rounded to 1e-6: 0.1 um at the edge of a head, where the search is good to 50 um.
+MATRIX_BITS = 20
 
 
 def nmi(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Normalised mutual information of paired values, 2 I(A, B) / (H(A) + H(B)), from 0 to 1.
 
     On 64 equal bins between the percentiles 0.5 and 99.5 of each, values beyond put into the outermost. 0 where either
-    is constant or there are no values.
+    is constant or there are no values. Rounded to 9 digits: NumPy's logarithm depends on the CPU in the last ones.
     """
     if a.size == 0 or a.min() == a.max() or b.min() == b.max():
         return 0.0
@@ -51,7 +55,7 @@ def nmi(a: NDArray[Any], b: NDArray[Any]) -> float:
     joint = counts.reshape(NMI_BINS, NMI_BINS) / a.size
     of_both = _entropy(joint)
     of_each = _entropy(joint.sum(axis=0)) + _entropy(joint.sum(axis=1))
-    return 2 * (of_each - of_both) / of_each if of_each > 0 else 0.0
+    return round(2 * (of_each - of_both) / of_each, 9) if of_each > 0 else 0.0
 
 
 def _bins(values: NDArray[Any]) -> NDArray[np.int16]:
@@ -74,12 +78,12 @@ def _entropy(shares: NDArray[np.float64]) -> float:
 
 
 def motion_of(t2_to_t1: Matrix, points: NDArray[np.float64]) -> tuple[float, float]:
-    """Mean displacement (mm) of points (n, 3) in RAS mm, and the angle of rotation (degrees)."""
+    """Mean displacement (mm) of points (n, 3) in RAS mm, and the angle of rotation (degrees), to 6 digits."""
     moved = points @ t2_to_t1[:3, :3].T + t2_to_t1[:3, 3]
     cosine = (np.trace(t2_to_t1[:3, :3]) - 1) / 2
     return (
-        float(np.linalg.norm(moved - points, axis=1).mean()) if len(points) else 0.0,
-        float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))),
+        round(float(np.linalg.norm(moved - points, axis=1).mean()), 6) if len(points) else 0.0,
+        round(float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))), 6),
     )
 
 
@@ -98,7 +102,7 @@ class RegistrationError(Exception):
 def register(t1: Scan, t2: Scan) -> Matrix:
     """The rigid `t2_to_t1` that makes the Mattes mutual information of the two volumes largest.
 
-    Starts from the headers' alignment. Deterministic: regular sampling and one thread.
+    Starts from the headers' alignment. Deterministic: regular sampling, one thread, and rounded geometry.
 
     Raises:
         RegistrationError: the volumes do not overlap, are flat, or the search broke off.
@@ -106,7 +110,7 @@ def register(t1: Scan, t2: Scan) -> Matrix:
     sitk = itk()
     transform = sitk.Euler3DTransform()
     middle = (np.array(t2.voxels.shape[::-1]) - 1) / 2
-    transform.SetCenter((t2.affine[:3, :3] @ middle + t2.affine[:3, 3]).tolist())
+    transform.SetCenter(rounded(t2.affine[:3, :3] @ middle + t2.affine[:3, 3]).tolist())
     for level in LEVELS:
         fixed, moving = _image(t2, level.spacing_mm), _image(t1, level.spacing_mm)
         search = sitk.ImageRegistrationMethod()
@@ -137,7 +141,7 @@ def register(t1: Scan, t2: Scan) -> Matrix:
     matrix[:3, 3] = transform.GetTranslation() + centre - rotation @ centre
     if not np.isfinite(matrix).all():
         raise RegistrationError("the search ended in values that are not finite")
-    return matrix
+    return rounded(matrix, MATRIX_BITS)
 
 
 def _image(scan: Scan, spacing_mm: float) -> Any:
@@ -147,17 +151,16 @@ def _image(scan: Scan, spacing_mm: float) -> Any:
     it, which displaces the image by up to half a coarse voxel. `BinShrink` does not, nor does this affine.
     """
     sitk = itk()
-    factors = np.maximum(1, np.round(spacing_mm / np.linalg.norm(scan.affine[:3, :3], axis=0))).astype(int)
+    stored_mm = rounded(np.linalg.norm(scan.affine[:3, :3], axis=0))
+    factors = np.maximum(1, np.round(spacing_mm / stored_mm)).astype(int)
     native = np.ascontiguousarray(scan.voxels, scan.voxels.dtype.newbyteorder("="))
     image = sitk.Cast(sitk.GetImageFromArray(native), sitk.sitkFloat32)
     if factors.max() > 1:
         image = sitk.BinShrink(image, factors.tolist())
     first = scan.affine @ np.array([*((factors - 1) / 2), 1.0])
-    axes = scan.affine[:3, :3] * factors
-    lengths = np.linalg.norm(axes, axis=0)
     # An ITK image has right angles: the nearest rotation. What shear there is in an IXI affine is rounding.
-    left, _, right = np.linalg.svd(axes / lengths)
-    image.SetSpacing(lengths.tolist())
-    image.SetDirection((left @ right).ravel().tolist())
-    image.SetOrigin(first[:3].tolist())
+    left, _, right = np.linalg.svd(scan.affine[:3, :3] / stored_mm)
+    image.SetSpacing((stored_mm * factors).tolist())
+    image.SetDirection(rounded(left @ right).ravel().tolist())
+    image.SetOrigin(rounded(first[:3]).tolist())
     return image

@@ -34,8 +34,8 @@ REASONS = {
     "grid_not_modal": "the slices have not the commonest size and spacing, or the window does not fit",
     "corrupt_voxels": "the voxels are cut short, damaged, or not finite",
     "outside_fov": "over 5% of the T2's foreground lies outside the T1's grid",
-    "empty_image": "the cut slices hold one single value, or a digit next to no ink",
-    "intensity_range": "values do not fit 16 bits, or keep fewer than 256 levels in them",
+    "empty_image": "percentiles 0.1 and 99.9 of the cut slices are the same: one value, or next to nothing else",
+    "intensity_range": "the values spread too far to be stored in 16 bits, or cannot be interpolated in float32",
     "low_similarity": "the pair's similarity is under the threshold",
 }
 """Why a subject can be out. The checks run in this order, T1 before T2; the first to fail gives the reason."""
@@ -139,7 +139,7 @@ class Schema:
         def used_is_complete(table: pd.DataFrame) -> Any:
             complete = self.complete(table)
             for name in self.arrays:
-                complete &= (table[f"{name}_p_low"] <= table[f"{name}_p_high"]).fillna(False)
+                complete &= (table[f"{name}_p_low"] < table[f"{name}_p_high"]).fillna(False)
             return (table["status"] != USED) | complete
 
         rules = (
@@ -200,6 +200,8 @@ def _has_volumes_and_motion(table: pd.DataFrame) -> Any:
     for name in ("t1", "t2"):
         complete &= table[f"{name}_member"] != ""
         complete &= table[f"{name}_sha256"].str.fullmatch("[0-9a-f]{64}")
+        complete &= np.isfinite(table[f"{name}_scale"].fillna(np.nan)) & (table[f"{name}_scale"] > 0).fillna(False)
+        complete &= np.isfinite(table[f"{name}_offset"].fillna(np.nan))
     return complete & table["t2_window_start"].notna() & table["t2_window_stop"].notna()
 
 
@@ -208,7 +210,8 @@ IXI = Schema(
     | {"age": "Float64", "sex": "str"}
     | {f"{m.lower()}_{column}": dtype for m in MODALITIES for column, dtype in _VOLUME.items()}
     | _PAIR
-    | dict.fromkeys(("t1_gzip_crc32", "t2_gzip_crc32"), "str"),
+    | dict.fromkeys(("t1_gzip_crc32", "t2_gzip_crc32"), "str")
+    | dict.fromkeys(("t1_scale", "t1_offset", "t2_scale", "t2_offset"), "Float64"),
     steps={
         "found": (),
         "paired": ("missing_t1", "missing_t2", "duplicate_member"),

@@ -1,7 +1,7 @@
 """The Zarr v3 group `slices.zarr`: of volumes one slice a chunk and one subject a shard; of small images many.
 
-Legend: N subjects; arrays are [subject, z, y, x] (`anatomical`) or [subject, k, j, i] (`index`), int16, in the
-scanner's units. A subject's shard is the same file whatever its row, so subjects are written in any order, by any
+Legend: N subjects; arrays are [subject, z, y, x] (`anatomical`) or [subject, k, j, i] (`index`), int16; times
+`t1_scale` plus `t1_offset` of their subject they are in the scanner's units. A subject's shard is the same file whatever its row, so subjects are written in any order, by any
 number of workers, and put in their rows when it is known who is used. Images are [image, z, y, x] with one z, uint8.
 """
 
@@ -107,32 +107,44 @@ def assemble(
     slab_shape: tuple[int, ...],
     pairing: str,
     attributes: dict[str, Any],
+    scales: Sequence[Mapping[str, tuple[float, float]]] = (),
 ) -> None:
     """Make the group in `folder`: `shards[row]` and `affines[row]` hold array name -> shard file and 4 x 4 affine.
 
-    Shards are hard-linked where the file system can, else copied.
+    `scales[row]` holds array name -> (scale, offset) to the scanner's units; without them these are 1 and 0. Shards are hard-linked where the file system can, else copied.
     """
     names = list(shards[0])
+    given = scales or [dict.fromkeys(names, (1.0, 0.0))] * len(shards)
     zarr.create_group(folder, attributes=attributes)
     for name in names:
         array = _create_slabs(folder / name, (len(shards), *slab_shape), pairing)
-        array.update_attributes({"long_name": f"{name.upper()}-weighted intensity", "units": "scanner units"})
+        units = f"scanner units, times {name}_scale plus {name}_offset"
+        array.update_attributes({"long_name": f"{name.upper()}-weighted intensity", "units": units})
         for row, shard in enumerate(shards):
             target = folder / name / "c" / str(row) / "0" / "0" / "0"
             target.parent.mkdir(parents=True)
             link(shard[name], target)
-        matrices = np.stack([affine[name] for affine in affines])
-        with _disk_errors(folder):
-            beside = zarr.create_array(
-                folder / f"{name}_affine",
-                data=matrices,
-                chunks=matrices.shape,
-                compressors=None,
-                dimension_names=("subject", "world", "voxel"),
-            )
         axes = ", ".join(reversed(dimension_names(pairing)[1:]))
-        beside.update_attributes({"long_name": f"({axes}, 1) of {name} to RAS+ world (mm)", "units": "mm"})
+        matrices = np.stack([affine[name] for affine in affines])
+        said = {"long_name": f"({axes}, 1) of {name} to RAS+ world (mm)", "units": "mm"}
+        _write_beside(folder / f"{name}_affine", matrices, ("subject", "world", "voxel"), said)
+        for which, values in zip(("scale", "offset"), np.transpose([of[name] for of in given]), strict=True):
+            said = {"long_name": f"{which} of {name}: stored x scale + offset = the scanner's units"}
+            _write_beside(folder / f"{name}_{which}", values, ("subject",), said)
     _consolidate(folder)
+
+
+def _write_beside(path: Path, values: NDArray[Any], dimensions: Sequence[str], attributes: dict[str, Any]) -> None:
+    """A small array, in one chunk."""
+    with _disk_errors(path):
+        array = zarr.create_array(
+            path,
+            data=np.ascontiguousarray(values, np.float64),
+            chunks=values.shape,
+            compressors=None,
+            dimension_names=dimensions,
+        )
+    array.update_attributes(attributes)
 
 
 def write_images(
