@@ -250,6 +250,10 @@ def _verify_store(
 ) -> list[str]:
     problems = []
     arrays = open_arrays(folder)
+    for column in (f"{name}_{which}" for name in names for which in ("scale", "offset") if f"{name}_{which}" in used):
+        array = arrays.get(column)
+        if array is None or not np.array_equal(np.asarray(array), used[column].to_numpy("float64")):
+            problems.append(f"{folder}: array {column} is not the manifest's column")
     for name in names:
         array = arrays.get(name)
         if array is None or len(array.shape) != 4 or array.shape[0] != len(used):

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ixi_etl.errors import BadVolumeError
 
 HEADER_BYTES = 540  # NIfTI-2's; NIfTI-1's 348 lie within
-MAX_VOLUME_BYTES = 512 << 20  # of voxels, in a file of a person's own; an IXI volume has 20 MB
+MAX_VOLUME_BYTES = 512 << 20  # of voxels, in a file of a person's own: a bound of memory. An IXI volume has 20 MB
 PIECE_BYTES = 1 << 20  # inflated at a time
 MAX_DEFLATE_RATIO = 1032  # the most that deflate can shrink
 
@@ -271,10 +271,13 @@ def _fill(header: Header, head: bytes, packed_size: int) -> None:
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise BadVolumeError("unsupported_dtype", f"voxels are {dtype}; integers and floats up to 64 bits can be read")
 
-    if header.voxel_bytes > MAX_VOLUME_BYTES or header.voxel_bytes > MAX_DEFLATE_RATIO * packed_size + (1 << 16):
+    if header.voxel_bytes > MAX_DEFLATE_RATIO * packed_size + (1 << 16):
         raise BadVolumeError(
             "unreadable", f"the header claims {header.voxel_bytes} bytes of voxels, of a member of {packed_size} bytes"
         )
+    if header.voxel_bytes > MAX_VOLUME_BYTES:
+        most = f"{MAX_VOLUME_BYTES >> 20} MiB are the most"
+        raise BadVolumeError("grid_not_modal", f"{header.voxel_bytes} bytes of voxels would take too much memory: {most}")
 
     header.forms = _forms(raw, shape, header.spacing_mm)
     header.use(min(header.forms))
@@ -439,11 +442,13 @@ def voxels(inflated: bytes | bytearray | memoryview, header: Header) -> NDArray[
     return flat.reshape(k, j, i)
 
 
-def pack_like(head: bytes, values: NDArray[np.int16], description: str) -> bytes:
+def pack_like(
+    head: bytes, values: NDArray[np.int16], description: str, slope: float = 1.0, intercept: float = 0.0
+) -> bytes:
     """A plain NIfTI file of `values` [k, j, i] on the grid of the volume that `head` is of.
 
-    Affines and their codes, spacing, units, byte order and trailing axes of length 1 are copied bit for bit; values are
-    the scanner's units, so there is no slope. `description` is cut to 80 bytes. What else a header or its extensions
+    Affines and their codes, spacing, units, byte order and trailing axes of length 1 are copied bit for bit; values x
+    slope + intercept are in the scanner's units. `description` is cut to 80 bytes. What else a header or its extensions
     hold is not taken along: it may name the person.
     """
     theirs = _raw_header(head)
@@ -454,7 +459,7 @@ def pack_like(head: bytes, values: NDArray[np.int16], description: str) -> bytes
         ours[name] = theirs[name]
     ours["vox_offset"] = len(ours.binaryblock) + 4  # of which four say that no extension follows
     ours["magic"] = theirs["magic"]
-    ours["scl_slope"], ours["scl_inter"] = 1, 0
+    ours["scl_slope"], ours["scl_inter"] = slope, intercept
     ours["descrip"] = description.encode("ascii", "replace")[:80]
     stored = values.astype(values.dtype.newbyteorder(ours.endianness))
     return b"".join((bytes(ours.binaryblock), bytes(4), np.ascontiguousarray(stored).data))

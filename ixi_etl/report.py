@@ -69,7 +69,7 @@ def dataset_report(summary: Mapping[str, Any], settled: pd.DataFrame, layers: Ma
             "reasons": charts.bars(_counts(reasons, sites), "Subjects that are out, by reason"),
             "age": charts.strips(_by_split(used, "age"), "Age in years"),
             "intensities": {
-                m: charts.strips(_by_site(used, f"{m.lower()}_p_high"), f"{m}, percentile 99.9 of each slab")
+                m: charts.strips(_by_site(_in_units(used, m), "high"), f"{m}, percentile 99.9 of each slab")
                 for m in summary["modal_depth"]
             },
         },
@@ -90,7 +90,7 @@ def dataset_report(summary: Mapping[str, Any], settled: pd.DataFrame, layers: Ma
         splits=_splits(used, sites),
         people=_people(used),
         intensities=[
-            {"": f"{m}, percentile {percentile}"} | _quartiles(used[f"{m.lower()}_p_{which}"], 0)
+            {"": f"{m}, percentile {percentile}"} | _quartiles(_in_units(used, m)[which], None)
             for m in summary["modal_depth"]
             for which, percentile in (("low", "0.1"), ("high", "99.9"))
         ],
@@ -136,8 +136,22 @@ def _modal_rule(funnel: pd.DataFrame, sites: Sequence[str]) -> list[dict[str, An
     ]
 
 
-def _quartiles(values: pd.Series, digits: int) -> dict[str, str]:
-    return {name: f"{values.quantile(q):.{digits}f}" for name, q in QUARTILES.items()}
+def _in_units(used: pd.DataFrame, modality: str) -> pd.DataFrame:
+    """Site, and percentiles `low` and `high` of each slab, in the scanner's units."""
+    name = modality.lower()
+    scale, offset = used[f"{name}_scale"], used[f"{name}_offset"]
+    return used[["site"]].assign(**{end: used[f"{name}_p_{end}"] * scale + offset for end in ("low", "high")})
+
+
+def _quartiles(values: pd.Series, digits: int | None) -> dict[str, str]:
+    """With so many digits behind the point; None: whole numbers, and of those under 100 the first three digits."""
+
+    def text(value: float) -> str:
+        if digits is None:
+            return f"{value:.0f}" if abs(value) >= 100 or value == round(value) else f"{value:.3g}"
+        return f"{value:.{digits}f}"
+
+    return {name: text(float(values.quantile(q))) for name, q in QUARTILES.items()}
 
 
 def _by_site(used: pd.DataFrame, column: str) -> dict[str, list[float]]:

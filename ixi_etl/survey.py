@@ -19,8 +19,10 @@ from ixi_etl.files import Progress, silent
 from ixi_etl.nifti import Header, inflate_head, parse_header
 
 PLANES = ("sagittal", "coronal", "axial")  # across R-L, A-P, S-I
-# IXI: 256 voxels a side, 10 million, 20 MB. To cut 20 slices of a pair of the largest takes 4 s and 0.6 GiB of memory.
-MAX_SIDE, MAX_VOXELS, MAX_VOXEL_BYTES = 768, 16 << 20, 64 << 20
+# Bounds of memory, not of what a scan can be. IXI has 256 x 256 x 150 voxels; protocols of 208 x 300 x 320 (0.8 mm) and
+# of 512 x 512 x 200 to 400 are common elsewhere. Peak memory of one worker, registration included, as measured: 0.9 GiB
+# for a pair of 512 x 512 x 256 int16, 1.5 GiB for one of 512 x 512 x 512, which is the largest that is cut.
+MAX_SIDE, MAX_VOXELS, MAX_VOXEL_BYTES = 1024, 128 << 20, 256 << 20
 HEAD_BYTES = 2048  # of each member, packed: holds a whole header whatever the compressor did
 
 _WORD = "[A-Za-z0-9][A-Za-z0-9_.]{0,39}"  # a subject's id becomes a part of file names
@@ -116,10 +118,10 @@ def _row(modality: str, member: Member) -> dict[str, object]:
         return row | {"reason": error.reason, "problem": error.detail}
     header = parse_header(head, member.size)
     if not header.reason and _is_too_large(header):
-        header.reason = "unreadable"
+        header.reason = "grid_not_modal"
         shape = " x ".join(map(str, header.shape))
         most = f"{MAX_SIDE} a side, {MAX_VOXELS >> 20} Mi in all and {MAX_VOXEL_BYTES >> 20} MiB are the most"
-        header.problem = f"{shape} voxels in {header.voxel_bytes} bytes are more than a scan of a head has: {most}"
+        header.problem = f"{shape} voxels in {header.voxel_bytes} bytes would take too much memory to cut: {most}"
     return row | {
         "shape": json.dumps(header.shape) if header.shape else "",
         "depth": header.shape[2] if len(header.shape) > 2 else None,

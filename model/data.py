@@ -45,7 +45,7 @@ class Pairs:
         source, target: (N, H, W) as stored.
         subject: (N,) which of the subjects a slice is of.
         position: (N,) which of the Z slices of its slab it is.
-        source_range, target_range: (S, 2) float32, the values that become -1 and 1: the manifest's percentiles.
+        source_range, target_range: (S, 2) float32, the stored values that become -1 and 1: the manifest's percentiles.
         split: which of the version's splits it is.
         origin: `lower` where row 0 is shown at the bottom (y runs to the anterior), `upper` where it is on top.
     """

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ixi_etl import dataset, manifest
 from ixi_etl.align import Matrix
 from ixi_etl.config import in_a_line
-from ixi_etl.intensity import Counts, otsu_threshold
+from ixi_etl.intensity import LARGEST, Counts, otsu_threshold
 from ixi_etl.store import open_arrays
 from model.checkpoint import CheckpointError
 from model.data import Pairs
@@ -35,7 +35,7 @@ _AXES = ("RL", "AP", "SI")
 # A generator's file may come from anywhere: sizes that no head has would fill all memory with planes.
 Pixels = Annotated[int, Field(ge=1, le=4096)]
 Millimetres = Annotated[float, Field(ge=1e-3, le=1e3)]
-Intensity = Annotated[float, Field(ge=-1e6, le=1e6)]
+Intensity = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 Shares = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=BINS, max_length=BINS)]
 
 
@@ -48,7 +48,7 @@ class Planes(BaseModel):
         slab_mm: how thick the slab was that was trained on, and whose percentiles became -1 and 1.
         slab_offset_mm: how far its middle was above the middle of the stack that it was cut from.
         source_spacing_mm: voxels of the source along x, y, z as it was scanned.
-        target_low_high: percentiles 0.1 and 99.9 of the target's slab.
+        target_low_high: percentiles 0.1 and 99.9 of the target's slab, in the scanner's units.
         source_histogram, target_histogram: shares of the head's pixels at intensities from -1 to 1, see `histogram`.
     """
 
@@ -94,7 +94,8 @@ def describe(version: Path, pairs: Pairs) -> Planes | None:
         for row in manifest.records(table)
     ]
     spacings = [_upright(row, source, "spacing_mm") for row in manifest.records(table)]
-    low, high = pairs.target_range.quantile(0.5, dim=0).tolist()
+    scale, offset = (torch.tensor(table[f"{target}_{c}"].to_numpy("float32"))[:, None] for c in ("scale", "offset"))
+    low, high = (pairs.target_range.cpu() * scale + offset).quantile(0.5, dim=0).tolist()
     return Planes(
         shape=(pairs.source.shape[-2], pairs.source.shape[-1]),
         spacing_mm=(x, y),

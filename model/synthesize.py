@@ -28,7 +28,7 @@ from ixi_etl import __version__, align, nifti
 from ixi_etl.align import Matrix
 from ixi_etl.errors import BadVolumeError, IxiError
 from ixi_etl.files import Progress, read_json, sha256_file, silent, to_json, write_atomic
-from ixi_etl.intensity import otsu_threshold, percentiles
+from ixi_etl.intensity import FULL_SCALE, INT16, LEAST_UNITS, otsu_threshold, percentiles
 from model import checkpoint, planes
 from model.checkpoint import CheckpointError
 from model.config import SEEDS
@@ -296,8 +296,7 @@ def _name_warnings(name: str, direction: tuple[str, str]) -> list[str]:
 def synthesize_file(trained: Trained, source: Path, out: Path, progress: Progress = silent) -> Path:
     """Write the volume `out`, and beside it a JSON that says how it came to be; the path of the volume.
 
-    Voxels are int16, as the targets of the training were: rounding them moves none by more than half a unit of about a
-    thousand, which is far below what a generator can be right to.
+    Voxels are int16, as the targets of the training were, with a slope and intercept where whole units would be coarse.
 
     Raises:
         SynthesisError: the input cannot be used; the message names it.
@@ -320,13 +319,12 @@ def synthesize_file(trained: Trained, source: Path, out: Path, progress: Progres
     dropped = nifti.extension_codes(packed, header)
     if dropped:
         log.info("%s: %d header extensions are not copied (codes %s)", source, len(dropped), dropped)
-    limits = np.iinfo(np.int16)
     del stored
-    values = np.rint(made.values, out=made.values).clip(limits.min, limits.max, out=made.values).astype(np.int16)
+    voxels, slope, intercept = _to_int16(made.values, *trained.planes.target_low_high)
+    made.values = np.empty(0, np.float32)  # it is large, and no longer needed
     first, last = (name.upper() for name in trained.direction)
     said = f"SYNTHETIC {last} of a {first}, ixi-etl {__version__}, generator {trained.record['GeneratorSHA256'][:12]}"
-    made.values = np.empty(0, np.float32)  # it is large, and no longer needed
-    plain = nifti.pack_like(nifti.head_of(packed), values, said)
+    plain = nifti.pack_like(nifti.head_of(packed), voxels, said, slope, intercept)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, gzip.compress(plain, 4, mtime=0) if out.suffix.lower() == ".gz" else plain)
     sidecar = {
@@ -366,6 +364,18 @@ def _read(source: Path) -> bytes:
             f"it has {' x '.join(map(str, shape))} voxels; {MAX_VOXELS} are the most (512 x 512 x 512)"
         )
     return packed
+
+
+def _to_int16(values: NDArray[np.float32], low: float, high: float) -> tuple[NDArray[np.int16], float, float]:
+    """Voxels, slope and intercept of values from `low` to `high`; whole units where these are fine enough. Reuses `values`."""
+    slope, intercept = 1.0, 0.0
+    if high - low < LEAST_UNITS or low < INT16.min or high > INT16.max:
+        slope, intercept = (float(np.float32(x)) for x in ((high - low) / FULL_SCALE, (high + low) / 2))
+    if (slope, intercept) != (1.0, 0.0):
+        values -= np.float32(intercept)
+        values /= np.float32(slope)
+    np.rint(values, out=values)
+    return values.clip(INT16.min, INT16.max, out=values).astype(np.int16), slope, intercept
 
 
 def plan(inputs: Sequence[Path], out: Path, direction: tuple[str, str]) -> list[tuple[Path, Path]]:

@@ -62,22 +62,24 @@ def test_every_sound_member_is_described_as_nibabel_does(archives: Path, table: 
 @pytest.mark.parametrize(
     ("shape", "dtype", "fits"),
     [
-        ((768, 768, 28), "<i2", True),
-        ((256, 256, 256), "<f4", True),
-        ((769, 4, 4), "<i2", False),
-        ((4, 4, 769), "<i2", False),
-        ((257, 256, 256), "|u1", False),
-        ((256, 256, 129), "<f8", False),
+        ((208, 300, 320), "<i2", True),
+        ((512, 512, 256), "<i2", True),
+        ((1025, 4, 4), "<i2", False),
+        ((4, 4, 1025), "<i2", False),
+        ((512, 512, 513), "|u1", False),
+        ((512, 512, 129), "<f8", False),
     ],
 )
-def test_a_volume_larger_than_a_head_is_out_and_the_bounds_are_said(
+def test_a_volume_too_large_to_cut_is_not_called_unreadable_and_the_bounds_are_said(
     shape: tuple[int, int, int], dtype: str, fits: bool, tmp_path: Path
 ) -> None:
-    member = pack(np.zeros(shape[::-1], dtype), grid_affine(shape, (1, 1, 1), "LAS"))
+    head = bytearray(gzip.decompress(pack(np.zeros((2, 2, 2), dtype), grid_affine(shape, (1, 1, 1), "LAS")))[:352])
+    head[42:48] = np.array(shape, "<i2").tobytes()
+    member = gzip.compress(bytes(head)) + bytes(int(np.prod(shape)) * np.dtype(dtype).itemsize // 1000)
     write_tar(tmp_path / "IXI-T1.tar", {"IXI001-Guys-1-T1.nii.gz": member})
     (row,) = survey({"T1": str(tmp_path / "IXI-T1.tar")}).to_dict("records")
-    assert (row["reason"] == "") == fits
-    assert fits or "768 a side, 16 Mi in all and 64 MiB are the most" in row["problem"]
+    assert (row["reason"], row["readable"]) == ("" if fits else "grid_not_modal", True)
+    assert fits or "1024 a side, 128 Mi in all and 256 MiB are the most" in row["problem"]
 
 
 def test_every_member_has_a_row_and_every_fault_a_reason(table: pd.DataFrame) -> None:

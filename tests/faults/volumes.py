@@ -81,23 +81,30 @@ def named() -> dict[str, tuple[str, bytes, str]]:
         "10^12 voxels": ("T1", changed("T1", (40, [3, 10000, 10000, 10000], "<i2")), "unreadable"),
         "32767^7 voxels": ("T2", changed("T2", (40, [7] + [32767] * 7, "<i2")), "not_3d"),
         "gzip bomb": ("T1", claiming("T1", SHAPE_IJK["T1"], (4, 16), 1 << 30), "corrupt_voxels"),
-        "gzip bomb of a claimed size": ("T1", claiming("T1", (4700, 4700, 24), (2, 8), 4700 * 4700 * 24), "unreadable"),
-        "gzip bomb of the largest size": (
+        "gzip bomb of a claimed size": (
+            "T1",
+            claiming("T1", (4700, 4700, 24), (2, 8), 4700 * 4700 * 24),
+            "grid_not_modal",
+        ),
+        "gzip bomb of a large size": (
             "T1",
             claiming("T1", (768, 768, 24), (2, 8), 768 * 768 * 24),
             "empty_image",
         ),
-        "more voxels than are read": ("T1", claiming("T1", (760, 760, 30), (2, 8), 760 * 760 * 30), "unreadable"),
-        "more bytes than are read": ("T2", claiming("T2", (640, 640, 24), (64, 64), 640 * 640 * 24 * 8), "unreadable"),
+        "more bytes than are read": (
+            "T2",
+            claiming("T2", (1024, 1024, 33), (64, 64), 1024 * 1024 * 33 * 8),
+            "depth_not_modal",
+        ),
         "a side longer than is read": (
             "T2",
             claiming("T2", (22000, 60, 24), (4, 16), 22000 * 60 * 24 * 2),
-            "unreadable",
+            "grid_not_modal",
         ),
         "more slices than are read": (
             "T1",
             claiming("T1", (32, 32, 30000), (4, 16), 32 * 32 * 30000 * 2),
-            "unreadable",
+            "depth_not_modal",
         ),
         "7-D": ("T1", changed("T1", (40, [7, 2, 2, 2, 2, 2, 2, 2], "<i2")), "not_3d"),
         "zero spacing": ("T2", changed("T2", (80, [0.0, 1, 1], "<f4")), "bad_affine"),
