@@ -128,19 +128,30 @@ def to_int16(values: NDArray[Any], steps: Steps, inside: NDArray[np.bool_] | Non
     2. In steps of the scan (of its slope), where there are at most 65,536 of them: not interpolated, it is exact.
     3. In 65,000 equal steps from the least to the largest value, if `LEAST_UNITS` of them lie between the percentiles.
 
-    Where `inside` is given, only those voxels say how much is lost; the others are 0, as they lie outside the scan.
-    Nothing is raised: what cannot be used is said in the result.
+    Where `inside` is given, only those voxels say how much is lost. The others lie outside the scan and are 0; where that
+    is far from all values of the scan, in a slab with a scale of its own, the nearest of these. Nothing is raised: the
+    result says what cannot be used.
     """
     low, high = float(values.min()), float(values.max())
     if low == high:
         return _unusable(values, "empty_image", f"every voxel of the slab is {low:g}")
-    if not (-LARGEST < low and high < LARGEST and high - low > SMALLEST):
-        return _unusable(values, "intensity_range", f"values from {low:g} to {high:g} cannot be interpolated in float32")
-    judged = slice(None) if inside is None or inside.all() else inside
+    if not (low > -LARGEST and high < LARGEST and high - low > SMALLEST):
+        return _unusable(
+            values, "intensity_range", f"values from {low:g} to {high:g} cannot be interpolated in float32"
+        )
+    if inside is not None and (inside.all() or not inside.any()):
+        inside = None
     if INT16.min - 0.5 < low and high < INT16.max + 0.5:
         stored = _on_scale(values, 1.0, 0.0)
-        if steps.are_whole or _range(stored.voxels[judged]) >= LEAST_UNITS:
+        if steps.are_whole or _range(stored.voxels if inside is None else stored.voxels[inside]) >= LEAST_UNITS:
             return stored
+    known = values
+    if inside is not None:
+        known = values[inside]
+        least, most = float(known.min()), float(known.max())
+        if not 2 * least - most <= 0 <= 2 * most - least:
+            low, high = least, most
+            values = np.where(inside, values, min(max(0.0, low), high))
     if steps.step:
         first, last = ((end - steps.origin) / steps.step for end in (low, high))
         first, last = math.floor(first + 1e-3), math.ceil(last - 1e-3)  # within the noise of float64
@@ -148,7 +159,7 @@ def to_int16(values: NDArray[Any], steps: Steps, inside: NDArray[np.bool_] | Non
             shift = 0 if INT16.min <= first and last <= INT16.max else first - INT16.min
             return _on_scale(values, steps.step, steps.origin + shift * steps.step)
     scale, offset = float(np.float32((high - low) / FULL_SCALE)), (high + low) / 2  # a NIfTI's slope is float32
-    spread = float(np.subtract(*np.percentile(values[judged], PERCENTILES[::-1])))
+    spread = float(np.subtract(*np.percentile(known, PERCENTILES[::-1])))
     if spread == 0:
         return _unusable(values, "empty_image", f"percentiles {_BOTH} of the slab are the same")
     if spread < LEAST_UNITS * scale:

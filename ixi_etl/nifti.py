@@ -277,7 +277,9 @@ def _fill(header: Header, head: bytes, packed_size: int) -> None:
         )
     if header.voxel_bytes > MAX_VOLUME_BYTES:
         most = f"{MAX_VOLUME_BYTES >> 20} MiB are the most"
-        raise BadVolumeError("grid_not_modal", f"{header.voxel_bytes} bytes of voxels would take too much memory: {most}")
+        raise BadVolumeError(
+            "grid_not_modal", f"{header.voxel_bytes} bytes of voxels would take too much memory: {most}"
+        )
 
     header.forms = _forms(raw, shape, header.spacing_mm)
     header.use(min(header.forms))

@@ -200,8 +200,8 @@ def _has_volumes_and_motion(table: pd.DataFrame) -> Any:
     for name in ("t1", "t2"):
         complete &= table[f"{name}_member"] != ""
         complete &= table[f"{name}_sha256"].str.fullmatch("[0-9a-f]{64}")
-        complete &= np.isfinite(table[f"{name}_scale"].fillna(np.nan)) & (table[f"{name}_scale"] > 0).fillna(False)
-        complete &= np.isfinite(table[f"{name}_offset"].fillna(np.nan))
+        scale, offset = (table[f"{name}_{c}"].to_numpy("float64", na_value=np.nan) for c in ("scale", "offset"))
+        complete &= np.isfinite(scale) & (scale > 0) & np.isfinite(offset)
     return complete & table["t2_window_start"].notna() & table["t2_window_stop"].notna()
 
 

@@ -28,6 +28,7 @@ from ixi_etl.survey import COLUMNS, modal_depths
 
 CUT = {"t1_sha256": "0" * 64, "t2_sha256": "a" * 64, "t1_p_low": 0, "t1_p_high": 9, "t2_p_low": 0, "t2_p_high": 9}
 CUT |= {"t2_window_start": 55, "t2_window_stop": 75}
+CUT |= {"t1_scale": 1.0, "t1_offset": 0.0, "t2_scale": 0.01, "t2_offset": -3.5}
 
 HEADER_REASONS = ["", "", "", "unreadable", "not_3d", "unsupported_dtype", "bad_affine"]
 
@@ -113,7 +114,7 @@ def test_settled_manifests_keep_the_contract_and_survive_the_csv(table: pd.DataF
     for subject in selected.loc[selected["status"] == "candidate", "subject_id"]:
         if data.draw(st.booleans()):
             low = data.draw(st.floats(-1e4, 1e4))
-            found[subject] = CUT | {"t1_p_low": low, "t1_p_high": low, "affines": [], "flags": 'a, "b"'}
+            found[subject] = CUT | {"t1_p_low": low, "t1_p_high": low + abs(low) + 1, "affines": [], "flags": 'a, "b"'}
         else:
             found[subject] = {"reason": "corrupt_voxels", "detail": "T1: cut short,\nor so"}
     settled = manifest.settle(selected, {s: found.get(s, {"t1_sha256": "0"}) for s in selected["subject_id"]}, config)
@@ -162,7 +163,7 @@ def test_columns_are_in_the_order_of_the_contract() -> None:
     contract = "subject_id site status reason detail split store_row age sex "
     contract += of_volume.format(m="t1") + of_volume.format(m="t2")
     contract += "t2_to_t1_ras_mm motion_mm motion_deg nmi_before nmi_after flags "
-    contract += "t1_gzip_crc32 t2_gzip_crc32"
+    contract += "t1_gzip_crc32 t2_gzip_crc32 t1_scale t1_offset t2_scale t2_offset"
     assert " ".join(IXI.columns) == contract
 
 
@@ -183,6 +184,10 @@ def test_columns_are_in_the_order_of_the_contract() -> None:
         (lambda t: t.assign(t1_sha256=""), "complete"),
         (lambda t: t.assign(t2_member=""), "complete"),
         (lambda t: t.assign(t2_p_high=-1.0), "complete"),
+        (lambda t: t.assign(t1_p_high=t["t1_p_low"]), "complete"),
+        (lambda t: t.assign(t2_scale=0.0), "complete"),
+        (lambda t: t.assign(t1_scale=float("inf")), "complete"),
+        (lambda t: t.assign(t1_offset=float("nan")), "complete"),
         (lambda t: t.assign(t1_p_low=float("nan")), "complete"),
         (lambda t: t.assign(t2_window_stop=""), "complete"),
         (lambda t: t.assign(t2_to_t1_ras_mm="hello"), "complete"),

@@ -18,6 +18,8 @@ from scipy.spatial.transform import Rotation
 from strategies import world_of
 
 from ixi_etl import align, dataset, intensity, manifest, nifti, register
+from ixi_etl import cut as cut_module
+from ixi_etl.align import trilinear
 from ixi_etl.config import DatasetConfig
 from ixi_etl.cut import Job, Part, cut_subject, picture_path
 from ixi_etl.phantom import Scan, grid_affine, pack, rigid, simulate, write_phantom
@@ -135,7 +137,7 @@ def test_motion_is_the_angle_and_the_mean_displacement(angles: tuple[float, ...]
     points = np.random.default_rng(0).normal(0, 50, (200, 3))
     mm, deg = register.motion_of(matrix, points)
     assert deg == pytest.approx(np.degrees(Rotation.from_matrix(matrix[:3, :3]).magnitude()), abs=1e-4)
-    assert mm == pytest.approx(np.linalg.norm(points @ matrix[:3, :3].T + shift - points, axis=1).mean())
+    assert mm == pytest.approx(np.linalg.norm(points @ matrix[:3, :3].T + shift - points, axis=1).mean(), abs=1e-6)
 
 
 # -- what becomes of a pair -------------------------------------------------------------------------------------------
@@ -167,26 +169,75 @@ def test_a_flat_image_is_a_flag_and_a_row(tmp_path: Path) -> None:
     assert (record["reason"], record["flags"]) == ("empty_image", "registration_failed")
 
 
-@pytest.mark.parametrize(
-    ("found", "flag"),
-    [
-        (rigid((0, 0, 0), (16, 0, 0)), "registration_too_far"),
-        (rigid((0, 0, 16), (0, 0, 0)), "registration_too_far"),
-        (register.RegistrationError("all samples map outside"), "registration_failed"),
-        (np.eye(4), "registration_no_gain"),
-    ],
-)
-def test_a_registration_that_cannot_stand_is_undone_and_flagged(
-    found: Any, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def diverge(t1: Any, t2: Any) -> Any:
+def moved_pair(motion: Any, widen: float = 1.6, header: Any = None) -> tuple[bytes, bytes]:
+    """Two contrasts of one head. `motion` takes the T2's world to the T1's; `header` displaces what the T1's says."""
+    head, head_affine = blobs((40, 44, 44), 3), grid_affine((44, 44, 40), (6, 6, 6), "RAS")
+    grid = GRID1 @ np.diag([1, 1, widen, 1])
+    grid[:3, 3] = GRID1[:3] @ [0, 0, 9.5, 1] - grid[:3, :3] @ [0, 0, 9.5]  # k runs from left to right
+    t1 = trilinear(head, np.linalg.inv(head_affine) @ grid, (20, 24, 24))
+    t2 = 2500 - trilinear(head, np.linalg.inv(head_affine) @ motion @ GRID2, (14, 22, 26))
+    return pack(t1.astype("<i2"), grid if header is None else header @ grid), pack(t2.astype("<i2"), GRID2)
+
+
+def cut_with(found: Any, folder: Path, patch: pytest.MonkeyPatch, pair: tuple[bytes, bytes]) -> dict[str, Any]:
+    """The record of a pair whose registration finds just that."""
+
+    def search(t1: Any, t2: Any) -> Any:
         if isinstance(found, Exception):
             raise found
         return found
 
-    monkeypatch.setattr(register, "register", diverge)
-    record = cut(tmp_path, T1, T2)
-    assert record["flags"].split(",")[0] == flag
+    patch.setattr(register, "register", search)
+    return cut(folder, *pair)
+
+
+SHIFTED, TURNED = rigid((0, 0, 0), (6, 0, 0)), rigid((0, 0, 16), (0, 0, 0))
+FAR = rigid((0, 0, 0), (22, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("motion", "widen", "flags", "reason"),
+    [
+        (SHIFTED, 1.6, "", ""),
+        (FAR, 1.6, "large_motion", ""),
+        (TURNED, 1.6, "large_motion", ""),
+        (SHIFTED, 0.92, "registration_leaves_fov", "outside_fov"),
+        (FAR, 1.0, "large_motion,registration_leaves_fov", "outside_fov"),
+    ],
+)
+def test_a_motion_that_makes_the_pair_more_alike_is_kept_whatever_follows(
+    motion: Any, widen: float, flags: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = cut_with(motion, tmp_path, monkeypatch, moved_pair(motion, widen))
+    assert (record["flags"], record.get("reason", "")) == (flags, reason)
+    assert json.loads(record["t2_to_t1_ras_mm"]) == motion.tolist()
+    assert record["nmi_after"] > record["nmi_before"]
+
+
+def test_a_motion_that_brings_the_head_back_into_view_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their headers the two share too little to be compared."""
+    header = rigid((0, 0, 0), (0, 70, 0))
+    record = cut_with(header, tmp_path, monkeypatch, moved_pair(np.eye(4), header=header))
+    assert (record["flags"], record.get("reason")) == ("large_motion", None)
+    assert record["nmi_after"] > 0.2
+
+
+@pytest.mark.parametrize(
+    ("found", "flags"),
+    [
+        (np.eye(4), "registration_no_gain"),
+        (rigid((0, 0, 0), (0.4, 0, 0)), "registration_no_gain"),
+        (SHIFTED, "registration_no_gain,alignment_uncertain"),
+        (TURNED, "registration_no_gain,alignment_uncertain"),
+        (rigid((0, 0, 0), (80, 0, 0)), "registration_no_gain,alignment_uncertain"),  # leaves next to nothing to compare
+        (register.RegistrationError("all samples map outside"), "registration_failed"),
+    ],
+)
+def test_a_motion_that_does_not_is_undone_and_flagged(
+    found: Any, flags: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = cut_with(found, tmp_path, monkeypatch, moved_pair(np.eye(4)))
+    assert record["flags"] == flags
     assert json.loads(record["t2_to_t1_ras_mm"]) == np.eye(4).tolist()
     assert (record["motion_mm"], record["motion_deg"]) == (0, 0)
     assert record["nmi_after"] == record["nmi_before"]
@@ -194,17 +245,18 @@ def test_a_registration_that_cannot_stand_is_undone_and_flagged(
 
 
 def test_similarities_are_compared_on_the_same_voxels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A motion that moves much of the T2 out of the T1's grid must not win by what is left."""
-    monkeypatch.setattr(register, "register", lambda t1, t2: rigid((0, 0, 0), (14.5, 0, 0)))
-    narrow = pack(
-        np.random.default_rng(0).integers(0, 3000, (20, 24, 24)).astype("<i2"), GRID1 @ np.diag([1, 1, 0.85, 1])
-    )
-    noise = pack(np.random.default_rng(1).integers(0, 3000, (14, 22, 26)).astype("<i2"), GRID2)
-    plain = tmp_path / "plain"
-    plain.mkdir()
-    without = cut(plain, narrow, noise, CONFIG.model_copy(update={"registration": "none"}))
-    record = cut(tmp_path, narrow, noise)
-    assert record.get("reason") == without.get("reason")
+    """The part of the head that a motion moves out of the T1's grid must not count for one of the two."""
+    compared = []
+
+    def spy(mask: Any, a: Any, b: Any) -> float:
+        compared.append(mask)
+        return nmi_within(mask, a, b)
+
+    nmi_within = cut_module._nmi_within
+    monkeypatch.setattr(cut_module, "_nmi_within", spy)
+    cut_with(SHIFTED, tmp_path, monkeypatch, moved_pair(SHIFTED, widen=0.92))
+    before, after = compared[-2:]
+    np.testing.assert_array_equal(before, after)
 
 
 def test_search_errors_of_the_library_are_flags() -> None:
