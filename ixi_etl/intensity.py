@@ -18,8 +18,8 @@ PERCENTILES = (0.1, 99.9)
 
 LEAST_UNITS = 256
 """Between the two percentiles of a slab that is rounded to whole units of the scanner: rounding moves no value by over
-1/512 of that range, the width of half a level of 8-bit gray. The 14 real scans of docs/dataset.md, and IXI's own T1s of
-slope 1.68 and 1.84, have 370 to 4,000 units, or whole numbers, which rounding does not change."""
+1/512 of that range, half a level of 8-bit gray. IXI's own T1s of slope 1.68 and 1.84 have 4,000 units; a genuine one
+of slope 1 has 97, but its values are whole numbers, which rounding does not change."""
 
 INT16 = np.iinfo(np.int16)
 FULL_SCALE = 65_000  # steps from the least to the largest value of a slab that has a scale of its own; 65,535 are there
@@ -128,9 +128,9 @@ def to_int16(values: NDArray[Any], steps: Steps, inside: NDArray[np.bool_] | Non
     2. In steps of the scan (of its slope), where there are at most 65,536 of them: not interpolated, it is exact.
     3. In 65,000 equal steps from the least to the largest value, if `LEAST_UNITS` of them lie between the percentiles.
 
-    Where `inside` is given, only those voxels say how much is lost. The others lie outside the scan and are 0; where that
-    is far from all values of the scan, in a slab with a scale of its own, the nearest of these. Nothing is raised: the
-    result says what cannot be used.
+    Where `inside` is given, only those voxels say how much is lost. The others lie outside the scan and are 0; where
+    that is far from all values of the scan, in a slab with a scale of its own, the nearest of these. Nothing is raised:
+    the result says what cannot be used.
     """
     low, high = float(values.min()), float(values.max())
     if low == high:

@@ -32,8 +32,8 @@ FLAGS = {
 """What headers and the comparison of scans can flag; the cut has flags of its own."""
 
 SPACING_TOLERANCE = 0.1
-"""Of the modal spacing. IXI's T2s have slices of 1.20 to 1.28 mm, 4% from the commonest 1.25, and T1s pixels of 0.9375 or
-0.9766 mm, 4% apart; the next that occurs, IXI014's 4.98 mm, makes no slab of 25 mm."""
+"""Of the modal spacing. IXI's T2s have slices of 1.20 to 1.28 mm, 4% from the commonest 1.25, and its T1s pixels of
+0.9375 or 0.9766 mm, 4% apart; the next that occurs, IXI014's 4.98 mm, makes no slab of 25 mm."""
 
 
 def select(

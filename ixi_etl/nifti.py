@@ -276,10 +276,8 @@ def _fill(header: Header, head: bytes, packed_size: int) -> None:
             "unreadable", f"the header claims {header.voxel_bytes} bytes of voxels, of a member of {packed_size} bytes"
         )
     if header.voxel_bytes > MAX_VOLUME_BYTES:
-        most = f"{MAX_VOLUME_BYTES >> 20} MiB are the most"
-        raise BadVolumeError(
-            "grid_not_modal", f"{header.voxel_bytes} bytes of voxels would take too much memory: {most}"
-        )
+        said = f"{header.voxel_bytes} bytes of voxels are too many: {MAX_VOLUME_BYTES >> 20} MiB are the most"
+        raise BadVolumeError("grid_not_modal", said)
 
     header.forms = _forms(raw, shape, header.spacing_mm)
     header.use(min(header.forms))

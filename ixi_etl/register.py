@@ -34,10 +34,10 @@ much as is needed, and no coarser grid gives a tenth of a millimetre. Measured i
 HISTOGRAM_BINS = 48
 NMI_BINS = 64
 NMI_RANGE = (0.5, 99.5)  # percentiles
-# Of a registered pair: more is flagged `large_motion`. The heads of the real pairs of docs/registration.md moved by 0.6
-# to 6 mm and up to MOVED_DEG degrees, and those of IXI by a few millimetres or degrees, as its users report.
+# Of a registered pair: more is flagged `large_motion`. The heads of the real pairs of docs/registration.md moved by 0.5
+# to 5.5 mm and 0.3 to 1.8 degrees, and those of IXI by a few millimetres or degrees, as its users report.
 MAX_MOTION_MM, MAX_MOTION_DEG = 15.0, 15.0
-# Of the kept matrix, whose entries are rounded to 1e-6: 0.1 um at the edge of a head, where the search is good to 50 um.
+# Of the kept matrix: its entries are rounded to 1e-6, or 0.1 um at the edge of a head. The search errs by 50 um.
 MATRIX_BITS = 20
 
 

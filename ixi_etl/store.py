@@ -1,8 +1,9 @@
 """The Zarr v3 group `slices.zarr`: of volumes one slice a chunk and one subject a shard; of small images many.
 
 Legend: N subjects; arrays are [subject, z, y, x] (`anatomical`) or [subject, k, j, i] (`index`), int16; times
-`t1_scale` plus `t1_offset` of their subject they are in the scanner's units. A subject's shard is the same file whatever its row, so subjects are written in any order, by any
-number of workers, and put in their rows when it is known who is used. Images are [image, z, y, x] with one z, uint8.
+`t1_scale` plus `t1_offset` of their subject they are in the scanner's units. A subject's shard is the same file
+whatever its row, so subjects are written in any order, by any number of workers, and put in their rows when it is known
+who is used. Images are [image, z, y, x] with one z, uint8.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def assemble(
 ) -> None:
     """Make the group in `folder`: `shards[row]` and `affines[row]` hold array name -> shard file and 4 x 4 affine.
 
-    `scales[row]` holds array name -> (scale, offset) to the scanner's units; without them these are 1 and 0. Shards are hard-linked where the file system can, else copied.
+    `scales[row]` holds array name -> (scale, offset) to the scanner's units; without them these are 1 and 0. Shards are
+    hard-linked where the file system can, else copied.
     """
     names = list(shards[0])
     given = scales or [dict.fromkeys(names, (1.0, 0.0))] * len(shards)
