@@ -720,3 +720,17 @@ def test_an_input_that_cannot_be_read_does_not_end_the_others(tmp_path: Path, mo
     with pytest.raises(SynthesisError, match=r"1 of 2 inputs could not be used; .*a-T1.nii .*: Permission denied"):
         synthesize.synthesize(identity(), jobs)
     assert (tmp_path / "out" / "b-T2.nii").is_file()
+
+
+@pytest.mark.parametrize("low_high", [(0.0, 1.0), (-0.02, 0.5), (0.0, 250_000.0), (5e6, 5.1e6), (3.0, 1500.0)])
+def test_a_target_s_units_are_kept_however_small_or_large(low_high: tuple[float, float], tmp_path: Path) -> None:
+    grid = grid_affine((24, 24, 24), (2, 2, 2), "RAS")
+    values = head((24, 24, 24), grid)
+    (tmp_path / "a.nii.gz").write_bytes(nifti_of(values, grid))
+    trained = identity(low_high=low_high)
+    made = synthesize.synthesize_volume(trained, values, grid)
+    image = nib.load(synthesize.synthesize_file(trained, tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"))
+    assert image.get_data_dtype() == np.int16
+    low, high = low_high
+    error = 0.5001 if low_high == (3.0, 1500.0) else (high - low) / 60_000
+    assert np.abs(image.get_fdata().T - made.values).max() <= error
