@@ -69,7 +69,8 @@ def test_training_sees_the_same_pictures_and_its_planes_are_in_units(rescaled: R
     for here, there in zip(*(of.normalised(torch.arange(len(of))) for of in pairs), strict=True):
         assert float((here - there).abs().max()) < 0.02
     here, there = (planes.describe(v.folder, of) for v, of in zip((rescaled, published), pairs, strict=True))
-    assert here is not None and there is not None
+    assert here is not None
+    assert there is not None
     assert np.array(here.target_low_high) / UNIT == pytest.approx(there.target_low_high, abs=2)
 
 

@@ -124,7 +124,7 @@ def named() -> dict[str, tuple[str, bytes, str]]:
         "neither sform nor qform": ("T1", changed("T1", (252, [0, 0], "<i2")), "bad_affine"),
         "singular affine": ("T1", changed("T1", (280, [0.0] * 12, "<f4")), "bad_affine"),
         "NaN affine": ("T2", changed("T2", (280, [np.nan] * 12, "<f4")), "bad_affine"),
-        "slope of 10^38": ("T2", changed("T2", (112, [1e38, 0], "<f4")), "outside_fov"),
+        "slope of 10^38": ("T2", changed("T2", (112, [1e38, 0], "<f4")), "intensity_range"),
         "empty file": ("T1", b"", "unreadable"),
         "cut short": ("T2", GOOD["T2"][:5000], "corrupt_voxels"),
     }
