@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (".nii.gz", ".nii")
 SPACING_WARNED, SPACING_REFUSED = 1.5, 8.0
-"""Times the training source's, or a part of it. Warned: T1s of 0.8 mm, and IXI's own of 0.94 x 0.94 x 1.2 mm, are within
-it of each other; clinical slices of 3 mm are not. Refused: nothing real; spacing in other units than mm is."""
+"""Times the training source's, or a part of it. Warned: T1s of 0.8 mm, and IXI's own of 0.94 x 0.94 x 1.2 mm, are
+within it of each other; clinical slices of 3 mm are not. Refused: nothing real; spacing in other units than mm is."""
 DIRECTION = re.compile(r"([A-Za-z0-9_]+)->([A-Za-z0-9_]+)")
 MAX_BEYOND = 0.05  # of the head, outside the planes
 MAX_VOXELS = 1 << 27  # 512 x 512 x 512
