@@ -170,7 +170,7 @@ class _Volume:
             self.header, self.stored = nifti.read(packed)
         except BadVolumeError as error:
             raise BadVolumeError(error.reason, f"{modality}: {error.detail}") from error
-        self.voxels_sha256 = hashlib.sha256(self.stored.view(np.uint8)).hexdigest()
+        self.voxels_sha256 = hashlib.sha256(self.stored.view(np.uint8).data).hexdigest()
         self._move_to_zero()
 
     @property

@@ -369,7 +369,10 @@ def _read(source: Path) -> bytes:
 
 
 def _to_int16(values: NDArray[np.float32], low: float, high: float) -> tuple[NDArray[np.int16], float, float]:
-    """Voxels, slope and intercept of values from `low` to `high`; whole units where these are fine enough. Reuses `values`."""
+    """Voxels, slope and intercept of values from `low` to `high`; whole units where these are fine enough.
+
+    Works in `values`, as these are large.
+    """
     slope, intercept = 1.0, 0.0
     if high - low < LEAST_UNITS or low < INT16.min or high > INT16.max:
         slope, intercept = (float(np.float32(x)) for x in ((high - low) / FULL_SCALE, (high + low) / 2))
