@@ -1,5 +1,10 @@
-"""`python -m flows` is `ixi-etl`."""
+"""The command `ixi-etl`, and `python -m flows`."""
 
-from flows.cli import main
+import signal
 
-main()
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # no trace of what is being imported; `main` has a handler of its own
+
+from flows.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    main()
