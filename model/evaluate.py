@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from torch import Tensor
 from ixi_etl.files import Progress, silent, to_json, write_atomic
 from ixi_etl.intensity import otsu_threshold
 from model import checkpoint, data, metrics
+from model.checkpoint import CheckpointError
 from model.config import TrainConfig
 from model.data import Pairs
 from model.learner import build_generator, generator_weights
@@ -34,6 +35,16 @@ MEASURES = ("psnr", "ssim", "mae")
 NORMALISATION = "slab percentiles 0.1 and 99.9 to [0, 1], clipped"
 BINS = 256
 BATCH = 16  # slices at a time
+MUST_AGREE = ("dataset", "direction", "side")
+"""Of a run and of weights that are evaluated in it: other weights may have been trained on its test subjects."""
+
+
+class Evaluation(NamedTuple):
+    """What was measured: see `summarise` and `compare`; `name` is that of the files in the run, without suffix."""
+
+    summary: pd.DataFrame
+    comparison: pd.DataFrame
+    name: str
 
 
 def generated_by(generator: UNetGenerator, *, dropout: bool = False) -> Method:
@@ -165,35 +176,64 @@ def load_generator(path: Path, device: str | torch.device = "cpu") -> tuple[UNet
     return place(generator, device).eval(), config, facts["step"]
 
 
+def check_same_data(weights: Path, config: TrainConfig, run: TrainConfig) -> None:
+    """Raise `CheckpointError` unless the weights were trained, with `config`, on the data of the run."""
+    unlike = [name for name in MUST_AGREE if getattr(config, name) != getattr(run, name)]
+    if unlike:
+        said = ", ".join(f"{name} {getattr(config, name)}, not {getattr(run, name)}" for name in unlike)
+        raise CheckpointError(f"{weights} is of another training ({said}); evaluate it in a run of its own")
+
+
+def name_of(split: str, weights: Path | None, dropout: bool) -> str:
+    """What the files of an evaluation are called; `weights` are None where they are the run's own generator.
+
+    All others have their digest in the name, so that no evaluation replaces one of something else.
+    """
+    parts = ["evaluation", split]
+    if weights is not None:
+        parts += [weights.stem, checkpoint.digest_of(weights)[:8]]
+    return "-".join(parts + (["dropout"] if dropout else []))
+
+
 def evaluate(
     run: Path,
     version: Path,
-    weights: Path,
+    config: TrainConfig,
+    generator: Path,
     *,
+    weights: Path | None = None,
     split: str = "test",
     device: str = "cpu",
     dropout: bool = False,
     progress: Progress = silent,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Measure the generator in `weights` on a split; write `evaluation-<split>.csv` and `.json` into `run`.
+) -> Evaluation:
+    """Measure `generator`, or the one in `weights`, on a split; write `<name>.csv` and `.json` into `run`.
 
     The CSV has a row for each subject, method and mask; the JSON the means, standard deviations and paired differences.
+    `config` is the run's. The name is `evaluation-<split>` for the run's own generator, see `name_of` for others.
 
-    Returns:
-        (summary, comparison), see `summarise` and `compare`.
+    Raises:
+        CheckpointError: the weights are missing or damaged, or were trained on other data than the run.
+        DatasetError: the version is damaged, or has nobody in the split.
     """
-    generator, config, step = load_generator(weights, device)
+    if weights is not None and weights.resolve() == generator.resolve():
+        weights = None
+    measured = weights or generator
+    network, trained, step = load_generator(measured, device)
+    check_same_data(measured, trained, config)
+    name = name_of(split, weights, dropout)
     pairs = data.load(version, split, config.direction, device)
-    methods = {GENERATED: generated_by(generator, dropout=dropout)}
+    methods = {GENERATED: generated_by(network, dropout=dropout)}
     methods |= baselines(data.load(version, "train", config.direction, device))
     table = measure(pairs, methods, progress)
     table.insert(1, "split", split)
     table = table.assign(normalisation=NORMALISATION, data_range=metrics.DATA_RANGE)
     summary, comparison = summarise(table), compare(table)
-    write_atomic(run / f"evaluation-{split}.csv", table.to_csv(index=False))
+    write_atomic(run / f"{name}.csv", table.to_csv(index=False))
     facts: dict[str, Any] = {
         "split": split,
-        "weights": weights.name,
+        "weights": measured.name,
+        "weights_sha256": checkpoint.digest_of(measured),
         "step": step,
         "dropout": dropout,
         "dataset": config.dataset,
@@ -204,5 +244,5 @@ def evaluate(
         "summary": json.loads(summary.to_json(orient="records")),
         "comparison": json.loads(comparison.to_json(orient="records")),
     }
-    write_atomic(run / f"evaluation-{split}.json", to_json(facts))
-    return summary, comparison
+    write_atomic(run / f"{name}.json", to_json(facts))
+    return Evaluation(summary, comparison, name)

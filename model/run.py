@@ -21,7 +21,6 @@ from functools import partial
 from importlib.metadata import version as installed
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import distributed
 
@@ -34,6 +33,7 @@ from model import evaluate, mirror
 from model.checkpoint import CheckpointError
 from model.config import SIDES, TrainConfig
 from model.data import check_side, parse_direction
+from model.evaluate import Evaluation
 from model.report import write_report
 from model.train import GENERATOR, TrainingError, nothing, train, under_torchrun
 
@@ -182,12 +182,14 @@ def _hardware(device: str) -> dict[str, str | int]:
 @disk_errors_in_a_line()
 def evaluate_run(
     run: Run, *, split: str = "test", weights: Path | None = None, dropout: bool = False, progress: Progress = silent
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Evaluate the best generator, or that of another checkpoint; (summary, comparison), see `model.evaluate`."""
-    tables = evaluate.evaluate(
+) -> Evaluation:
+    """Evaluate the best generator, or that of another checkpoint: see `model.evaluate.evaluate`."""
+    done = evaluate.evaluate(
         run.folder,
         run.version,
-        weights or run.generator,
+        run.config,
+        run.generator,
+        weights=weights,
         split=split,
         device=run.config.device,
         dropout=dropout,
@@ -195,7 +197,7 @@ def evaluate_run(
     )
     write_report(run.folder)
     run.keep()
-    return tables
+    return done
 
 
 def find_run(root: str | Path, name: str, scratch: Path | None = None) -> Path:

@@ -19,14 +19,14 @@ from conftest import SMALL_NETWORKS  # noqa: E402
 from flows.cli import main  # noqa: E402
 from ixi_etl import dataset  # noqa: E402
 from ixi_etl.publish import Refreshed  # noqa: E402
-from model import data, evaluate, metrics  # noqa: E402
+from model import checkpoint, data, evaluate, metrics  # noqa: E402
 from model.checkpoint import CheckpointError  # noqa: E402
 from model.config import TrainConfig  # noqa: E402
 from model.data import Pairs  # noqa: E402
 from model.evaluate import GENERATED, MAPPING, MEAN_TARGET, SOURCE  # noqa: E402
 from model.learner import Learner  # noqa: E402
 from model.networks import UNetGenerator  # noqa: E402
-from model.run import evaluate_run, open_run, prepare, train_run  # noqa: E402
+from model.run import Run, evaluate_run, open_run, prepare, train_run  # noqa: E402
 from model.train import validate  # noqa: E402
 
 
@@ -219,6 +219,80 @@ def test_a_run_is_measured_by_subject_with_what_was_measured_beside_each_number(
     assert facts["step"] == 2
     mean = table[(table["method"] == SOURCE) & (table["mask"] == "whole")]["psnr"].mean()
     assert next(r for r in facts["summary"] if r["method"] == SOURCE)["psnr_mean"] == pytest.approx(mean)
+
+
+@pytest.fixture
+def evaluated(trained: Path) -> Run:
+    """The run `a`, evaluated on the training split as its own figures."""
+    run = open_run(trained, "a")
+    evaluate_run(run, split="train")
+    return run
+
+
+def evaluations(run: Run) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.folder.glob("evaluation-*")}
+
+
+def saved_with(run: Run, path: Path, **config: Any) -> Path:
+    """The run's generator as if it had been trained otherwise."""
+    tensors, facts = checkpoint.load(run.generator)
+    checkpoint.save(path, tensors, facts | {"config": facts["config"] | config})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"dataset": "ixi-t1-t2@ffffffffffff"}, "dataset ixi-t1-t2@ffffffffffff, not ixi-t1-t2@"),
+        ({"direction": "t2->t1"}, "direction t2->t1, not t1->t2"),
+        ({"side": 64}, "side 64, not 32"),
+    ],
+)
+def test_weights_of_another_training_are_refused_with_what_differs(
+    config: dict[str, Any], said: str, evaluated: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = evaluations(evaluated)
+    other = saved_with(evaluated, tmp_path / "other.safetensors", **config)
+    if "side" in config:  # such weights have other shapes, which is not what is tested
+        monkeypatch.setattr(evaluate.checkpoint, "require", lambda *_: None)
+        monkeypatch.setattr(UNetGenerator, "load_state_dict", lambda *_: None)
+    with pytest.raises(CheckpointError, match="is of another training") as error:
+        evaluate_run(evaluated, split="train", weights=other)
+    assert said in str(error.value)
+    with pytest.raises(CheckpointError, match="is of another training"):  # also as if it were the run's own
+        evaluate.evaluate(evaluated.folder, evaluated.version, evaluated.config, other, split="train")
+    assert evaluations(evaluated) == before
+
+
+def test_other_weights_and_dropout_are_filed_under_names_of_their_own(evaluated: Run, tmp_path: Path) -> None:
+    before = evaluations(evaluated)
+    (saved,) = checkpoint.found(evaluated.folder / "checkpoints")
+    like = saved_with(evaluated, tmp_path / "generator.safetensors", seed=7)  # of the same data, with another seed
+    names = [
+        evaluate_run(evaluated, split="train", weights=weights, dropout=dropout).name
+        for weights, dropout in ((saved.path, False), (like, False), (like, True), (None, True))
+    ]
+    assert names == [
+        f"evaluation-train-step-00000002-{checkpoint.digest_of(saved.path)[:8]}",
+        f"evaluation-train-generator-{checkpoint.digest_of(like)[:8]}",
+        f"evaluation-train-generator-{checkpoint.digest_of(like)[:8]}-dropout",
+        "evaluation-train-dropout",
+    ]
+    after = evaluations(evaluated)
+    assert after.keys() == before.keys() | {f"{name}.{form}" for name in names for form in ("csv", "json")}
+    assert {name: after[name] for name in before} == before
+    assert json.loads(after[f"{names[1]}.json"])["weights_sha256"] == checkpoint.digest_of(like)
+    own = evaluate_run(evaluated, split="train", weights=evaluated.generator)
+    assert own.name == "evaluation-train"  # named or not, it is the same
+
+
+def test_weights_without_facts_are_refused(evaluated: Run, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    bare = tmp_path / "bare.safetensors"
+    save_file(checkpoint.load(evaluated.generator)[0], bare)
+    with pytest.raises(CheckpointError, match=r"bare\.safetensors is damaged or no checkpoint of this project"):
+        evaluate_run(evaluated, split="train", weights=bare)
 
 
 def test_weights_that_are_not_there_or_damaged_are_named(trained: Path, tmp_path: Path) -> None:
