@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +41,22 @@ class _Facts(BaseModel):
     step: int = Field(ge=0)
     config: dict[str, Any]
     validation: dict[str, float]
+    processes: int | None = Field(None, ge=1)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the header says. `validation` is empty where there was nothing to validate on."""
+    """What the header says.
+
+    `validation` is empty where there was nothing to validate on. `processes` is how many trained together; a
+    checkpoint that does not say so was written before that was recorded: its random states tell (`newest_whole`).
+    """
 
     path: Path
     step: int
     config: dict[str, Any]
     validation: dict[str, float]
+    processes: int | None = None
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -126,6 +132,12 @@ def read_facts(path: Path) -> dict[str, Any]:
     return _parsed(path, said)
 
 
+def digest_of(path: Path) -> str:
+    """The SHA-256 in the header of a file that `save` wrote: of its tensors and facts."""
+    with safe_open(path, framework="pt") as file:
+        return str((file.metadata() or {})["sha256"])
+
+
 def _parsed(path: Path, said: str) -> dict[str, Any]:
     try:
         return _Facts.model_validate_json(said).model_dump()
@@ -181,7 +193,7 @@ def found(folder: Path) -> list[Checkpoint]:
     for path in sorted(folder.glob("step-*.safetensors")):
         try:
             facts = read_facts(path)
-            good.append(Checkpoint(path, facts["step"], facts["config"], facts["validation"]))
+            good.append(Checkpoint(path, facts["step"], facts["config"], facts["validation"], facts["processes"]))
         except CheckpointError as error:
             log.warning("%s; it is passed over", error)
     return good
@@ -191,7 +203,9 @@ def newest_whole(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | None:
     """The newest checkpoint that is whole, and its tensors; None if there is none."""
     for checkpoint in reversed(found(folder)):
         try:
-            return checkpoint, load(checkpoint.path)[0]
+            tensors = load(checkpoint.path)[0]
+            processes = sum(name.startswith("random.cpu.") for name in tensors)
+            return replace(checkpoint, processes=checkpoint.processes or processes), tensors
         except CheckpointError as error:
             log.warning("%s; an older one is used", error)
     return None

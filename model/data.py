@@ -119,7 +119,12 @@ def load(folder: Path, split: str, direction: str | None = None, device: str | t
         Thread(target=read_ahead, args=(files,), daemon=True).start()
 
     def ranges(name: str) -> Tensor:
-        return torch.from_numpy(chosen[[f"{name}_p_low", f"{name}_p_high"]].to_numpy(dtype=np.float32)).to(device)
+        low_high = chosen[[f"{name}_p_low", f"{name}_p_high"]].to_numpy(dtype=np.float32, na_value=np.nan)
+        usable = np.isfinite(low_high).all(axis=1) & (low_high[:, 0] < low_high[:, 1])
+        for subject, (low, high) in zip(chosen["subject_id"][~usable], low_high[~usable], strict=True):
+            said = f"{folder}: the {name} of {subject} cannot be normalised, its percentiles are {low:g} and {high:g}"
+            raise DatasetError(f"{said}; make the version again: `{dataset.COMMANDS[facts['name']]}`")
+        return torch.from_numpy(low_high).to(device)
 
     def memory(name: str) -> Tensor:
         """Room for the slabs of an array.

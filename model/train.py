@@ -5,20 +5,17 @@
     torchrun --nproc-per-node 4 -m flows train --preset gpu         # on four GPUs
 
 A run lies in `<root>/runs/<run id>/`: config.json, metrics.csv, validation.csv, tensorboard/, samples/, checkpoints/,
-and at the end generator.safetensors, the best generator. SIGTERM and Ctrl-C save and stop; `--resume` goes on.
+and at the end generator.safetensors, the best generator. SIGTERM, SIGHUP and Ctrl-C save and stop; `--resume` goes on.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -26,6 +23,7 @@ from torch import Tensor, distributed
 from ixi_etl import dataset
 from ixi_etl.errors import IxiError, StoppedError
 from ixi_etl.files import Progress, silent
+from ixi_etl.signals import catch_signals
 from model import checkpoint, data, evaluate, planes, samples
 from model.checkpoint import CheckpointError
 from model.config import TrainConfig
@@ -64,8 +62,9 @@ def train(
 
     Raises:
         TrainingError: the loss is not finite, or memory is short.
-        StoppedError: on SIGTERM or SIGINT, after saving.
-        CheckpointError: `run` holds a training already and `resume` is not set, or one of another configuration.
+        StoppedError: on SIGTERM, SIGINT or SIGHUP, after saving.
+        CheckpointError: `run` holds a training already and `resume` is not set, or one of another configuration or
+            another number of processes.
     """
     device = torch.device(config.device)
     if device.type == "cpu":
@@ -75,7 +74,7 @@ def train(
             torch.cuda.set_device(device)  # what names no device, as a graph's stream, is then of this one
         torch.backends.cudnn.benchmark = True  # batches of one shape: it tries its algorithms once
     rank, processes = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-    there = _to_go_on_from(run, config, resume)
+    there = _to_go_on_from(run, config, processes, resume)
     if there is None:
         on_begun()
     pairs = data.load(version, "train", config.direction, device)
@@ -88,14 +87,14 @@ def train(
     sampled = {round((n + 1) * config.steps / config.samples) for n in range(config.samples)}
 
     smaller = f"batch_size {config.batch_size // 2}" if config.batch_size > 1 else "a smaller width or side"
-    with _out_of_memory_in_a_line(f"at batch_size {config.batch_size}", smaller), _told_to_stop() as came:
+    with _out_of_memory_in_a_line(f"at batch_size {config.batch_size}", smaller), catch_signals() as received:
         for step in range(start, config.steps):
             first = (step * processes + rank) * config.batch_size
             losses = learner.step(*data.draw(pairs, config, first), config.lr_at(step))
 
             done = step + 1
             progress("train", done, config.steps, "steps")
-            ends, stopping = done == config.steps, _agreed(came)
+            ends, stopping = done == config.steps, _agreed(received)
             if logbook is not None:
                 logbook.add(losses)
                 if done % config.log_every == 0 or ends:
@@ -111,16 +110,16 @@ def train(
                     with logbook.aside():
                         # Asked to stop, there may be seconds left before the kill: save, and do not validate.
                         found = validate(learner, validated) if validated is not None and not stopping else {}
-                        facts = config.model_dump(mode="json")
+                        facts = {"step": done, "config": config.model_dump(mode="json"), "validation": found}
                         path = checkpoint.path_of(run / "checkpoints", done)
-                        checkpoint.save(path, tensors, {"step": done, "config": facts, "validation": found})
+                        checkpoint.save(path, tensors, facts | {"processes": processes})
                         checkpoint.prune(run / "checkpoints", config.keep)
                     logbook.validation(done, found)
                     with logbook.aside():
                         on_saved()
-            if stopping and not ends:
+            if stopping or (ends and received):  # the signal may have come while the last checkpoint was saved
                 said = f"stopped at step {done} of {config.steps} and saved in {run}; --resume goes on"
-                raise StoppedError(said, stopping)
+                raise StoppedError(said, stopping or received[0])
     if logbook is not None:
         logbook.close()
         keep_best(run, config, planes.describe(version, pairs), dataset.licence_of(version))
@@ -165,7 +164,7 @@ def _held_out(version: Path, config: TrainConfig, pairs: Pairs, device: torch.de
 
 
 def _to_go_on_from(
-    run: Path, config: TrainConfig, resume: bool
+    run: Path, config: TrainConfig, processes: int, resume: bool
 ) -> tuple[checkpoint.Checkpoint, dict[str, Tensor]] | None:
     """The newest whole checkpoint with its tensors; None if there is none."""
     newest = checkpoint.newest_whole(run / "checkpoints")
@@ -174,7 +173,7 @@ def _to_go_on_from(
     if not resume:
         step = newest[0].step
         raise CheckpointError(f"{run} has trained to step {step}; --resume goes on, another --run-id begins anew")
-    check_same(newest[0], config)
+    check_same(newest[0], config, processes)
     return newest
 
 
@@ -185,9 +184,15 @@ def _restore(learner: Learner, there: tuple[checkpoint.Checkpoint, dict[str, Ten
     return there[0].step
 
 
-def check_same(there: checkpoint.Checkpoint, config: TrainConfig) -> None:
-    """Raise `CheckpointError` unless a training with `config` may go on from the checkpoint `there`."""
+def check_same(there: checkpoint.Checkpoint, config: TrainConfig, processes: int = 1) -> None:
+    """Raise `CheckpointError` unless `processes` with `config` may resume from the checkpoint `there`.
+
+    Another number of processes takes other pairs at each step, and draws other random numbers.
+    """
     unlike = config.difference(checkpoint.config_of(there.path, there.config))
+    if there.processes != processes:
+        count = f"{there.processes} processes, not {processes} (torchrun --nproc-per-node)"
+        unlike = ", ".join(filter(None, [unlike, count]))
     if unlike:
         raise CheckpointError(
             f"{there.path} has another configuration ({unlike}); set the same, or give another --run-id"
@@ -204,9 +209,9 @@ def _check_finite(losses: Tensor, tensors: Mapping[str, Tensor], step: int, run:
             raise TrainingError(f"{what} not finite at step {step}; {last}; try a lower lr, or precision fp32")
 
 
-def _agreed(came: list[int]) -> int:
+def _agreed(received: list[int]) -> int:
     """The signal that this or any other process was sent, or 0: all must stop at the same step, as all wait for all."""
-    number = came[0] if came else 0
+    number = received[0] if received else 0
     if not distributed.is_initialized():
         return number
     everybody = torch.tensor(number)  # on the CPU, so that no GPU is waited for
@@ -224,37 +229,62 @@ def _out_of_memory_in_a_line(when: str, smaller: str) -> Iterator[None]:
         raise TrainingError(f"out of memory {when}; try {smaller}") from error
 
 
-@contextmanager
-def _told_to_stop() -> Iterator[list[int]]:
-    """The signals that came while the block runs, of SIGTERM and SIGINT; only the main thread can listen to them."""
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
+class TorchrunPlace(NamedTuple):
+    """Which of how many processes this one is, and which of those on this machine."""
 
-    def told(number: int, _frame: FrameType | None) -> None:
-        log.warning("%s: saving after this step", signal.Signals(number).name)
-        came.append(number)
+    rank: int
+    processes: int
+    local_rank: int
 
-    before = {number: signal.signal(number, told) for number in (signal.SIGTERM, signal.SIGINT)}
+
+def torchrun_place() -> TorchrunPlace | None:
+    """This process's place among those that `torchrun` started; None where it trains alone.
+
+    Clusters and MPI wrappers set RANK, too, often without the other variables: a single process needs none of them.
+
+    Raises:
+        TrainingError: there are to be several processes, but the variables do not say how they find each other.
+    """
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ.get(name, "") for name in names}
+    said = ", ".join(f"{name}={value or '(unset)'}" for name, value in given.items())
+    advice = "start with torchrun, or unset RANK to train in a single process"
     try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        place = TorchrunPlace(*(int(given[name]) for name in names[:3]))
+        sound = 0 <= place.rank < place.processes and 0 <= place.local_rank < place.processes
+        sound = sound and bool(given["MASTER_ADDR"]) and 0 < int(given["MASTER_PORT"]) < 1 << 16
+    except ValueError:
+        sound = False
+    if not sound:
+        raise TrainingError(f"the environment names no place among several processes ({said}); {advice}")
+    return place
 
 
 @contextmanager
 def under_torchrun(device: str) -> Iterator[str]:
-    """Join the other processes if `torchrun` started this one; the device that is this process's."""
-    if "RANK" not in os.environ:
+    """Join the other processes if `torchrun` started this one; the device that is this process's.
+
+    Raises:
+        TrainingError: the other processes cannot be reached, or there is no GPU for this one.
+    """
+    place = torchrun_place()
+    if place is None:
         yield device
         return
     cuda = device.startswith("cuda")
     if cuda:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if place.local_rank >= torch.cuda.device_count():
+            said = f"there are {torch.cuda.device_count()} GPUs here, and none for process {place.local_rank}"
+            raise TrainingError(f"{said}; start fewer with --nproc-per-node")
+        device = f"cuda:{place.local_rank}"
         torch.cuda.set_device(device)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    except (RuntimeError, ValueError) as error:  # of which torch's DistError is one
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrainingError(f"MASTER_ADDR and MASTER_PORT do not lead to the other processes ({said})") from error
     try:
         yield device
     finally:

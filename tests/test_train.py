@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,7 +32,7 @@ from model.config import PRESETS, TrainConfig, preset  # noqa: E402
 from model.evaluate import load_generator  # noqa: E402
 from model.learner import Learner, build_generator  # noqa: E402
 from model.run import open_run, prepare, train_run  # noqa: E402
-from model.train import TrainingError  # noqa: E402
+from model.train import TrainingError, torchrun_place  # noqa: E402
 
 SMALL = SMALL_NETWORKS | {"batch_size": 2, "steps": 6, "checkpoint_every": 2, "log_every": 2, "samples": 0}
 
@@ -110,7 +111,7 @@ def test_the_configuration_kept_is_of_the_training_and_not_of_one_that_never_beg
     assert json.loads((tmp_path / "runs/a/config.json").read_text())["config"]["seed"] == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])  # SIGINT: test_flow
 def test_told_to_stop_it_saves_and_says_so(root: Path, number: signal.Signals) -> None:
     process = subprocess.Popen(
         command(root, "stopped", steps=100_000, checkpoint_every=90_000, samples=0), stderr=subprocess.PIPE
@@ -233,6 +234,21 @@ def test_a_version_that_names_an_array_that_is_not_there_is_one_line(published: 
         run_of(tmp_path, "a")
 
 
+@pytest.mark.parametrize("percentiles", [(3.0, 3.0), (7.0, 3.0), (float("nan"), 3.0), (1.0, float("inf"))])
+def test_a_subject_that_cannot_be_normalised_is_named(
+    percentiles: tuple[float, float], published: Refreshed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a version that another code made: a refresh excludes such a subject."""
+    facts, table = data.dataset.read_sound(published.folder)
+    first = table.index[table["split"] == "train"][0]
+    table.loc[first, ["t2_p_low", "t2_p_high"]] = percentiles
+    monkeypatch.setattr("model.data.dataset.read_sound", lambda _folder: (facts, table))
+    named = f"the t2 of {table.loc[first, 'subject_id']} cannot be normalised, its percentiles are"
+    with pytest.raises(DatasetError, match=named) as error:
+        data.load(published.folder, "train")
+    assert "\n" not in str(error.value)
+
+
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +282,71 @@ def test_one_of_two_processes_told_to_stop_stops_both_at_the_same_step(root: Pat
     (saved,) = checkpoint.found(root / "runs" / "two" / "checkpoints")
     assert f"stopped at step {saved.step} of 100000 and saved" in said.decode()
     assert b'Traceback (most recent call last):\n  File "/tmp' not in said
+
+
+def test_another_number_of_processes_does_not_resume(root: Path) -> None:
+    """It would take other pairs at each step."""
+    train_run(run_of(root, "a", steps=2))
+    (saved,) = checkpoint.found(root / "runs/a/checkpoints")
+    assert saved.processes == 1
+    tensors, facts = checkpoint.load(saved.path)
+    for told in ({"processes": 2}, {"processes": None}):  # older checkpoints tell by their random states
+        tensors["random.cpu.1"] = tensors["random.cpu.0"].clone()
+        checkpoint.save(saved.path, tensors, facts | told)
+        with pytest.raises(CheckpointError, match=r"another configuration \(2 processes, not 1 \(torchrun"):
+            train_run(run_of(root, "a", steps=4), resume=True)
+    checkpoint.save(saved.path, tensors, facts | {"processes": 1})
+    train_run(run_of(root, "a", steps=4), resume=True)
+
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, None),
+        ({"RANK": "0"}, None),  # of a cluster's prolog, or an MPI wrapper
+        ({"RANK": "3"}, None),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
+        ({"RANK": "", "WORLD_SIZE": "1"}, None),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "WORLD_SIZE": "2"}, None),
+        (TORCHRUN, (1, 2, 1)),
+        (TORCHRUN | {"MASTER_ADDR": ""}, "MASTER_ADDR=(unset)"),
+        (TORCHRUN | {"MASTER_PORT": "x"}, "MASTER_PORT=x"),
+        (TORCHRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999"),
+        (TORCHRUN | {"WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+        (TORCHRUN | {"RANK": "2"}, "RANK=2"),
+        (TORCHRUN | {"RANK": "-1"}, "RANK=-1"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "LOCAL_RANK=(unset), MASTER_ADDR=(unset)"),
+    ],
+)
+def test_several_processes_train_together_only_where_the_environment_says_how(
+    environment: dict[str, str], place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if not isinstance(place, str):
+        assert torchrun_place() == place
+        return
+    with pytest.raises(TrainingError, match=re.escape(place)) as error:
+        torchrun_place()
+    assert "start with torchrun, or unset RANK" in str(error.value)
+
+
+def test_other_processes_that_cannot_be_reached_are_one_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+
+    def unreachable(_backend: str) -> None:  # in earnest it takes minutes
+        raise torch.distributed.DistNetworkError("the client socket has timed out\nwith a trace")
+
+    monkeypatch.setattr("torch.distributed.init_process_group", unreachable)
+    with pytest.raises(TrainingError, match="MASTER_ADDR and MASTER_PORT do not lead to the other processes") as error:
+        train_run(run_of(root, "a"))
+    assert "\n" not in str(error.value)
 
 
 # -- what goes wrong --------------------------------------------------------------------------------------------------
