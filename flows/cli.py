@@ -9,20 +9,21 @@ import logging
 import math
 import os
 import shutil
-import signal
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from flows.output import LOGGERS, Json, Output, Quiet
+from flows.presets import Preset
 from ixi_etl import __version__
 from ixi_etl.errors import ArchiveError, DatasetError, IxiError, StoppedError
 from ixi_etl.extras import require_extra
+from ixi_etl.signals import end_on_signals
 
 if TYPE_CHECKING:
+    from ixi_etl.config import RefreshConfig
     from ixi_etl.publish import Refreshed
 
 app = typer.Typer(
@@ -165,8 +166,9 @@ def refresh(
     offline: Annotated[bool, typer.Option("--offline", help="Use verified archives; ask no server anything.")] = False,
     insecure_host: InsecureHosts = None,
     then_train: Annotated[
-        bool, typer.Option("--then-train", help="Train pix2pix on the version; go on with a training that was stopped.")
-    ] = False,
+        Preset | None,
+        typer.Option(help="Train pix2pix on the version with this preset; resume a training that was stopped."),
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -177,8 +179,6 @@ def refresh(
     if then_train:
         require_extra("train")
     from ixi_etl.config import PRESETS, DatasetConfig, RefreshConfig
-    from ixi_etl.places import is_url
-    from ixi_etl.refresh import find_sources
 
     given = {
         "pairing": pairing,
@@ -207,21 +207,38 @@ def refresh(
         insecure_hosts=tuple(insecure_host or ()),
     )
     say = Output(quiet, as_json)
-    if not is_url(source or ""):
-        find_sources(config)  # a mistake is told at once, and not after Prefect has started
-    refreshed = _run_flow("refresh_dataset", config)
+    refreshed = _refresh(config)
     _tell_version(say, refreshed)
     if then_train:
-        version = f"{config.places.name}@{refreshed.version}"
-        _tell_run(say, _run_flow("train_pix2pix", dataset=version, root=config.root, scratch=config.scratch))
+        settings = {"dataset": f"{config.places.name}@{refreshed.version}"}
+        folder = _train(then_train, settings, config.root, config.scratch, resume=True)
+        if folder is not None:
+            _tell_run(say, folder)
     say.end()
+
+
+def _refresh(config: RefreshConfig) -> Refreshed:
+    """As a flow where a Prefect server is configured, else as the plain function."""
+    from flows.server import is_configured, run_flow
+    from ixi_etl.places import is_url
+    from ixi_etl.refresh import find_sources
+
+    if is_configured():
+        if not is_url(config.source or ""):
+            find_sources(config)  # a mistake is told at once, and not after Prefect has been imported
+        refreshed: Refreshed = run_flow("refresh_dataset", config)
+        return refreshed
+    from flows.progress import show_progress
+    from ixi_etl.refresh import refresh as refresh_plainly
+
+    with show_progress() as progress:
+        return refresh_plainly(config, progress)
 
 
 @app.command()
 def train(
     preset: Annotated[
-        Literal["paper", "digits", "smoke", "gpu"],
-        typer.Option(help="paper: as published. digits: MNIST. smoke: seconds, on a CPU. gpu: large batches."),
+        Preset, typer.Option(help="paper: as published. digits: MNIST. smoke: seconds, on a CPU. gpu: large batches.")
     ] = "paper",
     dataset: Annotated[
         str | None, typer.Option(help="NAME@VERSION.  [default: ixi-t1-t2@latest, digits@latest for digits]")
@@ -243,26 +260,52 @@ def train(
     SIGTERM and Ctrl-C save and stop. For several GPUs: torchrun --nproc-per-node N -m flows train ...
     """
     require_extra("train")
+    say = Output(quiet, as_json)
+    settings = _settings(setting or []) | ({"dataset": dataset} if dataset else {})
+    folder = _train(preset, settings, root, scratch, run_id, resume=resume)
+    if folder is not None:
+        _tell_run(say, folder)
+        say.end()
+
+
+def _train(
+    preset: Preset,
+    settings: dict[str, Any],
+    root: str,
+    scratch: Path | None,
+    run_id: str | None = None,
+    *,
+    resume: bool,
+) -> Path | None:
+    """Train and evaluate; the run's folder, or None in a process of `torchrun` that is not the first.
+
+    As a flow where a Prefect server is configured, else (and under `torchrun`) as the plain functions.
+    """
+    from flows.server import is_configured, run_flow
+
+    if "RANK" not in os.environ and is_configured():
+        given = {"preset": preset, "settings": settings, "root": root, "scratch": scratch, "run": run_id}
+        kept: Path = run_flow("train_pix2pix", **given, resume=resume)
+        return kept
     from flows.progress import show_progress
     from model import run as runs
     from model.config import preset as preset_of
     from model.data import EmptySplitError
+    from model.train import torchrun_place
 
-    say = Output(quiet, as_json)
-    settings = _settings(setting or []) | ({"dataset": dataset} if dataset else {})
     prepared = runs.prepare(root, preset_of(preset, **settings), run_id, scratch)
     log = logging.getLogger("model")
     log.info("run %s on %s", prepared.folder, prepared.config.dataset)
     with show_progress() as progress:
         runs.train_run(prepared, resume=resume, progress=progress)
-        if os.environ.get("RANK", "0") != "0":
-            return
+        place = torchrun_place()
+        if place is not None and place.rank > 0:
+            return None
         try:
             runs.evaluate_run(prepared, progress=progress)
         except EmptySplitError as error:
             log.warning("not evaluated: %s", error)
-    _tell_run(say, prepared.folder)
-    say.end()
+    return prepared.folder
 
 
 def _settings(given: list[str]) -> dict[str, Any]:
@@ -294,7 +337,8 @@ def evaluate(
 ) -> None:
     """Measure a trained generator by subject (PSNR, SSIM, MAE) next to three baselines.
 
-    Writes evaluation-SPLIT.csv (a row for each subject, method and mask) and evaluation-SPLIT.json into the run.
+    Writes evaluation-SPLIT.csv (a row for each subject, method and mask) and evaluation-SPLIT.json into the run; with
+    --weights or --dropout under a name of their own.
     """
     require_extra("train")
     from flows.progress import show_progress
@@ -303,8 +347,9 @@ def evaluate(
     say = Output(quiet, as_json)
     opened = open_run(root, run, scratch)
     with show_progress() as progress:
-        _, comparison = evaluate_run(opened, split=split, weights=weights, dropout=dropout, progress=progress)
-    _tell_run(say, opened.folder, split)
+        done = evaluate_run(opened, split=split, weights=weights, dropout=dropout, progress=progress)
+    comparison = done.comparison
+    _tell_run(say, opened.folder, done.name)
     intervals = comparison[["better_by", "low_95", "high_95"]].itertuples(index=False)
     shown = comparison.assign(better_by=[_with_interval(*row) for row in intervals])
     say.table(
@@ -315,7 +360,7 @@ def evaluate(
     )
     if (comparison["subjects"] < 2).any():
         say.words(f"no intervals: they take two subjects, and split {split} has one")
-    say.lines({"subjects": opened.folder / f"evaluation-{split}.csv"})
+    say.lines({"subjects": opened.folder / f"{done.name}.csv"})
     say.end()
 
 
@@ -337,16 +382,22 @@ def synthesize(
     Beside each output lies a JSON file that says how it came to be.
     """
     require_extra("train")
-    from flows.progress import show_progress
-    from model import synthesize as synthesis
-    from model.run import pick_device
+    from flows.server import is_configured, run_flow
 
     say = Output(quiet, as_json)
-    generator = synthesis.find_generator(root, run, scratch)
-    trained = synthesis.load(generator, pick_device(device), dropout=dropout, seed=seed)
-    jobs = synthesis.plan(inputs, out, trained.direction)
-    with show_progress() as progress:
-        written = synthesis.synthesize(trained, jobs, progress)
+    if is_configured():
+        chosen = {"root": root, "scratch": scratch, "device": device, "dropout": dropout, "seed": seed}
+        written: list[Path] = run_flow("synthesize", run, inputs, out, **chosen)
+    else:
+        from flows.progress import show_progress
+        from model import synthesize as synthesis
+        from model.run import pick_device
+
+        generator = synthesis.find_generator(root, run, scratch)
+        trained = synthesis.load(generator, pick_device(device), dropout=dropout, seed=seed)
+        jobs = synthesis.plan(inputs, out, trained.direction)
+        with show_progress() as progress:
+            written = synthesis.synthesize(trained, jobs, progress)
     say.each("written", written)
     say.end()
 
@@ -531,6 +582,7 @@ def demo(
     """Run the whole job on a small simulated IXI, served over HTTP on this machine: refresh, then a smoke training."""
     require_extra("train")
     from flows.progress import show_progress
+    from flows.server import run_flow, start_server
     from ixi_etl.config import DatasetConfig, RefreshConfig
     from ixi_etl.phantom import write_phantom
     from ixi_etl.serve import serve_folder
@@ -542,56 +594,13 @@ def demo(
     with show_progress() as progress:
         write_phantom(folder / "archives-served", subjects, workers=os.cpu_count() or 1, progress=progress)
     root = str(folder / "ixi-data")
+    start_server(folder / "prefect")
     with serve_folder(folder / "archives-served") as url:
         dataset = DatasetConfig(split_seed=DEMO_SPLIT_SEED)
-        refreshed = _run_flow("refresh_dataset", RefreshConfig(root=root, source=url, dataset=dataset))
+        refreshed = run_flow("refresh_dataset", RefreshConfig(root=root, source=url, dataset=dataset))
     _tell_version(say, refreshed)
-    _tell_run(say, _run_flow("train_pix2pix", preset="smoke", root=root))
+    _tell_run(say, run_flow("train_pix2pix", preset="smoke", root=root))
     say.end()
-
-
-def _run_flow(name: str, *arguments: Any, **parameters: Any) -> Any:
-    """A flow, in process. Prefect starts a server of its own for it if none is configured."""
-    defaults = {
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "60",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_LOGGING_LEVEL": "WARNING",
-        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
-    }
-    for variable, value in defaults.items():
-        os.environ.setdefault(variable, value)
-    from importlib import import_module
-
-    for logger in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(logger).addFilter(_not_a_users_mistake)
-    signal.signal(signal.SIGINT, _stop)
-    try:
-        return getattr(import_module(f"flows.{name}"), name)(*arguments, **parameters)
-    except RuntimeError as error:
-        if "Failed to reach API" not in str(error):
-            raise
-        raise IxiError(f"no Prefect server answers ({error}); start it, or unset PREFECT_API_URL") from error
-
-
-def _stop(_signal: int, _frame: object) -> None:
-    """Ctrl-C: at once. What is on the disk outlives a kill, and Prefect would first want to tell its dead server.
-
-    A terminal sends its Ctrl-C to that server too, which would go on for a while, and may end in a trace.
-    """
-    import psutil
-
-    for child in psutil.Process().children():
-        with suppress(psutil.Error):  # it has ended already
-            child.kill()
-    shown = "\x1b[?25h" if sys.stderr.isatty() else ""  # the cursor, that a progress bar hides
-    os.write(2, f"{shown}\nstopped; the same command goes on from here\n".encode())
-    os._exit(130)
-
-
-def _not_a_users_mistake(record: logging.LogRecord) -> bool:
-    """Prefect logs every exception with its trace; an `IxiError` is said once, by `main`, in one line."""
-    said = record.getMessage()
-    return not (record.exc_info and isinstance(record.exc_info[1], IxiError)) and "Finished in state Failed" not in said
 
 
 def _with_interval(mean: float, low: float, high: float) -> str:
@@ -600,13 +609,13 @@ def _with_interval(mean: float, low: float, high: float) -> str:
     return f"{shown} [{low:.4f}, {high:.4f}]" if math.isfinite(low) and math.isfinite(high) else f"{shown} [-]"
 
 
-def _tell_run(say: Output, folder: Path, split: str = "test") -> None:
+def _tell_run(say: Output, folder: Path, evaluation: str = "evaluation-test") -> None:
     """The table against the baselines, and where the run's things lie."""
     import pandas as pd
 
     from ixi_etl.files import read_json
 
-    facts = read_json(folder / f"evaluation-{split}.json")
+    facts = read_json(folder / f"{evaluation}.json")
     if facts:
         rows = [
             {
@@ -655,9 +664,10 @@ def _tell_version(say: Output, refreshed: Refreshed) -> None:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line; a person's mistake ends in one line and exit status 1."""
-    from pydantic import ValidationError
-
+    """Run the command line. A user-correctable error ends in one line and exit status 1."""
+    if arguments is None:  # in a process of its own
+        end_on_signals()
+        _open_missing_streams()
     atexit.register(gc.freeze)  # else Python looks for garbage once more before it ends: 0.2 s, with pandas in memory
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -665,11 +675,35 @@ def main(arguments: list[str] | None = None) -> Any:
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
         logger.handlers, logger.propagate = [handler], False
+    streams = sys.stdout, sys.stderr
+    status = _run(arguments)
     try:
-        return app(arguments)
+        sys.stdout.flush()
+        if (sys.stdout, sys.stderr) != streams:  # typer takes every broken pipe for one that nobody reads any more
+            sys.stdout, sys.stderr = streams
+            sys.stdout.flush()
+            typer.echo("error: a connection broke off (broken pipe); run the same command again", err=True)
+    except BrokenPipeError:  # of `| head -1`: no error, and Python must not try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        typer.echo(f"error: cannot write the result: {error.strerror or error}", err=True)
+        status = 1
+    sys.exit(status)
+
+
+def _run(arguments: list[str] | None) -> int:
+    """The exit status."""
+    from pydantic import ValidationError
+
+    try:
+        app(arguments)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
     except StoppedError as error:
         typer.echo(str(error), err=True)
-        return sys.exit(128 + error.number)
+        return 128 + error.number
     except IxiError as error:
         typer.echo(f"error: {error}", err=True)
     except OSError as error:
@@ -678,4 +712,11 @@ def main(arguments: list[str] | None = None) -> Any:
         from ixi_etl.config import in_a_line
 
         typer.echo(f"error: {in_a_line(error)}", err=True)
-    return sys.exit(1)
+    return 1
+
+
+def _open_missing_streams() -> None:
+    """A daemon may have closed them (`>&-`); Python then has None, which nothing can be printed to."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115

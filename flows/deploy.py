@@ -4,8 +4,9 @@
 
 It may be run again at any time, and changes only what is its own. `prefect.yaml` takes from the environment where
 things lie: IXI_ROOT (a folder that all workers see, or s3://bucket/prefix; by default `ixi-data`), IXI_SCRATCH (where
-the root is on S3: the folder for archives and unfinished work) and IXI_DASK (the scheduler to cut on; by default none:
-threads of the worker).
+the root is on S3: the folder for archives and unfinished work), IXI_DASK (the scheduler to cut on; by default none:
+threads of the worker) and IXI_PRESET (the preset of the trainings that new versions start; by default `smoke`, as
+nobody may have a GPU: the published recipe, `paper`, has 49,200 steps).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from datetime import timedelta
+from typing import get_args
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -26,8 +28,12 @@ from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
 
+from flows.presets import Preset
+from flows.server import check_server, errors_in_a_line
+from ixi_etl.errors import IxiError
+
 POOLS = {"cpu": "refreshes the dataset", "gpu": "trains"}
-DEFAULTS = {"IXI_ROOT": "ixi-data", "IXI_SCRATCH": "", "IXI_DASK": ""}
+DEFAULTS = {"IXI_ROOT": "ixi-data", "IXI_SCRATCH": "", "IXI_DASK": "", "IXI_PRESET": "smoke"}
 
 MISSED_BEATS = 3
 """A run that was silent for so many heartbeats is lost."""
@@ -78,12 +84,20 @@ async def prepare_server() -> None:
 
 def main() -> None:
     """The command; exit status 1 and one line where no server is configured."""
+    environment = DEFAULTS | {name: value for name, value in os.environ.items() if value or name not in DEFAULTS}
+    if environment["IXI_PRESET"] not in get_args(Preset):
+        sys.exit(f"error: IXI_PRESET is {environment['IXI_PRESET']}; set one of {', '.join(get_args(Preset))}")
     if not get_current_settings().api.url:
         sys.exit("error: no Prefect server is configured; set PREFECT_API_URL to its address (http://host:4200/api)")
-    asyncio.run(prepare_server())
+    try:
+        check_server()
+        with errors_in_a_line():
+            asyncio.run(prepare_server())
+    except IxiError as error:
+        sys.exit(f"error: {error}")
     deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     # Nothing of it is a person's text.
-    sys.exit(subprocess.run(deploy, env=DEFAULTS | os.environ, check=False).returncode)  # noqa: S603  # nosec B603
+    sys.exit(subprocess.run(deploy, env=environment, check=False).returncode)  # noqa: S603  # nosec B603
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Flow `refresh-dataset`: archives in, a published version out. `ixi_etl.refresh` has the stages.
 
-Run it without a server::
+Run it from Python, ``refresh_dataset(RefreshConfig(...))``; on the server that PREFECT_API_URL names::
 
     ixi-etl refresh --source /my/archives
 
-or from Python, ``refresh_dataset(RefreshConfig(...))``.
+or as a deployment. Without a server `ixi-etl refresh` calls `ixi_etl.refresh.refresh`.
 """
 
 from __future__ import annotations
@@ -111,6 +111,9 @@ def refresh_dataset(config: RefreshConfig | None = None) -> Refreshed:
     """Make sure that the dataset version of this configuration and these archives is published.
 
     A version that is new is announced by an event; one that was there already is not.
+
+    Args:
+        config: Where to read and write, how hard to work, and which data to make.
     """
     config = config or RefreshConfig()
     log = get_run_logger()

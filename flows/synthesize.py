@@ -40,11 +40,14 @@ def synthesize(
     """Generate a volume from each input, which may be a file or a folder; the volumes written.
 
     Args:
-        run: a run, the beginning of its name, or `latest`; or the file of a generator.
-        out: a file for a single input, else a folder.
-        root, scratch: where runs lie, see `ixi_etl.places.Places`.
-        device: `auto`, or as torch names it.
-        dropout: leave it on, with noise drawn from `seed`.
+        run: A run, the beginning of its name, or `latest`; or the file of a generator.
+        inputs: NIfTI volumes (.nii, .nii.gz), or folders of them.
+        out: A file for a single input, else a folder.
+        root: Folder, or s3://bucket/prefix, that holds runs.
+        scratch: Where the root is on S3: the folder of this machine to fetch a run into.
+        device: `auto`, the GPU if there is one; else as torch names it.
+        dropout: Leave dropout on, as published.
+        seed: Of dropout's noise.
     """
     generator = synthesis.find_generator(root, run, Path(scratch) if scratch else None)
     trained = synthesis.load(generator, pick_device(device), dropout=dropout, seed=seed)

@@ -14,6 +14,7 @@ from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.artifacts import progress_artifacts, show_run
+from flows.presets import Preset
 from flows.progress import show_progress
 from ixi_etl.files import Progress
 from model import run as runs
@@ -23,8 +24,8 @@ from model.run import Run
 
 
 @task(task_run_name="train {run.folder.name}", cache_policy=NO_CACHE)
-def train(run: Run, progress: Progress) -> Path:
-    return runs.train_run(run, resume=True, progress=progress)
+def train(run: Run, resume: bool, progress: Progress) -> Path:
+    return runs.train_run(run, resume=resume, progress=progress)
 
 
 @task(task_run_name="evaluate {run.folder.name}", cache_policy=NO_CACHE)
@@ -42,21 +43,27 @@ def _run_name() -> str:
 @flow(name="train-pix2pix", flow_run_name=_run_name, persist_result=False)
 def train_pix2pix(
     dataset: str | None = None,
-    preset: str = "paper",
+    preset: Preset = "paper",
     root: str | Path = "ixi-data",
     scratch: str | Path | None = None,
     run: str | None = None,
     settings: dict[str, Any] | None = None,
+    resume: bool = True,
 ) -> Path:
     """Train on a dataset version and evaluate on its test split; where the run is kept.
 
     The version is resolved once, here. A run is named by version and configuration unless `run` names it: one that died
-    goes on from its newest checkpoint, one that has ended is only evaluated again.
+    is resumed from its newest checkpoint, one that has ended is only evaluated again.
 
     Args:
         dataset: NAME@VERSION; by default the latest version of the preset's dataset.
-        preset: paper, digits, smoke or gpu; `settings` go over its fields.
-        root: a folder, or s3://bucket/prefix; then `scratch` is the folder of this machine to work in.
+        preset: paper: as published, 49,200 steps, best on a GPU. digits: MNIST. smoke: a minute on a CPU. gpu: large
+            batches.
+        root: Folder, or s3://bucket/prefix, that holds datasets and runs.
+        scratch: Where the root is on S3: the folder of this machine to work in.
+        run: Name of the run; by default from version and settings.
+        settings: Fields of the configuration, over those of the preset; for example {"steps": 1000}.
+        resume: Resume a run that was stopped; if false, one that has trained already is an error.
     """
     log = get_run_logger()
     named = {"dataset": dataset} if dataset else {}
@@ -64,7 +71,7 @@ def train_pix2pix(
     prepared = runs.prepare(root, config, run, Path(scratch) if scratch else None)
     log.info("run %s trains on %s", prepared.folder, prepared.config.dataset)
     with show_progress() as shown, progress_artifacts(shown) as progress:
-        train(prepared, progress)
+        train(prepared, resume, progress)
         try:
             evaluate(prepared, progress)
         except EmptySplitError as error:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import typer
+from conftest import SMALL_NETWORKS
 from typer.testing import CliRunner
 
 from flows.cli import app, main
+from flows.presets import Preset
 from ixi_etl import __version__, dataset
 from ixi_etl.config import PRESETS, DatasetConfig
 from ixi_etl.publish import Refreshed
@@ -139,13 +143,62 @@ def test_then_train_trains_on_the_version_that_the_refresh_ended_with(
         asked.append((name, parameters))
         return published if name == "refresh_dataset" else tmp_path
 
-    monkeypatch.setattr("flows.cli._run_flow", run_flow)
-    assert run("refresh", "--then-train", "--root", s3_root, "--scratch", str(tmp_path), capsys=capsys)[0] == 0
-    version = f"ixi-t1-t2@{published.version}"
-    assert asked[1:] == [("train_pix2pix", {"dataset": version, "root": s3_root, "scratch": tmp_path})]
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    monkeypatch.setattr("flows.server.run_flow", run_flow)
+    arguments = ("--root", s3_root, "--scratch", str(tmp_path))
+    assert run("refresh", "--then-train", "smoke", *arguments, capsys=capsys)[0] == 0
+    settings = {"dataset": f"ixi-t1-t2@{published.version}"}
+    told = {"preset": "smoke", "settings": settings, "root": s3_root, "scratch": tmp_path, "run": None, "resume": True}
+    assert asked[1:] == [("train_pix2pix", told)]
     asked.clear()
-    assert run("refresh", capsys=capsys)[0] == 0
+    assert run("refresh", *arguments, capsys=capsys)[0] == 0
     assert [name for name, _ in asked] == ["refresh_dataset"]
+
+
+def test_then_train_names_its_preset_of_a_closed_list(capsys: pytest.CaptureFixture[str]) -> None:
+    """49,200 steps do not begin unasked."""
+    for arguments in (["--then-train"], ["--then-train", "smok"]):
+        code, _, said = run("refresh", *arguments, capsys=capsys)
+        assert (code, "--then-train" in said) == (2, True)
+
+
+def test_the_presets_on_the_command_line_are_those_that_there_are() -> None:
+    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
+    from model.config import PRESETS as TRAININGS
+
+    assert set(get_args(Preset)) == TRAININGS.keys()
+
+
+def test_without_a_server_the_plain_functions_run_and_prefect_is_not_imported(
+    published: Refreshed, archives: Path, tmp_path: Path
+) -> None:
+    """Also with no home, behind a proxy, and with a Prefect home that cannot be used."""
+    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/.prefect").write_text("not a folder")
+    root = tmp_path / "root"
+    refresh = ["refresh", "--root", str(root), "--source", str(archives), "--slices", "12", "--registration", "none"]
+    small = [f"--set={name}={value}" for name, value in SMALL_NETWORKS.items()]
+    train = ["train", "--root", str(root), "--run-id", "b", *small, "--set=steps=1"]
+    code = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+from flows.cli import main
+from model import config
+config.PRESETS["smoke"] = {SMALL_NETWORKS | {"steps": 1, "samples": 0}!r}
+for arguments in {[*refresh, "--then-train", "smoke"]!r}, {train!r}:
+    try:
+        main(arguments)
+    except SystemExit as end:
+        assert not end.code, arguments
+assert "prefect" not in sys.modules
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment |= {"HOME": str(tmp_path / "home"), "HTTP_PROXY": "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"version   {published.version}" in done.stdout
+    assert len(list(root.glob("runs/*/generator.safetensors"))) == 2
 
 
 def test_presets_can_be_over_ridden() -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from conftest import config_for
@@ -21,7 +19,6 @@ from ixi_etl.dataset import read_facts, read_manifest
 from ixi_etl.errors import DownloadError
 from ixi_etl.manifest import funnel
 from ixi_etl.publish import Refreshed
-from ixi_etl.refresh import refresh
 from ixi_etl.serve import serve_folder
 
 
@@ -158,57 +155,76 @@ def test_the_command_line_says_a_mistake_in_one_line(tmp_path: Path) -> None:
     )
 
 
-def test_a_prefect_server_that_is_not_there_is_one_line(archives: Path, tmp_path: Path) -> None:
+def runs_of(flow: str) -> int:
+    """How many runs of a flow the server knows."""
+    from prefect import get_client
+    from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+
+    with get_client(sync_client=True) as client:
+        return len(client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=[flow]))))
+
+
+def test_the_command_line_refreshes_without_a_server_and_as_a_flow_where_one_is_configured(
+    published: Refreshed,
+    archives: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["refresh", "--root", str(tmp_path), "--source", str(archives)]
+    arguments += ["--slices", "12", "--registration", "none"]
+    before = runs_of("refresh-dataset")
+    monkeypatch.setenv("PREFECT_API_URL", "")
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert f"version   {published.version}\nstate     published\n" in capsys.readouterr().out
+    assert runs_of("refresh-dataset") == before
+    monkeypatch.setenv("PREFECT_API_URL", api_url())
+    monkeypatch.setattr("logging.raiseExceptions", True)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert f"version   {published.version}\nstate     published before, nothing to do\n" in capsys.readouterr().out
+    assert runs_of("refresh-dataset") == before + 1
+
+
+def api_url() -> str:
+    from prefect.settings import get_current_settings
+
+    return str(get_current_settings().api.url)
+
+
+STOPS = """
+import os, signal, sys
+from flows import cli
+from model.learner import Learner
+step = Learner.step
+def stops(*batch):
+    os.kill(os.getpid(), signal.SIGINT)
+    return step(*batch)
+Learner.step = stops
+sys.argv = ["ixi-etl", *sys.argv[1:]]
+cli.main()
+"""
+
+
+def test_a_training_as_a_flow_saves_and_ends_in_one_line(published: Refreshed, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
+    (tmp_path / "datasets").symlink_to(published.folder.parents[1])
+    settings = [f"--set={name}={value}" for name, value in SMALL.items()]
+    arguments = ["train", "--preset", "smoke", "--root", str(tmp_path), "--run-id", "a", "--quiet", *settings]
     done = subprocess.run(
-        [sys.executable, "-m", "flows", "refresh", "--root", tmp_path / "root", "--source", archives],
+        [sys.executable, "-c", STOPS, *arguments],
         capture_output=True,
         text=True,
-        env=os.environ | {"PREFECT_API_URL": "http://127.0.0.1:9/api"},
+        env=os.environ | {"PREFECT_API_URL": api_url()},
         check=False,
     )
-    assert done.returncode == 1
-    assert "error: no Prefect server answers" in done.stderr.splitlines()[-1]
+    assert done.returncode == 130, done.stderr
+    *_, saving, said = done.stderr.splitlines()
+    assert saving == "SIGINT: saving after this step"
+    assert said.startswith("stopped at step 1 of 2 and saved in")
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.stack  # a server of its own, and a registered refresh after it: half a minute on two cores
-def test_ctrl_c_stops_at_once_and_the_next_run_goes_on(archives: Path, tmp_path: Path) -> None:
-    arguments = ["refresh", "--root", str(tmp_path), "--source", str(archives), "--slices", "12", "--workers", "1"]
-    child = subprocess.Popen(
-        [sys.executable, "-m", "flows", *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    while child.poll() is None and not list(tmp_path.glob("datasets/*/.staging/*/*/IXI*.json")):
-        time.sleep(0.01)
-    os.killpg(child.pid, signal.SIGINT)  # as a terminal does
-    _, said = child.communicate(timeout=60)
-    assert child.returncode == 130
-    assert "stopped; the same command goes on from here" in said
-    assert "Traceback" not in said
-    assert refresh(config_for(tmp_path, archives, registration="rigid")).is_new
-
-
-def test_the_command_line_refreshes_twice(
-    published: Refreshed, archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [
-        "refresh",
-        "--root",
-        str(tmp_path),
-        "--source",
-        str(archives),
-        "--slices",
-        "12",
-        "--registration",
-        "none",
-    ]
-    done = subprocess.run([sys.executable, "-m", "flows", *arguments], capture_output=True, text=True, check=True)
-    assert f"version   {published.version}\nstate     published\n" in done.stdout
-    assert "Traceback" not in done.stderr
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(SystemExit):
-        main(arguments)  # in this process, which has a server already
-    signal.signal(signal.SIGINT, handler)
-    assert f"version   {published.version}\nstate     published before, nothing to do\n" in capsys.readouterr().out
+    assert list(tmp_path.glob("runs/a/checkpoints/step-00000001.safetensors"))
 
 
 SMALL = {"side": 32, "width": 4, "discriminator_width": 4, "discriminator_layers": 1, "steps": 2, "device": "cpu"}
@@ -281,6 +297,18 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(
     assert names["folder"].parent == Path("ixi-data/runs")
     assert [path.name for path in names["written"]] == [member.name.replace("-T1", "-T2")]
     assert names["data"]["t1"].dims == ("subject", "z", "y", "x")
+
+
+def test_every_parameter_of_a_flow_is_described_and_a_preset_is_one_of_a_closed_list() -> None:
+    from flows.presets import Preset
+    from flows.refresh_dataset import refresh_dataset
+    from flows.synthesize import synthesize
+    from flows.train_pix2pix import train_pix2pix
+
+    for flow in (refresh_dataset, synthesize, train_pix2pix):
+        for name, field in flow.parameters.properties.items():
+            assert field.get("description"), f"{flow.name}: {name} has no description on the server's page"
+    assert train_pix2pix.parameters.properties["preset"]["enum"] == list(get_args(Preset))
 
 
 def test_every_flow_has_help_and_stands_in_the_readme_and_in_the_deployments() -> None:

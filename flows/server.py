@@ -1,0 +1,265 @@
+"""The Prefect server: whether one is configured, one of a command's own, and flows that run on it.
+
+Whatever goes wrong with it ends in a `ServerError`, one line that names the setting.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from flows import temporary_server
+from ixi_etl import signals
+from ixi_etl.errors import IxiError
+
+SETTINGS = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "ixi_etl,model",  # to the server's page
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # progress comes from threads that know no run
+    # An exception ends the command, which prints it; Prefect would print each twice more, with traces.
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",
+}
+"""Of the flows that a command runs, where the environment has no others."""
+
+START_TIMEOUT = "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"
+START_S = 180.0  # 10 to 27 s were seen, and far more on a busy machine
+ANSWER_S = 15.0
+
+
+class ServerError(IxiError):
+    """A Prefect server does not answer, or not as it should."""
+
+
+# -- is there one -----------------------------------------------------------------------------------------------------
+
+
+def is_configured() -> bool:
+    """Whether Prefect's settings name a server.
+
+    Prefect takes seconds to import, so it is asked only where one of the files that it reads may name one.
+
+    Raises:
+        ServerError: Prefect cannot read its settings.
+    """
+    if "PREFECT_API_URL" in os.environ:
+        return bool(os.environ["PREFECT_API_URL"])  # empty: none, whatever a profile says
+    home = os.environ.get("PREFECT_HOME") or os.path.expanduser("~/.prefect")
+    profiles = os.environ.get("PREFECT_PROFILES_PATH") or os.path.join(home, "profiles.toml")
+    if not any(map(_may_name_a_server, (".env", "prefect.toml", "pyproject.toml", profiles))):
+        return False
+    with errors_in_a_line(), warnings.catch_warnings(record=True) as found:
+        from prefect.settings import get_current_settings
+
+        url = get_current_settings().api.url
+    for warning in found:  # a file of profiles that is no TOML
+        logging.getLogger("ixi_etl").warning("%s", warning.message)
+    return bool(url)
+
+
+def _may_name_a_server(path: str) -> bool:
+    try:
+        text = Path(path).read_text(errors="replace").lower()
+    except OSError:
+        return False
+    if path == "pyproject.toml" and "tool.prefect" not in text:
+        return False
+    return ("api" in text and "url" in text) or "profiles_path" in text
+
+
+# -- one of our own ---------------------------------------------------------------------------------------------------
+
+
+def start_server(home: Path) -> None:
+    """Start a server on loopback that ends with this process, and have this process's flows run on it.
+
+    Its settings, database and log are in `home`; those of the user, and proxies, are left out of account.
+
+    Raises:
+        ServerError: it does not start.
+    """
+    import httpx
+
+    home.mkdir(parents=True, exist_ok=True)
+    home, log = home.resolve(), home.resolve() / "server.log"
+    limit = float(os.environ.get(START_TIMEOUT) or START_S)
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+    password = f"ixi-etl:{secrets.token_urlsafe()}"  # others may be logged in on this machine
+    for name in [n for n in os.environ if n.startswith("PREFECT_") or n.lower().endswith("_proxy")]:
+        del os.environ[name]
+    os.environ |= {
+        "PREFECT_HOME": str(home),
+        "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
+        "PREFECT_API_URL": url,
+        "PREFECT_API_AUTH_STRING": password,
+        "NO_PROXY": "127.0.0.1,localhost",  # and so no proxy of the system's settings either
+    }
+    _ensure_home(home)
+    server = {
+        "PREFECT_SERVER_API_AUTH_STRING": password,
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home}/prefect.db",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_UI_ENABLED": "false",
+        "PREFECT__SERVER_EPHEMERAL": "1",
+    }
+    with log.open("wb") as output:
+        process = subprocess.Popen(  # noqa: S603  # nosec B603 - nothing of it is a person's text
+            [sys.executable, "-P", temporary_server.__file__, str(listener.fileno())],
+            stdin=subprocess.PIPE,  # stays open for as long as this process lives
+            stdout=output,
+            stderr=output,
+            cwd=home,  # another prefect.toml or .env is none of its business
+            env={**os.environ, **server},
+            pass_fds=[listener.fileno()],
+            start_new_session=True,  # a Ctrl-C in the terminal is for this process, which still needs its server
+        )
+    listener.close()
+    _end_with_this_process(process)
+    try:  # the connection waits in the socket's queue until the server is there
+        httpx.get(f"{url}/health", timeout=limit, trust_env=False).raise_for_status()
+    except httpx.TimeoutException as error:
+        said = f"Prefect's server did not start in {limit:.0f} s ({START_TIMEOUT}); {log} may say why"
+        raise ServerError(said) from error
+    except httpx.HTTPError as error:
+        raise ServerError(f"Prefect's server did not start ({error}); {log} says why") from error
+
+
+def _end_with_this_process(process: subprocess.Popen[bytes]) -> None:
+    """Registered before Prefect is imported, so called after Prefect has sent what it still had to send."""
+    import atexit
+
+    def end() -> None:
+        process.kill()
+        process.wait()
+
+    signals.at_end.append(process.kill)
+    atexit.register(end)
+
+
+def _ensure_home(home: Path) -> None:
+    """Prefect cannot be imported by a user without a home folder, as in containers."""
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = str(home)
+
+
+# -- flows ------------------------------------------------------------------------------------------------------------
+
+
+def run_flow(name: str, *arguments: Any, **parameters: Any) -> Any:
+    """Run the flow `flows.<name>.<name>` in this process, on the server that is configured.
+
+    Raises:
+        ServerError: it does not answer, or not as it should.
+    """
+    for variable, value in SETTINGS.items():
+        os.environ.setdefault(variable, value)
+    logging.raiseExceptions = False  # Prefect prints a trace where its server takes no log
+    # Nothing is kept there; a home that is read-only will do.
+    warnings.filterwarnings("ignore", message="Failed to create the Prefect home directory")
+    with errors_in_a_line():
+        check_server()
+        return getattr(import_module(f"flows.{name}"), name)(*arguments, **parameters)
+
+
+def check_server() -> None:
+    """Ask the configured server something, once: a flow would try again and again.
+
+    Raises:
+        ServerError: it does not answer, or not as it should.
+    """
+    with errors_in_a_line():
+        from prefect.client.orchestration import get_client
+        from prefect.settings import (
+            PREFECT_API_REQUEST_TIMEOUT,
+            PREFECT_CLIENT_MAX_RETRIES,
+            get_current_settings,
+            temporary_settings,
+        )
+
+    url = get_current_settings().api.url
+    once = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: ANSWER_S}
+    try:
+        with temporary_settings(once), get_client(sync_client=True) as client:
+            client.raise_for_api_version_mismatch()
+            client.read_flows(limit=1)
+    except Exception as error:
+        other = f"{_without_password(str(url))} does not answer as a Prefect server; {ADDRESS}"
+        raise ServerError(_explain(error) or other) from error
+
+
+ADDRESS = "set PREFECT_API_URL to its address (http://host:4200/api), or unset it to run without a server"
+
+
+@contextmanager
+def errors_in_a_line() -> Iterator[None]:
+    """Translate what Prefect raises over its settings and its server to `ServerError`."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, IxiError) or not (line := _explain(error)):
+            raise
+        raise ServerError(line) from error
+
+
+def _explain(error: BaseException) -> str:
+    """What is wrong with the server or the settings; empty where neither is what is wrong."""
+    chain: list[BaseException] = []
+    while error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__ or error
+    lines = (_explain_one(link) for link in chain)
+    return _without_password(next(filter(None, lines), ""))
+
+
+def _explain_one(error: BaseException) -> str:
+    module, said = type(error).__module__.partition(".")[0], (str(error).splitlines() or [""])[0]
+    if type(error).__name__ in ("SettingsError", "ProfileSettingsValidationError"):
+        return f"Prefect's settings cannot be read: {said}"
+    if isinstance(error, RuntimeError) and "home directory" in said:
+        return "Prefect needs a home folder; set HOME to one, or unset PREFECT_API_URL to run without a server"
+    if "Can't locate revision" in str(error):
+        return _explain_database()
+    if isinstance(error, RuntimeError) and "incompatible versions" in said:
+        return f"{said} Install the server's version of Prefect, or {ADDRESS}"
+    if "ephemeral Prefect API server" in said:
+        return f"Prefect's server did not start in time; raise {START_TIMEOUT}"
+    if module != "httpx" and not module.startswith("prefect"):
+        return ""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    try:
+        url = str(error.request.url)  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):
+        url = os.environ.get("PREFECT_API_URL", "the configured server")
+    if status in (401, 403):
+        setting = "PREFECT_API_KEY" if "prefect.cloud" in url else "PREFECT_API_AUTH_STRING (user:password)"
+        return f"the Prefect server refuses the password ({url} answers {status}); set {setting}"
+    if status is not None:
+        return f"{url} answers {status}, not as a Prefect server; {ADDRESS}"
+    if module == "httpx":
+        proxy = any(os.environ.get(n) for n in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "HTTPS_PROXY"))
+        through = "; there is a proxy, which NO_PROXY can exempt it from" if proxy else ""
+        return f"no Prefect server answers at {url} ({said or type(error).__name__}); start it, or {ADDRESS}{through}"
+    return ""
+
+
+def _explain_database() -> str:
+    from prefect.settings import get_current_settings
+
+    database = get_current_settings().home / "prefect.db"
+    return f"the Prefect database {database} is of another version of Prefect; move it away, or set PREFECT_HOME"
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/@\s]*@", "//", text)
