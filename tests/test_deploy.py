@@ -78,6 +78,22 @@ def test_the_training_waits_for_the_event_that_the_refresh_emits(monkeypatch: py
     assert emitted["payload"] == {"version": "0123456789ab", "root": "s3://b/x"}
 
 
+def test_the_preset_of_the_hand_over_is_chosen_and_is_a_small_one_where_nobody_chose(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A worker without a GPU does not begin 49,200 steps unasked."""
+    from flows import deploy
+
+    assert DEPLOYMENTS["train-pix2pix"]["parameters"]["preset"] == "{{ $IXI_PRESET }}"
+    assert deploy.DEFAULTS["IXI_PRESET"] == "smoke"
+    assert SERVICES["deploy"]["environment"]["IXI_PRESET"] == "${IXI_PRESET:-smoke}"
+    assert "\nIXI_PRESET=smoke\n" in ENV_EXAMPLE
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    monkeypatch.setenv("IXI_PRESET", "smok")
+    with pytest.raises(SystemExit, match="IXI_PRESET is smok; set one of paper, digits, smoke, gpu"):
+        deploy.main()
+
+
 def test_a_run_is_lost_only_after_several_heartbeats() -> None:
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
@@ -97,6 +113,19 @@ def test_deploying_without_a_server_is_one_line() -> None:
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: no Prefect server is configured; set PREFECT_API_URL")
+
+
+def test_deploying_to_a_server_that_does_not_answer_is_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.deploy"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PREFECT_API_URL": "http://127.0.0.1:9/api"},
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no Prefect server answers at http://127.0.0.1:9/api")
+    assert done.stderr.count("\n") == 1
 
 
 # -- containers -------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.stack
 
 BUCKET = "ixi"
 ROOT = f"s3://{BUCKET}/root"
-TRAINING = {"steps": 4, "width": 4, "discriminator_width": 4, "samples": 1, "device": "cpu"}
+TRAINING = {"side": 64, "steps": 4, "width": 4, "discriminator_width": 4, "samples": 1, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
