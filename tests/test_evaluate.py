@@ -23,7 +23,7 @@ from model import checkpoint, data, evaluate, metrics  # noqa: E402
 from model.checkpoint import CheckpointError  # noqa: E402
 from model.config import TrainConfig  # noqa: E402
 from model.data import Pairs  # noqa: E402
-from model.evaluate import GENERATED, MAPPING, MEAN_TARGET, SOURCE  # noqa: E402
+from model.evaluate import GENERATED, MAPPING, MEAN_TARGET, SOURCE, Evaluation  # noqa: E402
 from model.learner import Learner  # noqa: E402
 from model.networks import UNetGenerator  # noqa: E402
 from model.run import Run, evaluate_run, open_run, prepare, train_run  # noqa: E402
@@ -158,7 +158,9 @@ def test_the_command_shows_a_dash_for_the_interval_of_one_subject(
 ) -> None:
     row = {"subject_id": "a", "mask": "whole", "psnr": 1.0, "ssim": 1.0, "mae": 1.0}
     comparison = evaluate.compare(pd.DataFrame([row | {"method": GENERATED}, row | {"method": SOURCE}]))
-    monkeypatch.setattr("model.run.evaluate_run", lambda *_, **__: (None, comparison))
+    monkeypatch.setattr(
+        "model.run.evaluate_run", lambda *_, **__: Evaluation(comparison, comparison, "evaluation-test")
+    )
     command = ["evaluate", "a", "--root", str(trained)]
     for form in ([], ["--json"]):
         with pytest.raises(SystemExit) as ended:
