@@ -18,7 +18,7 @@ from types import FrameType
 
 log = logging.getLogger(__name__)
 
-GRACE_S = 10.0
+GRACE_S = 5.0
 """How long a command may take to end after a training has saved: its Prefect server may no longer answer."""
 
 at_end: list[Callable[[], None]] = []
