@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ixi_etl.errors import IxiError
+from ixi_etl.errors import IxiError, redacted
 from ixi_etl.places import Places, expanded, refuse_secret
 
 SPLITS = ("train", "val", "test")
@@ -62,10 +62,11 @@ def nearest(name: str, known: Sequence[str]) -> str | None:
 
 
 def in_a_line(error: ValidationError) -> str:
-    """What is wrong with which field."""
-    return "; ".join(
+    """What is wrong with which field. What was given is repeated only where a message does, never a URL's secret."""
+    wrong = (
         f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}".lstrip(": ") for e in error.errors()
     )
+    return redacted("; ".join(wrong))
 
 
 def _no_password(place: str) -> str:

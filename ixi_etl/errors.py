@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
+import re
+
+_URL = re.compile(r"""([A-Za-z][A-Za-z0-9+.-]+:/+)([^\s'"<>]+)""")
+
+
+def redacted(text: str) -> str:
+    """`text` without what URLs in it may keep secret: user names, passwords, keys, queries and fragments."""
+    return _URL.sub(lambda url: url[1] + _redacted_rest(url[1].lower(), url[2]), text)
+
+
+def _redacted_rest(scheme: str, rest: str) -> str:
+    if scheme == "file:///":
+        return rest
+    host, slash, path = rest.partition("/")
+    # A key may hold a slash itself (s3://KEY:SEC/RET@bucket): then what looks like the host cannot be one.
+    is_host = r"[a-z0-9._-]*" if scheme.startswith("s3") else r"[^:]*(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?"
+    if "@" in host:
+        rest = "***" + host[host.rindex("@") :] + slash + path
+    elif "@" in path and not re.fullmatch(is_host, re.split("[?#]", host)[0]):
+        rest = "***" + rest[rest.rindex("@") :]
+    return re.sub(r"([?#])[^?#].*?([:;,.)\]]*)$", r"\1***\2", rest)
+
 
 class IxiError(Exception):
-    """Something a person can mend; the message is one line that says what, where and what to do."""
+    """Something a person can mend; the message is one line that says what, where and what to do.
+
+    URLs in the message are redacted, as others' errors, which it may quote, hold links that are signed.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class DownloadError(IxiError):

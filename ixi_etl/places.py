@@ -10,11 +10,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import unquote
 
 import fsspec
 from fsspec.callbacks import Callback
 
-from ixi_etl.errors import IxiError
+from ixi_etl.errors import IxiError, redacted
 
 if TYPE_CHECKING:
     from ixi_etl.files import Progress
@@ -31,10 +32,17 @@ def refuse_secret(where: str | Path | None) -> None:
     """What a person gives stands in logs, parameters and `latest.json`, and in what is said of a mistake in it.
 
     Raises:
-        IxiError: it is a URL with a password or a key, however it is written; the message does not repeat it.
+        IxiError: it is a URL with a password, a key, a query or a fragment, however it is written; the message does
+            not repeat it.
     """
-    if re.search(r"(?i)[a-z0-9+.-]+:/+[^/]*@", str(where)):
-        raise IxiError("a URL with a password or a key in it; put those into ~/.netrc, or of S3 into the environment")
+    text = re.sub(r"[\s'\"<>]", "_", str(where))
+    for _ in range(4):  # it may be percent-encoded, even more than once
+        if redacted(text) != text or re.match(r"(//)?[^/@:]{2,}:(?!/)[^@]*@", text):  # the latter without a scheme
+            raise IxiError(
+                "a URL with a password or a key in it; put those into ~/.netrc, or of S3 into the environment "
+                "(what follows ? or # counts as a key: leave it out, or download such a link by other means)"
+            )
+        text = unquote(text)
 
 
 def expanded(where: str | Path) -> Path:
