@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import tarfile
@@ -11,10 +12,16 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from ixi_etl.errors import ArchiveError, IxiError
 
 MAX_MEMBER_BYTES = 256 << 20  # of an IXI archive about 9 MB; a member is read whole, and several at once
+MAX_FILE = 1 << 40  # bytes of an archive; what is said to hold more is no archive
+# The zeros at the end fill the last record: 20 blocks where tar is told nothing, up to 2048 where it is.
+_RECORD, _MAX_RECORD = 20 * tarfile.BLOCKSIZE, 2048 * tarfile.BLOCKSIZE
+logging.getLogger("fsspec.http").setLevel(logging.WARNING)  # it logs URLs of redirects, which are often signed
+
 _KINDS = {
     tarfile.SYMTYPE: "a symbolic link",
     tarfile.LNKTYPE: "a hard link",
@@ -81,9 +88,10 @@ def index_archive(
     """
     members = []
     try:
-        if os.path.exists(location) and not os.path.isfile(location):  # a pipe, or a link to a device, has no end
-            raise ArchiveError(f"{location} is not a regular file; give a --source that has one of this name")
         filesystem, path = fsspec.url_to_fs(location, **_over_http(location, insecure_hosts))
+        wrong = no_file(filesystem, path)
+        if wrong:
+            raise ArchiveError(f"{location} is {wrong}; give a --source that has a tar archive of this name")
         if location.startswith("https://") and filesystem.info(path).get("url", "").startswith("http://"):
             raise ArchiveError(f"{location} leads from https to http, which anybody on the way can change")
         # tarfile looks at the byte before a header first; what it then reads, and the head, come with that.
@@ -96,6 +104,8 @@ def index_archive(
             for info in tar:
                 if info.size < 0:  # a PAX header may say so, too
                     raise tarfile.ReadError(f"a member of {info.size} bytes at byte {info.offset}")
+                if not info.name:  # zeros in the place of a long name
+                    raise tarfile.ReadError(f"a member without a name at byte {info.offset}")
                 if info.isdir():
                     continue
                 problem = "" if info.isreg() and not info.issparse() else _KINDS.get(info.type, "not a regular file")
@@ -109,10 +119,7 @@ def index_archive(
                     raise tarfile.ReadError(f"cut short in the member at byte {info.offset}")
                 members.append(Member(name, info.offset_data, info.size, problem, head))
                 on_member(min(1.0, (info.offset_data + info.size) / end))
-            # tarfile takes a damaged header for the end of the archive; the end is a block of zeros.
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"damaged or cut short at byte {tar.offset}, after {len(members)} members")
+            _check_end(file, tar.offset, end, f"after {len(members)} members")
             on_member(1.0)
     except FileNotFoundError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error.__cause__):
@@ -124,10 +131,50 @@ def index_archive(
         raise ArchiveError(f"{location} is not a tar archive that can be read ({error}); fetch it again") from error
     except IxiError:
         raise
-    except Exception as error:  # each kind of store has its own
+    except Exception as error:  # each kind of store has its own; they quote URLs, so none is shown with its trace
         said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ArchiveError(f"cannot read {location}: {escaped(said)}") from error
+        raise ArchiveError(f"cannot read {location}: {escaped(said)}") from None
     return members
+
+
+def no_file(filesystem: Any, path: str) -> str:
+    """What is there in place of a file with bytes and an end; "" where there is one, or nothing at all.
+
+    Pipes, devices and files of the kernel, and links to them, would be waited for without end.
+    """
+    if not isinstance(filesystem, LocalFileSystem) or not os.path.exists(path):
+        return ""
+    if not os.path.isfile(path):
+        return "not a regular file"
+    size = os.path.getsize(path)  # in /proc it is 0, whatever comes out
+    return "an empty file" if size == 0 else f"a file of {size:.3g} bytes" if size > MAX_FILE else ""
+
+
+def _check_end(file: Any, at: int, end: int, where: str) -> None:
+    """Whether an archive ends at byte `at`, where tarfile stopped: there is a block of zeros, and no more but padding.
+
+    tarfile takes a damaged header for the end, and a hole that a download left, too. What stands behind a hole is not
+    read: members inside it would have no row. Nor is a second archive, which looks the same (`cat a.tar b.tar`).
+
+    Raises:
+        tarfile.ReadError: it does not.
+    """
+    left = end - at
+    file.seek(at)
+    tail = file.read(min(left, _MAX_RECORD + 2 * tarfile.BLOCKSIZE))
+    if tail[: tarfile.BLOCKSIZE] != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"damaged or cut short at byte {at}, {where}")
+    zeros = len(tail) - len(tail.lstrip(b"\0"))
+    if zeros < len(tail):
+        raise tarfile.ReadError(
+            f"its end is marked at byte {at}, {where}, but other bytes follow from byte {at + zeros}: a hole that a "
+            "download left, or two archives in one file"
+        )
+    records = [_RECORD, *(size for n in range(12) if end % (size := tarfile.BLOCKSIZE << n) == 0)]
+    if left >= max(records) + 2 * tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(
+            f"its end is marked at byte {at}, {where}, but {left} bytes follow: a download that did not end"
+        )
 
 
 def _over_http(location: str, insecure_hosts: Collection[str]) -> dict[str, Any]:

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from servers import Host, serve
 
 from ixi_etl.archive import index_archive, read_member
 from ixi_etl.errors import ArchiveError
+from ixi_etl.survey import survey
 
 names = st.text(
     st.characters(codec="utf-8", exclude_characters="\0/", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=300
@@ -137,15 +139,19 @@ def test_headers_without_end_before_a_member_are_one_clear_line(tmp_path: Path) 
         index_archive(str(path))
 
 
-@pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_what_has_no_end_is_one_clear_line(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "a.tar"
-    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
-    with pytest.raises(ArchiveError, match=r"a\.tar is not a regular file"):
-        index_archive(str(path))
+@pytest.mark.parametrize("form", ["{}", "file://{}"])
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "device", "kernel"])
+def test_what_has_no_end_is_one_clear_line(tmp_path: Path, kind: str, form: str) -> None:
+    path, target = tmp_path / "a.tar", tmp_path / "b"
+    if kind.endswith("pipe"):
+        os.mkfifo(target if kind.startswith("link") else path)
+    if kind != "pipe":
+        path.symlink_to({"device": "/dev/zero", "kernel": "/proc/self/clear_refs"}.get(kind, target))
+    with pytest.raises(ArchiveError, match=r"a\.tar is (not a regular|an empty) file; give a --source"):
+        index_archive(form.format(path))
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>" * 500, b"\0" * 100])
+@pytest.mark.parametrize("content", [b"<html>" * 500, b"\0" * 100])
 def test_what_is_no_tar_is_one_clear_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(content)
@@ -161,3 +167,93 @@ def test_an_unknown_protocol_is_one_clear_line() -> None:
 def test_a_missing_archive_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match="is not there, or cannot be reached"):
         index_archive(str(tmp_path / "a.tar"))
+
+
+# -- how an archive ends ----------------------------------------------------------------------------------------------
+
+TEN = [f"IXI{n:03d}-Guys-{n:04d}-T1.nii.gz" for n in range(10)]
+STRIDE = 10_240 + 512  # bytes of a member with its header
+
+
+@pytest.fixture(scope="module")
+def ten(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """An archive of ten members, none of whose bytes is 0."""
+    members = [(tarfile.TarInfo(name), bytes([n + 1]) * 10_240) for n, name in enumerate(TEN)]
+    return tar_of(tmp_path_factory.mktemp("ten") / "ten.tar", members, tarfile.GNU_FORMAT).read_bytes()
+
+
+def hole(data: bytes, start: int, stop: int) -> bytes:
+    return data[:start] + bytes(stop - start) + data[stop:]
+
+
+ENDS_WRONG = {
+    "two archives joined": (lambda ten: ten + ten, 10 * STRIDE, "other bytes follow from byte 112640"),
+    "a download that did not end": (lambda ten: hole(ten, 4 * STRIDE, len(ten)), 4 * STRIDE, "bytes follow"),
+    "... in a member": (lambda ten: hole(ten, 4 * STRIDE + 999, len(ten)), 5 * STRIDE, "bytes follow"),
+    "... nor began": (lambda ten: bytes(len(ten)), 0, "bytes follow"),
+    "a hole over headers": (lambda ten: hole(ten, 3 * STRIDE - 9, 6 * STRIDE + 600), 3 * STRIDE, "other bytes follow"),
+    "a hole over one header": (lambda ten: hole(ten, 3 * STRIDE, 3 * STRIDE + 512), 3 * STRIDE, "other bytes follow"),
+    "a hole over whole members": (lambda ten: hole(ten, 2 * STRIDE, 7 * STRIDE), 2 * STRIDE, "other bytes follow"),
+    "a hole at the start": (lambda ten: hole(ten, 0, 4096), 0, "other bytes follow from byte 4096"),
+    "a hole of megabytes": (lambda ten: ten[:STRIDE] + bytes(3 << 20) + ten[STRIDE:], STRIDE, "bytes follow"),
+    "zeros, then another file": (lambda ten: ten + b"<html>", 10 * STRIDE, "other bytes follow from byte 112640"),
+    "a last byte that is none": (lambda ten: ten[:-1] + b"x", 10 * STRIDE, "other bytes follow from byte 112639"),
+    "zeros without end": (lambda ten: ten + bytes(5 << 20), 10 * STRIDE, "bytes follow"),
+    "other bytes at once": (lambda ten: ten[: 10 * STRIDE] + b"x" * 600, 10 * STRIDE, "damaged or cut short"),
+    "no mark of the end": (lambda ten: ten[: 10 * STRIDE], 10 * STRIDE, "damaged or cut short"),
+    "half a mark": (lambda ten: ten[: 10 * STRIDE + 100], 10 * STRIDE, "damaged or cut short"),
+}
+
+
+@pytest.mark.parametrize("what", ENDS_WRONG)
+def test_members_behind_the_end_are_never_lost_in_silence(what: str, ten: bytes, tmp_path: Path) -> None:
+    change, at, said = ENDS_WRONG[what]
+    path = tmp_path / "a.tar"
+    path.write_bytes(change(ten))
+    with pytest.raises(ArchiveError, match=r"a\.tar is not a tar archive that can be read") as caught:
+        index_archive(str(path))
+    assert f"byte {at}, after {at // STRIDE} members" in str(caught.value)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("zeros", [512, 1024, 1024 + 7, 1024 + 3000, 10_240, 10_752])
+def test_an_archive_may_end_in_any_few_zeros(zeros: int, ten: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(ten[: 10 * STRIDE] + bytes(zeros))
+    assert [m.name for m in index_archive(str(path))] == TEN
+
+
+@pytest.mark.parametrize("record", [32 << 10, 64 << 10, 1 << 20])
+def test_an_archive_may_have_records_as_tapes_have(record: int, ten: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(ten[: 10 * STRIDE])
+    os.truncate(path, -(-(10 * STRIDE + 1024) // record) * record)
+    assert [m.name for m in index_archive(str(path))] == TEN
+
+
+@pytest.mark.parametrize(("start", "stop"), [(512, STRIDE), (512, 600), (STRIDE - 5000, STRIDE)])
+def test_a_hole_in_a_member_s_bytes_leaves_its_row(start: int, stop: int, ten: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(hole(ten, 4 * STRIDE + start, 4 * STRIDE + stop))
+    table = survey({"T1": str(path)}).set_index("member")
+    assert list(table.index) == TEN
+    assert table.loc[TEN[4], "reason"] == "unreadable"
+
+
+def test_a_long_name_of_which_zeros_came_is_not_the_name_of_nobody(tmp_path: Path) -> None:
+    path = tar_of(tmp_path / "a.tar", [(tarfile.TarInfo("long" * 50), b"x")], tarfile.GNU_FORMAT)
+    path.write_bytes(hole(path.read_bytes(), 512, 1024))
+    with pytest.raises(ArchiveError, match="a member without a name at byte 0"):
+        index_archive(str(path))
+
+
+def test_the_end_of_an_archive_elsewhere_costs_one_request_and_no_download(ten: bytes) -> None:
+    with serve(Host(ten)) as host:
+        assert [m.name for m in index_archive(host.url)] == TEN
+        asked = len(host.asked)
+        assert asked <= len(TEN) + 4
+    with serve(Host(ten[:STRIDE] + bytes(50 << 20) + ten[STRIDE:])) as host:
+        with pytest.raises(ArchiveError, match=f"byte {STRIDE}, after 1 members, but .* bytes follow"):
+            index_archive(host.url)
+        assert sum(a.sent for a in host.asked) < 2 << 20
+        assert len(host.asked) <= asked
