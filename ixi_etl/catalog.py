@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from ixi_etl.errors import ArchiveError
 from ixi_etl.places import expanded, is_url, refuse_secret
 
 MODALITIES = ("T1", "T2")
-SCHEMES = ("http", "https", "s3", "file")  # of the URLs that a person's own files may lie at
+SCHEMES = ("http", "https", "s3")  # of the URLs that a person's own files may lie at
 
 LICENCE = "CC BY-SA 3.0 (https://creativecommons.org/licenses/by-sa/3.0/)"
 CREDIT = (
@@ -44,13 +47,18 @@ class Source:
 
     Attributes:
         name: the name it gets on disk, for example `IXI-T1.tar`.
-        urls: where it is served, in the order to try; a single path or URL for a person's own file.
+        urls: where it is served, in the order to try; a single path or URL for a person's own file. They are logged
+            and recorded, so none may hold a secret.
         md5: what its MD5 must be, or None where nobody has said.
     """
 
     name: str
     urls: tuple[str, ...]
     md5: str | None
+
+    def __post_init__(self) -> None:
+        for url in self.urls:
+            refuse_secret(url)
 
     @property
     def over_http(self) -> bool:
@@ -80,7 +88,7 @@ def own_archives(source: str) -> dict[str, str]:
     other modality is taken from beside it.
     """
     place = _absolute(source)
-    if place.endswith(".tar"):
+    if place.endswith(".tar") and not os.path.isdir(place):
         folder, _, name = place.rpartition("/")
         modality = modality_of(name)
         if modality is None:
@@ -90,14 +98,19 @@ def own_archives(source: str) -> dict[str, str]:
 
 
 def _absolute(place: str) -> str:
-    """A folder or URL without its last slash; a folder from the root of the file system.
+    """A file, folder or URL without its last slash; a path, or file:// URL, from the root of the file system.
 
     Raises:
         IxiError: it is neither, or has a password in it.
     """
     refuse_secret(place)
+    local = re.fullmatch("file://(?:localhost)?(/.*)", place)
+    if local:
+        place = unquote(local[1])
     if not is_url(place):
-        return str(expanded(place).resolve()).rstrip("/")
+        path = expanded(place)
+        # Stores that keep files by their hash link to them, so the name of a tar is the link's own.
+        return str(path.parent.resolve() / path.name if path.suffix == ".tar" else path.resolve()).rstrip("/")
     if place.partition("://")[0] not in SCHEMES or not place.isprintable():
         raise ArchiveError(f"cannot read {place!r}: give a folder, or a URL of http, https or s3, as --source")
     try:
@@ -114,10 +127,45 @@ def modality_of(tar_name: str) -> str | None:
 
 
 def basename(place: str) -> str:
-    return (urlsplit(place).path if is_url(place) else place).rpartition("/")[2]
+    return (unquote(urlsplit(place).path) if is_url(place) else place).rpartition("/")[2]
 
 
-def parse_md5sums(text: str) -> dict[str, str]:
-    """File name -> MD5, from the output of `md5sum`; lines that are none are passed over."""
-    found = re.findall(r"^([0-9a-fA-F]{32})\s+\*?(?:\S*/)?(\S+)\s*$", text, re.MULTILINE)
-    return {name: digest.lower() for digest, name in found}
+_MD5SUM = re.compile(r"(?P<escaped>\\?)(?P<md5>[0-9a-f]{32})\s+\*?(?P<name>\S.*)", re.IGNORECASE)
+_BSD = re.compile(r"(?P<escaped>\\?)MD5 ?\((?P<name>.+)\) ?= ?(?P<md5>[0-9a-f]{32})", re.IGNORECASE)
+
+
+def parse_md5sums(data: bytes) -> list[tuple[str, str]]:
+    """(name, MD5) of each line as md5sum, BSD's md5 or openssl write them, in UTF-8 or UTF-16; other lines are skipped.
+
+    Names are as they stand there, with their folders, but for the escapes of md5sum.
+    """
+    found = []
+    for line in re.split("[\r\n]+", data.decode(json.detect_encoding(data), "replace")):
+        match = _MD5SUM.fullmatch(line.strip()) or _BSD.fullmatch(line.strip())
+        if match:
+            name = match["name"]
+            if match["escaped"]:
+                name = re.sub(r"\\([\\nr])", lambda char: {"n": "\n", "r": "\r"}.get(char[1], char[1]), name)
+            found.append((name, match["md5"].lower()))
+    return found
+
+
+def md5_of(name: str, listed: Iterable[tuple[str, str]]) -> str | None:
+    """The MD5 that a list says of the file `name` beside it, or None where it does not say.
+
+    A line with just that name counts before those that have a folder before it, and those before another case.
+
+    Raises:
+        ArchiveError: lines contradict each other.
+    """
+    for of in (
+        lambda text: text.removeprefix("./"),
+        lambda text: re.split(r"[/\\]", text)[-1],
+        lambda text: re.split(r"[/\\]", text)[-1].casefold(),
+    ):
+        digests = {md5 for text, md5 in listed if of(text) == of(name)}
+        if len(digests) > 1:
+            raise ArchiveError(f"its lines for {name} contradict each other")
+        if digests:
+            return digests.pop()
+    return None

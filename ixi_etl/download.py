@@ -17,9 +17,9 @@ from pathlib import Path
 import fsspec
 import httpx
 
-from ixi_etl.archive import escaped, index_archive
-from ixi_etl.catalog import Source, archive_name, basename, own_archives, parse_md5sums
-from ixi_etl.errors import ArchiveError, DownloadError
+from ixi_etl.archive import escaped, index_archive, no_file
+from ixi_etl.catalog import Source, archive_name, basename, md5_of, own_archives, parse_md5sums
+from ixi_etl.errors import ArchiveError, DownloadError, IxiError, redacted
 from ixi_etl.files import Progress, read_json, silent, to_json, write_atomic
 from ixi_etl.places import is_url
 from ixi_etl.transfer import (
@@ -36,7 +36,7 @@ from ixi_etl.transfer import (
     open_client,
     probe,
     retried,
-    text_of,
+    small_file,
     validator_of,
 )
 
@@ -134,7 +134,8 @@ def find_remote(source: Source, insecure_hosts: tuple[str, ...] = ()) -> Remote:
     for url in source.urls:
         try:
             with open_client(insecure_hosts, 1) as client:
-                offer = retried(lambda: probe(client, url, source))  # noqa: B023 - called at once
+                offer = retried(url, lambda: probe(client, url, source))  # noqa: B023 - called at once
+                offer = replace(offer, judged=False)  # the MD5 is of the whole archive
                 if not offer.ranges or offer.validator is None:  # no MD5 will find a mix of two archives
                     raise UnusableError("gives no byte ranges that can be trusted; fetch the whole archives")
                 return Remote(source, offer)
@@ -165,7 +166,7 @@ def fetch_members(
     path, offer = folder / f"{remote.source.name}.members", remote.offer
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open_client(insecure_hosts, connections) as client, Part(path, offer, False, members) as part:
+        with open_client(insecure_hosts, connections) as client, Part(path, offer, members) as part:
             chosen = [part.segments[index] for index in wanted]
             part.needed = sum(stop - start for _, start, stop in chosen)
             part.check_disk()
@@ -185,26 +186,71 @@ def fetch_members(
 
 
 def own_sources(place: str, *, offline: bool = False, insecure_hosts: tuple[str, ...] = ()) -> dict[str, Source]:
-    """Modality -> a person's own archive, with the MD5 that an `MD5SUMS` beside it says, if there is one."""
+    """Modality -> a person's own archive, with the MD5 that an `MD5SUMS` beside it says, if there is one.
+
+    Raises:
+        DownloadError: an archive is not there; or MD5SUMS is, or may be, and does not say the MD5 of each archive.
+    """
     places = own_archives(place)
     for path in places.values():
         if not is_url(path) and not Path(path).exists():
             raise _not_there(path)
-    sums: dict[str, str] = {}
     beside = places["T1"].rpartition("/")[0] + "/MD5SUMS"
-    if not beside.startswith(("http://", "https://")):
-        with suppress(Exception):  # each kind of store has its own; what ails it is said when the archive is read
-            filesystem, path = fsspec.url_to_fs(beside)
-            if filesystem.isfile(path):  # a pipe would be waited for
-                sums = parse_md5sums(filesystem.cat_file(path, end=MAX_TEXT).decode("utf-8", "replace"))
-    elif not offline:
-        try:
-            with open_client(insecure_hosts, 1) as client:
-                sums = parse_md5sums(retried(lambda: text_of(client, beside)))
-        except UnusableError as error:
-            if error.transient:
-                log.warning("%s: %s; going on unchecked", beside, error)
-    return {m: Source(archive_name(m), (p,), sums.get(basename(p))) for m, p in places.items()}
+    try:
+        data = _md5sums(beside, offline, insecure_hosts)
+        listed = parse_md5sums(data or b"")
+        md5s = {m: md5_of(basename(path), listed) for m, path in places.items()}
+    except (UnusableError, ArchiveError) as error:
+        transient = isinstance(error, UnusableError) and error.transient
+        what = "try again later, or give --offline to use what was verified" if transient else _MEND
+        raise DownloadError(f"cannot use {beside}: {error}; {what}", transient) from None
+    for m, path in places.items():
+        if data is not None and md5s[m] is None:
+            raise DownloadError(f"{beside} has no line with the MD5 of {basename(path)}; {_MEND}")
+    return {m: Source(archive_name(m), (path,), md5s[m]) for m, path in places.items()}
+
+
+_MEND = "write it with `md5sum *.tar > MD5SUMS`, or remove it to use the archives unchecked"
+
+
+def _md5sums(beside: str, offline: bool, insecure_hosts: tuple[str, ...]) -> bytes | None:
+    """What MD5SUMS holds; None where it is known not to be there, or where its server may not be asked.
+
+    Raises:
+        UnusableError: it cannot be read, so nobody knows what it says, or whether it is there.
+    """
+    if beside.startswith(("http://", "https://")):
+        return None if offline else _md5sums_over_http(beside, insecure_hosts)
+    if not is_url(beside) and not os.path.lexists(beside):
+        return None
+    try:
+        filesystem, path = fsspec.url_to_fs(beside, use_listings_cache=False)
+        info = filesystem.info(path)
+        wrong = no_file(filesystem, path) or ("not a file" if info["type"] != "file" else "")
+        if not wrong and info["size"] > MAX_TEXT:
+            wrong = f"more than {MAX_TEXT} bytes"
+        data: bytes = b"" if wrong else filesystem.cat_file(path)
+    except FileNotFoundError:
+        if is_url(beside):
+            return None
+        raise UnusableError("a link to nothing") from None
+    except Exception as error:  # each kind of store has its own; they quote URLs, so none is shown with its trace
+        later = is_url(beside) and not isinstance(error, PermissionError)
+        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UnusableError(said, transient=later) from None
+    if wrong:
+        raise UnusableError(wrong)
+    return data
+
+
+def _md5sums_over_http(url: str, insecure_hosts: tuple[str, ...]) -> bytes | None:
+    try:
+        with open_client(insecure_hosts, 1) as client:
+            return retried(url, lambda: small_file(client, url))
+    except UnusableError as error:
+        if error.status in (404, 410):
+            return None
+        raise
 
 
 # -- what is known of a file ------------------------------------------------------------------------------------------
@@ -243,10 +289,13 @@ def _record(folder: Path, source: Source, location: str, md5: str, origin: str, 
 
 def _md5(location: str, progress: Progress) -> str:
     filesystem, path = fsspec.url_to_fs(location)
+    wrong = no_file(filesystem, path)
+    if wrong:
+        raise DownloadError(f"{location} is {wrong}; give a --source that has a file of this name")
     size, done, digest = filesystem.size(path), 0, hashlib.md5(usedforsecurity=False)
     what, stamp = f"verify {path.rpartition('/')[2].removesuffix('.part')}", stamp_of(location)
     with filesystem.open(path, "rb", block_size=4 << 20) as file:
-        while block := file.read(4 << 20):
+        while done <= size and (block := file.read(4 << 20)):
             digest.update(block)
             done += len(block)
             progress(what, done, size, "B")
@@ -261,16 +310,14 @@ def _not_there(location: str) -> DownloadError:
 
 def _verify_in_place(source: Source, folder: Path, progress: Progress) -> Acquired:
     location = source.urls[0]
-    if os.path.exists(location) and not os.path.isfile(location):  # a pipe, or a link to a device, has no end
-        raise DownloadError(f"{location} is not a regular file; give a --source that has one of this name")
     try:
         md5 = _md5(location, progress)
     except FileNotFoundError:
         raise _not_there(location) from None
-    except DownloadError:
-        raise
-    except Exception as error:  # each kind of store has its own
-        raise DownloadError(f"cannot read {location}: {getattr(error, 'strerror', None) or error}") from error
+    except IxiError as error:
+        raise DownloadError(str(error)) from None
+    except Exception as error:  # each kind of store has its own; they quote URLs, so none is shown with its trace
+        raise DownloadError(f"cannot read {location}: {getattr(error, 'strerror', None) or error}") from None
     if source.md5 not in (None, md5):
         right = f"{source.md5}, as its publisher or MD5SUMS beside it says"
         raise DownloadError(f"{location}: MD5 is {md5}, not {right}; fetch the file again")
@@ -285,12 +332,14 @@ def _still_served(known: Acquired, source: Source, insecure_hosts: tuple[str, ..
             answer = client.head(url)
             answer.raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, TransientError, UnusableError) as error:
-        reason = escaped(str(error).partition("\n")[0])
+        reason = escaped(redacted(str(error).partition("\n")[0]))
         log.warning("%s did not answer (%s); using the verified copy in %s", url, reason, known.location)
         return True
     length = answer.headers.get("content-length")
-    same = known.validator in (None, validator_of(answer) or known.validator) and length in (None, str(known.size))
-    if not same and source.md5:
+    same = length in (None, str(known.size))
+    if source.md5 is None:  # else the MD5 decides, and each node of a server may call the same bytes otherwise
+        same &= known.validator in (None, validator_of(answer) or known.validator)
+    elif not same:
         log.warning("%s now serves another file; keeping %s, whose MD5 is the published one", url, known.location)
     return same or source.md5 is not None
 
@@ -328,15 +377,15 @@ def _stream_whole(client: httpx.Client, offer: Offer, source: Source, part: Part
 def _download(
     client: httpx.Client, url: str, source: Source, path: Path, connections: int, progress: Progress
 ) -> Acquired:
-    for _ in range(2):  # once more if the file changed, or if the first time went on from wrong bytes
-        offer = retried(lambda: probe(client, url, source))
-        with Part(path, offer, any_origin=source.md5 is not None) as part:
+    for _ in range(2):  # once more if the file changed, or if it was put together from bytes of more than one
+        offer = retried(url, lambda: probe(client, url, source))
+        with Part(path, offer) as part:
             part.check_disk()
             try:
                 if offer.ranges:
                     fetch_ranges(client, offer, part, part.segments, 0, connections, progress)
                 else:
-                    retried(lambda: _stream_whole(client, offer, source, part, progress))  # noqa: B023 - called at once
+                    retried(url, lambda: _stream_whole(client, offer, source, part, progress))  # noqa: B023 - called at once
             except ChangedError:
                 continue  # what the server offers now says whether what is here is still of use
             part.sync()
@@ -347,6 +396,6 @@ def _download(
             part.record.unlink(missing_ok=True)
             return found
         discard(path)
-        if not part.resumed:
+        if not part.mixed:
             raise UnusableError(f"MD5 is {md5}, not {source.md5}")
     raise UnusableError("the file changed while it was fetched, twice")

@@ -6,6 +6,8 @@ from where it was after any kind of stop.
 
 from __future__ import annotations
 
+import logging
+import math
 import netrc
 import os
 import random
@@ -18,39 +20,47 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 
-from ixi_etl.archive import escaped
+from ixi_etl.archive import MAX_FILE, escaped
 from ixi_etl.catalog import Source
-from ixi_etl.errors import DownloadError
+from ixi_etl.errors import DownloadError, redacted
 from ixi_etl.files import Progress, read_json, to_json, write_atomic
+from ixi_etl.places import refuse_secret
 
 T = TypeVar("T")
 Pieces = Sequence[tuple[int, int]]  # start and stop, in bytes
 Segment = tuple[int, int, int]  # the same with its index before
 
+FIRST = "bytes=0-511"  # the range that shows what a file is
 SEGMENT = 8 << 20  # bytes: the most that one connection has to fetch again after a kill
 TRIES = 5  # that bring nothing, in a row, before a URL is given up
 BACKOFF_S = 0.5  # doubled at each such try, with jitter
+MAX_WAIT_S = 60.0  # however long a server asks to be left alone
 TIMEOUT_S = 30.0
-MIN_RATE = 1024  # bytes a second, over TIMEOUT_S; a slower connection counts as stalled
+MIN_RATE = 1024  # bytes a second, over TIMEOUT_S; a slower connection counts as stalled, a slower file as not moving
 SPARE_BYTES = 64 << 20  # of the disk, left free beside the download
 GAP = 4096  # bytes between two members that are fetched rather than asked for twice; a tar has up to 1023
-MAX_FILE = 1 << 40  # bytes; a server that says more is not believed: the segments alone would fill the memory
-MAX_TEXT = 1 << 20  # bytes of a small file that are read; MD5SUMS of every member of IXI has 70 KB
-ENOUGH = 1 << 15  # bytes; a try that brings less (MIN_RATE brings less in TIMEOUT_S) counts as bringing nothing
+MAX_TEXT = 8 << 20  # bytes of a small file that are read; MD5SUMS of every member of IXI has 70 KB
+
+for _logger in ("httpx", "httpcore"):  # they log every URL, redirects' signed ones, too
+    logging.getLogger(_logger).setLevel(logging.WARNING)
 
 
 class UnusableError(Exception):
-    """This URL cannot give the file: try the next. `transient`: it might, later."""
+    """This URL cannot give the file: try the next. `transient`: it might, later. `status`: the server's answer."""
 
-    def __init__(self, message: str, transient: bool = False) -> None:
-        super().__init__(escaped(message))  # part of it is often a server's own words
+    def __init__(self, message: str, transient: bool = False, status: int | None = None) -> None:
+        super().__init__(escaped(redacted(message)))  # part of it is often a server's own words
         self.transient = transient
+        self.status = status
 
 
 class ChangedError(Exception):
@@ -58,17 +68,30 @@ class ChangedError(Exception):
 
 
 class TransientError(Exception):
-    """Worth another try."""
+    """Worth another try. `busy`: the server asks for fewer requests. `wait`: seconds that it asks to be left alone."""
+
+    def __init__(self, message: str, busy: bool = False, wait: float = 0) -> None:
+        super().__init__(message)
+        self.busy = busy
+        self.wait = wait
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What a server says it has; `size` is None where it does not say, `validator` is fit for If-Range."""
+    """What a server says it has.
+
+    Attributes:
+        size: in bytes; None where the server does not say.
+        validator: fit for If-Range.
+        ranges: whether it gives ranges of bytes.
+        judged: whether an MD5 will judge the bytes. Then it does not matter what ETag each of the server's nodes has.
+    """
 
     url: str
     size: int | None
     validator: str | None
     ranges: bool
+    judged: bool = False
 
 
 # -- asking -----------------------------------------------------------------------------------------------------------
@@ -81,6 +104,7 @@ def open_client(insecure_hosts: tuple[str, ...], connections: int) -> httpx.Clie
         DownloadError: one of those is not the name of a host; for httpx "" and "*" are all hosts.
     """
     for host in insecure_hosts:
+        refuse_secret(host)
         if not re.fullmatch(r"[A-Za-z0-9._-]+", host):
             raise DownloadError(
                 f"--insecure-host {host!r} is not the name of one host; give that alone, or leave it out"
@@ -144,7 +168,7 @@ def probe(client: httpx.Client, url: str, source: Source) -> Offer:
     Raises:
         UnusableError, TransientError: it cannot be had, or not now.
     """
-    with _get(client, url, {"range": "bytes=0-511"}) as answer:
+    with _get(client, url, {"range": FIRST}) as answer:
         head = b""
         for block in _not_too_slow(answer.iter_raw()):
             head += block
@@ -166,18 +190,21 @@ def probe(client: httpx.Client, url: str, source: Source) -> Offer:
             raise UnusableError(f"a file of {size:.3g} bytes; at most {MAX_FILE} are fetched")
         validator = validator_of(answer)
         whole_only = validator is None and source.md5 is None  # of a file that changes, ranges would make a mix
-        return Offer(url, size, validator, ranges=partial and not whole_only)
+        return Offer(url, size, validator, ranges=partial and not whole_only, judged=source.md5 is not None)
 
 
-def text_of(client: httpx.Client, url: str) -> str:
-    """The first MAX_TEXT bytes of a file, as UTF-8 whatever its server says; raises what `probe` does."""
-    data = b""
+def small_file(client: httpx.Client, url: str) -> bytes:
+    """A file of at most MAX_TEXT bytes; raises what `probe` does."""
+    data = bytearray()
     with _get(client, url, {}) as answer:
         for block in _not_too_slow(answer.iter_raw()):
             data += block
-            if len(data) >= MAX_TEXT:
-                break
-    return data[:MAX_TEXT].decode("utf-8", "replace")
+            if len(data) > MAX_TEXT:
+                raise UnusableError(f"more than {MAX_TEXT} bytes")
+        length = answer.headers.get("content-length", "")
+        if length.isdecimal() and len(data) < int(length):
+            raise TransientError("the connection ended early")
+    return bytes(data)
 
 
 def validator_of(answer: httpx.Response) -> str | None:
@@ -193,12 +220,12 @@ def _get(client: httpx.Client, url: str, headers: dict[str, str]) -> Iterator[ht
     try:
         with client.stream("GET", url, headers=headers) as answer:
             status, what = answer.status_code, f"{answer.status_code} {answer.reason_phrase}"
-            if status == 416 and "if-range" in headers:
+            if status == 416 and headers.get("range") not in (None, FIRST):
                 raise ChangedError
             if status >= 500 or status in (408, 425, 429):
-                raise TransientError(what)
+                raise TransientError(what, busy=status in (429, 503), wait=_retry_after(answer))
             if status not in (200, 206):
-                raise UnusableError(what)
+                raise UnusableError(what, status=status)
             yield answer
     except (httpx.TooManyRedirects, httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError) as error:
         raise UnusableError(str(error)) from error
@@ -208,21 +235,128 @@ def _get(client: httpx.Client, url: str, headers: dict[str, str]) -> Iterator[ht
         raise TransientError(str(error) or type(error).__name__) from error
 
 
-def _backoff(failures: int) -> None:
-    jitter = random.uniform(0.5, 1.5)  # noqa: S311 - no secret  # nosec B311
-    time.sleep(BACKOFF_S * 2 ** (failures - 1) * jitter)
+def _retry_after(answer: httpx.Response) -> float:
+    """Seconds that the server asks to be left alone: given as such, or as a date; 0 where it says nothing."""
+    said = answer.headers.get("retry-after", "").strip()
+    if re.fullmatch("[0-9]+", said):
+        return float(said)
+    try:
+        now = parsedate_to_datetime(answer.headers["date"]) if "date" in answer.headers else datetime.now(UTC)
+        return max(0.0, (parsedate_to_datetime(said) - now).total_seconds())
+    except (TypeError, ValueError, OverflowError):  # no date, or one with a time zone and one without
+        return 0.0
 
 
-def retried(call: Callable[[], T]) -> T:
-    """What `call` gives, as soon as it ends without a `TransientError`; after TRIES of those an `UnusableError`."""
-    for failures in range(1, TRIES + 1):
+class _Server:
+    """A server, as all downloads of this process see it that are under way: bytes, requests in hand, and its limit."""
+
+    def __init__(self) -> None:
+        self.users = 0
+        self.moved = 0
+        self._active = 0
+        self._most = math.inf
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def request(self, halt: threading.Event | None = None) -> Iterator[None]:
+        """Wait for a turn: no more requests at a time than the server bears."""
+        with self._changed:
+            while self._active >= self._most and not (halt and halt.is_set()):
+                self._changed.wait(0.1)
+            self._active += 1
         try:
-            return call()
+            yield
         except TransientError as error:
-            last = error
-            if failures < TRIES:
-                _backoff(failures)
-    raise UnusableError(f"{last}, {TRIES} times", transient=True)
+            with self._changed:
+                if error.busy:
+                    self._most = max(1, min(self._most, self._active - 1))
+            raise
+        finally:
+            with self._changed:
+                self._active -= 1
+                self._changed.notify_all()
+
+    def count(self, bytes_: int) -> None:
+        with self._changed:
+            self.moved += bytes_
+
+
+_servers: dict[str, _Server] = {}
+_servers_lock = threading.Lock()
+
+
+@contextmanager
+def _server_of(url: str) -> Iterator[_Server]:
+    key = urlsplit(url).netloc
+    with _servers_lock:
+        server = _servers.setdefault(key, _Server())
+        server.users += 1
+    try:
+        yield server
+    finally:
+        with _servers_lock:
+            server.users -= 1
+            if not server.users:
+                del _servers[key]
+
+
+class _Tries:
+    """When to try again, and when to give up: after TRIES failures in a row between which nothing moved."""
+
+    def __init__(self, server: _Server) -> None:
+        self.failures = 0
+        self._server = server
+        self._own = 0  # bytes that need not be fetched again
+        self._lock = threading.Lock()
+        self._mark()
+
+    def count(self, bytes_: int) -> None:
+        with self._lock:
+            self._own += bytes_
+
+    def failed(self, error: TransientError, failures_before: int, gained: int = 0) -> float:
+        """Seconds to wait before the next try. `failures_before`: how many there were when the failed one began.
+
+        Tries that go on side by side and fail together count as one, and while others bring bytes none counts. Where
+        the server is busy, those may be bytes of another file. A try that itself `gained` bytes is repeated at once.
+
+        Raises:
+            UnusableError: it is enough.
+        """
+        with self._lock:
+            moved = self._server.moved - self._others_at if error.busy else self._own - self._own_at
+            if moved > MIN_RATE * (time.monotonic() - self._since):
+                self.failures = 0
+                self._mark()
+            elif failures_before == self.failures:
+                self.failures += 1
+                self._mark()
+                if self.failures >= TRIES:
+                    raise UnusableError(f"{error}, {TRIES} times", transient=True) from None
+            failures = self.failures
+        jitter = random.uniform(0.5, 1.5)  # noqa: S311 - no secret  # nosec B311
+        backoff = 0.0 if gained and not failures and not error.busy else BACKOFF_S * 2 ** max(failures - 1, 0) * jitter
+        return min(max(backoff, error.wait), MAX_WAIT_S)
+
+    def _mark(self) -> None:
+        self._since, self._own_at, self._others_at = time.monotonic(), self._own, self._server.moved
+
+
+def retried(url: str, call: Callable[[], T]) -> T:
+    """What `call`, which asks `url`, gives as soon as it ends without a `TransientError`.
+
+    Raises:
+        UnusableError: after TRIES of those; also what else `call` raises.
+    """
+    with _server_of(url) as server:
+        tries = _Tries(server)
+        while True:
+            try:
+                with server.request():
+                    return call()
+            except TransientError as error:
+                wait = tries.failed(error, tries.failures)
+            time.sleep(wait)
 
 
 # -- the bytes --------------------------------------------------------------------------------------------------------
@@ -241,8 +375,8 @@ _under_way_lock = threading.Lock()
 class Part:
     """`NAME.part`, written at any offset, and the record of which segments of it are done."""
 
-    def __init__(self, path: Path, offer: Offer, any_origin: bool, pieces: Pieces | None = None) -> None:
-        """Go on with what is there, if it is of the file offered. `any_origin`: an MD5 will judge the sum anyway.
+    def __init__(self, path: Path, offer: Offer, pieces: Pieces | None = None) -> None:
+        """Go on with what is there, if it is of the file offered; from whichever URL, where an MD5 will judge the sum.
 
         `pieces` are the segments, as (start, stop) in bytes; without them the file is cut into such of equal size.
         """
@@ -259,12 +393,12 @@ class Part:
         ):
             old = {}
         differs = {key for key, value in self._state.items() if old.get(key) != value}
-        usable = not differs or (any_origin and "url" in differs and differs <= {"url", "validator"})
+        usable = not differs or (offer.judged and differs <= {"url", "validator"})
         if not (usable and offer.ranges and self.path.exists() and self.path.stat().st_size == offer.size):
             discard(path)
             old = {}
         self.done: set[int] = set(old.get("done", ()))
-        self.resumed = bool(self.done)
+        self.mixed = bool(self.done)  # maybe of more than one file
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         with _under_way_lock:
             _under_way.add(self)
@@ -297,7 +431,7 @@ class Part:
             data, at = data[n:], at + n
 
     def finish(self, segment: int) -> None:
-        os.fdatasync(self._file)  # before the record says so
+        os.fsync(self._file)  # before the record says so
         with self._lock:
             self.done.add(segment)
             write_atomic(self.record, to_json(self._state | {"done": sorted(self.done)}))
@@ -349,6 +483,8 @@ def fetch_ranges(
 
         def arrived(before: int, at: int) -> None:
             nonlocal have
+            tries.count(at - before)
+            server.count(at - before)
             gained = sum(max(0, min(at, stop) - max(before, start)) for _, start, stop in run)  # not the gaps
             with lock:
                 have += gained
@@ -357,14 +493,15 @@ def fetch_ranges(
                 part.finish(left.pop(0)[0])
 
         try:
-            _fetch_run(client, offer, part, run[0][1], run[-1][2], halt, arrived)
+            _fetch_run(client, offer, part, run[0][1], run[-1][2], server, tries, halt, arrived)
         except BaseException:
             halt.set()
             raise
 
     part.truncate(offer.size or 0)  # at once: a part of another length is of another file, or was cut short
     progress(what, have, size, "B")
-    with ThreadPoolExecutor(connections) as pool:
+    with _server_of(offer.url) as server, ThreadPoolExecutor(connections) as pool:
+        tries = _Tries(server)
         jobs = [pool.submit(fetch, run) for run in _neighbours(todo, together)]
         try:
             for job in jobs:
@@ -380,33 +517,38 @@ def _fetch_run(
     part: Part,
     at: int,
     stop: int,
+    server: _Server,
+    tries: _Tries,
     halt: threading.Event,
     arrived: Callable[[int, int], None],
 ) -> None:
-    failures = 0
     while at < stop and not halt.is_set():
-        begun = at
+        failures, begun = tries.failures, at
         try:
-            for block in _range_blocks(client, offer, at, stop):
-                part.write(block, at)
-                at += len(block)
-                arrived(at - len(block), at)
-                if halt.is_set():
-                    return
+            with server.request(halt):
+                for block in _range_blocks(client, offer, part, at, stop):
+                    part.write(block, at)
+                    at += len(block)
+                    arrived(at - len(block), at)
+                    if halt.is_set():
+                        return
         except TransientError as error:
-            failures = 1 if at - begun >= ENOUGH else failures + 1
-            if failures >= TRIES:
-                raise UnusableError(f"{error}, {TRIES} times at byte {at}", transient=True) from error
-            _backoff(failures)
+            try:
+                halt.wait(tries.failed(error, failures, at - begun))
+            except UnusableError as given_up:
+                raise UnusableError(f"{given_up} at byte {at}", transient=True) from None
 
 
-def _range_blocks(client: httpx.Client, offer: Offer, start: int, stop: int) -> Iterator[bytes]:
+def _range_blocks(client: httpx.Client, offer: Offer, part: Part, start: int, stop: int) -> Iterator[bytes]:
     headers = {"range": f"bytes={start}-{stop - 1}"}
-    if offer.validator:
+    if offer.validator and not offer.judged:
         headers["if-range"] = offer.validator
     with _get(client, offer.url, headers) as answer:
-        if answer.status_code == 200 or (offer.validator and validator_of(answer) not in (None, offer.validator)):
+        other = offer.validator and validator_of(answer) not in (None, offer.validator)
+        if answer.status_code == 200 or (other and not offer.judged):
             raise ChangedError
+        if other:
+            part.mixed = True
         if answer.headers.get("content-range") != f"bytes {start}-{stop - 1}/{offer.size}":
             got = answer.headers.get("content-range")
             raise UnusableError(f"asked for bytes {start}-{stop - 1}/{offer.size}, was given {got}")
@@ -440,10 +582,11 @@ def fetch_stream(client: httpx.Client, offer: Offer, part: Part, progress: Progr
     """
     at = 0
     what = f"download {part.path.name.removesuffix('.part')}"
-    with _get(client, offer.url, {}) as answer:
+    with _server_of(offer.url) as server, _get(client, offer.url, {}) as answer:
         for block in _not_too_slow(answer.iter_raw()):
             part.write(block, at)
             at += len(block)
+            server.count(len(block))
             progress(what, at, offer.size or at, "B")
     if offer.size is not None and at != offer.size:
         raise TransientError(f"{at} bytes came, {offer.size} were announced")

@@ -127,6 +127,7 @@ class Host:
     url: str = ""
     asked: list[Asked] = field(default_factory=list)
     closing: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)  # for answers that change the host
 
     @property
     def fetches(self) -> list[Asked]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import json
 import os
 import re
@@ -14,7 +15,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +46,7 @@ from answers import (
     page,
     small,
     status,
+    strange_etag,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,7 +55,7 @@ from servers import PROBE, Answer, Call, Host, serve, served_as
 from starlette.staticfiles import StaticFiles
 
 from ixi_etl import catalog, transfer
-from ixi_etl.catalog import Source, parse_md5sums
+from ixi_etl.catalog import Source
 from ixi_etl.download import acquire, own_sources
 from ixi_etl.errors import DownloadError
 from ixi_etl.files import read_json
@@ -142,7 +147,7 @@ def test_whole_download_in_four_parallel_ranges(monkeypatch: pytest.MonkeyPatch,
 
     ranges = [a for a in Watched.asked if a.get("range") != PROBE]
     assert len({a["port"] for a in ranges}) == 4
-    assert {(a["method"], a["if-range"]) for a in ranges} == {("GET", found.validator)}
+    assert {(a["method"], a.get("if-range")) for a in ranges} == {("GET", None)}  # the MD5 will judge
     assert found.validator == ranges[0]["etag"]
     assert sum(a["sent"] for a in ranges) == len(tar)
     assert max(a["sent"] for a in ranges) == SEGMENT
@@ -407,7 +412,6 @@ def test_resets_every_few_tens_of_kib_do_not_end_it(tmp_path: Path, tar: bytes, 
         if len(data) > 40960:
             call.reset()
 
-    monkeypatch.setattr(transfer, "ENOUGH", 1 << 15)
     monkeypatch.setattr(transfer, "SEGMENT", 10 * SEGMENT)
     with serve(Host(tar, after_probe(answer))) as host:
         found = acquire(source_of(host, md5=None), tmp_path)
@@ -469,6 +473,142 @@ def test_whatever_goes_wrong_for_a_while_the_file_is_right(
         found = acquire(source_of(host, md5=None), folder)
     assert Path(found.location).read_bytes() == tar
     shutil.rmtree(folder)
+
+
+class Crowded:
+    """Answers so many requests at a time, and 503 to the others. One who gets through has what it asks in pieces."""
+
+    def __init__(self, most: int, code: int = 503, **headers: str) -> None:
+        self.most, self.busy, self.refusal = most, 0, status(code, **headers)
+        self.refused, self.peak, self.changed = 0, 0, threading.Condition()
+
+    def __call__(self, call: Call) -> None:
+        with self.changed:
+            full = self.busy >= self.most
+            self.refused += full
+            self.busy += not full
+            self.changed.notify_all()
+        if full:
+            self.refusal(call)
+            return
+        try:
+            data = call.start()
+            with self.changed:  # the first ones last until others have been refused
+                self.changed.wait_for(lambda: self.refused, 10)
+            call.send(data[:-1])
+        finally:
+            with self.changed:
+                self.busy -= 1
+        call.send(data[-1:])  # whoever has all of it finds a place free
+
+
+@pytest.mark.parametrize("code", [503, 429])
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_server_that_allows_few_connections_gets_no_more_and_gives_the_file(
+    tmp_path: Path, tar: bytes, most: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "TRIES", 2)
+    crowded = Crowded(most, code)
+    with serve(Host(tar, after_probe(crowded))) as host:
+        found = acquire(source_of(host, md5=None), tmp_path, connections=8)
+    assert Path(found.location).read_bytes() == tar
+    assert host.sent == len(tar) + 2 * crowded.refused  # "no"; nothing was fetched twice
+    assert crowded.refused <= 8
+
+
+def test_two_archives_of_one_server_share_what_it_allows(
+    tmp_path: Path, tar: bytes, other: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "TRIES", 2)
+    with serve(Host(tar, after_probe(Crowded(1)), files={"/IXI-T2.tar": other})) as host:
+        urls = {"IXI-T1.tar": host.url, "IXI-T2.tar": host.url.replace("T1", "T2")}
+        with ThreadPoolExecutor(2) as pool:
+            jobs = [pool.submit(acquire, Source(name, (url,), None), tmp_path) for name, url in urls.items()]
+            found = [Path(job.result().location).read_bytes() for job in jobs]
+    assert found == [tar, other]
+
+
+@pytest.mark.parametrize("length", [100, 3000, SEGMENT - 1])
+@pytest.mark.parametrize("end", [close, Call.reset], ids=["close", "reset"])
+def test_a_server_that_ends_each_connection_after_a_few_bytes_gives_the_file(
+    tmp_path: Path, tar: bytes, length: int, end: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(call: Call) -> None:
+        data = call.start()
+        call.send(data[:length])
+        if len(data) > length:
+            end(call)
+
+    monkeypatch.setattr(transfer, "TRIES", 20 if end is Call.reset else 2)  # a reset can cost what was not read yet
+    size = len(tar) if length > 1000 else 20_480
+    with serve(Host(tar[:size], after_probe(answer))) as host:
+        found = acquire(source_of(host, md5=None), tmp_path)
+    assert Path(found.location).read_bytes() == tar[:size]
+
+
+def test_one_range_that_always_fails_ends_it_when_nothing_else_moves(tmp_path: Path, tar: bytes) -> None:
+    others, sent, changed = set(range(-(-len(tar) // SEGMENT))) - {2}, Counter[str | None](), threading.Condition()
+
+    def answer(call: Call) -> None:
+        if (call.asked.range or "").startswith(f"bytes={2 * SEGMENT}-"):
+            with changed:
+                changed.wait_for(lambda: len(sent) == len(others), 10)
+            call.reset()
+            return
+        call.honest()
+        with changed:
+            sent[call.asked.range] += 1
+            changed.notify_all()
+
+    with serve(Host(tar, after_probe(answer))) as host, pytest.raises(DownloadError, match="3 times at byte") as caught:
+        acquire(source_of(host, md5=None), tmp_path)
+    assert caught.value.transient
+    assert set(done_in(tmp_path)) <= others
+    assert len(done_in(tmp_path)) >= len(others) - 3  # of the other connections, which may have had a last byte to read
+
+
+def http_date(seconds: float) -> str:
+    return format_datetime(datetime.now(UTC) + timedelta(seconds=seconds), usegmt=True)
+
+
+@pytest.mark.parametrize(
+    ("said", "least", "most"),
+    [
+        ("7", 7, 7),
+        ("0", 0, 1.5),
+        ("100000", 60, 60),
+        ("9" * 5000, 60, 60),
+        (30, 1.6, 31),
+        (10**6, 60, 60),
+        (-100, 0, 1.5),
+        ("soon", 0, 1.5),
+        ("-5", 0, 1.5),
+        ("Fri, 99 Foo 2026", 0, 1.5),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+@pytest.mark.parametrize("code", [503, 429])
+def test_a_server_is_left_alone_for_as_long_as_it_asks_within_bounds(
+    tmp_path: Path, tar: bytes, said: str | int, least: float, most: float, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`said`: as it stands in the header, or seconds from now, which are sent as a date."""
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(transfer, "BACKOFF_S", 1.0)
+    value = said if isinstance(said, str) else http_date(said)
+    with serve(Host(tar, first(1, status(code, retry_after=value)))) as host:
+        acquire(source_of(host, md5=None), tmp_path)
+    (wait,) = waits
+    assert least <= wait <= most
+
+
+def test_ranges_wait_as_long_as_the_server_asks(tmp_path: Path, tar: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(threading.Event, "wait", lambda self, timeout=None: waits.append(timeout or 0))
+    with serve(Host(tar, after_probe(first(1, status(429, retry_after="7"))))) as host:
+        found = acquire(source_of(host, md5=None), tmp_path, connections=1)
+    assert Path(found.location).read_bytes() == tar
+    assert 7 in waits
 
 
 # -- servers that do not give the file --------------------------------------------------------------------------------
@@ -641,6 +781,86 @@ def test_a_file_that_changes_midway_is_never_mixed(
     assert Path(found.location).read_bytes() == (tar if served_once and switch_at > 2 else new)
 
 
+def node(call: Call, number: int) -> None:
+    """Answer as one of several nodes, each of which has an ETag of its own."""
+    with call.host.lock:
+        call.host.etag = f'"node {number}"'
+        data = call.start()
+    call.send(data)
+
+
+def by_turns() -> Answer:
+    calls = iter(range(10**9))
+    return lambda call: node(call, next(calls) % 2)
+
+
+@pytest.mark.parametrize("honours_if_range", [True, False])
+def test_nodes_with_etags_of_their_own_give_the_file_where_an_md5_judges(
+    tmp_path: Path, tar: bytes, honours_if_range: bool
+) -> None:
+    with serve(Host(tar, by_turns(), honours_if_range=honours_if_range)) as host:
+        found = acquire(source_of(host, md5=md5(tar)), tmp_path / "known")
+        assert Path(found.location).read_bytes() == tar
+        assert host.sent == len(tar)
+        assert acquire(source_of(host, md5=md5(tar)), tmp_path / "known") == found
+        with pytest.raises(DownloadError, match="changed while it was fetched, twice"):
+            acquire(source_of(host, md5=None), tmp_path / "unknown")
+
+
+def test_each_range_may_be_sent_to_another_node(tmp_path: Path, tar: bytes) -> None:
+    with serve(Host(tar, etag='"one"')) as one, serve(Host(tar, etag='"two"')) as two:
+        targets = itertools.cycle([one.url, two.url])
+        with serve(Host(b"", lambda call: call.plain(302, location=next(targets)))) as host:
+            found = acquire(source_of(host, md5=md5(tar)), tmp_path)
+    assert Path(found.location).read_bytes() == tar
+    assert one.sent + two.sent == len(tar)
+
+
+def test_what_one_node_gave_before_a_stop_is_used_at_another(begun: Begun, tmp_path: Path) -> None:
+    begun.lay(tmp_path, {0, 1, 5}, validator='"another node"')
+    body = begun.host.body
+    found = acquire(source_of(begun.host, md5=md5(body)), tmp_path)
+    assert Path(found.location).read_bytes() == body
+    assert begun.host.sent == len(body) - 3 * SEGMENT
+
+
+def test_a_mix_of_what_nodes_hold_is_fetched_again_from_scratch(tmp_path: Path, tar: bytes, other: bytes) -> None:
+    """The file is replaced midway by the one whose MD5 is known."""
+    calls = iter(range(10**9))
+
+    def answer(call: Call) -> None:
+        with call.host.lock:
+            if next(calls) == 4:
+                call.host.body, call.host.etag = tar, '"second"'
+            data = call.start()
+        call.send(data)
+
+    with serve(Host(other, answer)) as host:
+        found = acquire(source_of(host, md5=md5(tar)), tmp_path, connections=1)
+    assert Path(found.location).read_bytes() == tar
+    assert host.sent == 2 * len(tar)
+
+
+def test_a_node_that_always_holds_another_file_is_one_line(tmp_path: Path, tar: bytes, other: bytes) -> None:
+    calls = iter(range(10**9))
+
+    def answer(call: Call) -> None:
+        with call.host.lock:
+            stale = next(calls) % 2
+            call.host.body, call.host.etag = (other if stale else tar), f'"{stale}"'
+            data = call.start()
+        call.send(data)
+
+    with serve(Host(tar, answer)) as host, pytest.raises(DownloadError, match="changed while it was fetched") as caught:
+        acquire(source_of(host, md5=md5(tar)), tmp_path)
+    assert_one_clear_line(str(caught.value), tmp_path, host.url)
+
+
+def test_an_etag_that_is_not_ascii_is_one_line_where_it_is_needed(tmp_path: Path, tar: bytes) -> None:
+    with serve(Host(tar, strange_etag)) as host, pytest.raises(DownloadError, match="can't encode"):
+        acquire(source_of(host, md5=None), tmp_path)
+
+
 # -- a file that is here already --------------------------------------------------------------------------------------
 
 
@@ -800,14 +1020,14 @@ def test_own_archives_are_used_where_they_lie(tmp_path: Path, own: Path, tar: by
 def test_an_own_archive_without_md5sums_is_admitted_unchecked(tmp_path: Path, own: Path, tar: bytes) -> None:
     unchecked = acquire(own_sources(str(own))["T1"], tmp_path / "got")
     assert (unchecked.md5, unchecked.checked) == (md5(tar), False)
-    (own / "MD5SUMS").write_text(f"{md5(tar)} *{NAME}\n")
+    (own / "MD5SUMS").write_text(f"{md5(tar)} *{NAME}\n{md5(b'')} *IXI-T2.tar\n")
     assert acquire(own_sources(str(own))["T1"], tmp_path / "got").checked
 
 
 def test_an_own_archive_that_md5sums_contradicts_is_refused(tmp_path: Path, own: Path, other: bytes) -> None:
     source = own_sources(str(own))["T1"]
     acquire(source, tmp_path / "got")
-    (own / "MD5SUMS").write_text(f"{md5(other)}  {NAME}\n")
+    (own / "MD5SUMS").write_text(f"{md5(other)}  {NAME}\n{md5(other)}  IXI-T2.tar\n")
     with pytest.raises(DownloadError, match="MD5SUMS") as caught:
         acquire(own_sources(str(own))["T1"], tmp_path / "got")
     assert_one_clear_line(str(caught.value), tmp_path / "got", str(own / NAME), md5(other))
@@ -830,18 +1050,33 @@ def test_an_own_archive_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     assert_one_clear_line(str(caught.value), tmp_path, str(tmp_path / "none"))
 
 
-@pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_an_own_archive_that_has_no_end_is_one_line(tmp_path: Path, own: Path, kind: str) -> None:
+@pytest.mark.parametrize("form", ["{}", "file://{}", "file://localhost{}"])
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "device", "kernel"])
+def test_an_own_archive_that_has_no_end_is_one_line(tmp_path: Path, own: Path, kind: str, form: str) -> None:
     (own / NAME).unlink()
-    os.mkfifo(own / NAME) if kind == "pipe" else (own / NAME).symlink_to("/dev/zero")
-    with pytest.raises(DownloadError, match="is not a regular file; give a --source") as caught:
-        acquire(own_sources(str(own))["T1"], tmp_path / "got")
+    if kind.endswith("pipe"):
+        os.mkfifo(own / ("pipe" if kind.startswith("link") else NAME))
+    if kind != "pipe":
+        (own / NAME).symlink_to({"device": "/dev/zero", "kernel": "/proc/self/clear_refs"}.get(kind, "pipe"))
+    with pytest.raises(DownloadError, match=r"is (not a regular|an empty) file; give a --source") as caught:
+        acquire(own_sources(form.format(own))["T1"], tmp_path / "got")
     assert_one_clear_line(str(caught.value), tmp_path / "got", str(own / NAME))
 
 
-def test_md5sums_that_is_a_pipe_is_not_waited_for(own: Path) -> None:
-    os.mkfifo(own / "MD5SUMS")
-    assert own_sources(str(own))["T1"].md5 is None
+@pytest.mark.parametrize("form", ["{}", "file://{}"])
+def test_an_archive_that_grows_without_end_is_not_read_without_end(tmp_path: Path, own: Path, form: str) -> None:
+    def write_on(what: str, done: int, total: int, unit: str) -> None:
+        with open(own / NAME, "ab") as file:
+            file.write(bytes(4 << 20))
+
+    with pytest.raises(DownloadError, match="changed while it was read"):
+        acquire(own_sources(form.format(own))["T1"], tmp_path / "got", progress=write_on)
+
+
+def test_a_pipe_in_the_place_of_a_download_is_not_waited_for(tmp_path: Path, tar: bytes) -> None:
+    os.mkfifo(tmp_path / NAME)
+    with serve(Host(tar)) as host, pytest.raises(DownloadError, match="is not a regular file"):
+        acquire(source_of(host, md5=md5(tar)), tmp_path)
 
 
 def test_an_own_store_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
@@ -868,14 +1103,14 @@ def test_md5sums_of_an_own_host_is_held_against_its_archives(tmp_path: Path, tar
 
 
 def test_md5sums_is_read_whatever_its_server_calls_its_characters(tar: bytes) -> None:
-    sums = f"{md5(tar)}  IXI-T1.tar\n".encode()
+    sums = f"{md5(tar)}  IXI-T1.tar\n{md5(tar)}  IXI-T2.tar\n".encode()
     with serve(Host(tar, lambda call: call.plain(200, sums, content_type="text/plain; charset=rot13"))) as host:
         assert own_sources(host.url)["T1"].md5 == md5(tar)
 
 
 def test_md5sums_may_list_all_members_before_the_archives(tar: bytes) -> None:
     members = "".join(f"{n:032x}  IXI{n:03d}-Guys-{n:04d}-T1.nii.gz\n" for n in range(1500))
-    sums = f"{members}{md5(tar)}  IXI-T1.tar\n".encode()
+    sums = f"{members}{md5(tar)}  IXI-T1.tar\n{md5(tar)}  IXI-T2.tar\n".encode()
     with serve(Host(tar, lambda call: call.plain(200, sums))) as host:
         assert own_sources(host.url)["T1"].md5 == md5(tar)
 
@@ -896,8 +1131,8 @@ def trickle(call: Call) -> None:
 def test_md5sums_without_end_is_given_up(tar: bytes, answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in DRIP.items():
         monkeypatch.setattr(transfer, name, value)
-    with serve(Host(tar, answer)) as host:
-        assert own_sources(host.url)["T1"].md5 is None
+    with serve(Host(tar, answer)) as host, pytest.raises(DownloadError, match=r"cannot use .*/MD5SUMS: "):
+        own_sources(host.url)
 
 
 def test_an_own_host_without_md5sums_is_admitted_unchecked(tmp_path: Path, tar: bytes) -> None:
@@ -976,13 +1211,12 @@ def test_official_sources_have_their_md5_and_a_mirror() -> None:
     assert all(m.startswith("https://") and m.endswith(f"/{NAME}") and "biomedic" not in m for m in mirrors)
 
 
-names = st.text(st.characters(exclude_categories=("Z", "C"), exclude_characters="/*"), min_size=1)
-digests = st.binary(min_size=16, max_size=16).map(bytes.hex)
-between = st.sampled_from(["  ", " *", "\t", "  ./", "  some/folder/"])
+# -- the platform -----------------------------------------------------------------------------------------------------
 
 
-@given(sums=st.dictionaries(names, st.tuples(digests, between, st.booleans())), end=st.sampled_from(["\n", "\r\n"]))
-def test_md5sums_are_parsed_as_md5sum_writes_them(sums: dict[str, tuple[str, str, bool]], end: str) -> None:
-    lines = [f"{digest.upper() if upper else digest}{gap}{name}" for name, (digest, gap, upper) in sums.items()]
-    text = end.join(["# a remark", *lines, "", "d41d8cd98f00b204e9800998ecf8427  one.digit.short"])
-    assert parse_md5sums(text) == {name: digest for name, (digest, _, _) in sums.items()}
+def test_nothing_is_needed_that_only_linux_has(tmp_path: Path, tar: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fdatasync", "posix_fallocate", "posix_fadvise", "sched_getaffinity", "copy_file_range", "sendfile"):
+        monkeypatch.delattr(os, name, raising=False)
+    with serve(Host(tar)) as host:
+        found = acquire(source_of(host, md5=None), tmp_path)
+    assert Path(found.location).read_bytes() == tar

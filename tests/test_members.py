@@ -153,7 +153,9 @@ def test_members_of_a_server_that_cannot_tell_one_archive_from_another_are_refus
 
 def test_a_server_without_ranges_and_a_folder_are_one_line_each(archives: Path, tmp_path: Path) -> None:
     body, said = (archives / "IXI-T1.tar").read_bytes(), "gives no byte ranges that can be trusted; fetch the whole"
-    with serve(Host(body, ranges=False)) as host, pytest.raises(DownloadError, match=said):
+    sums = b"".join(f"{'0' * 32}  IXI-{m}.tar\n".encode() for m in ("T1", "T2"))
+    host = Host(body, ranges=False, files={"/MD5SUMS": sums})
+    with serve(host), pytest.raises(DownloadError, match=said):
         refresh(members_of(host, tmp_path))
     config = config_for(tmp_path, archives).model_copy(update={"fetch": "members"})
     with pytest.raises(DownloadError, match="is read where it lies; leave out --fetch members"):

@@ -10,23 +10,28 @@ import pickle
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import trustme
 from answers import NAME, make_tar
 from conftest import config_for
-from servers import Call, Host, serve
+from pydantic import ValidationError
+from servers import Call, Host, serve, served_as
 
 from ixi_etl import dataset
-from ixi_etl.catalog import Source
-from ixi_etl.config import DigitsConfig, RefreshConfig
-from ixi_etl.download import acquire
-from ixi_etl.errors import DatasetError, DownloadError
-from ixi_etl.places import file_sizes, place, refuse_secret
+from ixi_etl.archive import index_archive
+from ixi_etl.catalog import Source, mnist, own_archives
+from ixi_etl.config import DigitsConfig, RefreshConfig, in_a_line
+from ixi_etl.download import acquire, own_sources
+from ixi_etl.errors import BadVolumeError, DatasetError, DownloadError, IxiError
+from ixi_etl.places import check_reachable, file_sizes, place, refuse_secret
 from ixi_etl.refresh import refresh
 from ixi_etl.store import open_arrays
+from ixi_etl.transfer import UnusableError
 
 PROJECT = Path(__file__).parent.parent
 SOURCES = [p for folder in ("ixi_etl", "model", "flows") for p in sorted((PROJECT / folder).glob("*.py"))]
@@ -96,6 +101,7 @@ SECRET = "hunter2hunter2"
         {"source": f"https://me:{SECRET}@example.org/ixi"},
         {"source": f"s3://{SECRET}@bucket/ixi"},
         {"root": f"s3://key:{SECRET}@bucket/x"},
+        {"root": f"s3://AKIA:ab/{SECRET}@bucket"},
     ],
     ids=str,
 )
@@ -124,6 +130,8 @@ def test_a_secret_in_a_url_is_refused_and_not_repeated(kind: Any, given: dict[st
         f"simplecache::https://me:{SECRET}@example.org/ixi",
         f"s3://key:{SECRET}@bucket/x",
         f"tcp://me:{SECRET}@scheduler:8786",
+        f"s3://AKIA:ab/{SECRET}@bucket/x",
+        f"https://example.org/ixi?X-Amz-Signature={SECRET}",
     ],
 )
 def test_a_secret_is_refused_wherever_a_person_can_give_it(url: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,6 +145,7 @@ def test_a_secret_is_refused_wherever_a_person_can_give_it(url: str, capsys: pyt
         ["refresh", "--scratch", url],
         ["refresh", "--demographics", url],
         ["refresh", "--dask", url],
+        ["refresh", "--insecure-host", url, "--source", "http://127.0.0.1:9"],
         ["digits", "--source", url],
         ["digits", "--root", url],
         ["verify", "--root", url],
@@ -152,11 +161,142 @@ def test_a_secret_is_refused_wherever_a_person_can_give_it(url: str, capsys: pyt
         assert re.fullmatch(r"error: .*a URL with a password or a key in it; put those into ~/\.netrc.*\n", said.err)
 
 
+SECRET_URLS = [
+    f"s3://AKIA:ab/{SECRET}@bucket",
+    f"s3://AKIA:12/{SECRET}@bucket/x",
+    f"s3://AKIAX/{SECRET}@bucket/x",
+    f"s3://key:a/b/{SECRET}@bucket",
+    f"s3://key:ab%2F{SECRET}@bucket",
+    f"https://me:{SECRET}/x@example.org/ixi",
+    f"https://me:{SECRET}?x@example.org/ixi",
+    f"https://me:a::{SECRET}@example.org/ixi",
+    f"https://me:my {SECRET}@example.org/ixi",
+    f"https://me:it's{SECRET}@example.org/ixi",
+    f"https://{SECRET}@example.org/ixi",
+    f"https://me%3A{SECRET}%40example.org/ixi",
+    f"https://me%253A{SECRET}%2540example.org/ixi",
+    f"https%3A%2F%2Fme%3A{SECRET}%40example.org%2Fixi",
+    f"zip://a.zip::https://me:{SECRET}@example.org/ixi",
+    f"https:\\\\me:{SECRET}@example.org",
+    f"me:{SECRET}@example.org/ixi",
+    f"//me:{SECRET}@example.org/ixi",
+    f"file://me:{SECRET}@nas/ixi",
+    f"https://example.org/ixi?X-Amz-Credential=AKIA&X-Amz-Signature={SECRET}",
+    f"https://x.blob.core.windows.net/c/ixi?sv=2024&sig={SECRET}",
+    f"https://example.org/IXI-T1.tar?token={SECRET}",
+    f"https://example.org/ixi?{SECRET}",
+    f"https://example.org/ixi#access_token={SECRET}",
+    f"https://example.org/ixi%3Fsig={SECRET}",
+    f"s3://bucket/ixi?versionId={SECRET}",
+    f"tcp://scheduler:8786?token={SECRET}",
+]
+
+
+@pytest.mark.parametrize("url", SECRET_URLS)
+def test_a_secret_is_refused_however_it_is_written(url: str) -> None:
+    attempts: list[Any] = [
+        lambda: refuse_secret(url),
+        lambda: own_archives(url),
+        lambda: mnist(url),
+        lambda: Source(NAME, (url,), None),
+        lambda: RefreshConfig(source=url),
+        lambda: RefreshConfig(root=url),
+        lambda: RefreshConfig(scratch=Path(url)),
+        lambda: RefreshConfig(demographics=url),
+        lambda: RefreshConfig(dask=url),
+        lambda: DigitsConfig(source=url),
+    ]
+    for attempt in attempts:
+        with pytest.raises((IxiError, ValidationError), match="a URL with a password or a key in it") as caught:
+            attempt()
+        assert SECRET not in str(caught.value)
+        if isinstance(caught.value, ValidationError):
+            assert SECRET not in in_a_line(caught.value)
+
+
 @pytest.mark.parametrize(
-    "place", ["/data/a@b", "https://example.org/ixi@2", "s3://bucket/x@y", "ixi-data", "tcp://h:1"]
+    "place",
+    [
+        "/data/a@b",
+        "/data/what?/x#y",
+        "https://example.org/ixi@2",
+        "https://example.org/a:b@c",
+        "http://localhost:8000/a@b",
+        "http://[::1]:8000/a@b",
+        "s3://bucket/x@y",
+        "s3://my.bucket-1/x:y",
+        "s3://arn:aws:s3:us-west-2:123456789012:accesspoint/mine",
+        "file:///data/a@b",
+        "ixi-data",
+        "a@b",
+        "tcp://h:1",
+        "inproc://10.0.0.1/88/1",
+        "C:/data/a@b",
+    ],
 )
 def test_an_at_sign_in_a_path_is_no_secret(place: str) -> None:
     refuse_secret(place)
+    assert str(IxiError(f"cannot read {place}: 403")) == f"cannot read {place}: 403"
+
+
+def test_what_others_say_is_repeated_without_the_secrets_of_its_urls() -> None:
+    said = (
+        f"403, url='https://cdn/x?X-Amz-Signature={SECRET}'; s3://AKIA:ab/{SECRET}@bucket/k: no; "
+        f"(https://me:{SECRET}@h:9/x#{SECRET}), http://h/a?b={SECRET}: 404"
+    )
+    wanted = "403, url='https://cdn/x?***'; s3://***@bucket/k: no; (https://***@h:9/x#***), http://h/a?***: 404"
+    for error in (IxiError(said), DownloadError(said), BadVolumeError("unreadable", said), UnusableError(said)):
+        assert str(error).removeprefix("unreadable: ") == wanted
+
+
+@pytest.mark.parametrize("over_tls", [False, True])
+def test_the_signature_of_a_link_that_a_server_leads_to_comes_out_nowhere(
+    over_tls: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tar, authority = make_tar(tmp_path, 4, 200_000), trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    caplog.set_level(logging.DEBUG)
+    said = []
+    with serve(Host(tar)) as store:
+
+        def lead(call: Call) -> None:
+            call.plain(302, location=f"{store.url}?X-Amz-Signature={SECRET}")
+
+        tls = served_as(authority, "localhost") if over_tls else None
+        with serve(Host(b"", lead), tls, "localhost" if over_tls else "127.0.0.1") as host:
+            source = Source(NAME, (host.url,), None)
+            if not over_tls:
+                said.append(repr(acquire(source, tmp_path / "got")))
+            for answer in (lambda call: call.plain(403), lambda call: call.plain(200, b"x" * 600), Call.reset):
+                store.answer = answer
+                monkeypatch.setattr("ixi_etl.transfer.TRIES", 1)
+                for attempt in (
+                    lambda: acquire(source, tmp_path / "other"),
+                    lambda: index_archive(host.url),
+                    lambda: own_sources(host.url),
+                ):
+                    with pytest.raises(IxiError) as caught:
+                        attempt()
+                    said.append("".join(traceback.format_exception(caught.value)))
+            if not over_tls:
+                said.append(repr(acquire(source, tmp_path / "got")))  # of which the server now says another thing
+    assert said
+    assert SECRET not in "".join(said) + caplog.text
+    for path in [*(tmp_path / "other").iterdir(), *tmp_path.glob("got/*.json")]:
+        assert SECRET.encode() not in path.read_bytes()
+
+
+def test_the_password_of_an_endpoint_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://me:{SECRET}@127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(IxiError, match="cannot reach the bucket") as caught:
+        check_reachable("s3://bucket/x")
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert SECRET not in str(caught.value)
 
 
 def test_a_password_in_netrc_is_used_and_told_to_nobody_else(
