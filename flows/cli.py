@@ -518,24 +518,29 @@ def versions(
         return
     every = [Places(root, name) for name in dataset.COMMANDS]
     for places in [p for p in every if dataset.published(p)] or every[:1]:
-        latest = dataset.resolve(places)
+        listed = dataset.list_versions(places)
+        latest = dataset.find_latest(places) if listed else dataset.resolve(places)
         rows: list[dict[str, Any]] = []
-        for version in dataset.published(places):
-            facts = dataset.read_facts(places.version(version))
+        for version, facts in listed:
+            row = {"version": f"{places.name}@{version}", "latest": version == latest, "damaged": facts is None}
+            if facts is None:
+                rows.append(row)
+                continue
             config = facts["inputs"]["config"]
-            row = {"version": f"{places.name}@{version}", "latest": version == latest}
             row |= {"subjects": facts["subjects"], "splits": facts["splits"]}
             rows.append(row | {key: config[key] for key in ("pairing", "window", "limit") if key in config})
         shown: list[dict[str, Any]] = [
             row
             | {
                 "version": row["version"] + (" (latest)" if row["latest"] else ""),
-                "splits": ", ".join(f"{n} {split}" for split, n in row["splits"].items()),
+                "subjects": row.get("subjects", "damaged"),
+                "splits": ", ".join(f"{n} {split}" for split, n in row.get("splits", {}).items()),
             }
             | ({"limit": row["limit"] or "all"} if "limit" in row else {})
             for row in rows
         ]
-        say.table(places.name, pd.DataFrame(shown).drop(columns="latest"), str(places.datasets), rows)
+        table = pd.DataFrame(shown).drop(columns=["latest", "damaged"]).fillna("")
+        say.table(places.name, table, str(places.datasets), rows)
     say.end()
 
 
@@ -586,13 +591,14 @@ def demo(
     from ixi_etl.config import DatasetConfig, RefreshConfig
     from ixi_etl.phantom import write_phantom
     from ixi_etl.serve import serve_folder
+    from ixi_etl.spread import usable_cores
 
     say = Output(quiet, as_json)
     if folder.exists() and not (folder / "archives-served").is_dir() and any(folder.iterdir()):
         raise IxiError(f"{folder} is not empty and not of a demo; give another --folder")
     shutil.rmtree(folder, ignore_errors=True)
     with show_progress() as progress:
-        write_phantom(folder / "archives-served", subjects, workers=os.cpu_count() or 1, progress=progress)
+        write_phantom(folder / "archives-served", subjects, workers=usable_cores(), progress=progress)
     root = str(folder / "ixi-data")
     start_server(folder / "prefect")
     with serve_folder(folder / "archives-served") as url:

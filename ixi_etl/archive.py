@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from ixi_etl.errors import ArchiveError, IxiError
+from ixi_etl.places import filesystem_of
 
 MAX_MEMBER_BYTES = 256 << 20  # of an IXI archive about 9 MB; a member is read whole, and several at once
 MAX_FILE = 1 << 40  # bytes of an archive; what is said to hold more is no archive
@@ -88,7 +88,7 @@ def index_archive(
     """
     members = []
     try:
-        filesystem, path = fsspec.url_to_fs(location, **_over_http(location, insecure_hosts))
+        filesystem, path = filesystem_of(location, **_over_http(location, insecure_hosts))
         wrong = no_file(filesystem, path)
         if wrong:
             raise ArchiveError(f"{location} is {wrong}; give a --source that has a tar archive of this name")
@@ -187,6 +187,6 @@ def _over_http(location: str, insecure_hosts: Collection[str]) -> dict[str, Any]
 
 def read_member(location: str, offset: int, size: int) -> bytes:
     """`size` bytes from `offset` of the archive at a path or fsspec URL; fewer where it ends before."""
-    filesystem, path = fsspec.url_to_fs(location)
+    filesystem, path = filesystem_of(location)
     data: bytes = filesystem.cat_file(path, start=offset, end=offset + size)
     return data

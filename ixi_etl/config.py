@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ixi_etl.errors import IxiError, redacted
-from ixi_etl.places import Places, expanded, refuse_secret
+from ixi_etl.places import Places, expanded, printable, refuse_secret, refuse_unusable
+from ixi_etl.spread import usable_cores
 
 SPLITS = ("train", "val", "test")
 
@@ -78,7 +87,24 @@ def _no_password(place: str) -> str:
     return place
 
 
-Place = Annotated[str, Field(min_length=1), AfterValidator(_no_password)]
+def _usable(place: Any) -> str:
+    """`place`, unless no store can be opened there."""
+    try:
+        refuse_unusable(place)
+    except IxiError as error:
+        raise ValueError(str(error)) from None
+    return str(place)
+
+
+def _text(place: Any) -> Any:
+    """`place`, unless pydantic cannot hold it; its own message would not repeat the path."""
+    if isinstance(place, str | Path) and printable(str(place)) != str(place):
+        raise ValueError(f"{printable(str(place))} is not UTF-8, or has control characters; give another name")
+    return place
+
+
+Given = Annotated[str, BeforeValidator(_text), AfterValidator(_no_password)]
+Place = Annotated[Given, Field(min_length=1)]
 
 
 class DatasetConfig(Strict):
@@ -156,17 +182,20 @@ class _Job(Strict):
     @classmethod
     def _whole_root(cls, root: Any) -> str:
         _no_password(str(root))
+        _usable(root)
         if re.match(r"s3://[^/]", str(root)):
             return str(root).rstrip("/")
         if not str(root) or re.match(r"[a-z0-9]+:/", str(root)):
             raise ValueError(f"{str(root)!r} is neither a folder nor s3://bucket/prefix")
-        return str(expanded(root).resolve())  # workers in other folders must find it
+        return _usable(str(expanded(root).resolve()))  # workers in other folders must find it
 
     @field_validator("scratch", mode="before")
     @classmethod
     def _whole_scratch(cls, scratch: Any) -> Any:
         _no_password(str(scratch))
-        return expanded(scratch).resolve() if scratch else None  # "" is what a variable gives that is not set
+        return (
+            Path(_usable(expanded(scratch).resolve())) if scratch else None
+        )  # "" is what a variable gives that is not set
 
 
 class RefreshConfig(_Job):
@@ -175,7 +204,7 @@ class RefreshConfig(_Job):
     source: Place | None = Field(
         None, description="your own archives (folder, tar file, http(s):// or s3:// URL) instead of the official ones"
     )
-    demographics: Annotated[str, AfterValidator(_no_password)] | None = Field(
+    demographics: Given | None = Field(
         None, description="'official' to fetch IXI.xls, or your own table (.xls, .xlsx or .csv); omit for none"
     )
     dataset: DatasetConfig = DatasetConfig()
@@ -188,11 +217,10 @@ class RefreshConfig(_Job):
     )
     connections: Annotated[int, Field(ge=1, le=16)] = Field(4, description="parallel ranges for each archive")
     workers: Annotated[int, Field(ge=1)] = Field(
-        default_factory=lambda: os.cpu_count() or 1, description="threads that cut subjects on this machine"
+        default_factory=usable_cores,
+        description="threads that cut subjects on this machine; by default as many as cores may be used",
     )
-    dask: Annotated[str, AfterValidator(_no_password)] | None = Field(
-        None, description="address of a Dask scheduler (tcp://host:port) to cut subjects on"
-    )
+    dask: Given | None = Field(None, description="address of a Dask scheduler (tcp://host:port) to cut subjects on")
     insecure_hosts: tuple[str, ...] = Field((), description="hosts whose TLS certificate is not checked")
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ from ixi_etl.config import DatasetConfig
 from ixi_etl.errors import BadVolumeError, DatasetError
 from ixi_etl.files import disk_errors_in_a_line, read_json, sha256_file, to_json, write_atomic
 from ixi_etl.intensity import Steps, Stored, otsu_threshold, to_int16
+from ixi_etl.places import fingerprint, naming
 from ixi_etl.store import write_shards
 
 SEAL = "record_sha256"
@@ -37,11 +38,17 @@ UNCERTAIN_MM = 1.0  # between two alignments: twice the largest error of the sea
 
 @dataclass(frozen=True)
 class Part:
-    """Where a member lies: archive (path or fsspec URL), first byte, length."""
+    """Where a member lies: archive (path or fsspec URL), first byte, length.
+
+    Attributes:
+        stamp: the fingerprint that the archive must have while the member is read; "" where a machine reads it that
+            may see the file with another one (other times or inode on another mount).
+    """
 
     archive: str
     offset: int
     size: int
+    stamp: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,14 @@ class Job:
     Attributes:
         parts: modality -> member, for the modalities it has; none where it was not fetched.
         cut: whether it is still a candidate.
+        version: the name of the version that it is cut for, a hash of archives, configuration and code: a record that
+            was made for another one does not count.
     """
 
     subject_id: str
     parts: Mapping[str, Part]
     cut: bool
+    version: str = ""
 
 
 @dataclass
@@ -85,34 +95,91 @@ def record_path(work: Path, subject_id: str) -> Path:
     return work / f"{subject_id}.json"
 
 
-@disk_errors_in_a_line()  # here, so that a Dask worker, too, says what ails its disk
-def cut_subject(job: Job, config: DatasetConfig, work: Path) -> dict[str, Any]:
-    """Cut one subject into `work`, and return its record: manifest columns, `affines`, the `files` with SHA-256, and
-    `record_sha256` of all that.
-
-    A subject that cannot be used is a record with its reason; nothing about a volume raises. One that was done before,
-    by a run that was killed, is not done again.
+def read_part(part: Part) -> tuple[bytes, str]:
+    """The bytes of a member, and the fingerprint that its archive had before and after they were read.
 
     Raises:
-        DatasetError: `work` is not there, on the machine that this runs on.
+        DatasetError: the archive changed meanwhile, is gone, or is not the one that `part.stamp` is of.
+    """
+    with naming(part.archive):
+        try:
+            stamp = fingerprint(part.archive)
+            data = read_member(part.archive, part.offset, part.size)
+            same = fingerprint(part.archive) == stamp and part.stamp in ("", stamp)
+        except FileNotFoundError:
+            same = False
+    if not same:
+        raise archive_changed(part.archive)
+    return data, stamp
+
+
+def archive_changed(archive: str) -> DatasetError:
+    return DatasetError(f"{archive} changed while it was read; run again when it is whole")
+
+
+@disk_errors_in_a_line()  # here, so that a Dask worker, too, says what ails its disk
+def cut_subject(job: Job, config: DatasetConfig, work: Path) -> dict[str, Any]:
+    """Cut one subject into `work`, and return its record: manifest columns, `affines`, the `files` with SHA-256, for
+    which version and of which archives it was made (`made_for`, `stamps`), and `record_sha256` of all that.
+
+    A subject that cannot be used is a record with its reason; nothing about a volume raises. One that was done before,
+    by a run that was killed, is not done again: at once where the archives have the fingerprints that they had then,
+    else if the members have the same SHA-256.
+
+    Raises:
+        DatasetError: `work` is not there, on the machine that this runs on; or an archive is not what it was when it
+            was hashed.
     """
     if not work.is_dir():
         raise DatasetError(f"{socket.gethostname()} has no folder {work}; Dask's workers must have it in common")
-    done = read_json(record_path(work, job.subject_id))
-    if isinstance(done, dict) and done == _sealed(done) and _still_there(done, job, work):
-        return done
+    done = _done_before(job, work)
     read = {m: part for m, part in job.parts.items() if part.size <= MAX_MEMBER_BYTES}  # who has larger ones is out
-    packed = {m: read_member(part.archive, part.offset, part.size) for m, part in read.items()}
-    record: dict[str, Any] = {f"{m.lower()}_sha256": hashlib.sha256(data).hexdigest() for m, data in packed.items()}
-    record |= {f"{m.lower()}_gzip_crc32": data[-8:-4][::-1].hex() for m, data in packed.items()}
-    if job.cut:
-        try:
-            _cut(job, packed, config, work, record)
-        except BadVolumeError as error:
-            record |= {"reason": error.reason, "detail": error.detail}
+    if done and done["stamps"] == _stamps_now(read):
+        return done
+    packed: dict[str, bytes] = {}  # alone in holding the bytes: each worker lets go of them as soon as it can
+    stamps: dict[str, str] = {}
+    for modality, part in read.items():
+        packed[modality], stamps[modality] = read_part(part)
+    hashes = {f"{m.lower()}_sha256": hashlib.sha256(data).hexdigest() for m, data in packed.items()}
+    if done and hashes.items() <= done.items():
+        record = done | {"stamps": stamps}
+    else:
+        record = {"made_for": _made_for(job), "stamps": stamps, **hashes}
+        record |= {f"{m.lower()}_gzip_crc32": data[-8:-4][::-1].hex() for m, data in packed.items()}
+        if job.cut:
+            try:
+                _cut(job, packed, config, work, record)
+            except BadVolumeError as error:
+                record |= {"reason": error.reason, "detail": error.detail}
     record = _sealed(record)
     write_atomic(record_path(work, job.subject_id), to_json(record))
     return record
+
+
+def _made_for(job: Job) -> list[Any]:
+    """What a record must be of. Records of other versions, or of other subjects, may have been copied here."""
+    return [job.version, job.subject_id, job.cut]
+
+
+def _stamps_now(parts: Mapping[str, Part]) -> dict[str, str]:
+    """The fingerprints of the members' archives, where they are the expected ones."""
+    stamps = {}
+    for modality, part in parts.items():
+        try:
+            stamps[modality] = fingerprint(part.archive)
+        except FileNotFoundError:
+            raise archive_changed(part.archive) from None
+        if part.stamp not in ("", stamps[modality]):
+            raise archive_changed(part.archive)
+    return stamps
+
+
+def _done_before(job: Job, work: Path) -> dict[str, Any] | None:
+    """The record of an earlier run, if it is whole, of this job, and its files are there."""
+    done = read_json(record_path(work, job.subject_id))
+    if not isinstance(done, dict) or done != _sealed(done) or done.get("made_for") != _made_for(job):
+        return None
+    return done if isinstance(done.get("stamps"), dict) and _still_there(done, job, work) else None
 
 
 def _sealed(record: Mapping[str, Any]) -> dict[str, Any]:

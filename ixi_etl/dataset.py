@@ -6,13 +6,16 @@
     <root>/datasets/<name>/latest.json        the pointer, replaced last of all; the only file that knows a time
     <root>/datasets/<name>/.staging/<version> what is still being made
 
-`dataset.json` names the arrays that are source and target, and lists every other file with size and SHA-256.
+`dataset.json` names the arrays that are source and target, lists every other file with size and SHA-256, and holds the
+SHA-256 of all that it says itself; `latest.json` has the SHA-256 of each `dataset.json` that was published.
 People write `NAME@VERSION`, for example `ixi-t1-t2@latest`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -24,11 +27,13 @@ from pydantic import BaseModel
 
 from ixi_etl import PIPELINE_VERSION, manifest
 from ixi_etl.errors import DatasetError
-from ixi_etl.files import Progress, read_json, sha256_file, silent, to_json
+from ixi_etl.files import Progress, parse_json, read_json, sha256_file, silent, to_json
 from ixi_etl.intensity import percentiles
-from ixi_etl.places import NAME, Places, check_reachable, file_sizes
+from ixi_etl.places import NAME, Places, check_reachable, file_sizes, naming, printable
 from ixi_etl.schema import DIGITS, IXI
 from ixi_etl.store import open_arrays
+
+log = logging.getLogger(__name__)
 
 COMMANDS = {"ixi-t1-t2": "ixi-etl refresh", "digits": "ixi-etl digits"}
 """Every dataset that there is, with the command that makes a version of it."""
@@ -38,6 +43,10 @@ SCHEMAS = {"ixi-t1-t2": IXI, "digits": DIGITS}
 MANIFEST, FACTS, REPORT, PICTURES, POINTER = "manifest.csv", "dataset.json", "report.html", "pictures", "latest.json"
 DECIDING = (MANIFEST, "zarr.json")  # small files that say what all others mean
 WORST = "worst.jpg"  # among the pictures
+DIGEST, DIGEST_SINCE = "self_sha256", 6
+"""In `dataset.json`, the key of the SHA-256 of all its others; and the first pipeline version that writes it."""
+FILE_DIGEST = "dataset_json_sha256"
+"""In the history of `latest.json`, the key of the SHA-256 of a published `dataset.json`."""
 
 
 def parse(text: str) -> tuple[str, str]:
@@ -126,12 +135,23 @@ def published(places: Places) -> list[str]:
 def _names(places: Places) -> set[str]:
     if not places.datasets.is_dir():
         return set()
-    return {p.name for p in places.datasets.iterdir() if not p.name.startswith(".") and (p / FACTS).is_file()}
+    return {p.name for p in places.datasets.iterdir() if not p.name.startswith(".") and _is_version(p)}
+
+
+def _is_version(folder: Path) -> bool:
+    try:
+        return (folder / FACTS).is_file()
+    except PermissionError:  # a folder of somebody else's, such as lost+found
+        return False
 
 
 def read_pointer(places: Places) -> dict[str, Any] | None:
     """What `latest.json` says; None where it is missing or damaged."""
-    pointer = read_json(places.datasets / POINTER)
+    return _pointer_in(places.datasets)
+
+
+def _pointer_in(folder: Path) -> dict[str, Any] | None:
+    pointer = read_json(folder / POINTER)
     try:
         if isinstance(pointer["version"], str) and all(isinstance(e["version"], str) for e in pointer["history"]):
             return dict(pointer)
@@ -140,16 +160,53 @@ def read_pointer(places: Places) -> dict[str, Any] | None:
     return None
 
 
+def with_digest(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """`facts` with the SHA-256 of all the others, in the form in which `to_json` writes them."""
+    rest: dict[str, Any] = json.loads(to_json({key: value for key, value in facts.items() if key != DIGEST}))
+    return rest | {DIGEST: hashlib.sha256(to_json(rest).encode()).hexdigest()}
+
+
 def read_facts(folder: Path) -> dict[str, Any]:
     """What `dataset.json` of a version's folder says.
 
     Raises:
-        DatasetError: it is missing or damaged.
+        DatasetError: it is missing or damaged: it has not the digest that it holds, or has another form.
     """
-    facts: dict[str, Any] = read_json(folder / FACTS)
+    path = folder / FACTS
+    try:
+        with naming(path):
+            data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        data = b""
+    facts: dict[str, Any] = parse_json(data)
     if not _are_facts(facts):
-        raise DatasetError(f"{folder / FACTS} is missing, damaged or of an older ixi-etl; make the version again")
+        raise DatasetError(f"{path} is missing, damaged or of an older ixi-etl; make the version again")
+    made_by = facts["inputs"].get("pipeline_version")  # it goes into the version's name, which is checked too
+    is_older = DIGEST not in facts and isinstance(made_by, int) and made_by < DIGEST_SINCE
+    if not is_older and data != to_json(with_digest(facts)).encode():
+        raise DatasetError(f"{path} is damaged: it does not have the SHA-256 that it holds; make the version again")
     return facts
+
+
+def list_versions(places: Places) -> list[tuple[str, dict[str, Any] | None]]:
+    """Each published version, oldest first, with its facts; None for one whose facts are damaged, after a warning."""
+    found: list[tuple[str, dict[str, Any] | None]] = []
+    for name in published(places):
+        try:
+            found.append((name, read_facts(places.version(name))))
+        except (DatasetError, OSError) as error:
+            log.warning("%s; `%s` makes it again if it is of the same inputs", error, COMMANDS[places.name])
+            found.append((name, None))
+    return found
+
+
+def find_latest(places: Places) -> str | None:
+    """The version that `latest` means; None, after a warning, where that cannot be said."""
+    try:
+        return resolve(places)
+    except DatasetError as error:
+        log.warning("%s", error)
+        return None
 
 
 def _are_facts(facts: Any) -> bool:
@@ -189,6 +246,9 @@ def verify(folder: Path, *, version: str | None = None, deep: bool = False, prog
     Cheap: every file is there with its size, the manifest and the store's metadata have their SHA-256, the manifest
     keeps its schema, and counts agree. `deep`: every file's SHA-256, every chunk decoded (its CRC-32C checked), and
     every slab's percentiles as the manifest has them. The arrays are those that `dataset.json` calls source and target.
+    `dataset.json` is held against its own SHA-256, and against that in the pointer beside the version, if there is one.
+
+    Files that do not belong to the version, such as those of a file manager, are no damage; a warning names them.
     """
     return _verify(folder, version or folder.name, deep, progress)[0]
 
@@ -224,8 +284,10 @@ def _verify(
         elif (deep or name.endswith(DECIDING)) and sha256_file(folder / name) != known["sha256"]:
             problems.append(f"{folder / name} is damaged: its SHA-256 is not the one in {FACTS}")
         progress("verify files", done, len(facts["files"]), "files")
-    stray = sorted(there.keys() - facts["files"].keys() - {FACTS})
-    problems += [f"{folder / name} does not belong here" for name in stray]
+    _warn_of_strays(folder, there.keys() - facts["files"].keys() - {FACTS})
+    known_digest = published_digest(folder)
+    if known_digest and known_digest != sha256_file(folder / FACTS):
+        problems.append(f"{folder / FACTS} is not the file that was published: {POINTER} has another SHA-256 of it")
     if not version_name(facts["inputs"]) == facts["version"] == version:
         problems.append(
             f"{folder / FACTS} is damaged: its version is not its folder's name, or not the hash of its inputs"
@@ -243,6 +305,20 @@ def _verify(
     except DatasetError as error:
         problems.append(str(error))
     return problems, table
+
+
+def _warn_of_strays(folder: Path, names: Iterable[str]) -> None:
+    found = sorted(map(printable, names))
+    if found:
+        shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        log.warning("%s: ignored what does not belong to the version: %s", folder, shown)
+
+
+def published_digest(folder: Path) -> str | None:
+    """SHA-256 of the `dataset.json` that was published as this version, by the pointer beside it, if that knows."""
+    history = (_pointer_in(folder.parent) or {"history": []})["history"]
+    digests = [e.get(FILE_DIGEST) for e in history if e["version"] == folder.name]
+    return digests[-1] if digests and isinstance(digests[-1], str) else None
 
 
 def _verify_store(

@@ -63,8 +63,10 @@ def canonical_person(text: str) -> str:
     return f"IXI{int(found['number']):03d}" if prefix in ("", "IXI") else f"{prefix}{int(found['number'])}"
 
 
-def read_demographics(path: Path) -> Demographics:
+def read_demographics(path: Path, data: bytes | None = None) -> Demographics:
     """The people of `IXI.xls`, or of another table (.xls, .xlsx, or text with commas, semicolons or tabs).
+
+    `data` is what the file holds, where it has been read already.
 
     Where several rows share an IXI_ID, a value counts only if all of them that have one agree: 26 ids of the published
     file have two or more rows, and some of those contradict each other.
@@ -73,7 +75,7 @@ def read_demographics(path: Path) -> Demographics:
         DatasetError: not a table with one column each of IXI_ID, SEX_ID and AGE.
     """
     try:
-        table = _read_table(path.read_bytes())
+        table = _read_table(path.read_bytes() if data is None else data)
     except Exception as error:  # each reader raises its own kinds on damaged files
         said = " ".join(str(error).split())
         raise DatasetError(f"{path} cannot be read as IXI.xls ({said}); give an .xls, .xlsx or .csv file") from error

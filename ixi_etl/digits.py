@@ -7,12 +7,12 @@ All are uint8, with y downwards as in the files.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-import fsspec
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from ixi_etl.download import Acquired, acquire
 from ixi_etl.errors import ArchiveError, DatasetError
 from ixi_etl.files import Progress, disk_errors_in_a_line, lock_root, silent, write_atomic
 from ixi_etl.intensity import percentiles
+from ixi_etl.places import filesystem_of, naming
 from ixi_etl.publish import Refreshed
 from ixi_etl.schema import DIGITS, EXCLUDED, USED
 
@@ -101,7 +102,10 @@ def read_half(files: Mapping[str, Acquired], half: str, limit: int | None = None
         ArchiveError: not the images and labels of digits.
     """
     places = [files[name].location for name in PARTS[half]]
-    images, labels = (parse_idx(_unpack(place), ndim, place) for place, ndim in zip(places, (3, 1), strict=True))
+    images, labels = (
+        parse_idx(_unpack(files[name]), ndim, place)
+        for name, ndim, place in zip(PARTS[half], (3, 1), places, strict=True)
+    )
     if images.shape[1:] != (SIDE, SIDE):
         raise ArchiveError(f"{places[0]} has images of {images.shape[1:]} pixels, not {SIDE} x {SIDE}: not of MNIST")
     if len(images) != len(labels):
@@ -111,9 +115,13 @@ def read_half(files: Mapping[str, Acquired], half: str, limit: int | None = None
     return images[:limit], labels[:limit]
 
 
-def _unpack(place: str) -> bytes:
-    with fsspec.open(place, "rb") as file:
-        packed = file.read()
+def _unpack(file: Acquired) -> bytes:
+    place = file.location
+    with naming(place):
+        filesystem, path = filesystem_of(place)
+        packed = filesystem.cat_file(path)
+    if hashlib.md5(packed, usedforsecurity=False).hexdigest() != file.md5:
+        raise ArchiveError(f"{place} changed while it was read; run again when it is whole")
     try:
         return gzip.decompress(packed)
     except (OSError, EOFError, zlib.error) as error:

@@ -14,14 +14,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import fsspec
 import httpx
 
 from ixi_etl.archive import escaped, index_archive, no_file
 from ixi_etl.catalog import Source, archive_name, basename, md5_of, own_archives, parse_md5sums
 from ixi_etl.errors import ArchiveError, DownloadError, IxiError, redacted
 from ixi_etl.files import Progress, read_json, silent, to_json, write_atomic
-from ixi_etl.places import is_url
+from ixi_etl.places import filesystem_of, fingerprint, is_url
 from ixi_etl.transfer import (
     MAX_TEXT,
     ChangedError,
@@ -182,7 +181,7 @@ def fetch_members(
         ) from error
     location = str(part.path)
     size = offer.size or 0
-    return Acquired(path.stem, location, size, "", False, remote.url, offer.validator, stamp_of(location))
+    return Acquired(path.stem, location, size, "", False, remote.url, offer.validator, fingerprint(location))
 
 
 def own_sources(place: str, *, offline: bool = False, insecure_hosts: tuple[str, ...] = ()) -> dict[str, Source]:
@@ -224,7 +223,7 @@ def _md5sums(beside: str, offline: bool, insecure_hosts: tuple[str, ...]) -> byt
     if not is_url(beside) and not os.path.lexists(beside):
         return None
     try:
-        filesystem, path = fsspec.url_to_fs(beside, use_listings_cache=False)
+        filesystem, path = filesystem_of(beside)
         info = filesystem.info(path)
         wrong = no_file(filesystem, path) or ("not a file" if info["type"] != "file" else "")
         if not wrong and info["size"] > MAX_TEXT:
@@ -256,23 +255,17 @@ def _md5sums_over_http(url: str, insecure_hosts: tuple[str, ...]) -> bytes | Non
 # -- what is known of a file ------------------------------------------------------------------------------------------
 
 
-def stamp_of(location: str) -> str:
-    """Identity of a file's present content, without reading it (size, times, inode; the ETag of an object)."""
-    filesystem, path = fsspec.url_to_fs(location)
-    return str(filesystem.ukey(path))
-
-
 def _recorded(folder: Path, name: str, location: str) -> Acquired | None:
     record = read_json(folder / f"{name}.json")
     with suppress(Exception):  # a spoilt record, or a file that cannot be looked at: the same as no record
         known = Acquired(**record)
-        if known.location == location and known.stamp == stamp_of(location):
+        if known.location == location and known.stamp == fingerprint(location):
             return known
     return None
 
 
 def _record(folder: Path, source: Source, location: str, md5: str, origin: str, validator: str | None) -> Acquired:
-    filesystem, path = fsspec.url_to_fs(location)
+    filesystem, path = filesystem_of(location)
     found = Acquired(
         name=source.name,
         location=location,
@@ -281,25 +274,25 @@ def _record(folder: Path, source: Source, location: str, md5: str, origin: str, 
         checked=source.md5 is not None,
         origin=origin,
         validator=validator,
-        stamp=stamp_of(location),
+        stamp=fingerprint(location),
     )
     write_atomic(folder / f"{source.name}.json", to_json(asdict(found)))
     return found
 
 
 def _md5(location: str, progress: Progress) -> str:
-    filesystem, path = fsspec.url_to_fs(location)
+    filesystem, path = filesystem_of(location)
     wrong = no_file(filesystem, path)
     if wrong:
         raise DownloadError(f"{location} is {wrong}; give a --source that has a file of this name")
     size, done, digest = filesystem.size(path), 0, hashlib.md5(usedforsecurity=False)
-    what, stamp = f"verify {path.rpartition('/')[2].removesuffix('.part')}", stamp_of(location)
+    what, stamp = f"verify {path.rpartition('/')[2].removesuffix('.part')}", fingerprint(location)
     with filesystem.open(path, "rb", block_size=4 << 20) as file:
         while done <= size and (block := file.read(4 << 20)):
             digest.update(block)
             done += len(block)
             progress(what, done, size, "B")
-    if stamp_of(location) != stamp:
+    if fingerprint(location) != stamp:
         raise DownloadError(f"{location} changed while it was read; run again when it is whole")
     return digest.hexdigest()
 
@@ -311,6 +304,7 @@ def _not_there(location: str) -> DownloadError:
 def _verify_in_place(source: Source, folder: Path, progress: Progress) -> Acquired:
     location = source.urls[0]
     try:
+        stamp = fingerprint(location)
         md5 = _md5(location, progress)
     except FileNotFoundError:
         raise _not_there(location) from None
@@ -321,7 +315,10 @@ def _verify_in_place(source: Source, folder: Path, progress: Progress) -> Acquir
     if source.md5 not in (None, md5):
         right = f"{source.md5}, as its publisher or MD5SUMS beside it says"
         raise DownloadError(f"{location}: MD5 is {md5}, not {right}; fetch the file again")
-    return _record(folder, source, location, md5, location, None)
+    found = _record(folder, source, location, md5, location, None)
+    if found.stamp != stamp:  # the record must be of the bytes that were hashed
+        raise DownloadError(f"{location} changed while it was read; run again when it is whole")
+    return found
 
 
 def _still_served(known: Acquired, source: Source, insecure_hosts: tuple[str, ...]) -> bool:

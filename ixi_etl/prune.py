@@ -65,7 +65,7 @@ def _verdicts(places: Places, keep: int) -> list[Verdict]:
             why = f"one of the newest {keep}"
         size = sum(file_sizes(places.version(name)).values())
         verdicts.append(Verdict(name, not why, why or f"older than the newest {keep}, and nothing uses it", size))
-    return verdicts + list(_remains(places, {*names, *runs}))
+    return verdicts + list(_remains(places, {*names, *runs, latest}))
 
 
 def _remains(places: Places, needed: set[str]) -> Iterator[Verdict]:

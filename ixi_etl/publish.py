@@ -12,11 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from ixi_etl.config import SPLITS
-from ixi_etl.dataset import COMMANDS, FACTS, POINTER, published, read_pointer, verify
+from ixi_etl.dataset import (
+    COMMANDS,
+    FACTS,
+    FILE_DIGEST,
+    POINTER,
+    published,
+    published_digest,
+    read_pointer,
+    verify,
+    with_digest,
+)
 from ixi_etl.download import Acquired
 from ixi_etl.errors import DatasetError
-from ixi_etl.files import Progress, sha256_file, silent, to_json, write_atomic
-from ixi_etl.places import Places, is_local, remove, upload
+from ixi_etl.files import Progress, sha256_file, silent, sync_path, to_json, write_atomic
+from ixi_etl.places import Places, is_local, upload
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +46,16 @@ def origins_of(files: Mapping[str, Acquired]) -> dict[str, Any]:
 
 
 def find_published(places: Places, version: str, origins: Mapping[str, Any]) -> Refreshed | None:
-    """The version, if it has been published and is sound; then it is the latest again."""
+    """The version, if it has been published and is sound; then it is the latest again.
+
+    One that is damaged stays where it is, for the runs that use it, until `publish` replaces it.
+    """
+    _put_back(places)
     if version not in published(places):
         return None
     problems = verify(places.version(version))
     if problems:
         log.warning("version %s is damaged and is made again: %s", version, problems[0])
-        _put_aside(places, version)
         return None
     _point_to(places, version, origins)
     _clear_staging(places)
@@ -68,15 +81,18 @@ def publish(
         DatasetError: what was staged does not verify.
     """
     version = str(summary["version"])
-    write_atomic(staged / FACTS, to_json({**summary, "files": list_files(staged, progress)}))
+    write_atomic(staged / FACTS, to_json(with_digest({**summary, "files": list_files(staged, progress)})))
     problems = verify(staged, version=version)
     if problems:
         raise DatasetError(f"the staged version does not verify: {problems[0]}; run `{COMMANDS[places.name]}` again")
     target = places.version(version)
-    _put_aside(places, version)
     if is_local(target):
-        _move(staged, target)
-    else:
+        for path in (staged, *staged.rglob("*")):
+            sync_path(path)
+        _put_aside(places, version)
+        staged.rename(target)
+        sync_path(target.parent)
+    else:  # over what is there: the files of a version have the same names and bytes whenever it is made
         upload(staged, target, last=FACTS, progress=progress)
     _point_to(places, version, origins)
     _clear_staging(places)
@@ -106,44 +122,34 @@ def list_files(folder: Path, progress: Progress = silent) -> dict[str, dict[str,
     return files
 
 
-def _put_aside(places: Places, version: str) -> None:
-    """Take what lies at a version's place, which is damaged or half there, out of the way into its staging folder.
+def _aside(places: Places, version: str) -> Path:
+    return places.staging(version) / "damaged"
 
-    On S3, where nothing can be moved, it is removed.
-    """
-    if not is_local(places.version(version)):
-        remove(places.version(version), first=FACTS)
-    elif places.version(version).exists():
-        aside = places.staging(version) / "damaged"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        places.version(version).rename(aside)
+
+def _put_aside(places: Places, version: str) -> None:
+    """Take what is at a version's place, damaged or half there, out of the way, now that its replacement is ready."""
+    if os.path.lexists(places.version(version)):
+        shutil.rmtree(_aside(places, version), ignore_errors=True)
+        places.version(version).rename(_aside(places, version))
+
+
+def _put_back(places: Places) -> None:
+    """Return versions that a refresh had put aside when it was stopped just before their replacements came."""
+    for aside in places.unfinished.glob("*/damaged"):
+        target = places.version(aside.parent.name)
+        if is_local(target) and not os.path.lexists(target):
+            aside.rename(target)
 
 
 def _point_to(places: Places, version: str, origins: Mapping[str, Any]) -> None:
-    """Make `latest.json` name `version`, unless it does already."""
+    """Make `latest.json` name `version` and the SHA-256 of its `dataset.json`, unless it does already."""
     pointer = read_pointer(places) or {"version": None, "history": []}
-    if pointer["version"] == version:
+    digest = sha256_file(places.version(version) / FACTS)
+    if pointer["version"] == version and published_digest(places.version(version)) in (digest, None):
         return
-    entry = {"version": version, "published": datetime.now(UTC).isoformat(timespec="seconds"), "origins": origins}
+    published_at = datetime.now(UTC).isoformat(timespec="seconds")
+    entry = {"version": version, FILE_DIGEST: digest, "published": published_at, "origins": origins}
     write_atomic(places.datasets / POINTER, to_json({**entry, "history": [*pointer["history"], entry]}))
-
-
-def _move(staged: Path, target: Path) -> None:
-    """One rename, of what is on the disk."""
-    for path in (staged, *staged.rglob("*")):
-        _sync(path)
-    staged.rename(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _clear_staging(places: Places) -> None:

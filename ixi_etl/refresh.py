@@ -18,15 +18,23 @@ import numpy as np
 import pandas as pd
 
 from ixi_etl import catalog, dataset, manifest, pictures, publish, report, store
-from ixi_etl.archive import read_member
 from ixi_etl.catalog import MODALITIES
 from ixi_etl.config import RefreshConfig
-from ixi_etl.cut import Job, Part, cut_subject, picture_path, shard_path
+from ixi_etl.cut import (
+    Job,
+    Part,
+    archive_changed,
+    cut_subject,
+    picture_path,
+    read_part,
+    record_path,
+    shard_path,
+)
 from ixi_etl.demographics import read_demographics
-from ixi_etl.download import Acquired, acquire, fetch_members, find_remote, own_sources, stamp_of
+from ixi_etl.download import Acquired, acquire, fetch_members, find_remote, own_sources
 from ixi_etl.errors import DatasetError
-from ixi_etl.files import Progress, disk_errors_in_a_line, lock_root, sha256_file, silent, write_atomic
-from ixi_etl.places import check_reachable, expanded
+from ixi_etl.files import Progress, disk_errors_in_a_line, lock_root, silent, write_atomic
+from ixi_etl.places import check_reachable, expanded, fingerprint, naming
 from ixi_etl.publish import Refreshed
 from ixi_etl.schema import CANDIDATE, IXI
 from ixi_etl.spread import spread
@@ -49,6 +57,18 @@ UNCHECKED = "archive_unchecked"
 
 
 @dataclass(frozen=True)
+class People:
+    """A file of age and sex: where it is, and what was read of it, once, so that what is hashed is what is used."""
+
+    path: Path
+    data: bytes
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What a version is made of.
 
@@ -59,7 +79,7 @@ class Inputs:
     """
 
     archives: Mapping[str, Acquired]
-    demographics: Path | None
+    demographics: People | None
     surveyed: pd.DataFrame | None = None
 
     @property
@@ -154,19 +174,28 @@ def acquire_members(config: RefreshConfig, progress: Progress = silent) -> Input
     return replace(inputs_of(config, acquired), surveyed=table)
 
 
+@disk_errors_in_a_line()
 def inputs_of(config: RefreshConfig, acquired: Mapping[str, Acquired]) -> Inputs:
-    """What the version is made of, from the files that `find_sources` asked for."""
+    """What the version is made of, from the files that `find_sources` asked for.
+
+    Raises:
+        DatasetError: the official demographics file is no longer the one that was verified.
+    """
     archives = {m: acquired[m] for m in MODALITIES}
     if config.demographics is None:
         return Inputs(archives, None)
-    if config.demographics == OFFICIAL:
-        return Inputs(archives, Path(acquired[DEMOGRAPHICS].location))
-    return Inputs(archives, expanded(config.demographics))
+    official = acquired[DEMOGRAPHICS] if config.demographics == OFFICIAL else None
+    path = Path(official.location) if official else expanded(str(config.demographics))
+    with naming(path):
+        people = People(path, path.read_bytes())
+    if official and hashlib.md5(people.data, usedforsecurity=False).hexdigest() != official.md5:
+        raise archive_changed(official.location)
+    return Inputs(archives, people)
 
 
 def name_version(config: RefreshConfig, inputs: Inputs) -> tuple[str, dict[str, Any]]:
     """The version's name, and the inputs that it is the hash of."""
-    others = {"demographics_sha256": sha256_file(inputs.demographics) if inputs.demographics else None}
+    others = {"demographics_sha256": inputs.demographics.sha256 if inputs.demographics else None}
     if inputs.surveyed is None:
         md5s = {m: a.md5 for m, a in inputs.archives.items()}
     else:
@@ -183,15 +212,25 @@ def _members_facts(config: RefreshConfig, inputs: Inputs) -> dict[str, str]:
     assert inputs.surveyed is not None
     jobs = _jobs(inputs.surveyed, manifest.select(inputs.surveyed, config.dataset), inputs)
     parts = [part for job in jobs for part in job.parts.values()]
-    members = sorted(hashlib.sha256(read_member(p.archive, p.offset, p.size)).hexdigest() for p in parts)
+    members = sorted(hashlib.sha256(read_part(part)[0]).hexdigest() for part in parts)
     surveyed = inputs.surveyed.drop(columns="offset").to_csv(index=False)  # whatever order they lie in
     told = {"members_sha256": "".join(members), "survey_sha256": surveyed}
     return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in told.items()}
 
 
+@disk_errors_in_a_line()
 def survey_archives(inputs: Inputs, progress: Progress = silent) -> pd.DataFrame:
-    """The table of all members, from their headers, unless it was needed before to fetch some."""
-    return survey(inputs.locations, progress) if inputs.surveyed is None else inputs.surveyed
+    """The table of all members, from their headers, unless it was needed before to fetch some.
+
+    Raises:
+        DatasetError: an archive is no longer the one that was hashed.
+    """
+    if inputs.surveyed is not None:
+        return inputs.surveyed
+    _check_unchanged(inputs)
+    table = survey(inputs.locations, progress)
+    _check_unchanged(inputs)
+    return table
 
 
 @disk_errors_in_a_line()
@@ -216,8 +255,8 @@ def select_subjects(config: RefreshConfig, table: pd.DataFrame, inputs: Inputs) 
     return selected
 
 
-def _read_people(path: Path, table: pd.DataFrame) -> dict[str, dict[str, float | str]]:
-    found = read_demographics(path)
+def _read_people(file: People, table: pd.DataFrame) -> dict[str, dict[str, float | str]]:
+    path, found = file.path, read_demographics(file.path, file.data)
     persons = {manifest.person_of(subject) for subject in table["subject_id"] if subject}
     wanted, matched, said = found.match(persons)
     if not matched:
@@ -253,17 +292,18 @@ def cut_subjects(
     places = config.places
     work = places.staging(version) / "work"
     work.mkdir(parents=True, exist_ok=True)
-    jobs = _jobs(table, candidates, inputs)
+    jobs = _jobs(table, candidates, inputs, version)
     _check_disk(work, candidates, config.dataset.slices)
     results = spread(
         partial(cut_subject, config=config.dataset, work=work.resolve()),
-        jobs,
+        [_read_elsewhere(job) for job in jobs] if config.dask else jobs,
         workers=config.workers,
         address=config.dask,
         libraries=("ixi-etl", *VOXEL_LIBRARIES),
         on_done=lambda done: progress("cut", done, len(jobs), "subjects"),
     )
-    _check_unchanged(inputs, work)
+    _check_members(jobs, results, work)
+    _check_unchanged(inputs)
     records = {job.subject_id: result for job, result in zip(jobs, results, strict=True)}
     if inputs.surveyed is not None:
         for job in jobs:
@@ -282,16 +322,41 @@ def _flagged(record: dict[str, Any]) -> dict[str, Any]:
     return record | {"flags": manifest.join_flags(record.get("flags"), UNCHECKED)}
 
 
-def _jobs(table: pd.DataFrame, candidates: pd.DataFrame, inputs: Inputs) -> list[Job]:
+def _jobs(table: pd.DataFrame, candidates: pd.DataFrame, inputs: Inputs, version: str = "") -> list[Job]:
     """A job for each subject; it reads the members that are here."""
     first = table[table["subject_id"] != ""].drop_duplicates(["subject_id", "modality"])
     parts: dict[str, dict[str, Part]] = {}
     for row in first.to_dict("records"):
-        part = Part(inputs.locations[row["modality"]], row["offset"], row["size"])
+        archive = inputs.archives[row["modality"]]
+        part = Part(archive.location, row["offset"], row["size"], archive.stamp)
         parts.setdefault(row["subject_id"], {})[row["modality"]] = part
     wanted = set(candidates.loc[candidates["status"] == CANDIDATE, "subject_id"])
     here = set(candidates["subject_id"]) if inputs.surveyed is None else wanted
-    return [Job(s, parts[s] if s in here else {}, s in wanted) for s in candidates["subject_id"]]
+    return [Job(s, parts[s] if s in here else {}, s in wanted, version) for s in candidates["subject_id"]]
+
+
+def _read_elsewhere(job: Job) -> Job:
+    """The job for a worker that may see the archives through another mount, with other fingerprints."""
+    return replace(job, parts={m: replace(part, stamp="") for m, part in job.parts.items()})
+
+
+def _check_members(jobs: Sequence[Job], records: Sequence[Mapping[str, Any]], work: Path) -> None:
+    """What workers elsewhere read must be what was hashed here: the same fingerprint, or else the same SHA-256.
+
+    Raises:
+        DatasetError: somebody read other bytes; those records are removed.
+    """
+    wrong = ""
+    for job, record in zip(jobs, records, strict=True):
+        for modality, stamp in record["stamps"].items():
+            part = job.parts[modality]
+            if stamp != part.stamp:
+                data, _ = read_part(part)
+                if hashlib.sha256(data).hexdigest() != record[f"{modality.lower()}_sha256"]:
+                    record_path(work, job.subject_id).unlink(missing_ok=True)
+                    wrong = part.archive
+    if wrong:
+        raise DatasetError(f"Dask's workers read other bytes in {wrong} than there are here; run again when they agree")
 
 
 def _check_disk(work: Path, candidates: pd.DataFrame, slices: int) -> None:
@@ -304,16 +369,15 @@ def _check_disk(work: Path, candidates: pd.DataFrame, slices: int) -> None:
         raise DatasetError(f"{work} has {free / 1e9:.2f} GB free, but the slabs need {need / 1e9:.2f} GB; free some")
 
 
-def _check_unchanged(inputs: Inputs, work: Path) -> None:
-    """What was surveyed and cut since the archives were hashed must be what was hashed: the version bears its name."""
+def _check_unchanged(inputs: Inputs) -> None:
+    """The archives must be those that were hashed: the version has its name from them."""
     for archive in inputs.archives.values():
         try:
-            same = stamp_of(archive.location) == archive.stamp
+            same = fingerprint(archive.location) == archive.stamp
         except FileNotFoundError:
             same = False
         if not same:
-            shutil.rmtree(work)  # nobody knows of which archive a record there is
-            raise DatasetError(f"{archive.location} changed while it was read; run again when it is whole")
+            raise archive_changed(archive.location)
 
 
 def _check_there(work: Path, records: Mapping[str, Any]) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar, cast
 
@@ -32,6 +35,46 @@ def spread(
     if address:
         return _on_cluster(function, items, address, libraries, on_done)
     return _on_threads(function, items, workers, on_done)
+
+
+def usable_cores(cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """How many cores this process may use: its CPU affinity (taskset, SLURM, cpusets), and the CPU quota of its
+    control group (`docker run --cpus`, Kubernetes), rounded up.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min([cores, *(math.ceil(quota) for quota in _cpu_quotas(cgroups, own))]))
+
+
+def _cpu_quotas(cgroups: Path, own: Path) -> list[float]:
+    """Cores' worth of CPU time that each control group around this process may use, of those that limit it.
+
+    Version 2 has `cpu.max` ("QUOTA PERIOD" or "max PERIOD"), version 1 two files with a number each, -1 for no limit.
+    """
+    quotas = []
+    for line in _text(own).splitlines():
+        _, controllers, group = [*line.split(":", 2), "", ""][:3]
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = cgroups / "cpu" if controllers else cgroups
+        here = top / group.lstrip("/")
+        for folder in [here, *here.parents]:  # a container sees its own group as the top one
+            if controllers:
+                words = [_text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+            else:
+                words = _text(folder / "cpu.max").split()
+            if len(words) == 2 and all(word.isdecimal() and int(word) for word in words):
+                quotas.append(int(words[0]) / int(words[1]))
+            if folder == top:
+                break
+    return quotas
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):  # no Linux, or no such limit
+        return ""
 
 
 def _on_threads(

@@ -27,7 +27,7 @@ from ixi_etl.errors import ArchiveError, DatasetError, DownloadError, IxiError, 
 from ixi_etl.files import lock_root
 from ixi_etl.phantom import write_tar
 from ixi_etl.publish import Refreshed
-from ixi_etl.refresh import VOXEL_LIBRARIES, Inputs, refresh, select_subjects
+from ixi_etl.refresh import VOXEL_LIBRARIES, Inputs, People, refresh, select_subjects
 from ixi_etl.store import open_arrays
 from ixi_etl.survey import survey
 
@@ -555,7 +555,7 @@ def test_what_demographics_match_is_one_warning(
     people = tmp_path / "people.csv"
     people.write_text("IXI_ID,SEX_ID,AGE\n" + "".join(f"{n},1,30\n" for n in ids.split()))
     with caplog.at_level(logging.WARNING):
-        selected = select_subjects(config_for(tmp_path, archives), surveyed, Inputs({}, people))
+        selected = select_subjects(config_for(tmp_path, archives), surveyed, Inputs({}, People(people, people.read_bytes())))
     assert selected["age"].notna().sum() == matched
     (said,) = caplog.messages
     assert f"{people}: {matched} of {len(ids.split())} rows are of {matched} of the " in said
@@ -567,7 +567,7 @@ def test_demographics_of_nobody_are_an_error(ids: str, surveyed: pd.DataFrame, a
     people = tmp_path / "people.csv"
     people.write_text("IXI_ID,SEX_ID,AGE\n" + "".join(f"{n},1,30\n" for n in ids.split()))
     with pytest.raises(DatasetError, match=r"people\.csv: 0 of \d rows are of 0 of the \d+ persons"):
-        select_subjects(config_for(tmp_path, archives), surveyed, Inputs({}, people))
+        select_subjects(config_for(tmp_path, archives), surveyed, Inputs({}, People(people, people.read_bytes())))
 
 
 def test_index_pairing_warns_with_both_planes(archives: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
