@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import json
 import logging
 import math
@@ -674,6 +675,8 @@ def main(arguments: list[str] | None = None) -> Any:
     if arguments is None:  # in a process of its own
         end_on_signals()
         _open_missing_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8 are printed byte by byte
     atexit.register(gc.freeze)  # else Python looks for garbage once more before it ends: 0.2 s, with pandas in memory
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -228,9 +228,10 @@ def survey_archives(inputs: Inputs, progress: Progress = silent) -> pd.DataFrame
     if inputs.surveyed is not None:
         return inputs.surveyed
     _check_unchanged(inputs)
-    table = survey(inputs.locations, progress)
-    _check_unchanged(inputs)
-    return table
+    try:
+        return survey(inputs.locations, progress)
+    finally:  # also where the survey fails: on an archive that is being replaced, it may
+        _check_unchanged(inputs)
 
 
 @disk_errors_in_a_line()

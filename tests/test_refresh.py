@@ -24,7 +24,7 @@ from ixi_etl import refresh as jobs
 from ixi_etl.archive import read_member
 from ixi_etl.config import DatasetConfig
 from ixi_etl.errors import ArchiveError, DatasetError, DownloadError, IxiError, LockedError
-from ixi_etl.files import lock_root
+from ixi_etl.files import lock_root, to_json
 from ixi_etl.phantom import write_tar
 from ixi_etl.publish import Refreshed
 from ixi_etl.refresh import VOXEL_LIBRARIES, Inputs, People, refresh, select_subjects
@@ -350,7 +350,7 @@ def test_archives_that_are_not_what_md5sums_says_are_refused(archives: Path, tmp
 
 @pytest.mark.parametrize("how", ["replaced", "removed once read"])
 def test_archives_that_change_after_they_were_hashed_are_not_published_under_their_old_name(
-    how: str, archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, archives: Path, published: Refreshed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Path(shutil.copytree(archives, tmp_path / "src"))
     stage = "survey_archives" if how == "replaced" else "spread"
@@ -371,9 +371,8 @@ def test_archives_that_change_after_they_were_hashed_are_not_published_under_the
             refresh(config_for(tmp_path / "root", source))
     places = dataset.Places(tmp_path / "root")
     assert dataset.published(places) == []
-    assert not list(places.unfinished.glob("*/work")), "records of nobody knows which archive"
     shutil.copy(archives / "IXI-T2.tar", source)
-    assert dataset.verify(refresh(config_for(tmp_path / "root", source)).folder) == []
+    assert contents(refresh(config_for(tmp_path / "root", source)).folder) == contents(published.folder)
 
 
 def test_unchecked_archives_are_admitted_and_recorded_so(archives: Path, tmp_path: Path) -> None:
@@ -425,8 +424,6 @@ def damage(copy: Path, name: str) -> None:
         os.truncate(facts, 100)
     elif name == "the configuration edited":
         facts.write_text(facts.read_text().replace('"anatomical"', '"index"'))
-    elif name == "a file added":
-        (copy / "slices.zarr/t1/c/9").write_text("x")
     elif name == "the store gone":
         shutil.rmtree(copy / "slices.zarr")
 
@@ -440,7 +437,6 @@ def damage(copy: Path, name: str) -> None:
         "a subject removed from the manifest",
         "the facts cut short",
         "the configuration edited",
-        "a file added",
         "the store gone",
     ],
 )
@@ -479,7 +475,7 @@ def test_a_shard_in_another_subject_s_row_is_found(copy: Path) -> None:
     rows[1].write_bytes(one)
     facts = json.loads((copy / dataset.FACTS).read_text())
     facts["files"] = publish.list_files(copy)  # whoever did it also mended the list
-    (copy / dataset.FACTS).write_text(json.dumps(facts))
+    (copy / dataset.FACTS).write_text(to_json(dataset.with_digest(facts)))
     assert dataset.verify(copy) == []
     assert any("percentiles" in problem for problem in dataset.verify(copy, deep=True))
 

@@ -15,6 +15,7 @@ from faults_table import Row, tries
 
 from ixi_etl import dataset, manifest
 from ixi_etl.errors import DatasetError
+from ixi_etl.files import to_json
 from ixi_etl.publish import Refreshed
 
 torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
@@ -122,7 +123,7 @@ def lead_out(copy: Path) -> Path:
     path = copy / dataset.FACTS
     facts = json.loads(path.read_text())
     facts["files"]["../../../../etc/hostname"] = {"size": 1, "sha256": "0" * 64}
-    path.write_text(json.dumps(facts))
+    path.write_text(to_json(dataset.with_digest(facts)))
     return copy / "../../../../etc/hostname"
 
 
@@ -158,7 +159,7 @@ def test_damage_facts_fuzzed(copy: Path, row: Row) -> None:
         where = broken if rng.random() < 0.5 else broken[("files", "inputs", "funnel", "splits")[rng.integers(4)]]
         key = list(where)[rng.integers(len(where))]
         where[key] = (None, [], {}, "x", -1, {"size": "x"}, [1], {"../x": 1})[rng.integers(8)]
-        path.write_text(json.dumps(broken))
+        path.write_text(to_json(dataset.with_digest(broken)))
         found += bool(problems := dataset.verify(copy))
         assert all("\n" not in problem for problem in problems)
     row("facts with other values", count, f"{found} found at once, no trace", "none")
