@@ -13,7 +13,7 @@ from typing import Any
 from ixi_etl.dataset import COMMANDS, FACTS, POINTER, published, read_pointer
 from ixi_etl.errors import DatasetError
 from ixi_etl.files import disk_errors_in_a_line, lock_root, read_json
-from ixi_etl.places import Places, file_sizes, filesystem_of, is_local, place, remove
+from ixi_etl.places import Places, file_sizes, filesystem_of, is_local, naming, place, remove
 
 UPLOAD_LASTS = timedelta(days=1)
 """What lies on S3 without `dataset.json` may be an upload of another machine, if something came within this time."""
@@ -122,15 +122,16 @@ def _remove(places: Places, verdict: Verdict) -> Verdict:
     facts = folder / FACTS
     if is_local(folder) and folder.is_symlink():
         return Verdict(verdict.version, False, "it is a link; remove that by hand", verdict.size)
-    if facts.exists():
-        kept = facts.read_bytes()
-        facts.unlink()
-        started = users(places).get(verdict.version)
-        if started:  # while this was decided; from here on a training that starts finds no version
-            facts.write_bytes(kept)
-            return Verdict(verdict.version, False, f"used by {', '.join(started)}", verdict.size)
-    if is_local(folder):
-        shutil.rmtree(folder)
-    else:
-        remove(folder, first=FACTS)
+    with naming(folder):
+        if facts.exists():
+            kept = facts.read_bytes()
+            facts.unlink()
+            started = users(places).get(verdict.version)
+            if started:  # while this was decided; from here on a training that starts finds no version
+                facts.write_bytes(kept)
+                return Verdict(verdict.version, False, f"used by {', '.join(started)}", verdict.size)
+        if is_local(folder):
+            shutil.rmtree(folder)
+        else:
+            remove(folder, first=FACTS)
     return verdict

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ixi_etl.config import in_a_line
 from ixi_etl.errors import IxiError
+from ixi_etl.files import sync_path
 from model.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -82,17 +83,12 @@ def save(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) ->
         mode = part.stat().st_mode  # by the umask; safetensors would leave it readable to its owner alone
         save_file(plain, part, metadata={"facts": said, "sha256": _digest(plain, said)})
         part.chmod(mode)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
+        sync_path(part)
     except (SafetensorError, OSError) as error:
         part.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {error}; mend that, and --resume goes on from the last") from error
     os.replace(part, path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_path(path.parent)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -97,14 +97,16 @@ def test_a_version_of_before_there_were_digests_is_read_as_it_was(copy: Path) ->
     assert dataset.verify(old) == []
 
 
-def test_a_version_made_again_has_its_new_digest_in_the_pointer(archives: Path, tmp_path: Path) -> None:
-    places = Places(tmp_path)
-    made = refresh(config_for(tmp_path, archives))
+def test_a_version_made_again_has_its_new_digest_in_the_pointer(
+    archives: Path, published: Refreshed, tmp_path: Path
+) -> None:
+    places = Places(shutil.copytree(published.folder.parents[2], tmp_path / "root"))
+    folder = places.version(published.version)
     pointer = json.loads((places.datasets / dataset.POINTER).read_text())
     for entry in (pointer, pointer["history"][-1]):  # as if it had been made where other bytes come out
         entry[dataset.FILE_DIGEST] = "0" * 64
     (places.datasets / dataset.POINTER).write_text(to_json(pointer))
-    assert dataset.verify(made.folder)
-    assert refresh(config_for(tmp_path, archives)).is_new
-    assert dataset.verify(made.folder) == []
+    assert dataset.verify(folder)
+    assert refresh(config_for(places.root, archives)).is_new
+    assert dataset.verify(folder) == []
     assert len(json.loads((places.datasets / dataset.POINTER).read_text())["history"]) == 2

@@ -551,7 +551,8 @@ def test_what_demographics_match_is_one_warning(
     people = tmp_path / "people.csv"
     people.write_text("IXI_ID,SEX_ID,AGE\n" + "".join(f"{n},1,30\n" for n in ids.split()))
     with caplog.at_level(logging.WARNING):
-        selected = select_subjects(config_for(tmp_path, archives), surveyed, Inputs({}, People(people, people.read_bytes())))
+        inputs = Inputs({}, People(people, people.read_bytes()))
+        selected = select_subjects(config_for(tmp_path, archives), surveyed, inputs)
     assert selected["age"].notna().sum() == matched
     (said,) = caplog.messages
     assert f"{people}: {matched} of {len(ids.split())} rows are of {matched} of the " in said

@@ -16,7 +16,7 @@ from test_prune import lay, start_run
 from flows.cli import main
 from ixi_etl import dataset
 from ixi_etl import refresh as jobs
-from ixi_etl.files import silent
+from ixi_etl.files import silent, to_json
 from ixi_etl.places import Places, filesystem_of, upload
 from ixi_etl.prune import prune
 from ixi_etl.publish import Refreshed
@@ -165,10 +165,12 @@ def test_a_version_on_s3_is_made_again_without_being_removed(
 
 @pytest.mark.parametrize("name", [dataset.FACTS, dataset.MANIFEST, dataset.POINTER])
 def test_one_damaged_file_does_not_hide_the_other_versions(
-    name: str, root: Path, archives: Path, published: Refreshed, capsys: pytest.CaptureFixture[str]
+    name: str, root: Path, published: Refreshed, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = Places(root)
-    latest = refresh(config_for(root, archives, split_seed=1)).version
+    places, latest = Places(root), "0123456789ab"
+    shutil.copytree(places.version(published.version), places.version(latest))
+    history = [{"version": version} for version in (published.version, latest)]
+    (places.datasets / dataset.POINTER).write_text(to_json({"version": latest, "history": history}))
     folder = places.datasets if name == dataset.POINTER else places.version(published.version)
     (folder / name).write_text('{"half')
     if name != dataset.POINTER:
