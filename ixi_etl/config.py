@@ -97,9 +97,11 @@ def _usable(place: Any) -> str:
 
 
 def _text(place: Any) -> Any:
-    """`place`, unless pydantic cannot hold it; its own message would not repeat the path."""
-    if isinstance(place, str | Path) and printable(str(place)) != str(place):
-        raise ValueError(f"{printable(str(place))} is not UTF-8, or has control characters; give another name")
+    """`place`, unless pydantic cannot hold it; its own message would not name the path."""
+    try:
+        str(place).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{printable(str(place))} is not UTF-8; give another name") from None
     return place
 
 

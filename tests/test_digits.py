@@ -24,6 +24,7 @@ from ixi_etl import catalog, dataset, manifest, publish
 from ixi_etl.config import DigitsConfig, DigitsDataset
 from ixi_etl.digits import INK, PARTS, make_digits, pad, pair, parse_idx, sketch
 from ixi_etl.errors import ArchiveError, DatasetError, DownloadError
+from ixi_etl.files import to_json
 from ixi_etl.publish import Refreshed
 from ixi_etl.schema import DIGITS
 from ixi_etl.serve import serve_folder
@@ -256,7 +257,7 @@ def test_shards_that_changed_places_are_found_subject_by_subject(made: Refreshed
     shards[1].write_bytes(one)
     listed = {"files": publish.list_files(made.folder)}  # whoever did it also mended the list
     facts = dataset.read_facts(made.folder) | listed
-    (made.folder / dataset.FACTS).write_text(json.dumps(facts))
+    (made.folder / dataset.FACTS).write_text(to_json(dataset.with_digest(facts)))
     assert dataset.verify(made.folder) == []
     problems = dataset.verify(made.folder, deep=True)
     assert any("digit of test-00000 has not the percentiles of the manifest" in problem for problem in problems)
@@ -264,7 +265,7 @@ def test_shards_that_changed_places_are_found_subject_by_subject(made: Refreshed
 
 def test_facts_that_name_other_arrays_are_found(made: Refreshed) -> None:
     facts = dataset.read_facts(made.folder) | {"source": "t1"}
-    (made.folder / dataset.FACTS).write_text(json.dumps(facts))
+    (made.folder / dataset.FACTS).write_text(to_json(dataset.with_digest(facts)))
     assert any("t1 and digit are not arrays of digits" in problem for problem in dataset.verify(made.folder))
 
 
