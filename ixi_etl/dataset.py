@@ -195,7 +195,7 @@ def list_versions(places: Places) -> list[tuple[str, dict[str, Any] | None]]:
         try:
             found.append((name, read_facts(places.version(name))))
         except (DatasetError, OSError) as error:
-            log.warning("%s; `%s` makes it again if it is of the same inputs", error, COMMANDS[places.name])
+            log.warning("%s", error)
             found.append((name, None))
     return found
 
