@@ -32,7 +32,7 @@ import httpx
 from ixi_etl.archive import MAX_FILE, escaped
 from ixi_etl.catalog import Source
 from ixi_etl.errors import DownloadError, redacted
-from ixi_etl.files import Progress, read_json, to_json, write_atomic
+from ixi_etl.files import Progress, read_json, sync, to_json, write_atomic
 from ixi_etl.places import refuse_secret
 
 T = TypeVar("T")
@@ -431,7 +431,7 @@ class Part:
             data, at = data[n:], at + n
 
     def finish(self, segment: int) -> None:
-        os.fsync(self._file)  # before the record says so
+        sync(self._file)  # before the record says so
         with self._lock:
             self.done.add(segment)
             write_atomic(self.record, to_json(self._state | {"done": sorted(self.done)}))
@@ -440,7 +440,7 @@ class Part:
         os.ftruncate(self._file, size)
 
     def sync(self) -> None:
-        os.fsync(self._file)
+        sync(self._file)
 
 
 def _neighbours(segments: Sequence[Segment], together: int) -> Iterator[list[Segment]]:
