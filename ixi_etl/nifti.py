@@ -31,7 +31,7 @@ SPACES = {1: "scanner", 2: "aligned", 3: "Talairach", 4: "MNI152", 5: "template"
 MAX_FORM_ERROR_MM = 0.5
 """How far apart sform, qform and pixdim may put a voxel.
 
-In 16 real scans that have both forms, two on IXI's own grids and an original IXI T1 among them, they put no voxel more than 0.004 mm apart.
+In 16 real scans that have both forms, an original IXI T1 among them, they put no voxel more than 0.004 mm apart.
 Float32 quaternions can turn the far corner of such a grid by 0.3 mm. Half a voxel of IXI is 0.47 mm.
 """
 
