@@ -10,11 +10,12 @@ BENCH  := $(VENV)/.installed-bench
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-standin test-stack faults audit bench deploy lint clean help
+.PHONY: demo test fuzz test-standin test-stack faults audit bench deploy lint clean help
 
 help:
 	@echo "make demo   run the whole job on a small simulated IXI, no server or account needed"
-	@echo "make test   run the tests"
+	@echo "make test   run the tests, with the same random examples on every run, 3 minutes"
+	@echo "make fuzz   search for new examples; SEEDS=30 for so many seeds, SEED=N for one, ONLY=name for a test"
 	@echo "make test-standin  the tests that need minutes, where their data are at hand"
 	@echo "make test-stack    the deployed stack: PostgreSQL, Prefect, workers, Dask and S3 as processes, 6 minutes"
 	@echo "make faults kills, bad servers, full disks and hostile input, in full, 15 minutes; ONLY=name for one of them"
@@ -40,6 +41,9 @@ demo: $(or $(wildcard $(STAMP)),$(TRAIN))
 
 test: $(STAMP)
 	@$(BIN)/pytest -n 2 --dist loadfile -m "not standin and not stack"
+
+fuzz: $(STAMP)
+	@$(BIN)/python tests/fuzz.py --seeds "$(or $(SEEDS),10)" --seed $(SEED) --only "$(ONLY)"
 
 test-standin: $(STAMP)
 	@$(BIN)/pytest -m standin
