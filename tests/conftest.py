@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,13 @@ def config_for(root: Path | str, source: Path | str, scratch: Path | None = None
 def published(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Refreshed:
     """The version that `paired` makes of the phantom; tests only read it."""
     return refresh(config_for(tmp_path_factory.mktemp("root"), archives))
+
+
+@pytest.fixture
+def refreshed(published: Refreshed, tmp_path: Path) -> Refreshed:
+    """The same version in a root of its own, `tmp_path`, as `refresh(config_for(tmp_path, archives))` leaves it."""
+    shutil.copytree(published.folder.parents[2], tmp_path, dirs_exist_ok=True)
+    return replace(published, folder=tmp_path / published.folder.relative_to(published.folder.parents[2]))
 
 
 @pytest.fixture(scope="session")

@@ -10,14 +10,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import stages
 from conftest import config_for
+from processes import Job, preload
 
 from ixi_etl import dataset, manifest, publish
 from ixi_etl import refresh as jobs
@@ -84,7 +86,7 @@ def test_workers_do_not_change_a_byte(workers: int, published: Refreshed, archiv
 def cluster() -> Iterator[str]:
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         yield cluster.scheduler_address
 
 
@@ -101,12 +103,15 @@ def test_a_dask_address_that_does_not_answer_is_one_clear_line(archives: Path, t
         refresh(config_for(tmp_path, archives).model_copy(update={"dask": "nonsense://x"}))
 
 
-def test_index_pairing_is_the_stored_voxels(archives: Path, tmp_path: Path) -> None:
+def test_index_pairing_is_the_stored_voxels_and_warns_with_both_planes(
+    archives: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     import gzip
 
     import nibabel as nib
 
     done = refresh(config_for(tmp_path, archives, pairing="index"))
+    assert "T1 slices are sagittal and T2 slices are axial" in caplog.text
     used = manifest.used(dataset.read_manifest(done.folder))
     members = survey({m: str(archives / f"IXI-{m}.tar") for m in ("T1", "T2")}).set_index("member")
     arrays = open_arrays(done.folder)
@@ -121,14 +126,15 @@ def test_index_pairing_is_the_stored_voxels(archives: Path, tmp_path: Path) -> N
     assert "different planes" in (done.folder / dataset.REPORT).read_text()
 
 
-def test_a_second_refresh_finds_the_version_and_touches_nothing(archives: Path, tmp_path: Path) -> None:
-    first = refresh(config_for(tmp_path, archives))
+def test_a_second_refresh_finds_the_version_and_touches_nothing(
+    refreshed: Refreshed, archives: Path, tmp_path: Path
+) -> None:
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
     second = refresh(config_for(tmp_path, archives))
-    assert (first.is_new, second.is_new) == (True, False)
-    assert second.version == first.version
+    assert (refreshed.is_new, second.is_new) == (True, False)
+    assert second.version == refreshed.version
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    assert not (tmp_path / "datasets" / dataset.NAME / ".staging" / first.version).exists()
+    assert not (tmp_path / "datasets" / dataset.NAME / ".staging" / refreshed.version).exists()
 
 
 def test_what_touches_data_names_the_version_and_what_does_not_does_not(archives: Path, tmp_path: Path) -> None:
@@ -154,9 +160,10 @@ def test_what_touches_data_names_the_version_and_what_does_not_does_not(archives
     }
 
 
-def test_the_pointer_moves_back_when_an_old_version_is_asked_for(archives: Path, tmp_path: Path) -> None:
-    places = dataset.Places(tmp_path)
-    first = refresh(config_for(tmp_path, archives))
+def test_the_pointer_moves_back_when_an_old_version_is_asked_for(
+    refreshed: Refreshed, archives: Path, tmp_path: Path
+) -> None:
+    places, first = dataset.Places(tmp_path), refreshed
     second = refresh(config_for(tmp_path, archives, split_seed=4))
     assert dataset.resolve(places) == second.version
     assert dataset.published(places) == [first.version, second.version]
@@ -167,8 +174,7 @@ def test_the_pointer_moves_back_when_an_old_version_is_asked_for(archives: Path,
     assert dataset.compare(dataset.read_manifest(first.folder), dataset.read_manifest(first.folder)).empty
 
 
-def test_versions_are_compared_subject_by_subject(archives: Path, tmp_path: Path) -> None:
-    old = refresh(config_for(tmp_path / "a", archives))
+def test_versions_are_compared_subject_by_subject(published: Refreshed, archives: Path, tmp_path: Path) -> None:
     fewer = tmp_path / "archives"
     fewer.mkdir()
     for modality in ("T1", "T2"):
@@ -179,7 +185,7 @@ def test_versions_are_compared_subject_by_subject(archives: Path, tmp_path: Path
             fewer / f"IXI-{modality}.tar", {r.member: read_member(place, r.offset, r.size) for r in kept.itertuples()}
         )
     new = refresh(config_for(tmp_path / "b", fewer))
-    changes = dataset.compare(dataset.read_manifest(old.folder), dataset.read_manifest(new.folder)).set_index(
+    changes = dataset.compare(dataset.read_manifest(published.folder), dataset.read_manifest(new.folder)).set_index(
         "subject_id"
     )
     (gone,), (lost,) = (changes.index[changes.index.str.startswith(n)] for n in ("IXI002", "IXI003"))
@@ -190,40 +196,23 @@ def test_versions_are_compared_subject_by_subject(archives: Path, tmp_path: Path
 
 # -- stopped and started again ----------------------------------------------------------------------------------------
 
-CHILD = """
-import sys
-from pathlib import Path
-from ixi_etl.config import RefreshConfig
-from ixi_etl.refresh import VOXEL_LIBRARIES, Inputs, refresh, select_subjects
-refresh(RefreshConfig.model_validate_json(sys.argv[1]))
-"""
+
+@pytest.fixture(scope="module")
+def jobs_started() -> None:
+    preload()
 
 
-def kill_when(config: Any, reached: Callable[[], bool]) -> None:
-    """Run a refresh in a process of its own, and SIGKILL it as soon as `reached` says so.
-
-    On a busy machine it may be done before this process is awake: then the same from the start, until the kill lands.
-    """
-    for _ in range(10):
-        child = subprocess.Popen([sys.executable, "-c", CHILD, config.model_dump_json()])
-        while child.poll() is None and not reached():
-            time.sleep(0.001)
-        child.send_signal(signal.SIGKILL)
-        if child.wait() == -signal.SIGKILL:
-            return
-        shutil.rmtree(config.root)
-    pytest.fail("no kill landed while the refresh was running")
-
-
+@pytest.mark.usefixtures("jobs_started")
 @pytest.mark.parametrize("records", [1, 5, 11])
 def test_a_killed_cut_goes_on_and_ends_in_the_same_bytes(
     records: int, published: Refreshed, archives: Path, tmp_path: Path
 ) -> None:
     config = config_for(tmp_path, archives).model_copy(update={"workers": 1})
     staging = dataset.Places(tmp_path).staging(published.version)
-    kill_when(config, lambda: len(list(staging.glob("work/IXI*.json"))) >= records)
+    cut = Job(stages.do_refresh_killed, config.model_dump_json(), "*/work/IXI*.json", records)
+    assert cut.exit_code() == -signal.SIGKILL
     done = {p: p.stat().st_mtime_ns for p in staging.glob("work/IXI*.json")}
-    assert len(done) >= records
+    assert len(done) == records
     assert dataset.published(dataset.Places(tmp_path)) == []
     kept: dict[Path, int] = {}
 
@@ -237,16 +226,19 @@ def test_a_killed_cut_goes_on_and_ends_in_the_same_bytes(
     assert not staging.exists()
 
 
+@pytest.mark.usefixtures("jobs_started")
 @pytest.mark.parametrize(
-    "mark", ["version/slices.zarr", "version/slices.zarr/t2", "version/manifest.csv", "version/dataset.json"]
+    "mark",
+    ["version", "version/slices.zarr", "version/slices.zarr/t2", "version/manifest.csv", "version/dataset.json"],
 )
 def test_a_killed_publish_shows_no_half_version_and_is_mended(
     mark: str, published: Refreshed, archives: Path, tmp_path: Path
 ) -> None:
     config, places = config_for(tmp_path, archives), dataset.Places(tmp_path)
-    kill_when(config, lambda: (places.staging(published.version) / mark).exists())
-    for name in dataset.published(places):
-        assert dataset.verify(places.version(name), deep=True) == []
+    publishing = Job(stages.do_refresh_killed, config.model_dump_json(), f"*/{mark}", 1)
+    assert publishing.exit_code() == -signal.SIGKILL
+    assert (places.staging(published.version) / mark).exists()
+    assert dataset.published(places) == []
     again = refresh(config)
     assert contents(again.folder) == contents(published.folder)
     assert dataset.resolve(places) == published.version
@@ -482,10 +474,9 @@ def test_a_shard_in_another_subject_s_row_is_found(copy: Path) -> None:
 
 @pytest.mark.parametrize("loss", ["a shard", "the facts", "half the facts"])
 def test_a_refresh_makes_a_damaged_version_again(
-    loss: str, published: Refreshed, archives: Path, tmp_path: Path
+    loss: str, refreshed: Refreshed, published: Refreshed, archives: Path, tmp_path: Path
 ) -> None:
-    config = config_for(tmp_path, archives)
-    folder = refresh(config).folder
+    config, folder = config_for(tmp_path, archives), refreshed.folder
     facts = folder / dataset.FACTS
     if loss == "half the facts":
         os.truncate(facts, 300)
@@ -498,9 +489,10 @@ def test_a_refresh_makes_a_damaged_version_again(
 
 
 @pytest.mark.parametrize("text", ["[1]", '{"version": "x"}', '{"version": 3, "history": []}', '{"version', ""])
-def test_a_damaged_pointer_is_one_clear_line_and_is_mended(text: str, archives: Path, tmp_path: Path) -> None:
-    places = dataset.Places(tmp_path)
-    done = refresh(config_for(tmp_path, archives))
+def test_a_damaged_pointer_is_one_clear_line_and_is_mended(
+    text: str, refreshed: Refreshed, archives: Path, tmp_path: Path
+) -> None:
+    places, done = dataset.Places(tmp_path), refreshed
     (places.datasets / dataset.POINTER).write_text(text)
     with pytest.raises(DatasetError, match=r"latest\.json is damaged; `ixi-etl refresh` writes it anew"):
         dataset.resolve(places)
@@ -567,11 +559,6 @@ def test_demographics_of_nobody_are_an_error(ids: str, surveyed: pd.DataFrame, a
         select_subjects(config_for(tmp_path, archives), surveyed, Inputs({}, People(people, people.read_bytes())))
 
 
-def test_index_pairing_warns_with_both_planes(archives: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    refresh(config_for(tmp_path, archives, pairing="index"))
-    assert "T1 slices are sagittal and T2 slices are axial" in caplog.text
-
-
 def test_no_room_for_the_slabs_is_said_before_the_cut(
     archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -582,10 +569,9 @@ def test_no_room_for_the_slabs_is_said_before_the_cut(
         refresh(config_for(tmp_path, archives))
 
 
-def test_a_pointer_to_a_missing_version_is_one_clear_line(archives: Path, tmp_path: Path) -> None:
-    done = refresh(config_for(tmp_path, archives))
-    shutil.rmtree(done.folder)
-    with pytest.raises(DatasetError, match=f"names version {done.version}, which is not there"):
+def test_a_pointer_to_a_missing_version_is_one_clear_line(refreshed: Refreshed, archives: Path, tmp_path: Path) -> None:
+    shutil.rmtree(refreshed.folder)
+    with pytest.raises(DatasetError, match=f"names version {refreshed.version}, which is not there"):
         dataset.resolve(dataset.Places(tmp_path))
     assert refresh(config_for(tmp_path, archives)).is_new
 

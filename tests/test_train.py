@@ -20,7 +20,9 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
 
+import stages  # noqa: E402
 from conftest import SMALL_NETWORKS, config_for  # noqa: E402
+from processes import GIVE_UP_S, Job, preload  # noqa: E402
 
 from flows.cli import main  # noqa: E402
 from ixi_etl.errors import DatasetError, IxiError  # noqa: E402
@@ -37,6 +39,11 @@ from model.train import TrainingError, torchrun_place  # noqa: E402
 SMALL = SMALL_NETWORKS | {"batch_size": 2, "steps": 6, "checkpoint_every": 2, "log_every": 2, "samples": 0}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _jobs() -> None:
+    preload()
+
+
 @pytest.fixture
 def root(published: Refreshed, tmp_path: Path) -> Path:
     """A root of its own with the published dataset in it."""
@@ -48,16 +55,27 @@ def run_of(root: Path, name: str, **settings: Any) -> Any:
     return prepare(root, TrainConfig.model_validate(SMALL | settings), name)
 
 
-def command(root: Path, run: str, *more: str, **settings: Any) -> list[str]:
+def arguments(root: Path, run: str, *more: str, **settings: Any) -> list[str]:
     chosen = [f"--set={k}={v}" for k, v in (SMALL | settings).items()]
-    return [sys.executable, "-m", "flows", "train", "--root", str(root), "--run-id", run, *chosen, *more]
+    return ["train", "--root", str(root), "--run-id", run, *chosen, *more]
 
 
-def wait_for(condition: Any, process: subprocess.Popen[bytes]) -> None:
+def command(root: Path, *given: str, **settings: Any) -> Job:
+    """`ixi-etl train`, in a process that need not import torch; what it prints is in the file `said`."""
+    return Job(stages.do_command, arguments(root, *given, **settings), str(root / "said"))
+
+
+def launched(root: Path, **settings: Any) -> list[str]:
+    """The same in two processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "flows"]
+    return launch + arguments(root, "two", **settings)
+
+
+def wait_for(condition: Any, has_ended: Any) -> None:
     """Until it is so; the process must still be at work then."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + GIVE_UP_S
     while not condition():
-        assert process.poll() is None, "it ended before it was there"
+        assert not has_ended(), "it ended before it was there"
         assert time.monotonic() < end
         time.sleep(0.002)
 
@@ -71,22 +89,20 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 # All that has a state: two optimisers, dropout's random numbers, the moving average, the order, crops and flips, lr.
-FULL = {"steps": 60, "checkpoint_every": 12, "keep": 20, "ema": 0.9, "decay": 0.5, "augment": "jitter"}
+FULL = {"steps": 30, "checkpoint_every": 6, "keep": 20, "ema": 0.9, "decay": 0.5, "augment": "jitter"}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_training_killed_between_checkpoints_goes_on_bit_for_bit(root: Path, precision: str) -> None:
     train_run(run_of(root, "whole", precision=precision, **FULL))
-    folder = root / "runs" / "killed" / "checkpoints"
-    killed = subprocess.Popen(command(root, "killed", precision=precision, **FULL), stderr=subprocess.DEVNULL)
-    wait_for(lambda: checkpoint.path_of(folder, 24).exists(), killed)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
+    folder, settings = root / "runs" / "killed" / "checkpoints", SMALL | FULL | {"precision": precision}
+    pattern = f"checkpoints/{checkpoint.path_of(folder, 12).name}"
+    assert Job(stages.do_training_killed, str(root), settings, "killed", pattern).exit_code() == -signal.SIGKILL
     steps = [c.step for c in checkpoint.found(folder)]
-    assert 24 <= steps[-1] < FULL["steps"]
-    subprocess.run(command(root, "killed", "--resume", precision=precision, **FULL), check=True, capture_output=True)
-
-    for step in (steps[-1], steps[-1] + 12, FULL["steps"]):
+    assert steps[-1] == 12
+    again = command(root, "killed", "--resume", precision=precision, **FULL)
+    assert again.exit_code() == 0, (root / "said").read_text()
+    for step in (12, 18, FULL["steps"]):
         wanted, _ = checkpoint.load(checkpoint.path_of(root / "runs" / "whole" / "checkpoints", step))
         got, _ = checkpoint.load(checkpoint.path_of(folder, step))
         assert got.keys() == wanted.keys()
@@ -113,17 +129,15 @@ def test_the_configuration_kept_is_of_the_training_and_not_of_one_that_never_beg
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])  # SIGINT: test_flow
 def test_told_to_stop_it_saves_and_says_so(root: Path, number: signal.Signals) -> None:
-    process = subprocess.Popen(
-        command(root, "stopped", steps=100_000, checkpoint_every=90_000, samples=0), stderr=subprocess.PIPE
-    )
-    wait_for(lambda: (root / "runs" / "stopped" / "metrics.csv").exists(), process)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert b"Traceback" not in said
+    job = command(root, "stopped", steps=100_000, checkpoint_every=90_000, samples=0)
+    wait_for((root / "runs" / "stopped" / "metrics.csv").exists, lambda: not job.process.is_alive())
+    os.kill(job.process.pid or 0, number)
+    assert job.exit_code() == 128 + number
+    said = (root / "said").read_text()
+    assert "Traceback" not in said
     (saved,) = checkpoint.found(root / "runs" / "stopped" / "checkpoints")
-    assert f"stopped at step {saved.step} of 100000 and saved" in said.decode()
-    assert "--resume goes on" in said.decode().splitlines()[-1]
+    assert f"stopped at step {saved.step} of 100000 and saved" in said
+    assert "--resume goes on" in said.splitlines()[-1]
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_newest_whole_one(
@@ -167,14 +181,14 @@ def test_a_log_that_a_full_disk_left_is_begun_anew(
 
 
 def test_a_run_leaves_what_its_documentation_says(root: Path) -> None:
-    run = run_of(root, "a", samples=3)
+    run = run_of(root, "a", samples=2, steps=4)
     train_run(run)
     there = {str(p.relative_to(run.folder)) for p in run.folder.rglob("*")}
     assert {"config.json", "metrics.csv", "generator.safetensors", "samples", "tensorboard"} <= there
-    assert [c.step for c in checkpoint.found(run.folder / "checkpoints")][-2:] == [4, 6]
-    for step in (2, 4, 6):
+    assert [c.step for c in checkpoint.found(run.folder / "checkpoints")][-2:] == [2, 4]
+    for step in (2, 4):
         assert {f"samples/step-{step:08d}-gray.png", f"samples/step-{step:08d}-colour.png"} <= there
-    assert any(path.startswith("samples/step-00000006/") and path.endswith("-generated.png") for path in there)
+    assert any(path.startswith("samples/step-00000004/") and path.endswith("-generated.png") for path in there)
     assert any("tfevents" in path for path in there)
     row = read_rows(run.folder / "metrics.csv")[-1]
     assert {"step", "loss_d", "loss_g", "loss_g_reconstruction", "ms_per_step", "images_per_s"} <= row.keys()
@@ -256,9 +270,7 @@ def test_a_subject_that_cannot_be_normalised_is_named(
 def test_two_processes_learn_what_one_learns_from_both_their_batches(root: Path, published: Refreshed) -> None:
     plain = {"dropout": 0.0, "steps": 8, "checkpoint_every": 8, "samples": 0, "augment": "flip", "lr": 1e-3}
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    two = launch + command(root, "two", **plain, batch_size=1)[2:]
-    subprocess.run(two, check=True, capture_output=True, env=env)
+    subprocess.run(launched(root, **plain, batch_size=1), check=True, capture_output=True, env=env)
     train_run(run_of(root, "one", **plain, batch_size=2))
     one, two = (load_generator(root / "runs" / name / "generator.safetensors")[0] for name in ("one", "two"))
     (saved,) = checkpoint.found(root / "runs" / "two" / "checkpoints")
@@ -272,10 +284,9 @@ def test_two_processes_learn_what_one_learns_from_both_their_batches(root: Path,
 
 @pytest.mark.stack  # a quarter of a minute on two cores
 def test_one_of_two_processes_told_to_stop_stops_both_at_the_same_step(root: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    two = launch + command(root, "two", steps=100_000, checkpoint_every=90_000, batch_size=1)[2:]
+    two = launched(root, steps=100_000, checkpoint_every=90_000, batch_size=1)
     process = subprocess.Popen(two, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    wait_for((root / "runs" / "two" / "metrics.csv").exists, process)
+    wait_for((root / "runs" / "two" / "metrics.csv").exists, process.poll)
     one = next(p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == "1")
     one.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)

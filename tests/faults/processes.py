@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
@@ -20,9 +21,25 @@ _forks = multiprocessing.get_context("forkserver")
 _fresh = multiprocessing.get_context("spawn")
 
 
-def preload(*modules: str) -> None:
-    """Start the process that all others are forked from, unless it runs; it imports these and `stages`."""
-    _forks.set_forkserver_preload(["stages", *modules])
+TRAINING = (
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "torchmetrics.functional.image",
+    "matplotlib.figure",
+    "model.run",
+    "model.report",
+    "flows.cli",
+    "flows.progress",
+)
+
+
+def preload() -> None:
+    """Start the process that all others are forked from, unless it runs; it imports all that they need.
+
+    `conftest.py` has one worker run all tests that use it.
+    """
+    there = [name for name in TRAINING if find_spec("torch") or not name.startswith(("torch", "model"))]
+    _forks.set_forkserver_preload(["stages", *there])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # it would not find what cannot be imported
         forkserver.ensure_running()
@@ -66,6 +83,12 @@ class Job:
         assert self.listen(time.monotonic() + GIVE_UP_S, stage), f"it ended in {self.stage}"
         self.listen(time.monotonic() + seconds)
         return self.kill()
+
+    def exit_code(self) -> int:
+        """Wait for its end."""
+        self.process.join(GIVE_UP_S)
+        assert self.process.exitcode is not None, f"it hangs in {self.stage}"
+        return self.process.exitcode
 
     def end(self) -> Any:
         """Wait for its end, which must be a good one; what it told last."""

@@ -29,14 +29,6 @@ from model import checkpoint  # noqa: E402
 pytestmark = pytest.mark.faults
 
 SEGMENT = 1 << 16
-TRAINS = (
-    "torch._dynamo",
-    "torch.utils.tensorboard",
-    "torchmetrics.functional.image",
-    "matplotlib.figure",
-    "model.run",
-    "model.report",
-)
 FOLLOWING = {"download": "name", "cut": "publish", "publish": "done", "train": "done"}
 TRAINING: dict[str, Any] = SMALL_NETWORKS | {
     "batch_size": 2,
@@ -52,7 +44,7 @@ TRAINING: dict[str, Any] = SMALL_NETWORKS | {
 
 @pytest.fixture(scope="module", autouse=True)
 def _jobs() -> None:
-    preload(*(TRAINS if LONG else ()))
+    preload()
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -184,9 +176,10 @@ def training_killed(site: Site, root: Path, after_s: float, toll: Toll, whole: P
         assert all(torch.equal(tensors[key], wanted[key]) for key in wanted)
 
 
-@pytest.mark.parametrize("stage", ["download", "cut", "publish"])
-def test_kill(stage: str, site: Site, cut_site: Site, tmp_path: Path, row: Row) -> None:
-    site = cut_site if stage == "publish" else site
+# In the short form test_refresh kills at named points of the cut and of the publishing.
+@pytest.mark.parametrize("stage", ["download", "cut", "publish"] if LONG else ["download"])
+def test_kill(stage: str, site: Site, request: pytest.FixtureRequest, tmp_path: Path, row: Row) -> None:
+    site = request.getfixturevalue("cut_site") if stage == "publish" else site
     count, toll, whole = tries(1, 50), Toll(), []
     for n in range(tries(1, 3)):
         config = site.config(site.root(tmp_path / f"whole{n}"), stage)

@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = SMALL_NETWORKS | {"batch_size": 2, "steps": 30, "checkpo
 
 @pytest.fixture(scope="module", autouse=True)
 def _jobs() -> None:
-    preload("torch._dynamo", "torch.utils.tensorboard", "model.run", "model.report")
+    preload()
 
 
 @pytest.fixture(scope="module")
