@@ -80,6 +80,7 @@ def surveys(draw: st.DrawFn) -> pd.DataFrame:
     return table_of(rows)
 
 
+@settings(max_examples=examples(40))
 @given(surveys(), st.sampled_from(["anatomical", "index"]), st.randoms())
 def test_selection_loses_nobody_and_gives_the_first_reason(table: pd.DataFrame, pairing: str, random: Any) -> None:
     config = DatasetConfig(pairing=pairing)
@@ -105,7 +106,7 @@ def test_selection_loses_nobody_and_gives_the_first_reason(table: pd.DataFrame, 
             assert row.status == ("excluded" if row.reason else "candidate")
 
 
-@settings(max_examples=examples(40))
+@settings(max_examples=examples(20))
 @given(surveys(), st.data())
 def test_settled_manifests_keep_the_contract_and_survive_the_csv(table: pd.DataFrame, data: st.DataObject) -> None:
     config = DatasetConfig(pairing="index")
@@ -249,7 +250,7 @@ def test_index_pairs_need_slices_of_one_shape() -> None:
     assert manifest.select(table_of(rows), DatasetConfig())["reason"].tolist() == [""]
 
 
-@settings(max_examples=examples(40))
+@settings(max_examples=examples(20))
 @given(st.integers(0, 10**6), st.integers(0, 999))
 def test_the_split_belongs_to_the_person_and_the_seed(seed: int, number: int) -> None:
     config = DatasetConfig(split_seed=seed)

@@ -23,6 +23,7 @@ from ixi_etl.align import trilinear
 from ixi_etl.config import DatasetConfig
 from ixi_etl.cut import Job, Part, cut_subject, picture_path
 from ixi_etl.phantom import Scan, grid_affine, pack, rigid, simulate, write_phantom
+from ixi_etl.publish import Refreshed
 from ixi_etl.refresh import refresh
 from ixi_etl.store import open_arrays
 
@@ -284,7 +285,7 @@ def test_pairs_that_are_not_alike_are_flagged_or_excluded(rule: str, status: str
 @pytest.fixture(scope="module")
 def moving(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("moving")
-    write_phantom(folder, subjects=5, seed=4, oddities=False, shrink=SHRINK)
+    write_phantom(folder, subjects=3, seed=4, oddities=False, shrink=SHRINK)
     return folder
 
 
@@ -293,7 +294,7 @@ def test_a_refresh_finds_the_motion_of_every_subject(moving: Path, tmp_path: Pat
     done = refresh(config)
     truth = json.loads((moving / "truth.json").read_text())
     table = manifest.used(dataset.read_manifest(done.folder))
-    assert len(table) == 5
+    assert len(table) == 3
     moved = 0
     arrays_ = open_arrays(done.folder)
     for row in manifest.records(table):
@@ -305,7 +306,7 @@ def test_a_refresh_finds_the_motion_of_every_subject(moving: Path, tmp_path: Pat
             moved += 1
             assert row["nmi_after"] > row["nmi_before"]
             assert row["motion_mm"] > 0.5
-    assert moved >= 2
+    assert moved >= 1
 
 
 @pytest.mark.stack  # half a minute on two cores; without registration it is a test of `make test`
@@ -326,13 +327,11 @@ def test_each_used_subject_has_a_picture_and_the_worst_a_sheet(moving: Path, tmp
     assert names == sorted([*(f"{s}.jpg" for s in used["subject_id"]), "worst.jpg"])
     with Image.open(done.folder / dataset.PICTURES / names[0]) as picture:
         assert picture.size == (3 * 128, 128)
-    plain = refresh(config_for(tmp_path, moving, slices=20, pictures=False))
-    assert not (plain.folder / dataset.PICTURES).exists()
     assert picture_path(tmp_path, "x").suffix == ".jpg"
 
 
-def test_any_depth_takes_in_whom_the_modal_rule_drops(archives: Path, tmp_path: Path) -> None:
-    modal = dataset.read_manifest(refresh(config_for(tmp_path, archives)).folder)
+def test_any_depth_takes_in_whom_the_modal_rule_drops(published: Refreshed, archives: Path, tmp_path: Path) -> None:
+    modal = dataset.read_manifest(published.folder)
     everybody = dataset.read_manifest(refresh(config_for(tmp_path, archives, depth="any")).folder)
     assert not (everybody["reason"] == "depth_not_modal").any()
     gained = set(manifest.used(everybody)["subject_id"]) - set(manifest.used(modal)["subject_id"])

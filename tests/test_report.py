@@ -119,6 +119,7 @@ def test_age_and_sex_are_shown_where_they_are_known(summary: dict[str, Any], set
 def test_without_pictures_there_is_no_contact_sheet(archives: Path, tmp_path: Path) -> None:
     done = refresh(config_for(tmp_path, archives, pictures=False))
     assert 'class="pair"' not in (done.folder / dataset.REPORT).read_text()
+    assert not (done.folder / dataset.PICTURES).exists()
 
 
 # -- charts and pictures ----------------------------------------------------------------------------------------------

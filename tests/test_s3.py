@@ -8,14 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import config_for
+from upath import UPath
 
 from ixi_etl import dataset
 from ixi_etl.config import RefreshConfig
 from ixi_etl.errors import IxiError
-from ixi_etl.files import silent
+from ixi_etl.files import silent, write_atomic
 from ixi_etl.places import Places, file_sizes, place, upload
 from ixi_etl.refresh import Refreshed, refresh
 from ixi_etl.store import open_arrays
+
+
+def put(published: Refreshed, config: RefreshConfig) -> UPath:
+    """The version on S3, as a refresh leaves it there."""
+    places = Places(config.root)
+    target = places.version(published.version)
+    upload(published.folder, target, last=dataset.FACTS, progress=silent)
+    write_atomic(places.datasets / dataset.POINTER, (published.folder.parent / dataset.POINTER).read_bytes())
+    return target
 
 
 @pytest.fixture
@@ -52,9 +62,8 @@ def test_the_version_is_complete_before_it_says_so_and_the_pointer_is_last(
 
 
 def test_an_upload_that_was_killed_is_no_version_and_is_done_again(config: RefreshConfig, published: Refreshed) -> None:
-    places = Places(config.root)
-    target = places.version(published.version)
-    upload(published.folder, target, last=dataset.FACTS, progress=silent)
+    places, target = Places(config.root), put(published, config)
+    (places.datasets / dataset.POINTER).unlink()
     (target / dataset.FACTS).unlink()
     (target / "stray").write_bytes(b"of another time")
     assert dataset.published(places) == []
@@ -65,18 +74,18 @@ def test_an_upload_that_was_killed_is_no_version_and_is_done_again(config: Refre
 
 
 @pytest.mark.parametrize("what", ["remove", "shorten", "change"])
-def test_a_version_damaged_on_s3_is_seen_and_mended(what: str, config: RefreshConfig) -> None:
-    made = refresh(config)
-    shard = made.folder / "slices.zarr/t1/c/0/0/0/0"
+def test_a_version_damaged_on_s3_is_seen_and_mended(what: str, config: RefreshConfig, published: Refreshed) -> None:
+    made = put(published, config)
+    shard = made / "slices.zarr/t1/c/0/0/0/0"
     whole = shard.read_bytes()
     if what == "remove":
         shard.unlink()
     else:
         shard.write_bytes(whole[:-1] if what == "shorten" else whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert dataset.verify(made.folder, deep=True) != []
+    assert dataset.verify(made, deep=True) != []
     if what != "change":  # which only --deep can see
         assert refresh(config).is_new
-        assert dataset.verify(made.folder, deep=True) == []
+        assert dataset.verify(made, deep=True) == []
 
 
 def test_archives_on_s3_are_read_where_they_lie(
@@ -101,7 +110,7 @@ def test_the_command_line_reads_from_s3(
 ) -> None:
     from flows.cli import main
 
-    refresh(config)
+    put(published, config)
     for command, said in (("verify", "is sound"), ("versions", f"{published.version} (latest)")):
         with pytest.raises(SystemExit) as ended:
             main([command, "--root", config.root])
