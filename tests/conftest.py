@@ -38,12 +38,18 @@ SMALL_NETWORKS: dict[str, Any] = {
 """Settings of a training that takes milliseconds a step."""
 
 
-LONGEST = ("test_train", "test_flow", "test_kill", "test_mirror", "test_deploy", "test_refresh")
+JOBS = "jobs"  # the tests whose processes are forked from one that has imported everything
+LONGEST = (JOBS, "test_flow", "test_s3", "test_register", "test_mirror", "test_manifest", "test_deploy")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest first, so that two workers, who take a file at a time, end together."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    """Give each worker a file at a time, and all `JOBS` to one; what takes longest comes first, so that workers end
+    together. The Makefile has pytest-xdist keep this order.
+    """
+    groups = {item: JOBS if hasattr(getattr(item, "module", None), "preload") else item.path.stem for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +85,15 @@ def refreshed(published: Refreshed, tmp_path: Path) -> Refreshed:
     """The same version in a root of its own, `tmp_path`, as `refresh(config_for(tmp_path, archives))` leaves it."""
     shutil.copytree(published.folder.parents[2], tmp_path, dirs_exist_ok=True)
     return replace(published, folder=tmp_path / published.folder.relative_to(published.folder.parents[2]))
+
+
+@pytest.fixture(scope="module")
+def prefect() -> Iterator[None]:
+    """A Prefect server of its own; tests of other modules must find none."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=300):  # on a busy machine
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -96,10 +96,12 @@ def kill_itself_when(folder: Path, pattern: str, count: int) -> None:
     sys.addaudithook(hook)
 
 
-def do_command(pipe: Connection, arguments: list[str], said: str) -> None:
-    """`ixi-etl` with these arguments, and what it prints in the file `said`."""
+def do_command(pipe: Connection, arguments: list[str], said: str, memory: int | None = None) -> None:
+    """`ixi-etl` with these arguments, and what it prints in the file `said`. `memory`: bytes of address space."""
     from flows.cli import main
 
+    if memory:
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     file = os.open(said, os.O_WRONLY | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(file, stream)

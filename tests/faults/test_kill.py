@@ -219,13 +219,11 @@ def test_kill_training(site: Site, trained: tuple[Path, list[Job]], tmp_path: Pa
 
 
 @pytest.fixture(scope="module")
-def api() -> Iterator[str]:
+def api(prefect: None) -> str:
     """The API's address of a Prefect server."""
     from prefect.settings import get_current_settings
-    from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=180):
-        yield str(get_current_settings().api.url)
+    return str(get_current_settings().api.url)
 
 
 @pytest.mark.skipif(not LONG, reason="a Prefect run for each kill, minutes in all: `make faults`, which CI runs")

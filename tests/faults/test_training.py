@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import signal
 import subprocess
@@ -12,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stages
 from conftest import SMALL_NETWORKS
 from faults_table import LONG, Row, tries
+from processes import Job, preload
 
 from ixi_etl.publish import Refreshed
 
@@ -28,6 +29,11 @@ from model.train import TrainingError  # noqa: E402
 pytestmark = pytest.mark.faults
 
 SMALL = SMALL_NETWORKS | {"batch_size": 2, "steps": 12, "checkpoint_every": 3, "log_every": 3, "samples": 0, "keep": 9}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _jobs() -> None:
+    preload()
 
 
 @pytest.fixture
@@ -86,10 +92,6 @@ def test_training_sigterm(root: Path, row: Row) -> None:
     row("SIGTERM in training", count, f"saves the step it is at ({', '.join(map(str, steps))}) and says so", "none")
 
 
-def short_of_memory() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
-
-
 @pytest.mark.parametrize(
     ("wants", "line"),
     [
@@ -99,13 +101,11 @@ def short_of_memory() -> None:
 )
 def test_training_out_of_memory(wants: dict[str, int], line: str, root: Path, row: Row) -> None:
     """A batch of 25 GB, or weights, with no more address space than 16 GiB: the allocator itself refuses, at once."""
-    done = subprocess.run(
-        command(root, "a", **wants), capture_output=True, text=True, preexec_fn=short_of_memory, check=False
-    )
-    assert done.returncode == 1
-    said = [line for line in done.stderr.splitlines() if line]
-    assert said[-1] == f"error: out of memory {line}", done.stderr
-    assert "Traceback" not in done.stderr
+    job = Job(stages.do_command, command(root, "a", **wants)[3:], str(root / "said"), 16 << 30)
+    assert job.exit_code() == 1
+    text = (root / "said").read_text()
+    assert text.strip().splitlines()[-1] == f"error: out of memory {line}", text
+    assert "Traceback" not in text
     when, _, advice = line.partition("; ")
     row(f"out of memory in training, {when}", 1, f"one line: {advice}", "steps since the last checkpoint")
 
