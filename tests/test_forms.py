@@ -17,6 +17,7 @@ import pytest
 from conftest import config_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from strategies import affines
 
 from ixi_etl import dataset, nifti
@@ -108,7 +109,7 @@ def test_less_than_the_tolerance_is_rounding() -> None:
     np.testing.assert_allclose(header.affine, near, atol=1e-4)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(affines(SHAPE))
 def test_what_one_tool_writes_agrees_with_itself(affine: Matrix) -> None:
     header = read(affine, 1, affine, 1)
@@ -116,7 +117,7 @@ def test_what_one_tool_writes_agrees_with_itself(affine: Matrix) -> None:
     assert header.spacing_mm == tuple(float(str(v)) for v in np.linalg.norm(affine[:3, :3], axis=0).astype("f4"))
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(affines(SHAPE), st.tuples(*[st.floats(0.7, 1.4)] * 3), st.sampled_from([2, 3, 4, 5, 9]))
 def test_spacing_and_orientation_are_those_of_the_affine(affine: Matrix, scale: Any, code: int) -> None:
     header = read(affine @ np.diag([*scale, 1]), code, affine, 1)

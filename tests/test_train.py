@@ -289,7 +289,7 @@ def test_one_of_two_processes_told_to_stop_stops_both_at_the_same_step(root: Pat
     wait_for((root / "runs" / "two" / "metrics.csv").exists, process.poll)
     one = next(p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == "1")
     one.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=GIVE_UP_S)
     (saved,) = checkpoint.found(root / "runs" / "two" / "checkpoints")
     assert f"stopped at step {saved.step} of 100000 and saved" in said.decode()
     assert b'Traceback (most recent call last):\n  File "/tmp' not in said

@@ -14,7 +14,7 @@ import pytest
 import stages
 from conftest import SMALL_NETWORKS
 from faults_table import LONG, Row, tries
-from processes import Job, preload
+from processes import GIVE_UP_S, Job, preload
 
 from ixi_etl.publish import Refreshed
 
@@ -84,7 +84,7 @@ def test_training_sigterm(root: Path, row: Row) -> None:
         while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3 * n):
             time.sleep(0.005)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=GIVE_UP_S)
         assert process.returncode == 128 + signal.SIGTERM, said
         (saved,) = checkpoint.found(root / f"runs/{n}/checkpoints")
         assert f"stopped at step {saved.step} of 1000000 and saved" in said.decode().splitlines()[-1]
