@@ -52,7 +52,8 @@ def main() -> int:
             print(said)
         for name in failed:
             found.setdefault(name, []).append(seed)
-        print(f"seed {seed} ({number} of {len(seeds)}): {said.strip().splitlines()[-1]}", flush=True)
+        last = said.strip().splitlines()[-1:] or [f"no output, exit code {code}"]  # a signal can end it at any time
+        print(f"seed {seed} ({number} of {len(seeds)}): {last[0]}", flush=True)
     for name, at in found.items():
         print(
             f"{name} failed with {', '.join(map(str, at))}; to repeat: make fuzz SEED={at[0]} ONLY={name.split('[')[0]}"
