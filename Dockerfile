@@ -10,6 +10,9 @@ RUN --mount=type=cache,target=/root/.cache/pip pip install --constraint constrai
 # The root file system may be read-only: what is written goes to /data, /prefect or /tmp.
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MPLCONFIGDIR=/tmp/matplotlib \
     PREFECT_HOME=/tmp/prefect PREFECT_PLUGINS_ENABLED=1
+# The commit that software.json of a version and config.json of a run name; the image has no .git.
+ARG IXI_COMMIT=
+ENV IXI_COMMIT=$IXI_COMMIT
 USER ixi
 
 FROM cpu AS gpu

@@ -133,14 +133,18 @@ def _extract(source: str, folder: Path) -> None:
 # -- refresh ----------------------------------------------------------------------------------------------------------
 
 
-def refresh(source: str, warm: str, scratch: str, pairing: str) -> Work:
-    """Ours: the function under the flow, on archives that a refresh has verified before."""
+def refresh(source: str, warm: str, scratch: str, pairing: str, default: bool = False) -> Work:
+    """Ours: the function under the flow, on archives that a refresh has verified before.
+
+    By `default` pairs are registered and drawn, which no peer does; else neither.
+    """
     from ixi_etl.config import DatasetConfig, RefreshConfig
     from ixi_etl.refresh import acquire_inputs
     from ixi_etl.refresh import refresh as run
     from ixi_etl.store import open_arrays
 
-    dataset = DatasetConfig.model_validate({"pairing": pairing, "registration": "none", "pictures": False})
+    less: dict[str, Any] = {} if default else {"registration": "none", "pictures": False}
+    dataset = DatasetConfig.model_validate({"pairing": pairing} | less)
 
     def ready(name: str, source: str) -> RefreshConfig:
         config = RefreshConfig(root=str(fresh(Path(scratch), name)), source=source, dataset=dataset, workers=2)

@@ -110,12 +110,13 @@ def members(settings: Settings) -> list[Row]:
 
 
 def refresh(settings: Settings) -> list[Row]:
-    """24 pairs, without registration."""
+    """24 pairs: as by default, and as the peers do it, without registration and pictures."""
     pairs = 4 if settings.quick else 24
     source = str(inputs.archives(Path(settings.folder), pairs, _shrink(settings)))
     at: dict[str, Any] = {"source": source, "scratch": settings.folder} | _warm(settings)
-    index, naive, anatomical, torchio, monai, floor = alternate(
+    default, index, naive, anatomical, torchio, monai, floor = alternate(
         settings.times,
+        (E + "refresh", at | {"pairing": "anatomical", "default": True}),
         (E + "refresh", at | {"pairing": "index"}),
         (E + "refresh_naive", at),
         (E + "refresh", at | {"pairing": "anatomical"}),
@@ -127,7 +128,12 @@ def refresh(settings: Settings) -> list[Row]:
     agree("slabs", anatomical, torchio, monai)
     what, slower = f"refresh, {pairs} pairs, ", 1 / ratio(floor, anatomical)
     share = f"{slower:.2f} x"
+    registered = "registered, with pictures; the peer does neither"
     return [
+        Row(
+            what + "as by default", "extractall + get_fdata + np.save", told(seconds(default)), told(seconds(naive)),
+            f"{ratio(naive, default):.1f} x", "-", None, registered,
+        ),
         faster(what + "index", "extractall + get_fdata + np.save", naive, index, 8),
         faster(what + "anatomical", "TorchIO Resample", torchio, anatomical, 7),
         faster(what + "anatomical", "MONAI ResampleToMatchd", monai, anatomical, 7),

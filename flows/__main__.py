@@ -1,4 +1,4 @@
-"""The command `ixi-etl`, and `python -m flows`."""
+"""`python -m flows` is `ixi-etl`. In a folder with a `flows` of its own it is that one: `python -m ixi_etl` is not."""
 
 import signal
 

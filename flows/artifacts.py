@@ -133,7 +133,7 @@ def _version_summary(refreshed: Refreshed, facts: Mapping[str, Any], table: pd.D
         "splits": ", ".join(f"{n} {split}" for split, n in facts["splits"].items()),
         "modal depth": ", ".join(f"{m} {depth}" for m, depth in facts["modal_depth"].items()),
         "pairing": config["pairing"],
-        "credit": facts["credit"],
+        **{name: facts[name] for name in ("credit", "licence") if name in facts},
     }
     parts = [f"# {facts['name']}@{refreshed.version}", _facts(told)]
     parts += ["## Subjects left after each step", _markdown(flat(manifest.funnel(table)))]
@@ -145,6 +145,7 @@ def _version_summary(refreshed: Refreshed, facts: Mapping[str, Any], table: pd.D
 
 def _run_summary(run: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     told = {"folder": f"`{run}`"} | {k: config[k] for k in ("dataset", "direction", "steps", "batch_size", "width")}
+    told |= read_json(run / "config.json").get("data") or {}
     parts = [f"# {run.name}", _facts(told)]
     if facts:
         rows = pd.DataFrame(facts["summary"])

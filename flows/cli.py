@@ -87,7 +87,7 @@ def survey(
     from ixi_etl.catalog import MODALITIES, archive_name, modality_of, own_archives
     from ixi_etl.places import Places
     from ixi_etl.schema import without_formulas
-    from ixi_etl.survey import depth_histogram, draw_histogram, flat, modal_depths, site_records
+    from ixi_etl.survey import depth_histogram, draw_histogram, flat, modal_depths, passed_over, site_records
     from ixi_etl.survey import survey as survey_archives
 
     if source is None:
@@ -108,7 +108,8 @@ def survey(
     without_formulas(table).to_csv(out / "survey.csv", index=False)
     histogram, modal = depth_histogram(table), modal_depths(table)
     if histogram.empty:
-        raise ArchiveError(f"no volume can be read in {', '.join(places.values())}; {out / 'survey.csv'} says why")
+        why = "; ".join([*passed_over(table, places), f"{out / 'survey.csv'} says why of each member"])
+        raise ArchiveError(f"no volume can be read in {', '.join(places.values())}: {why}")
     draw_histogram(histogram, modal, out / "depths.png")
     shown = flat(histogram)
     shown["depth"] = [f"{d} (modal)" if modal[m] == d else f"{d}" for m, d in histogram.index]
@@ -258,7 +259,7 @@ def train(
 ) -> None:
     """Train pix2pix on a dataset version, and measure it on the test split.
 
-    SIGTERM and Ctrl-C save and stop. For several GPUs: torchrun --nproc-per-node N -m flows train ...
+    SIGTERM and Ctrl-C save and stop. For several GPUs: torchrun --nproc-per-node N $(which ixi-etl) train ...
     """
     require_extra("train")
     say = Output(quiet, as_json)
@@ -458,7 +459,7 @@ def digits(
 
 @app.command()
 def verify(
-    version: Annotated[str, typer.Argument(help=f"What to check: {NAMING}.")] = "latest",
+    version: Annotated[str, typer.Argument(help=f"What to check: {NAMING}; or a version's folder.")] = "latest",
     root: Root = DEFAULT_ROOT,
     deep: Annotated[bool, typer.Option("--deep", help="Every hash, every chunk, every value.")] = False,
     quiet: Quiet = False,
@@ -467,22 +468,30 @@ def verify(
     """Check a published version: files, schema and counts; with --deep every byte."""
     from flows.progress import show_progress
     from ixi_etl import dataset
-    from ixi_etl.places import Places
+    from ixi_etl.files import read_json
 
     say = Output(quiet, as_json)
-    name, wanted = dataset.parse(version)
-    places = Places(root, name)
-    folder = places.version(dataset.resolve(places, wanted))
+    folder = dataset.find(root, version)
+    facts = dataset.read_facts(folder)
     with show_progress() as progress:
-        problems = dataset.verify(folder, deep=deep, progress=progress)
+        name = facts["version"] if dataset.folder_of(version) else None  # a copy may have another name than its version
+        problems = dataset.verify(folder, version=name, deep=deep, progress=progress)
     for problem in problems:
         typer.echo(problem, err=True)
     if problems:
         raise DatasetError(
-            f"{folder} is not sound: {len(problems)} problem(s); `{dataset.COMMANDS[name]}` makes it again"
+            f"{folder} is not sound: {len(problems)} problem(s); copy it again from where it is sound, "
+            f"or `{dataset.COMMANDS[facts['name']]}` makes it again"
         )
     checked = "every byte" if deep else "files, schema and counts"
-    say.words(f"{folder} is sound ({checked} checked)", folder=folder, sound=True, checked=checked)
+    named = f"{facts['name']}@{facts['version']}"
+    say.words(f"{folder} is sound ({checked} checked)", folder=folder, sound=True, checked=checked, version=named)
+    if folder.name != facts["version"]:
+        say.words(f"its folder has another name than the version, {named}")
+    made_by = read_json(folder / dataset.SOFTWARE) or {}
+    if made_by:
+        code = f"commit {made_by.get('commit') or 'unknown'}, {made_by.get('python')}, {made_by.get('platform')}"
+        say.words(f"{named}, made by ixi-etl {made_by.get('ixi-etl')} ({code})", software=made_by)
     say.end()
 
 
@@ -494,7 +503,10 @@ def versions(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """List the published versions, or say what changed between two of them, subject by subject."""
+    """List the published versions, or compare two: inputs, configuration, libraries, software and each subject.
+
+    Two versions to compare may also be given as their folders.
+    """
     import pandas as pd
 
     from ixi_etl import dataset
@@ -502,20 +514,7 @@ def versions(
 
     say = Output(quiet, as_json)
     if old is not None:
-        name, wanted = dataset.parse(old)
-        other, against = dataset.parse(new or f"{name}@latest")
-        if name != other:
-            raise DatasetError(f"{old} and {new} are of two datasets; give two versions of one, both as {name}@VERSION")
-        places = Places(root, name)
-        names = dataset.resolve(places, wanted), dataset.resolve(places, against)
-        tables = [dataset.read_manifest(places.version(name)) for name in names]
-        changes = dataset.compare(*tables)
-        if changes.empty:
-            same = f"{names[0]} and {names[1]} have the same subjects, cut from the same bytes in the same way"
-            say.words(same, changes=[])
-        else:
-            say.table("changes", changes, f"{len(changes)} subjects differ: {names[0]} (old), {names[1]} (new)")
-        say.end()
+        _compare(say, root, old, new)
         return
     every = [Places(root, name) for name in dataset.COMMANDS]
     for places in [p for p in every if dataset.published(p)] or every[:1]:
@@ -542,6 +541,30 @@ def versions(
         ]
         table = pd.DataFrame(shown).drop(columns=["latest", "damaged"]).fillna("")
         say.table(places.name, table, str(places.datasets), rows)
+    say.end()
+
+
+def _compare(say: Output, root: str, old: str, new: str | None) -> None:
+    from ixi_etl import dataset
+
+    if new is None:
+        new = f"{dataset.dataset_of(old)}@latest"
+    if dataset.dataset_of(old) != dataset.dataset_of(new):
+        raise DatasetError(f"{old} and {new} are of two datasets; give two versions of one, both as NAME@VERSION")
+    folders = dataset.find(root, old), dataset.find(root, new)
+    names = [dataset.read_facts(folder)["version"] for folder in folders]
+    inputs = dataset.compare_inputs(*folders)
+    if inputs.empty:
+        say.words(f"{names[0]} and {names[1]} have the same inputs, configuration and software", inputs=[])
+    else:
+        title = f"Inputs, configuration and software that differ: {names[0]} (old), {names[1]} (new)"
+        say.table("inputs", inputs, title)
+    changes = dataset.compare(*(dataset.read_manifest(folder) for folder in folders))
+    if changes.empty:
+        same = f"{names[0]} and {names[1]} have the same subjects, cut from the same bytes in the same way"
+        say.words(same, changes=[])
+    else:
+        say.table("changes", changes, f"{len(changes)} subjects differ: {names[0]} (old), {names[1]} (new)")
     say.end()
 
 

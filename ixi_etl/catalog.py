@@ -71,6 +71,11 @@ def official(name: str) -> Source:
     return Source(name, (f"{_HOST}/{name}", f"{_MIRROR}/{name}"), _MD5[name])
 
 
+def is_published(name: str, md5: str) -> bool:
+    """Whether the published file `name` has this MD5."""
+    return _MD5.get(name) == md5
+
+
 def mnist(folder: str | None = None) -> dict[str, Source]:
     """The four files of MNIST by name, from their hosts or from your own folder or URL; always of the published MD5."""
     hosts = MNIST_HOSTS if folder is None else (_absolute(folder),)

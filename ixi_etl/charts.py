@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 
 WIDTH = 380
 LEFT, RIGHT = 116, 44  # of charts with a name at each row; numbers stand on the right
+MOST_LEFT = 190  # with long names; what is longer is shortened, and whole in its tooltip
 ROW = 24
 POINTS = 400  # of a line; longer ones are drawn through means
 
@@ -28,12 +29,13 @@ Scale = Callable[[float], float]
 def bars(rows: Mapping[str, Mapping[str, int]], label: str, marked: str | None = None) -> Markup:
     """A stacked bar for each row, of counts by series, with its sum; the row named `marked` is set off."""
     sums = {name: sum(parts.values()) for name, parts in rows.items()}
-    scale = (WIDTH - LEFT - RIGHT) / (max(sums.values(), default=0) or 1)
+    left = _left(rows)
+    scale = (WIDTH - left - RIGHT) / (max(sums.values(), default=0) or 1)
     drawn = []
     for index, (name, parts) in enumerate(rows.items()):
-        top, x = index * ROW, float(LEFT)
+        top, x = index * ROW, float(left)
         kind = ' class="marked"' if name == marked else ""
-        drawn.append(_text(LEFT - 6, top + 16, name, f'text-anchor="end"{kind}'))
+        drawn.append(_name(left, top + 16, name, kind))
         for series, count in enumerate(parts.values()):
             wide = count * scale
             drawn.append(f'<rect class="s{series}" x="{x:.1f}" y="{top + 3}" width="{wide:.1f}" height="{ROW - 7}"/>')
@@ -50,15 +52,16 @@ def strips(rows: Mapping[str, Sequence[float]], label: str) -> Markup:
     if not every:
         return Markup()
     ticks = _ticks(min(every), max(every))
-    x_of = _scale((ticks[0], ticks[-1]), (LEFT, WIDTH - 16))
+    left = _left(rows)
+    x_of = _scale((ticks[0], ticks[-1]), (left, WIDTH - 16))
     height, drawn, said = len(rows) * ROW, [], []
     for tick in ticks:
         drawn.append(f'<path class="grid" d="M{x_of(tick):.1f} 0V{height}"/>')
-        drawn.append(_text(x_of(tick), height + 14, f"{tick:g}", 'text-anchor="middle" class="soft"'))
+        drawn.append(_tick(x_of(tick), height + 14, f"{tick:g}"))
     for index, (name, values) in enumerate(rows.items()):
         top = index * ROW
         low, middle, high = quantiles(values if len(values) > 1 else [*values, *values], method="inclusive")
-        drawn.append(_text(LEFT - 6, top + 16, name, 'text-anchor="end"'))
+        drawn.append(_name(left, top + 16, name))
         drawn.append(
             f'<rect class="s{index} box" x="{x_of(low):.1f}" y="{top + 4}" '
             f'width="{x_of(high) - x_of(low):.1f}" height="{ROW - 8}"/>'
@@ -78,8 +81,8 @@ def lines(series: Mapping[str, Points], label: str) -> Markup:
     xs, ys = ([p[axis] for points in series.values() for p in points] for axis in (0, 1))
     if not xs:
         return Markup()
-    left, height = 48, 190
     up, across = _ticks(min(ys), max(ys)), _ticks(min(0, *xs), max(xs))
+    left, height = max(48.0, 10 + max(_width(f"{tick:g}") for tick in up)), 190
     x_of = _scale((across[0], across[-1]), (left, WIDTH - 18))
     y_of = _scale((up[0], up[-1]), (height - 22, 8))
     drawn = []
@@ -87,7 +90,7 @@ def lines(series: Mapping[str, Points], label: str) -> Markup:
         drawn.append(f'<path class="grid" d="M{left} {y_of(tick):.1f}H{WIDTH - 18}"/>')
         drawn.append(_text(left - 6, y_of(tick) + 4, f"{tick:g}", 'text-anchor="end" class="soft"'))
     for tick in across:
-        drawn.append(_text(x_of(tick), height - 4, f"{tick:,g}", 'text-anchor="middle" class="soft"'))
+        drawn.append(_tick(x_of(tick), height - 4, f"{tick:,g}"))
     for index, points in enumerate(series.values()):
         places = [(x_of(x), y_of(y)) for x, y in points]
         drawn.append(f'<polyline class="s{index} line" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>')
@@ -112,6 +115,34 @@ def _text(x: float, y: float, text: str, attributes: str) -> str:
 def _readable(text: str) -> str:
     """Replace the characters that XML cannot hold, such as a NUL in the name of a site."""
     return _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def _name(left: float, y: float, name: str, attributes: str = "") -> str:
+    """The name of a row, which ends left of `left`."""
+    shown = name = _readable(name)
+    while len(shown) > 1 and _width(shown) > left - 8:
+        shown = f"{shown.rstrip('…')[:-1]}…"
+    whole = f"<title>{escape(name)}</title>" if shown != name else ""
+    return f'<text x="{left - 6:.1f}" y="{y:.1f}" text-anchor="end"{attributes}>{whole}{escape(shown)}</text>'
+
+
+def _tick(x: float, y: float, text: str) -> str:
+    """A number centred under `x`, or as near to it as it fits in."""
+    half = _width(text) / 2
+    return _text(min(max(x, half), WIDTH - half), y, text, 'text-anchor="middle" class="soft"')
+
+
+def _left(rows: Mapping[str, object]) -> float:
+    """Where bars begin, so that the names have room."""
+    return min(max([LEFT, *(_width(name) + 8 for name in rows)]), MOST_LEFT)
+
+
+def _width(text: str) -> float:
+    """At least the width of a text in the charts' font of 12 units, whichever font a browser takes for it."""
+    return sum(_ADVANCE.get(letter, 8.0 if letter.isascii() and not letter.isupper() else 12.0) for letter in text)
+
+
+_ADVANCE = dict.fromkeys("ijlI.,:;'|! ()", 5.0) | dict.fromkeys("mwMW@%", 12.0)
 
 
 def _scale(values: tuple[float, float], places: tuple[float, float]) -> Scale:

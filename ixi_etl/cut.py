@@ -145,7 +145,11 @@ def cut_subject(job: Job, config: DatasetConfig, work: Path) -> dict[str, Any]:
         record = done | {"stamps": stamps}
     else:
         record = {"made_for": _made_for(job), "stamps": stamps, **hashes}
-        record |= {f"{m.lower()}_gzip_crc32": data[-8:-4][::-1].hex() for m, data in packed.items()}
+        # Not as bare digits: of 12345e67 a spreadsheet makes a number.
+        record |= {
+            f"{m.lower()}_gzip_crc32": f"crc32:{data[-8:-4][::-1].hex()}" if nifti.is_gzip(data) else ""
+            for m, data in packed.items()
+        }
         if job.cut:
             try:
                 _cut(job, packed, config, work, record)

@@ -2,12 +2,13 @@
 
 ::
 
-    <root>/datasets/<name>/<version>/{slices.zarr, manifest.csv, dataset.json, report.html, pictures}
+    <root>/datasets/<name>/<version>/{slices.zarr, manifest.csv, dataset.json, software.json, report.html, pictures}
     <root>/datasets/<name>/latest.json        the pointer, replaced last of all; the only file that knows a time
     <root>/datasets/<name>/.staging/<version> what is still being made
 
-`dataset.json` names the arrays that are source and target, lists every other file with size and SHA-256, and holds the
-SHA-256 of all that it says itself; `latest.json` has the SHA-256 of each `dataset.json` that was published.
+`dataset.json` names the arrays that are source and target, and lists every other file with size and SHA-256, but
+`software.json`, which says what code made the version. Both hold the SHA-256 of all their other fields; `latest.json`
+has the SHA-256 of each `dataset.json` that was published.
 People write `NAME@VERSION`, for example `ixi-t1-t2@latest`.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -29,7 +31,18 @@ from ixi_etl import PIPELINE_VERSION, manifest
 from ixi_etl.errors import DatasetError
 from ixi_etl.files import Progress, parse_json, read_json, sha256_file, silent, to_json
 from ixi_etl.intensity import percentiles
-from ixi_etl.places import NAME, Places, check_reachable, file_sizes, naming, printable
+from ixi_etl.places import (
+    NAME,
+    Places,
+    check_reachable,
+    expanded,
+    file_sizes,
+    is_url,
+    naming,
+    place,
+    printable,
+    refuse_secret,
+)
 from ixi_etl.schema import DIGITS, IXI
 from ixi_etl.store import open_arrays
 
@@ -41,6 +54,9 @@ COMMANDS = {"ixi-t1-t2": "ixi-etl refresh", "digits": "ixi-etl digits"}
 SCHEMAS = {"ixi-t1-t2": IXI, "digits": DIGITS}
 
 MANIFEST, FACTS, REPORT, PICTURES, POINTER = "manifest.csv", "dataset.json", "report.html", "pictures", "latest.json"
+SOFTWARE = "software.json"
+"""Which code made a version. Not in the list of hashes: other code can make equal bytes. It has a digest."""
+
 DECIDING = (MANIFEST, "zarr.json")  # small files that say what all others mean
 WORST = "worst.jpg"  # among the pictures
 DIGEST, DIGEST_SINCE = "self_sha256", 6
@@ -64,6 +80,47 @@ def parse(text: str) -> tuple[str, str]:
     if not version:
         raise DatasetError(f"{text} names no version; give {name}@latest, or the beginning of one")
     return name, version
+
+
+def find(root: str | Path, text: str) -> Path:
+    """The folder of a version: `NAME@VERSION` below `root`, or the folder itself, wherever it was copied.
+
+    A path has a slash, or leads to a `dataset.json`.
+
+    Raises:
+        DatasetError: there is no such version, or the folder is none.
+    """
+    folder = folder_of(text)
+    if folder is None:
+        name, wanted = parse(text)
+        places = Places(root, name)
+        return places.version(resolve(places, wanted))
+    if not folder.is_dir():
+        raise DatasetError(f"{folder} is not a folder; give the folder of a version, or NAME@VERSION")
+    if not (folder / FACTS).is_file():
+        raise DatasetError(f"{folder} has no {FACTS}; give the folder of a version, or NAME@VERSION")
+    return folder
+
+
+def dataset_of(text: str) -> str:
+    """The dataset of a version that is given as for `find`.
+
+    Raises:
+        DatasetError: there is no such dataset, or the folder is no version's.
+    """
+    folder = folder_of(text)
+    return parse(text)[0] if folder is None else str(read_facts(folder)["name"])
+
+
+def folder_of(text: str) -> Path | None:
+    """The folder that `text` is the path or URL of; None where it is NAME@VERSION."""
+    if is_url(text):
+        refuse_secret(text)
+        check_reachable(text)
+        return place(text.rstrip("/"))
+    path = expanded(text)
+    is_path = os.sep in text or text in (os.curdir, os.pardir) or (path / FACTS).is_file()
+    return path.resolve() if is_path else None
 
 
 def inputs_of(md5s: Mapping[str, str], config: BaseModel, libraries: Iterable[str], **others: Any) -> dict[str, Any]:
@@ -166,6 +223,12 @@ def with_digest(facts: Mapping[str, Any]) -> dict[str, Any]:
     return rest | {DIGEST: hashlib.sha256(to_json(rest).encode()).hexdigest()}
 
 
+def _has_own_digest(data: bytes) -> bool:
+    """Whether these are exactly the bytes that `with_digest` and `to_json` give."""
+    value = parse_json(data)
+    return isinstance(value, dict) and data == to_json(with_digest(value)).encode()
+
+
 def read_facts(folder: Path) -> dict[str, Any]:
     """What `dataset.json` of a version's folder says.
 
@@ -183,7 +246,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
         raise DatasetError(f"{path} is missing, damaged or of an older ixi-etl; make the version again")
     made_by = facts["inputs"].get("pipeline_version")  # it goes into the version's name, which is checked too
     is_older = DIGEST not in facts and isinstance(made_by, int) and made_by < DIGEST_SINCE
-    if not is_older and data != to_json(with_digest(facts)).encode():
+    if not is_older and not _has_own_digest(data):
         raise DatasetError(f"{path} is damaged: it does not have the SHA-256 that it holds; make the version again")
     return facts
 
@@ -284,7 +347,9 @@ def _verify(
         elif (deep or name.endswith(DECIDING)) and sha256_file(folder / name) != known["sha256"]:
             problems.append(f"{folder / name} is damaged: its SHA-256 is not the one in {FACTS}")
         progress("verify files", done, len(facts["files"]), "files")
-    _warn_of_strays(folder, there.keys() - facts["files"].keys() - {FACTS})
+    _warn_of_strays(folder, there.keys() - facts["files"].keys() - {FACTS, SOFTWARE})
+    if SOFTWARE in there and not _has_own_digest((folder / SOFTWARE).read_bytes()):
+        problems.append(f"{folder / SOFTWARE} is damaged: it does not have the SHA-256 that it holds")
     known_digest = published_digest(folder)
     if known_digest and known_digest != sha256_file(folder / FACTS):
         problems.append(f"{folder / FACTS} is not the file that was published: {POINTER} has another SHA-256 of it")
@@ -351,6 +416,28 @@ def _verify_store(
             problems += [f"{folder}: {name} of {s} has not the percentiles of the manifest" for s in wrong]
             progress(f"verify {name}", done, array.shape[0], "subjects")
     return problems
+
+
+def compare_inputs(old: Path, new: Path) -> pd.DataFrame:
+    """In what two versions' inputs, configuration, libraries and software differ: columns what, old, new.
+
+    Nothing of `software.json` decides the bytes of a version.
+    """
+    said = [
+        _flat({"inputs": read_facts(folder)["inputs"], "software": read_json(folder / SOFTWARE) or {}})
+        for folder in (old, new)
+    ]
+    names = sorted({*said[0], *said[1]})
+    rows = [(name, *(values.get(name, "-") for values in said)) for name in names]
+    return pd.DataFrame([row for row in rows if row[1] != row[2]], columns=["what", "old", "new"])
+
+
+def _flat(value: Any, name: str = "") -> dict[str, str]:
+    """`{"config": {"slices": 20}}` -> `{"config.slices": "20"}`."""
+    if isinstance(value, Mapping):
+        below = [_flat(item, f"{name}.{key}" if name else str(key)) for key, item in value.items()]
+        return {key: text for part in below for key, text in part.items()}
+    return {name.removeprefix("inputs."): value if isinstance(value, str) else json.dumps(value)}
 
 
 def compare(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:

@@ -69,6 +69,9 @@ def make_digits(config: DigitsConfig, progress: Progress = silent) -> Refreshed:
             "target": "digit",
             "inputs": inputs,
             **manifest.counts(table, DIGITS),
+            "sources": {
+                n: {"file": n, "source": "mnist", "md5": f.md5, "md5_is_published": True} for n, f in files.items()
+            },
             "licence": catalog.LICENCE,
             "credit": catalog.MNIST_CREDIT,
         }
@@ -76,7 +79,8 @@ def make_digits(config: DigitsConfig, progress: Progress = silent) -> Refreshed:
             raise DatasetError(f"none of the {len(table)} digits has any ink; are these the files of MNIST?")
         staged = publish.start_staging(places, version)
         attributes = {key: summary[key] for key in ("name", "version", "licence", "credit")}
-        store.write_images(staged / store.STORE, arrays, LONG_NAMES, attributes)
+        labels = manifest.used(table)["subject_id"].tolist()
+        store.write_images(staged / store.STORE, arrays, LONG_NAMES, attributes, labels)
         write_atomic(staged / dataset.MANIFEST, DIGITS.to_csv(table))
         return publish.publish(places, staged, summary, origins, progress)
 

@@ -79,6 +79,7 @@ class Header:
         dtype: numpy's name with byte order, for example `<i2`.
         slope, intercept: stored value x slope + intercept = the scanner's units.
         voxel_offset: of the first voxel in the inflated file.
+        description: the field `descrip`, free text.
         reason, problem: the first thing wrong with it, as a manifest reason and in words ("" if nothing is).
     """
 
@@ -94,6 +95,7 @@ class Header:
     slope: float = 1.0
     intercept: float = 0.0
     voxel_offset: int = 0
+    description: str = ""
     reason: str = ""
     problem: str = ""
 
@@ -235,6 +237,7 @@ def parse_header(head: bytes, packed_size: int) -> Header:
 
 def _fill(header: Header, head: bytes, packed_size: int) -> None:
     raw = _raw_header(head)
+    header.description = raw["descrip"].item().decode("latin-1")
 
     # As the standard has it: a slope of 0 or NaN means that no scaling is given.
     slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])

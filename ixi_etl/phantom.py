@@ -25,6 +25,7 @@ from ixi_etl.catalog import MODALITIES, archive_name
 from ixi_etl.files import Progress, silent
 from ixi_etl.spread import spread
 
+DESCRIPTION = "SIMULATED, no scan: ixi_etl.phantom"
 SPACING_MM = {"T1": (0.9375, 0.9375, 1.2), "T2": (0.9375, 0.9375, 1.25)}
 DEPTH = {"T1": 150, "T2": 130}
 IN_PLANE = 256
@@ -154,13 +155,17 @@ def simulate(scan: Scan) -> tuple[dict[str, bytes], Matrix]:
 
 
 def pack(stored: NDArray[Any], affine: Matrix, slope: float = 1.0, intercept: float = 0.0) -> bytes:
-    """A gzipped NIfTI-1 file of stored voxels [k, j, i, ...] with sform = qform = `affine`, as IXI writes them."""
+    """A gzipped NIfTI-1 file of stored voxels [k, j, i, ...] with sform = qform = `affine`, as IXI writes them.
+
+    Its description says that it is simulated, so that no version made of it is credited to IXI (`credit`).
+    """
     image = nib.Nifti1Image(stored.T, affine)
     image.header.set_xyzt_units("mm")
     image.set_qform(affine, 1)
     image.set_sform(affine, 1)
     raw = bytearray(image.to_bytes())
     raw[112:120] = np.array([slope, intercept], "<f4").tobytes()  # nibabel resets both when it writes
+    raw[148:228] = DESCRIPTION.encode().ljust(80, b"\0")
     return gzip.compress(bytes(raw), 2, mtime=0)
 
 

@@ -11,12 +11,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ixi_etl import software
 from ixi_etl.config import SPLITS
 from ixi_etl.dataset import (
     COMMANDS,
     FACTS,
     FILE_DIGEST,
     POINTER,
+    SOFTWARE,
     published,
     published_digest,
     read_pointer,
@@ -29,6 +31,9 @@ from ixi_etl.files import Progress, sha256_file, silent, sync_path, to_json, wri
 from ixi_etl.places import Places, is_local, upload
 
 log = logging.getLogger(__name__)
+
+LIBRARIES = ("deflate", "isal", "nibabel", "numpy", "pandas", "pillow", "simpleitk", "zarr", "zarrs")
+"""What is named in `software.json` besides the code: whatever has a part in the bytes of a version."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ def publish(
         DatasetError: what was staged does not verify.
     """
     version = str(summary["version"])
+    write_atomic(staged / SOFTWARE, to_json(with_digest(software.describe(LIBRARIES))))
     write_atomic(staged / FACTS, to_json(with_digest({**summary, "files": list_files(staged, progress)})))
     problems = verify(staged, version=version)
     if problems:
@@ -113,8 +119,10 @@ def _warn_of_empty_splits(splits: Mapping[str, int]) -> None:
 
 
 def list_files(folder: Path, progress: Progress = silent) -> dict[str, dict[str, Any]]:
-    """Relative path -> size and SHA-256 of every file of a version but `dataset.json`, which holds this list."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / FACTS)
+    """Relative path -> size and SHA-256 of every file of a version but `dataset.json`, which holds this list, and
+    `software.json`, in which equal versions of two machines may differ.
+    """
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p not in (folder / FACTS, folder / SOFTWARE))
     files = {}
     for done, path in enumerate(paths, 1):
         files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": sha256_file(path)}

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ixi_etl import catalog, dataset, manifest, pictures, publish, report, store
+from ixi_etl import catalog, credit, dataset, manifest, pictures, publish, report, store
 from ixi_etl.catalog import MODALITIES
 from ixi_etl.config import RefreshConfig
 from ixi_etl.cut import (
@@ -38,7 +38,7 @@ from ixi_etl.places import check_reachable, expanded, fingerprint, naming
 from ixi_etl.publish import Refreshed
 from ixi_etl.schema import CANDIDATE, IXI
 from ixi_etl.spread import spread
-from ixi_etl.survey import depth_histogram, modal_depths, modal_planes, site_records, survey
+from ixi_etl.survey import depth_histogram, modal_depths, modal_planes, passed_over, site_records, survey
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def name_version(config: RefreshConfig, inputs: Inputs) -> tuple[str, dict[str, 
     return dataset.version_name(facts), facts
 
 
-def _members_facts(config: RefreshConfig, inputs: Inputs) -> dict[str, str]:
+def _members_facts(config: RefreshConfig, inputs: Inputs) -> dict[str, Any]:
     """In place of the archives' MD5s: the SHA-256 of the members' sorted SHA-256s, and of the survey, which tells
     of all others.
     """
@@ -215,7 +215,9 @@ def _members_facts(config: RefreshConfig, inputs: Inputs) -> dict[str, str]:
     members = sorted(hashlib.sha256(read_part(part)[0]).hexdigest() for part in parts)
     surveyed = inputs.surveyed.drop(columns="offset").to_csv(index=False)  # whatever order they lie in
     told = {"members_sha256": "".join(members), "survey_sha256": surveyed}
-    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in told.items()}
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in told.items()}
+    # Without MD5s, only the host can say whose they are: that decides the credit, and so a byte of the version.
+    return hashes | {"members_of_ixi": [m for m, archive in inputs.archives.items() if _is_from_ixi(m, archive)]}
 
 
 @disk_errors_in_a_line()
@@ -246,6 +248,8 @@ def select_subjects(config: RefreshConfig, table: pd.DataFrame, inputs: Inputs) 
     Raises:
         DatasetError: the demographics are of nobody in the archives.
     """
+    for sentence in passed_over(table, inputs.archives):
+        log.warning("%s", sentence)
     people = _read_people(inputs.demographics, table) if inputs.demographics else None
     planes = modal_planes(table)
     if config.dataset.pairing == "index" and len(set(planes.values())) > 1:
@@ -315,7 +319,7 @@ def cut_subjects(
     _warn_of_flags(settled, (manifest.DUPLICATE,))
     audit = places.staging(version) / dataset.MANIFEST
     write_atomic(audit, IXI.to_csv(settled))
-    _check_enough(settled, config.max_unreadable, audit)
+    _check_enough(settled, config.max_unreadable, audit, passed_over(table, inputs.archives))
     return settled, records
 
 
@@ -388,7 +392,7 @@ def _check_there(work: Path, records: Mapping[str, Any]) -> None:
         raise DatasetError(f"{missing[0]} was cut, but is not in {work}; let Dask's workers have that folder in common")
 
 
-def _check_enough(settled: pd.DataFrame, max_unreadable: float, audit: Path) -> None:
+def _check_enough(settled: pd.DataFrame, max_unreadable: float, audit: Path, others: Sequence[str]) -> None:
     paired = settled[~settled["reason"].isin(IXI.steps["paired"])]
     bad = paired[paired["reason"].isin(UNREADABLE)]
     if len(bad) > max(max_unreadable * len(paired), ALWAYS_ALLOWED_UNREADABLE):
@@ -397,8 +401,10 @@ def _check_enough(settled: pd.DataFrame, max_unreadable: float, audit: Path) -> 
             f"{audit} says why; fetch the archives again, or raise max_unreadable"
         )
     if manifest.used(settled).empty:
-        why = ", ".join(f"{n} {reason}" for reason, n in settled["reason"].value_counts().items()) or "no subjects"
-        raise DatasetError(f"no subject is left ({why}); {audit} says why of each")
+        if settled.empty:
+            raise DatasetError(f"the archives hold no subject: {'; '.join(others)}")
+        why = ", ".join(f"{n} {reason}" for reason, n in settled["reason"].value_counts().items())
+        raise DatasetError("; ".join([f"no subject is left ({why})", *others, f"{audit} says why of each"]))
 
 
 @disk_errors_in_a_line()
@@ -420,6 +426,7 @@ def publish_version(
     places = config.places
     work, staged = places.staging(version) / "work", publish.start_staging(places, version)
     subjects = manifest.used(settled)["subject_id"].tolist()
+    sources = _sources(config, table, inputs)
     summary = {
         "name": places.name,
         "version": version,
@@ -431,8 +438,8 @@ def publish_version(
         "planes": modal_planes(table),
         "histogram": site_records(depth_histogram(table)),
         "not_volumes": table.loc[table["subject_id"] == "", "member"].tolist(),
-        "licence": catalog.LICENCE,
-        "credit": catalog.CREDIT,
+        "sources": sources,
+        **credit.credit_and_licence(sources),
     }
     store.assemble(
         staged / store.STORE,
@@ -445,6 +452,7 @@ def publish_version(
             {m.lower(): (records[s][f"{m.lower()}_scale"], records[s][f"{m.lower()}_offset"]) for m in MODALITIES}
             for s in subjects
         ],
+        subjects=subjects,
     )
     if config.dataset.pictures:
         _put_pictures(work, staged / dataset.PICTURES, settled)
@@ -452,6 +460,30 @@ def publish_version(
     layers = _middle_layers(staged, settled) if config.dataset.pictures else {}
     write_atomic(staged / dataset.REPORT, report.dataset_report(summary, settled, layers))
     return publish.publish(places, staged, summary, inputs.origins, progress)
+
+
+def _sources(config: RefreshConfig, table: pd.DataFrame, inputs: Inputs) -> dict[str, Any]:
+    """Whose each file is that the version is made of: see `credit`."""
+    volumes = table[(table["subject_id"] != "") & table["readable"]]
+    sources = {}
+    for modality, archive in inputs.archives.items():
+        marked = volumes.loc[volumes["modality"] == modality, "simulated"]
+        sources[modality] = credit.source_of(
+            catalog.archive_name(modality),
+            archive.md5 if inputs.surveyed is None else None,
+            from_ixi=_is_from_ixi(modality, archive),
+            volumes=len(marked),
+            simulated=int(marked.sum()),
+        )
+    if inputs.demographics:
+        sources["demographics"] = credit.source_of(
+            DEMOGRAPHICS, hashlib.md5(inputs.demographics.data, usedforsecurity=False).hexdigest()
+        )
+    return sources
+
+
+def _is_from_ixi(modality: str, archive: Acquired) -> bool:
+    return archive.origin in catalog.official(catalog.archive_name(modality)).urls
 
 
 def _put_pictures(work: Path, folder: Path, settled: pd.DataFrame) -> None:

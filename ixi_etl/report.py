@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from ixi_etl import charts, manifest, pages
 from ixi_etl.config import SPLITS
+from ixi_etl.credit import WHOSE
 from ixi_etl.pictures import Layers
 from ixi_etl.schema import EXCLUDED, REASONS
 from ixi_etl.survey import flat, flat_row, site_records, sites_of
@@ -62,6 +63,7 @@ def dataset_report(summary: Mapping[str, Any], settled: pd.DataFrame, layers: Ma
     return pages.render(
         "dataset.html",
         summary=summary,
+        whose=WHOSE,
         sites=sites,
         charts={
             "funnel": charts.bars(_counts(funnel, sites), "Subjects left after each step"),

@@ -109,11 +109,12 @@ def assemble(
     pairing: str,
     attributes: dict[str, Any],
     scales: Sequence[Mapping[str, tuple[float, float]]] = (),
+    subjects: Sequence[str] = (),
 ) -> None:
     """Make the group in `folder`: `shards[row]` and `affines[row]` hold array name -> shard file and 4 x 4 affine.
 
     `scales[row]` holds array name -> (scale, offset) to the scanner's units; without them these are 1 and 0. Shards are
-    hard-linked where the file system can, else copied.
+    hard-linked where the file system can, else copied. `subjects` names the rows.
     """
     names = list(shards[0])
     given = scales or [dict.fromkeys(names, (1.0, 0.0))] * len(shards)
@@ -133,6 +134,7 @@ def assemble(
         for which, values in zip(("scale", "offset"), np.transpose([of[name] for of in given]), strict=True):
             said = {"long_name": f"{which} of {name}: stored x scale + offset = the scanner's units"}
             _write_beside(folder / f"{name}_{which}", values, ("subject",), said)
+    _write_labels(folder, "subject", subjects)
     _consolidate(folder)
 
 
@@ -150,9 +152,15 @@ def _write_beside(path: Path, values: NDArray[Any], dimensions: Sequence[str], a
 
 
 def write_images(
-    folder: Path, images: Mapping[str, NDArray[np.uint8]], long_names: Mapping[str, str], attributes: dict[str, Any]
+    folder: Path,
+    images: Mapping[str, NDArray[np.uint8]],
+    long_names: Mapping[str, str],
+    attributes: dict[str, Any],
+    labels: Sequence[str] = (),
 ) -> None:
     """Make the group in `folder` of small images: array name -> [N, 1, y, x]. Each shard is read back.
+
+    `labels` names the images.
 
     Raises:
         DatasetError: what was read back is not what was written.
@@ -168,7 +176,29 @@ def write_images(
                 array[rows] = values[rows]
             if not np.array_equal(np.asarray(array[rows]), values[rows]):
                 raise DatasetError(f"{folder / name} does not read back as it was written; is the disk sound?")
+    _write_labels(folder, "image", labels)
     _consolidate(folder)
+
+
+def _write_labels(folder: Path, dimension: str, labels: Sequence[str]) -> None:
+    """Write a one-dimensional array of text that bears its dimension's name: xarray's way to a coordinate.
+
+    Text of any length (`string`, codec `vlen-utf8`): the type that readers know; text of fixed length has no
+    specification in Zarr 3, and zarr-python warns of it.
+    """
+    if not labels:
+        return
+    with _disk_errors(folder):
+        array = zarr.create_array(
+            folder / dimension,
+            shape=(len(labels),),
+            dtype="string",
+            chunks=(len(labels),),
+            compressors=None,
+            dimension_names=(dimension,),
+        )
+        array[:] = np.array(labels, dtype=object)
+    array.update_attributes({"long_name": f"{dimension}'s id, as subject_id in the manifest"})
 
 
 def _consolidate(folder: Path) -> None:

@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 
 from ixi_etl.archive import Member, index_archive
+from ixi_etl.catalog import archive_name
+from ixi_etl.credit import is_marked
 from ixi_etl.errors import BadVolumeError
 from ixi_etl.files import Progress, silent
 from ixi_etl.nifti import Header, inflate_head, parse_header
@@ -23,6 +25,7 @@ PLANES = ("sagittal", "coronal", "axial")  # across R-L, A-P, S-I
 # of 512 x 512 x 200 to 400 are common elsewhere. Peak memory of one worker, registration included, as measured: 0.9 GiB
 # for a pair of 512 x 512 x 256 int16, 1.5 GiB for one of 512 x 512 x 512, which is the largest that is cut.
 MAX_SIDE, MAX_VOXELS, MAX_VOXEL_BYTES = 1024, 128 << 20, 256 << 20
+SHOWN = 80  # characters of a member's name in a message
 HEAD_BYTES = 2048  # of each member, packed: holds a whole header whatever the compressor did
 
 _WORD = "[A-Za-z0-9][A-Za-z0-9_.]{0,39}"  # a subject's id becomes a part of file names
@@ -52,6 +55,7 @@ COLUMNS = [
     "reason",
     "problem",
     "voxel_offset",
+    "simulated",
     "offset",
     "size",
 ]
@@ -66,7 +70,8 @@ def survey(
     They are those of the form in `space`, the code of `nifti.SPACES`; `forms` has all that are set, as JSON: code ->
     affine, spacing_mm, orientation, note. sform_code and qform_code are as stored; `note` says what is unusual.
     A member that is no volume of a subject has an empty subject_id. `reason` and `problem` say what is wrong with a
-    header, as a manifest reason and in words. offset, size: where the member's bytes lie in its archive. Of
+    header, as a manifest reason and in words. `simulated`: its description says that it is no scan.
+    offset, size: where the member's bytes lie in its archive. Of
     `insecure_hosts` the TLS certificates are not looked at.
 
     Raises:
@@ -88,7 +93,7 @@ def survey(
         found = dict(zip(archives, pool.map(members_of, archives), strict=True))
     rows = [_row(modality, member) for modality, members in found.items() for member in members]
     table = pd.DataFrame(rows, columns=COLUMNS)
-    return table.astype({"depth": "Int64", "readable": bool})
+    return table.astype({"depth": "Int64", "readable": bool, "simulated": bool})
 
 
 def _row(modality: str, member: Member) -> dict[str, object]:
@@ -101,6 +106,7 @@ def _row(modality: str, member: Member) -> dict[str, object]:
         "space": 0,
         "sform_code": 0,
         "qform_code": 0,
+        "simulated": False,
         "slope": 1.0,
         "intercept": 0.0,
         "readable": False,
@@ -137,10 +143,29 @@ def _row(modality: str, member: Member) -> dict[str, object]:
         "slope": header.slope,
         "intercept": header.intercept,
         "voxel_offset": header.voxel_offset,
+        "simulated": is_marked(header.description),
         "readable": header.reason != "unreadable",
         "reason": header.reason,
         "problem": header.problem,
     }
+
+
+def passed_over(table: pd.DataFrame, modalities: Iterable[str]) -> list[str]:
+    """A sentence for each archive that has members which are not volumes of a subject by their names, or has none."""
+    said = []
+    for modality in modalities:
+        members = table.loc[table["modality"] == modality]
+        others = members.loc[members["subject_id"] == "", "member"]
+        if members.empty:
+            said.append(f"{archive_name(modality)} has no members")
+        elif len(others):
+            first = others.iloc[0] if len(others.iloc[0]) <= SHOWN else f"...{others.iloc[0][-SHOWN:]}"
+            said.append(
+                f"{archive_name(modality)}: {len(others)} of {len(members)} members are passed over, for example "
+                f"{first!r}; a volume is called SUBJECT-SITE-NUMBER-{modality}.nii.gz, as "
+                f"IXI002-Guys-0828-{modality}.nii.gz"
+            )
+    return said
 
 
 def _is_too_large(header: Header) -> bool:

@@ -14,17 +14,15 @@ Where the root is on S3, the run is kept there, and worked on in the scratch fol
 from __future__ import annotations
 
 import logging
-import platform
 import re
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version as installed
 from pathlib import Path
 
 import torch
 from torch import distributed
 
-from ixi_etl import dataset
+from ixi_etl import dataset, software
 from ixi_etl.errors import DatasetError
 from ixi_etl.files import Progress, disk_errors_in_a_line, lock_root, read_json, silent, to_json, write_atomic
 from ixi_etl.places import Places, check_reachable, is_local, place
@@ -42,7 +40,7 @@ log = logging.getLogger(__name__)
 CONFIG = "config.json"
 DEVICES = ("cpu", "cuda", "mps")
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-SOFTWARE = ("torch", "numpy", "zarr", "ixi-etl")
+SOFTWARE = ("torch", "numpy", "zarr")
 
 
 @dataclass(frozen=True)
@@ -156,8 +154,9 @@ def train_run(run: Run, *, resume: bool = False, progress: Progress = silent) ->
                 distributed.barrier()
             record = {
                 "config": run.config.model_dump(mode="json"),
-                "software": {name: installed(name) for name in SOFTWARE} | {"python": platform.python_version()},
+                "software": software.describe(SOFTWARE),
                 "hardware": _hardware(config.device),
+                "data": dataset.licence_of(run.version),
             }
             saved = partial(mirror.keep_if_possible, run.folder, run.kept) if run.kept else nothing
 

@@ -137,6 +137,7 @@ def load(path: Path, device: str = "cpu", *, dropout: bool = False, seed: int = 
         "Step": step,
         "Dropout": dropout,
         **({"Seed": seed} if dropout else {}),
+        **{name.capitalize(): facts[name] for name in ("licence", "credit") if name in facts},  # of the training's data
     }
     method = generated_by(generator, dropout=dropout)
     return Trained(method, wanted, (direction[1], direction[2]), device, record)

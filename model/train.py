@@ -2,7 +2,7 @@
 
     ixi-etl train --preset paper                                    # on this machine
     ixi-etl train --preset smoke --set steps=20 --set width=8       # seconds, on a CPU
-    torchrun --nproc-per-node 4 -m flows train --preset gpu         # on four GPUs
+    torchrun --nproc-per-node 4 $(which ixi-etl) train --preset gpu # on four GPUs
 
 A run lies in `<root>/runs/<run id>/`: config.json, metrics.csv, validation.csv, tensorboard/, samples/, checkpoints/,
 and at the end generator.safetensors, the best generator. SIGTERM, SIGHUP and Ctrl-C save and stop; `--resume` goes on.

@@ -89,6 +89,12 @@ def open_page(browser: Browser, pages: dict[str, Path]) -> Iterator[Open]:
 
 # -- both pages -------------------------------------------------------------------------------------------------------
 
+# Texts of charts that reach beyond their chart, where nothing is drawn.
+CUT_OFF = """[...document.querySelectorAll('svg text')].filter((text) => {
+  const [chart, own] = [text.ownerSVGElement.getBoundingClientRect(), text.getBoundingClientRect()];
+  return own.left < chart.left - 0.5 || own.right > chart.right + 0.5 || own.bottom > chart.bottom + 2;
+}).map((text) => text.textContent)"""
+
 BOTH = pytest.mark.parametrize("name", ["dataset", "run"])
 
 
@@ -102,6 +108,7 @@ def test_a_page_is_quiet_whole_and_fits(open_page: Open, name: str, width: int, 
     assert page.evaluate("[...document.images].filter((image) => !image.naturalWidth || !image.alt).length") == 0
     assert page.evaluate("document.images.length") > 0
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(CUT_OFF) == []
     red = int(page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0]"))
     assert (red > 200) == (scheme == "light")
     assert opened.faults == []

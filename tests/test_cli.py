@@ -130,6 +130,58 @@ def test_facts_of_which_no_version_can_be_are_one_line(
         assert err.count("\n") == lines
 
 
+def test_verify_takes_a_folder_wherever_it_was_copied(
+    published: Refreshed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same, renamed = tmp_path / "a" / published.version, tmp_path / "copied @home"
+    for copy in (same, renamed):
+        shutil.copytree(published.folder, copy)
+    (tmp_path / "link").symlink_to(same)
+    monkeypatch.chdir(tmp_path)
+    for given in (str(same), f"a/{published.version}/", "link", "./link"):
+        code, out, _ = run("verify", "--deep", given, "--root", "/nowhere", capsys=capsys)
+        assert (code, f"{same} is sound" in out, "another name" in out) == (0, True, False)
+        assert f"ixi-t1-t2@{published.version}, made by ixi-etl" in out
+    code, out, _ = run("verify", "copied @home", capsys=capsys)
+    assert (code, f"another name than the version, ixi-t1-t2@{published.version}" in out) == (0, True)
+    code, out, _ = run("versions", str(same), "copied @home", capsys=capsys)
+    assert (code, "same inputs, configuration and software" in out) == (0, True)
+    (renamed / "manifest.csv").write_text("")
+    code, _, err = run("verify", "copied @home", capsys=capsys)
+    assert (code, "copy it again from where it is sound" in err) == (1, True)
+    for wrong, said in (("./none", "none is not a folder"), ("./a", "a has no dataset.json")):
+        code, _, err = run("verify", wrong, capsys=capsys)
+        assert (code, said in err, err.count("\n")) == (1, True, 1)
+
+
+OWN_MODULES = {"model.py": "raise SystemExit('the user's model')", "flows/__init__.py": "raise SystemExit('own flows')"}
+
+
+@pytest.mark.parametrize("where", ["working directory", "PYTHONPATH"])
+@pytest.mark.parametrize(
+    "start", [["{bin}/ixi-etl"], ["{python}", "-m", "ixi_etl"]], ids=["ixi-etl", "python -m ixi_etl"]
+)
+def test_modules_of_the_users_hide_none_of_ours(where: str, start: list[str], tmp_path: Path) -> None:
+    for name, text in OWN_MODULES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    program = [word.format(bin=Path(sys.executable).parent, python=sys.executable) for word in start]
+    environment = os.environ | ({"PYTHONPATH": str(tmp_path)} if where == "PYTHONPATH" else {})
+    arguments = ["evaluate", "none", "--root", "root"]  # imports `model`
+    done = subprocess.run([*program, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.startswith("error: there is no run none in root/runs")) == (1, True), (
+        done.stderr
+    )
+
+
+def test_a_users_model_that_was_imported_before_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text("")
+    (tmp_path / "mine.py").write_text("import model\nimport flows\n")
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "model.py was imported as `model`, which hides ixi-etl's own" in done.stderr.splitlines()[-1]
+
+
 def test_then_train_trains_on_the_version_that_the_refresh_ended_with(
     published: Refreshed,
     s3_root: str,

@@ -237,6 +237,8 @@ def test_it_is_plain_zarr_of_many_images_a_shard(made: Refreshed) -> None:
     facts = dataset.read_facts(made.folder)
     assert (facts["source"], facts["target"], facts["funnel"]["used"]["all"]) == ("sketch", "digit", 1170)
     assert "LeCun" in facts["credit"]
+    assert all(source["md5_is_published"] for source in facts["sources"].values())
+    assert data["image"].to_numpy().tolist() == manifest.used(dataset.read_manifest(made.folder))["subject_id"].tolist()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 0.7, 0.999])

@@ -81,6 +81,9 @@ def test_members_alone_make_the_same_store_and_the_same_decisions(
     pd.testing.assert_frame_equal(used[of_the_archive[1:]], expected[of_the_archive[1:]])
     assert not dataset.verify(made.folder, deep=True)
     assert "MD5s were not checked" in (made.folder / "report.html").read_text()
+    facts = dataset.read_facts(made.folder)
+    assert facts["inputs"]["members_of_ixi"] == []
+    assert {source["md5_is_published"] for source in facts["sources"].values()} == {False}
 
 
 def test_a_host_named_as_insecure_is_surveyed_and_fetched_from(host: Host, tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def test_every_subject_of_the_union_is_accounted_for(published: Refreshed, archi
     assert (manifest.used(table)["subject_id"].str[:6] == [f"IXI{n:03d}" for n in range(2, 8)]).all()
     facts = dataset.read_facts(published.folder)
     assert facts["not_volumes"] == ["README.txt"]
+    assert "subject" in {path.name for path in (published.folder / "slices.zarr").iterdir()}
     assert facts["funnel"]["used"]["all"] == 6
     assert (
         table[["t1_sha256", "t2_sha256"]].map(len).sum(axis=1) == [128 - 64 * ("missing" in r) for r in table["reason"]]
@@ -328,6 +329,48 @@ def test_too_many_unreadable_pairs_end_the_refresh_and_are_named(
 def test_nobody_left_is_one_clear_line_and_an_audit(archives: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"no subject is left \(.*grid_not_modal.*manifest\.csv says why of each"):
         refresh(config_for(tmp_path, archives, window=(90, 110)))
+
+
+VOLUME = "IXI002-Guys-0828"
+FOREIGN = {
+    "BIDS": "sub-01/anat/sub-01_{m}w.nii.gz",
+    "not gzipped": VOLUME + "-{m}.nii",
+    "upper case": VOLUME + "-{m}.NII.GZ",
+    "browser's copy": VOLUME + "-{m} (1).nii.gz",
+    "DICOM": "1.2.840/{m}/0001.dcm",
+    "other modality": VOLUME + "-PD.nii.gz",
+    "no number": "Guys-{m}.nii.gz",
+    "very long": "x" * 300 + "-{m}.nii.gz",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN.values(), ids=FOREIGN)
+def test_archives_of_other_names_are_told_with_an_example_and_the_pattern(name: str, tmp_path: Path) -> None:
+    for m in ("T1", "T2"):
+        write_tar(tmp_path / f"IXI-{m}.tar", {name.format(m=m): b"x", f"second-{m}": b"x"})
+    with pytest.raises(DatasetError) as caught:
+        refresh(config_for(tmp_path / "root", tmp_path))
+    said = str(caught.value)
+    assert said.startswith("the archives hold no subject: IXI-T1.tar: 2 of 2 members are passed over, for example ")
+    assert name.format(m="T1")[-20:] in said or "second-T1" in said
+    assert "a volume is called SUBJECT-SITE-NUMBER-T2.nii.gz, as IXI002-Guys-0828-T2.nii.gz" in said
+    assert len(said) < 800
+
+
+def test_empty_archives_are_told(tmp_path: Path) -> None:
+    for m in ("T1", "T2"):
+        write_tar(tmp_path / f"IXI-{m}.tar", {})
+    with pytest.raises(DatasetError, match=r"no subject: IXI-T1\.tar has no members; IXI-T2\.tar has no members"):
+        refresh(config_for(tmp_path / "root", tmp_path))
+
+
+def test_some_members_that_are_passed_over_are_a_warning(archives: Path, caplog: pytest.LogCaptureFixture) -> None:
+    table = survey({m: str(archives / f"IXI-{m}.tar") for m in ("T1", "T2")})
+    config = config_for("unused", archives)
+    jobs.select_subjects(config, table, jobs.Inputs(dict.fromkeys(("T1", "T2")), None))  # type: ignore[arg-type]
+    assert [r.getMessage().partition(";")[0] for r in caplog.records if r.levelname == "WARNING"] == [
+        "IXI-T1.tar: 1 of 18 members are passed over, for example 'README.txt'"
+    ]
 
 
 def test_archives_that_are_not_what_md5sums_says_are_refused(archives: Path, tmp_path: Path) -> None:

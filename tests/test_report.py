@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
@@ -21,6 +23,7 @@ from ixi_etl.pictures import layers
 from ixi_etl.publish import Refreshed
 from ixi_etl.refresh import refresh
 from ixi_etl.report import SHOWN, WORST_SHOWN, dataset_report, drawn, spread_over_sites, worst
+from ixi_etl.schema import REASONS
 
 numbers = st.floats(-1e6, 1e6, allow_nan=False)
 
@@ -120,6 +123,22 @@ def test_without_pictures_there_is_no_contact_sheet(archives: Path, tmp_path: Pa
     done = refresh(config_for(tmp_path, archives, pictures=False))
     assert 'class="pair"' not in (done.folder / dataset.REPORT).read_text()
     assert not (done.folder / dataset.PICTURES).exists()
+
+
+NAMES = ["unsupported_dtype", "Hammersmith.Hospital.Scanner.Number.Three", "WWWWWWWWWWWWWWWWWW", "<&>" * 20, "整" * 30]
+
+
+@pytest.mark.parametrize("name", [*NAMES, *REASONS])
+def test_names_of_rows_have_room_or_are_shortened_and_whole_in_the_tooltip(name: str) -> None:
+    # DejaVu Sans at 12 pixels, a wide font
+    widest = dict.fromkeys("il", 3.5) | {"m": 11.7, "w": 9.9, "W": 11.9}
+    for svg in (charts.bars({name: {"a": 3}}, "x"), charts.strips({name: [1.0, 2.0]}, "x")):
+        found = re.search(r'<text x="([\d.]+)"[^>]*"end"[^>]*>(?:<title>.*?</title>)?(.*?)</text>', svg)
+        assert found
+        x, shown = found.groups()
+        shown = html.unescape(shown)
+        assert sum(widest.get(c, 7.7 if c.isascii() else 12) for c in shown) <= float(x)
+        assert shown == name or (shown.endswith("…") and f"<title>{html.escape(name)}</title>" in svg)
 
 
 # -- charts and pictures ----------------------------------------------------------------------------------------------

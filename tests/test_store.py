@@ -62,7 +62,14 @@ def test_xarray_opens_it_with_named_dimensions_and_no_warning(published: Refresh
     assert data["t1_affine"].dims == ("subject", "world", "voxel")
     table = manifest.used(read_manifest(published.folder))
     assert data.attrs["subject_id"] == table["subject_id"].tolist()
-    assert "CC BY-SA 3.0" in data.attrs["licence"]
+    assert "simulated" in data.attrs["credit"]
+    assert data["subject"].to_numpy().tolist() == table["subject_id"].tolist()
+    subject = table["subject_id"].iloc[2]
+    np.testing.assert_array_equal(data["t1"].sel(subject=subject), data["t1"][2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = zarr.open_group(published.folder / STORE, mode="r")
+        assert plain["subject"][:].tolist() == table["subject_id"].tolist()
     np.testing.assert_array_equal(data["t2"][2].values, open_arrays(published.folder)["t2"][2])
 
 
