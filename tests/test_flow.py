@@ -289,7 +289,12 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(
             member = next(m for m in index_archive(t1) if m.name.startswith("IXI002"))
             (tmp_path / "scans" / member.name).write_bytes(read_member(t1, member.offset, member.size))
         version = names["refreshed"].version if "refreshed" in names else ""
-        exec(compile(block.replace("<version>", version), "README.md", "exec"), names)
+        exec(
+            compile(
+                block.replace("<version>", version).replace("IXI002-Guys-0828", "IXI002-HH-0774"), "README.md", "exec"
+            ),
+            names,
+        )
     assert names["folder"].parent == Path("ixi-data/runs")
     assert [path.name for path in names["written"]] == [member.name.replace("-T1", "-T2")]
     assert names["data"]["t1"].dims == ("subject", "z", "y", "x")
