@@ -314,8 +314,12 @@ class _Tries:
         with self._lock:
             self._own += bytes_
 
-    def failed(self, error: TransientError, failures_before: int, gained: int = 0) -> float:
-        """Seconds to wait before the next try. `failures_before`: how many there were when the failed one began.
+    def begin(self) -> tuple[int, float]:
+        """What `failed` must know of the start of a try: how many had failed, and the time."""
+        return self.failures, time.monotonic()
+
+    def failed(self, error: TransientError, began: tuple[int, float], gained: int = 0) -> float:
+        """Seconds to wait before the next try. `began`: what `begin` gave when the failed one began.
 
         Tries that go on side by side and fail together count as one, and while others bring bytes none counts. Where
         the server is busy, those may be bytes of another file. A try that itself `gained` bytes is repeated at once.
@@ -325,7 +329,9 @@ class _Tries:
         """
         with self._lock:
             moved = self._server.moved - self._others_at if error.busy else self._own - self._own_at
-            if moved > MIN_RATE * (time.monotonic() - self._since):
+            now, (failures_before, since) = time.monotonic(), began
+            # What a try gained counts even where another one, which failed a moment before, has counted it already.
+            if moved > MIN_RATE * (now - self._since) or gained > MIN_RATE * (now - since):
                 self.failures = 0
                 self._mark()
             elif failures_before == self.failures:
@@ -353,9 +359,10 @@ def retried(url: str, call: Callable[[], T]) -> T:
         while True:
             try:
                 with server.request():
+                    began = tries.begin()
                     return call()
             except TransientError as error:
-                wait = tries.failed(error, tries.failures)
+                wait = tries.failed(error, began)
             time.sleep(wait)
 
 
@@ -523,9 +530,10 @@ def _fetch_run(
     arrived: Callable[[int, int], None],
 ) -> None:
     while at < stop and not halt.is_set():
-        failures, begun = tries.failures, at
+        start = at
         try:
             with server.request(halt):
+                began = tries.begin()
                 for block in _range_blocks(client, offer, part, at, stop):
                     part.write(block, at)
                     at += len(block)
@@ -534,7 +542,7 @@ def _fetch_run(
                         return
         except TransientError as error:
             try:
-                halt.wait(tries.failed(error, failures, at - begun))
+                halt.wait(tries.failed(error, began, at - start))
             except UnusableError as given_up:
                 raise UnusableError(f"{given_up} at byte {at}", transient=True) from None
 
