@@ -39,7 +39,7 @@ def write(folder: Path, step: int, mae: float | None = None) -> Path:
 
 def test_what_was_saved_is_what_is_loaded(tmp_path: Path) -> None:
     tensors, facts = checkpoint.load(write(tmp_path, 3))
-    assert facts == {"step": 3, "config": {"a": 1}, "validation": {}}
+    assert facts == {"step": 3, "config": {"a": 1}, "validation": {}, "processes": None}
     assert tensors.keys() == TENSORS.keys()
     for name, tensor in tensors.items():
         assert tensor.dtype == TENSORS[name].dtype

@@ -15,7 +15,7 @@ from conftest import SMALL_NETWORKS, config_for
 
 from ixi_etl import catalog, dataset, software
 from ixi_etl.credit import IXI, OWN, SIMULATED, UNVERIFIED, credit_and_licence, source_of
-from ixi_etl.files import read_json
+from ixi_etl.files import read_json, to_json
 from ixi_etl.nifti import pack_like
 from ixi_etl.phantom import grid_affine, pack, write_tar
 from ixi_etl.publish import Refreshed
@@ -109,6 +109,8 @@ def test_the_code_that_made_a_version_is_named_outside_its_hashes(published: Ref
     copy = tmp_path / published.version
     shutil.copytree(published.folder, copy)
     (copy / dataset.SOFTWARE).write_text('{"python": "another"}')
+    assert dataset.verify(copy) == [f"{copy / dataset.SOFTWARE} is damaged: it does not have the SHA-256 that it holds"]
+    (copy / dataset.SOFTWARE).write_text(to_json(dataset.with_digest({"python": "another"})))
     assert dataset.verify(copy, deep=True) == []
     assert "software.python" in dataset.compare_inputs(published.folder, copy)["what"].tolist()
     (copy / dataset.SOFTWARE).unlink()
@@ -133,7 +135,7 @@ def test_versions_compares_configuration_and_libraries(published: Refreshed, tmp
     facts = json.loads((other / "dataset.json").read_text())
     facts["inputs"]["config"]["slices"] += 1
     facts["inputs"]["libraries"]["numpy"] = "9.9"
-    (other / "dataset.json").write_text(json.dumps(facts))
+    (other / "dataset.json").write_text(to_json(dataset.with_digest(facts)))
     found = dataset.compare_inputs(published.folder, other).set_index("what")
     assert sorted(found.index) == ["config.slices", "libraries.numpy"]
     assert found.at["libraries.numpy", "new"] == "9.9"

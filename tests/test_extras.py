@@ -21,7 +21,7 @@ COMMANDS = {
     "synthesize": ["latest", "x.nii", "-o", "y.nii"],
     "export": ["latest", "-o", "out"],
     "demo": ["--folder", "demo"],
-    "refresh": ["--then-train", "--source", "nowhere"],
+    "refresh": ["--then-train", "smoke", "--source", "nowhere"],
 }
 
 

@@ -16,6 +16,7 @@ import pytest
 from flows.cli import main
 from flows.output import Output
 from flows.progress import show_progress
+from ixi_etl import __version__
 from ixi_etl.dataset import read_manifest
 from ixi_etl.publish import Refreshed
 
@@ -36,17 +37,20 @@ def test_json_is_one_object_with_what_the_tables_say(
     assert Path(said["survey"]).read_text().count("\n") == said["members"] + 1
     assert sum(row["all"] for row in said["depths"]) + len(said["broken"]) >= said["members"]
     said = json.loads(run("verify", "--root", root, "--json", capsys=capsys)[0])
-    assert said == {"folder": str(published.folder), "sound": True, "checked": "files, schema and counts"}
+    assert said.pop("software")["ixi-etl"] == __version__
+    named = {"folder": str(published.folder), "version": f"ixi-t1-t2@{published.version}"}
+    assert said == named | {"sound": True, "checked": "files, schema and counts"}
     (row,) = json.loads(run("versions", "--root", root, "--json", capsys=capsys)[0])["ixi-t1-t2"]
     assert (row["version"], row["latest"]) == (f"ixi-t1-t2@{published.version}", True)
     version = published.version
-    assert json.loads(run("versions", version, version, "--root", root, "--json", capsys=capsys)[0]) == {"changes": []}
+    compared = json.loads(run("versions", version, version, "--root", root, "--json", capsys=capsys)[0])
+    assert compared == {"inputs": [], "changes": []}
 
 
 def test_json_of_a_refresh_leads_to_all_that_it_made(
     published: Refreshed, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("flows.cli._run_flow", lambda *_: published)  # the flow has tests of its own
+    monkeypatch.setattr("flows.cli._refresh", lambda _: published)  # the refresh has tests of its own
     said = json.loads(run("refresh", "--json", capsys=capsys)[0])
     assert said["version"] == published.version
     assert all(Path(said[name]).exists() for name in ("store", "manifest", "report"))

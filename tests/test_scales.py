@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import shutil
 import tarfile
 from pathlib import Path
@@ -15,6 +14,7 @@ import zarr
 from conftest import config_for
 
 from ixi_etl import dataset, manifest, publish, report
+from ixi_etl.files import to_json
 from ixi_etl.phantom import write_tar
 from ixi_etl.publish import Refreshed
 from ixi_etl.refresh import refresh
@@ -88,6 +88,6 @@ def test_a_scale_that_is_not_the_manifest_s_is_found(rescaled: Refreshed, tmp_pa
     shutil.copytree(rescaled.folder, folder)
     zarr.open_array(str(folder / STORE / "t2_scale"), mode="r+")[0] = 7.0
     facts = dataset.read_facts(folder) | {"files": publish.list_files(folder)}  # whoever did it also mended the list
-    (folder / dataset.FACTS).write_text(json.dumps(facts))
+    (folder / dataset.FACTS).write_text(to_json(dataset.with_digest(facts)))
     assert any("array t2_scale is not the manifest's column" in problem for problem in dataset.verify(folder))
     assert float(open_arrays(folder)["t2_scale"][0]) == 7.0

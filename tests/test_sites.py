@@ -105,6 +105,7 @@ def test_pages_pictures_and_artifacts_take_any_site(table: pd.DataFrame, settled
         },
         "modal_depth": modal,
         "histogram": site_records(histogram),
+        "sources": {},
         "credit": "",
         "licence": "",
         **manifest.counts(settled),

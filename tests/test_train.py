@@ -25,7 +25,9 @@ from conftest import SMALL_NETWORKS, config_for  # noqa: E402
 from processes import GIVE_UP_S, Job, preload  # noqa: E402
 
 from flows.cli import main  # noqa: E402
+from ixi_etl import dataset  # noqa: E402
 from ixi_etl.errors import DatasetError, IxiError  # noqa: E402
+from ixi_etl.files import read_json, to_json  # noqa: E402
 from ixi_etl.publish import Refreshed  # noqa: E402
 from ixi_etl.refresh import refresh  # noqa: E402
 from model import checkpoint, data  # noqa: E402
@@ -243,7 +245,7 @@ def test_every_preset_is_sound(name: str) -> None:
 def test_a_version_that_names_an_array_that_is_not_there_is_one_line(published: Refreshed, tmp_path: Path) -> None:
     shutil.copytree(published.folder.parents[1], tmp_path / "datasets")
     facts = tmp_path / "datasets/ixi-t1-t2" / published.version / "dataset.json"
-    facts.write_text(facts.read_text().replace('"source": "t1"', '"source": "zzz"'))
+    facts.write_text(to_json(dataset.with_digest(read_json(facts) | {"source": "zzz"})))
     with pytest.raises(DatasetError, match=r"dataset\.json is damaged: it names an array zzz"):
         run_of(tmp_path, "a")
 
