@@ -307,12 +307,20 @@ class _Tries:
         self.failures = 0
         self._server = server
         self._own = 0  # bytes that need not be fetched again
+        self._paused_until = 0.0
         self._lock = threading.Lock()
         self._mark()
 
     def count(self, bytes_: int) -> None:
         with self._lock:
             self._own += bytes_
+
+    def pause(self) -> float:
+        """Seconds to wait before a try begins. A failure with nothing gained makes every connection wait.
+
+        Otherwise many connections would use up all tries in the time of one wait.
+        """
+        return max(0.0, self._paused_until - time.monotonic())
 
     def begin(self) -> tuple[int, float]:
         """What `failed` must know of the start of a try: how many had failed, and the time."""
@@ -340,9 +348,13 @@ class _Tries:
                 if self.failures >= TRIES:
                     raise UnusableError(f"{error}, {TRIES} times", transient=True) from None
             failures = self.failures
-        jitter = random.uniform(0.5, 1.5)  # noqa: S311 - no secret  # nosec B311
-        backoff = 0.0 if gained and not failures and not error.busy else BACKOFF_S * 2 ** max(failures - 1, 0) * jitter
-        return min(max(backoff, error.wait), MAX_WAIT_S)
+            jitter = random.uniform(0.5, 1.5)  # noqa: S311 - no secret  # nosec B311
+            at_once = gained and not failures and not error.busy
+            backoff = 0.0 if at_once else BACKOFF_S * 2 ** max(failures - 1, 0) * jitter
+            wait = min(max(backoff, error.wait), MAX_WAIT_S)
+            if failures or error.wait:
+                self._paused_until = max(self._paused_until, now + wait)
+            return wait
 
     def _mark(self) -> None:
         self._since, self._own_at, self._others_at = time.monotonic(), self._own, self._server.moved
@@ -533,6 +545,9 @@ def _fetch_run(
         start = at
         try:
             with server.request(halt):
+                halt.wait(tries.pause())
+                if halt.is_set():
+                    return
                 began = tries.begin()
                 for block in _range_blocks(client, offer, part, at, stop):
                     part.write(block, at)
@@ -540,7 +555,12 @@ def _fetch_run(
                     arrived(at - len(block), at)
                     if halt.is_set():
                         return
-        except TransientError as error:
+        except (TransientError, UnusableError) as caught:
+            error = caught
+            if isinstance(error, UnusableError):
+                if error.status is None:
+                    raise
+                error = TransientError(str(error))  # such as 403 or 404: the server has just given parts of this file
             try:
                 halt.wait(tries.failed(error, began, at - start))
             except UnusableError as given_up:
@@ -557,10 +577,12 @@ def _range_blocks(client: httpx.Client, offer: Offer, part: Part, start: int, st
             raise ChangedError
         if other:
             part.mixed = True
-        if answer.headers.get("content-range") != f"bytes {start}-{stop - 1}/{offer.size}":
-            got = answer.headers.get("content-range")
+        got = answer.headers.get("content-range", "none")
+        given = re.fullmatch(rf"bytes {start}-(\d{{1,18}})/{offer.size}", got)
+        if not given or not start <= int(given[1]) < stop:
             raise UnusableError(f"asked for bytes {start}-{stop - 1}/{offer.size}, was given {got}")
-        left = stop - start
+        end = int(given[1]) + 1  # a server may give less than the range that it was asked for
+        left = end - start
         for block in _not_too_slow(answer.iter_raw()):
             left -= len(block)
             if left < 0:
@@ -568,6 +590,8 @@ def _range_blocks(client: httpx.Client, offer: Offer, part: Part, start: int, st
             yield block
         if left:
             raise TransientError("the connection ended early")
+        if end < stop:
+            raise TransientError("only a part of the range was given")
 
 
 def _not_too_slow(blocks: Iterator[bytes]) -> Iterator[bytes]:

@@ -611,6 +611,45 @@ def test_ranges_wait_as_long_as_the_server_asks(tmp_path: Path, tar: bytes, monk
     assert 7 in waits
 
 
+def test_after_a_failure_all_connections_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else eight connections that take turns at a busy server use up all tries in the time of one wait."""
+    monkeypatch.setattr(transfer, "BACKOFF_S", 1000.0)
+    monkeypatch.setattr(transfer, "MAX_WAIT_S", 1e6)
+    tries = transfer._Tries(transfer._Server())
+    assert tries.pause() == 0
+    for busy in (True, False):
+        wait = tries.failed(transfer.TransientError("failed", busy=busy), tries.begin())
+        assert 0.9 * wait < tries.pause() <= wait
+
+
+def test_a_pause_that_the_server_asks_for_holds_for_all_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "MAX_WAIT_S", 1e6)
+    tries = transfer._Tries(transfer._Server())
+    began = tries.begin()
+    tries.count(10**9)  # others bring bytes
+    tries.failed(transfer.TransientError("503", busy=True, wait=1000), began)
+    assert tries.pause() > 900
+
+
+@pytest.mark.parametrize("code", [401, 403, 404, 410])
+def test_a_refusal_amid_the_ranges_is_tried_again(tmp_path: Path, tar: bytes, code: int) -> None:
+    with serve(Host(tar, first(3, Call.honest, first(2, status(code))))) as host:
+        found = acquire(source_of(host, md5=md5(tar)), tmp_path, connections=2)
+    assert Path(found.location).read_bytes() == tar
+
+
+def test_a_server_may_give_less_than_the_range_it_is_asked_for(tmp_path: Path, tar: bytes) -> None:
+    def at_most_10_kb(call: Call) -> None:
+        start, stop = (int(n) for n in (call.asked.range or "").removeprefix("bytes=").split("-"))
+        stop = min(stop, start + 10_000 - 1)
+        body, said = call.host.body[start : stop + 1], f"bytes {start}-{stop}/{len(call.host.body)}"
+        call.plain(206, body, content_range=said, etag=call.host.etag or "")
+
+    with serve(Host(tar, after_probe(at_most_10_kb))) as host:
+        found = acquire(source_of(host, md5=md5(tar)), tmp_path)
+    assert Path(found.location).read_bytes() == tar
+
+
 # -- servers that do not give the file --------------------------------------------------------------------------------
 
 
@@ -649,10 +688,10 @@ def test_a_first_block_that_drips_is_not_waited_for(
     assert host.fetches == []
 
 
-def test_a_range_that_is_refused_stops_the_others(tmp_path: Path, tar: bytes) -> None:
+def test_a_range_that_cannot_be_had_stops_the_others(tmp_path: Path, tar: bytes) -> None:
     def answer(call: Call) -> None:
         if call.asked.range == f"bytes={SEGMENT}-{2 * SEGMENT - 1}":
-            call.plain(403)
+            call.plain(206, b"no", content_range="bytes 0-1/2")
         elif call.asked.range == f"bytes=0-{SEGMENT - 1}":
             data = call.start()
             for at in range(0, SEGMENT, 4096):
@@ -661,7 +700,7 @@ def test_a_range_that_is_refused_stops_the_others(tmp_path: Path, tar: bytes) ->
         else:
             call.honest()
 
-    with serve(Host(tar, answer)) as host, pytest.raises(DownloadError, match="403"):
+    with serve(Host(tar, answer)) as host, pytest.raises(DownloadError, match="was given"):
         acquire(source_of(host, md5=None), tmp_path, connections=2)
     assert done_in(tmp_path) == []
     assert len(host.fetches) <= 2
