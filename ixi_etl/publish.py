@@ -151,13 +151,28 @@ def _put_back(places: Places) -> None:
 
 def _point_to(places: Places, version: str, origins: Mapping[str, Any]) -> None:
     """Make `latest.json` name `version` and the SHA-256 of its `dataset.json`, unless it does already."""
-    pointer = read_pointer(places) or {"version": None, "history": []}
+    pointer = read_pointer(places)
+    if pointer is None:
+        _keep_damaged_pointer(places)
+        pointer = {"version": None, "history": []}
     digest = sha256_file(places.version(version) / FACTS)
     if pointer["version"] == version and published_digest(places.version(version)) in (digest, None):
         return
     published_at = datetime.now(UTC).isoformat(timespec="seconds")
     entry = {"version": version, FILE_DIGEST: digest, "published": published_at, "origins": origins}
     write_atomic(places.datasets / POINTER, to_json({**entry, "history": [*pointer["history"], entry]}))
+
+
+def _keep_damaged_pointer(places: Places) -> None:
+    """Nobody else knows the history in it."""
+    path = places.datasets / POINTER
+    if path.exists():
+        kept = path.with_name(f"{POINTER}.damaged")
+        if is_local(path):
+            os.replace(path, kept)
+        else:
+            kept.write_bytes(path.read_bytes())
+        log.warning("%s was damaged: it is kept as %s, and the history of versions begins anew", path, kept.name)
 
 
 def _clear_staging(places: Places) -> None:

@@ -57,6 +57,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.parametrize("text", ["not json", "{}", '{"version": 1, "history": []}', ""])
+def test_a_damaged_pointer_is_kept(
+    text: str, published: Refreshed, root: Path, archives: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pointer = root / "datasets/ixi-t1-t2/latest.json"
+    pointer.write_text(text)
+    assert refresh(config_for(root, archives)).version == published.version
+    assert json.loads(pointer.read_text())["version"] == published.version
+    assert pointer.with_name("latest.json.damaged").read_text() == text
+    assert "latest.json.damaged" in caplog.text
+
+
 @pytest.mark.parametrize("stray", STRAYS)
 def test_a_stray_file_is_a_warning(
     stray: str, published: Refreshed, tmp_path: Path, caplog: pytest.LogCaptureFixture
