@@ -25,7 +25,7 @@ from ixi_etl.catalog import MODALITIES
 from ixi_etl.config import DatasetConfig
 from ixi_etl.errors import BadVolumeError, DatasetError
 from ixi_etl.files import disk_errors_in_a_line, read_json, sha256_file, to_json, write_atomic
-from ixi_etl.intensity import Steps, Stored, otsu_threshold, to_int16
+from ixi_etl.intensity import Steps, Stored, clip_spikes, otsu_threshold, to_int16
 from ixi_etl.places import fingerprint, naming
 from ixi_etl.store import write_shards
 
@@ -350,8 +350,10 @@ def _registration_flags(is_kept: bool, motion_mm: float, motion_deg: float) -> l
 
 
 def _foreground(slab: Slab) -> NDArray[np.bool_]:
-    threshold = otsu_threshold(slab.stored.voxels)
-    found: NDArray[np.bool_] = slab.stored.voxels > math.floor(threshold)
+    """The head, by Otsu's threshold. A few voxels of an artefact, far brighter than all others, would be all of it."""
+    stored = slab.stored
+    threshold = otsu_threshold(clip_spikes(stored.voxels, stored.p_low, stored.p_high))
+    found: NDArray[np.bool_] = stored.voxels > math.floor(threshold)
     return found
 
 

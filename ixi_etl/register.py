@@ -6,14 +6,14 @@ T2's world to the same tissue in the T1's; the identity where the headers alone 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ixi_etl.align import Matrix, itk, rounded
-from ixi_etl.intensity import better_counted, count_values, in_parts
+from ixi_etl.intensity import better_counted, clip_spikes, count_values, in_parts, percentiles
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ def register(t1: Scan, t2: Scan) -> Matrix:
     Raises:
         RegistrationError: the volumes do not overlap, are flat, or the search broke off.
     """
+    t1, t2 = (_without_spikes(scan) for scan in (t1, t2))
     sitk = itk()
     transform = sitk.Euler3DTransform()
     middle = (np.array(t2.voxels.shape[::-1]) - 1) / 2
@@ -142,6 +143,12 @@ def register(t1: Scan, t2: Scan) -> Matrix:
     if not np.isfinite(matrix).all():
         raise RegistrationError("the search ended in values that are not finite")
     return rounded(matrix, MATRIX_BITS)
+
+
+def _without_spikes(scan: Scan) -> Scan:
+    """Mutual information has bins from the least to the largest value: one spike would leave few for the head."""
+    (low_high,) = percentiles(scan.voxels[np.newaxis])
+    return replace(scan, voxels=clip_spikes(scan.voxels, *low_high))
 
 
 def _image(scan: Scan, spacing_mm: float) -> Any:

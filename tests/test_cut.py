@@ -21,9 +21,11 @@ from profiles import examples
 from scipy.ndimage import map_coordinates
 from strategies import affines, world_of
 
+from ixi_etl import cut as cut_module
 from ixi_etl.config import DatasetConfig
 from ixi_etl.cut import Job, Part, cut_subject, record_path, shard_path
 from ixi_etl.files import to_json
+from ixi_etl.intensity import Steps, to_int16
 from ixi_etl.phantom import grid_affine, pack, rigid
 from ixi_etl.places import fingerprint
 from ixi_etl.store import assemble, open_arrays, write_shards
@@ -119,6 +121,16 @@ def test_index_slabs_are_the_stored_slices_exactly(
     moved = np.float32(affine1).astype(float) @ np.array([0, 0, start, 1])
     np.testing.assert_allclose(np.array(record["affines"]["t1"])[:, 3], moved, atol=1e-4)
     assert "t2_to_t1_ras_mm" not in record
+
+
+def test_a_few_extreme_voxels_are_not_the_whole_foreground() -> None:
+    voxels = np.random.default_rng(0).integers(0, 1000, (12, 40, 40)).astype(np.int16)
+    heads = []
+    for spike in (500, 32767, -32768):
+        voxels[0, 0, :3] = spike
+        slab = cut_module.Slab(to_int16(voxels, Steps(1.0, 0.0)), np.eye(4), None)
+        heads.append(cut_module._foreground(slab)[1:])
+    assert all((head == heads[0]).mean() > 0.95 for head in heads)
 
 
 def test_record_has_hashes_windows_and_percentiles(tmp_path: Path) -> None:

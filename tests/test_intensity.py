@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -10,7 +11,7 @@ from profiles import examples
 
 from ixi_etl import intensity
 from ixi_etl.align import itk
-from ixi_etl.intensity import PERCENTILES, otsu_threshold, percentiles
+from ixi_etl.intensity import PERCENTILES, clip_spikes, otsu_threshold, percentiles
 
 
 def test_otsu_parts_two_populations() -> None:
@@ -19,6 +20,22 @@ def test_otsu_parts_two_populations() -> None:
     above = image.ravel() > otsu_threshold(image)
     assert above[:5000].mean() < 0.01
     assert above[5000:].all()
+
+
+@pytest.mark.parametrize("dtype", ["<i2", ">i2", "<f4", "<i4"])
+def test_a_few_extreme_voxels_do_not_move_the_threshold(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    image = (rng.normal(100, 10, (16, 40, 40)) + 800 * (rng.random((16, 40, 40)) < 0.4)).astype(dtype)
+    low, high = np.percentile(image, PERCENTILES)
+    assert clip_spikes(image, low, high) is image
+    for spike in (32767, -32768):
+        spoilt = image.copy()
+        spoilt[0, 0, :3] = spike
+        clipped = clip_spikes(spoilt, *np.percentile(spoilt, PERCENTILES))
+        assert (clipped.dtype.kind, clipped.shape) == (image.dtype.kind, image.shape)
+        np.testing.assert_array_equal(clipped[1:], image[1:])
+        assert abs(otsu_threshold(clipped) - otsu_threshold(image)) < 100
+    assert clip_spikes(flat := np.array([[0] * 9 + [5]], dtype), 0, 0) is flat  # no range to judge by
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.2, 0.8), st.floats(150, 2000))

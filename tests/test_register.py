@@ -69,6 +69,16 @@ def test_known_motion_is_found(number: int, still: tuple[register.Scan, register
     assert error_mm(register.register(t1, moved), motion, moved) < 0.3
 
 
+def test_a_few_extreme_voxels_do_not_spoil_it(still: tuple[register.Scan, register.Scan]) -> None:
+    motion = MOTIONS[3]
+    for spike in (32767, -32768):
+        t1, t2 = (register.Scan(scan.voxels.copy(), scan.affine) for scan in still)
+        for scan in (t1, t2):
+            scan.voxels[scan.voxels.shape[0] // 2, 5, 5:25] = spike
+        moved = register.Scan(t2.voxels, np.linalg.inv(motion) @ t2.affine)
+        assert error_mm(register.register(t1, moved), motion, moved) < 0.3
+
+
 def test_a_shift_of_the_coarse_grid_would_be_seen(still: tuple[register.Scan, register.Scan]) -> None:
     """ITK's Shrink displaces an image by up to half a coarse voxel: here, coarse images stay where they are."""
     for scan in still:
