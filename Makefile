@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo "make demo   run the whole job on a small simulated IXI, no server or account needed"
-	@echo "make test   run the tests, with the same random examples on every run, 3 minutes"
+	@echo "make test   run the tests, with the same random examples on every run"
 	@echo "make fuzz   search for new examples; SEEDS=30 for so many seeds, SEED=N for one, ONLY=name for a test"
 	@echo "make test-standin  the tests that need minutes, where their data are at hand"
 	@echo "make test-stack    the deployed stack: PostgreSQL, Prefect, workers, Dask and S3 as processes, 6 minutes"
