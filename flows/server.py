@@ -120,7 +120,7 @@ def start_server(home: Path) -> None:
             stdin=subprocess.PIPE,  # stays open for as long as this process lives
             stdout=output,
             stderr=output,
-            cwd=home,  # another prefect.toml or .env is none of its business
+            cwd=home,  # settings of the working directory must not count
             env={**os.environ, **server},
             pass_fds=[listener.fileno()],
             start_new_session=True,  # a Ctrl-C in the terminal is for this process, which still needs its server

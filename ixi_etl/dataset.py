@@ -88,7 +88,7 @@ def find(root: str | Path, text: str) -> Path:
     A path has a slash, or leads to a `dataset.json`.
 
     Raises:
-        DatasetError: there is no such version, or the folder is none.
+        DatasetError: there is no such version, or the folder holds no version.
     """
     folder = folder_of(text)
     if folder is None:

@@ -469,7 +469,7 @@ def pack_like(
 
 
 def extension_codes(data: bytes, header: Header) -> list[int]:
-    """The codes of the extensions between a file's header and its voxels; [] where there are none.
+    """The codes of the extensions between a file's header and its voxels, in order.
 
     Whatever makes no sense there ends the list: nothing but these codes is made of it.
     """

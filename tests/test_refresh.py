@@ -210,7 +210,7 @@ def test_a_killed_cut_goes_on_and_ends_in_the_same_bytes(
 ) -> None:
     config = config_for(tmp_path, archives).model_copy(update={"workers": 1})
     staging = dataset.Places(tmp_path).staging(published.version)
-    cut = Job(stages.do_refresh_killed, config.model_dump_json(), "*/work/IXI*.json", records)
+    cut = Job(stages.do_refresh_killed, config.model_dump_json(), "*/*/IXI*.json", records)  # VERSION/work
     assert cut.exit_code() == -signal.SIGKILL
     done = {p: p.stat().st_mtime_ns for p in staging.glob("work/IXI*.json")}
     assert len(done) == records
