@@ -54,7 +54,7 @@ class GraphedStep:
         return losses
 
     def _record(self, source: Tensor, target: Tensor) -> None:
-        graph, batch = torch.cuda.CUDAGraph(), (torch.empty_like(source), torch.empty_like(target))
+        graph, batch = torch.cuda.CUDAGraph(), (source.clone(), target.clone())
         here = torch.cuda.current_stream(source.device)
         gc.collect()  # what an earlier training left must not be freed while this is recorded
         try:
