@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -261,8 +260,8 @@ def train(
 
     SIGTERM and Ctrl-C save and stop. For several GPUs: torchrun --nproc-per-node N $(which ixi-etl) train ...
     """
-    require_extra("train")
     say = Output(quiet, as_json)
+    require_extra("train")
     settings = _settings(setting or []) | ({"dataset": dataset} if dataset else {})
     folder = _train(preset, settings, root, scratch, run_id, resume=resume)
     if folder is not None:
@@ -342,11 +341,11 @@ def evaluate(
     Writes evaluation-SPLIT.csv (a row for each subject, method and mask) and evaluation-SPLIT.json into the run; with
     --weights or --dropout under a name of their own.
     """
+    say = Output(quiet, as_json)
     require_extra("train")
     from flows.progress import show_progress
     from model.run import evaluate_run, open_run
 
-    say = Output(quiet, as_json)
     opened = open_run(root, run, scratch)
     with show_progress() as progress:
         done = evaluate_run(opened, split=split, weights=weights, dropout=dropout, progress=progress)
@@ -383,10 +382,10 @@ def synthesize(
 
     Beside each output lies a JSON file that says how it came to be.
     """
+    say = Output(quiet, as_json)
     require_extra("train")
     from flows.server import is_configured, run_flow
 
-    say = Output(quiet, as_json)
     if is_configured():
         chosen = {"root": root, "scratch": scratch, "device": device, "dropout": dropout, "seed": seed}
         written: list[Path] = run_flow("synthesize", run, inputs, out, **chosen)
@@ -415,13 +414,13 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write the generator to be used elsewhere; it is read back and compared before this says that it is done."""
+    say = Output(quiet, as_json)
     require_extra("train")
     if form == "onnx":
         require_extra("export")
     from model.export import export as export_generator
     from model.synthesize import find_generator
 
-    say = Output(quiet, as_json)
     path, difference = export_generator(find_generator(root, run, scratch), form, out)
     sentence = f"{path}\nread back: its slices differ from the original's by {difference:.1e} of [-1, 1] at most"
     say.words(sentence, written=path, difference=difference)
@@ -479,6 +478,7 @@ def verify(
     for problem in problems:
         typer.echo(problem, err=True)
     if problems:
+        say.facts(folder=folder, sound=False, problems=problems)
         raise DatasetError(
             f"{folder} is not sound: {len(problems)} problem(s); copy it again from where it is sound, "
             f"or `{dataset.COMMANDS[facts['name']]}` makes it again"
@@ -609,6 +609,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Run the whole job on a small simulated IXI, served over HTTP on this machine: refresh, then a smoke training."""
+    say = Output(quiet, as_json)
     require_extra("train")
     from flows.progress import show_progress
     from flows.server import run_flow, start_server
@@ -617,7 +618,6 @@ def demo(
     from ixi_etl.serve import serve_folder
     from ixi_etl.spread import usable_cores
 
-    say = Output(quiet, as_json)
     if folder.exists() and not (folder / "archives-served").is_dir() and any(folder.iterdir()):
         raise IxiError(f"{folder} is not empty and not of a demo; give another --folder")
     shutil.rmtree(folder, ignore_errors=True)
@@ -729,22 +729,30 @@ def _run(arguments: list[str] | None) -> int:
     """The exit status."""
     from pydantic import ValidationError
 
+    Output.current = None
     try:
         app(arguments)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except StoppedError as error:
-        typer.echo(str(error), err=True)
-        return 128 + error.number
+        return _fail(str(error), 128 + error.number, "")
     except IxiError as error:
-        typer.echo(f"error: {error}", err=True)
+        return _fail(str(error))
     except OSError as error:
-        typer.echo(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", err=True)
+        return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except ValidationError as error:
         from ixi_etl.config import in_a_line
 
-        typer.echo(f"error: {in_a_line(error)}", err=True)
+        return _fail(in_a_line(error))
     return 1
+
+
+def _fail(message: str, status: int = 1, label: str = "error: ") -> int:
+    """Print the error on stderr, and into the JSON object of a command that was asked for one; the exit status."""
+    typer.echo(label + message, err=True)
+    if Output.current is not None:
+        Output.current.fail(message)
+    return status
 
 
 def _open_missing_streams() -> None:

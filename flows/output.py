@@ -1,6 +1,6 @@
-"""What a command says at its end: tables and lines for a person, or one JSON object for a script.
+"""The result of a command: tables and lines for a person, or one JSON object for a script.
 
-It goes to stdout; progress, warnings and errors go to stderr.
+It goes to stdout; progress, warnings and errors go to stderr. The JSON object has the warnings and the error too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -21,17 +21,39 @@ LOGGERS = ("ixi_etl", "model")
 LABEL = 9  # characters of the longest label of `Output.line`
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress: only warnings, errors and the result.")]
-Json = Annotated[bool, typer.Option("--json", help="The result as one JSON object, for scripts.")]
+Json = Annotated[bool, typer.Option("--json", help="The result as one JSON object, for scripts; an error too.")]
+
+
+class _Kept(logging.Handler):
+    """Keeps the text of each warning."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
 
 
 class Output:
-    """What is said is printed as it comes; with `as_json` it is kept, and printed by `end`."""
+    """Prints each part of the result at once; with `as_json` it collects them, and `end` or `fail` prints one object.
+
+    Attributes:
+        current: that of the command that runs, so that an error can be part of its object.
+    """
+
+    current: ClassVar[Output | None] = None
 
     def __init__(self, quiet: bool = False, as_json: bool = False) -> None:
         self._as_json = as_json
         self._said: dict[str, Any] = {}
+        self._warnings = _Kept()
         for name in LOGGERS:
-            logging.getLogger(name).setLevel(logging.WARNING if quiet else logging.INFO)
+            logger = logging.getLogger(name)
+            logger.setLevel(logging.WARNING if quiet else logging.INFO)
+            if as_json:
+                logger.addHandler(self._warnings)
+        Output.current = self
 
     def table(self, name: str, table: pd.DataFrame, title: str, data: Any = None) -> None:
         """A table under its title; in JSON its rows, or `data` instead of them."""
@@ -67,7 +89,13 @@ class Output:
 
     def end(self) -> None:
         if self._as_json:
-            typer.echo(json.dumps(self._said, indent=2, default=str))
+            said = self._said | {"warnings": self._warnings.texts}
+            typer.echo(json.dumps(said, indent=2, default=str))
+
+    def fail(self, error: str) -> None:
+        """In place of `end`, when an error ends the command: the object has what was known before it."""
+        self.facts(error=error)
+        self.end()
 
 
 def _print_table(table: pd.DataFrame, title: str) -> None:

@@ -39,12 +39,12 @@ def test_json_is_one_object_with_what_the_tables_say(
     said = json.loads(run("verify", "--root", root, "--json", capsys=capsys)[0])
     assert said.pop("software")["ixi-etl"] == __version__
     named = {"folder": str(published.folder), "version": f"ixi-t1-t2@{published.version}"}
-    assert said == named | {"sound": True, "checked": "files, schema and counts"}
+    assert said == named | {"sound": True, "checked": "files, schema and counts", "warnings": []}
     (row,) = json.loads(run("versions", "--root", root, "--json", capsys=capsys)[0])["ixi-t1-t2"]
     assert (row["version"], row["latest"]) == (f"ixi-t1-t2@{published.version}", True)
     version = published.version
     compared = json.loads(run("versions", version, version, "--root", root, "--json", capsys=capsys)[0])
-    assert compared == {"inputs": [], "changes": []}
+    assert compared == {"inputs": [], "changes": [], "warnings": []}
 
 
 def test_json_of_a_refresh_leads_to_all_that_it_made(
@@ -56,6 +56,29 @@ def test_json_of_a_refresh_leads_to_all_that_it_made(
     assert all(Path(said[name]).exists() for name in ("store", "manifest", "report"))
     assert said["funnel"][-1]["all"] == (read_manifest(published.folder)["status"] == "used").sum()
     assert {row["reason"] for row in said["exclusions"]} == set(read_manifest(published.folder)["reason"]) - {""}
+
+
+def test_json_of_a_command_that_fails_has_the_error_and_what_was_found(
+    refreshed: Refreshed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (refreshed.folder / "manifest.csv").write_text("cut short")
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", "--root", str(tmp_path), "--json"])
+    said = capsys.readouterr()
+    answer = json.loads(said.out)
+    assert ended.value.code == 1
+    assert answer["sound"] is False
+    assert answer["problems"]
+    assert all(problem in said.err for problem in answer["problems"])
+    assert f"error: {answer['error']}\n" in said.err
+
+
+def test_json_has_the_warnings(refreshed: Refreshed, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (refreshed.folder / ".DS_Store").write_bytes(b"of a file browser")
+    out, err = run("verify", "--root", str(tmp_path), "--json", capsys=capsys)
+    (warning,) = json.loads(out)["warnings"]
+    assert ".DS_Store" in warning
+    assert warning in err
 
 
 def test_brackets_and_colons_in_what_is_shown_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
