@@ -25,6 +25,6 @@ def require_extra(extra: str) -> None:
     missing = [name for name in EXTRAS[extra] if find_spec(name) is None]
     if missing:
         raise MissingExtraError(
-            f'this needs {", ".join(missing)}, which is not installed; run: pip install "ixi-etl[{extra}]" '
+            f'this needs packages that are not installed ({", ".join(missing)}); run: pip install "ixi-etl[{extra}]" '
             f'(in a checkout: pip install -c constraints.txt -e ".[{extra}]")'
         )

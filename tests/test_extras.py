@@ -50,7 +50,7 @@ def test_the_missing_extra_is_named_before_any_work(
     without(monkeypatch, *extras.EXTRAS["train"])
     code, out, err = command(name, *COMMANDS[name], capsys=capsys)
     assert (code, out) == (1, "")
-    assert err.startswith("error: this needs torch, ")
+    assert err.startswith("error: this needs packages that are not installed (torch, ")
     assert 'pip install "ixi-etl[train]"' in err
     assert 'pip install -c constraints.txt -e ".[train]"' in err
     assert err.count("\n") == 1
@@ -63,7 +63,7 @@ def test_onnx_names_its_own_extra(
     pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
     without(monkeypatch, "onnxscript")
     code, _, err = command("export", "latest", "-o", str(tmp_path / "out"), capsys=capsys)
-    assert (code, 'needs onnxscript, which is not installed; run: pip install "ixi-etl[export]"' in err) == (1, True)
+    assert (code, 'not installed (onnxscript); run: pip install "ixi-etl[export]"' in err) == (1, True)
     assert not (tmp_path / "out").exists()
 
 
