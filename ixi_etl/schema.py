@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,16 @@ class Schema:
             ValueError: which column or rule it breaks.
         """
         import pandera.errors
+
+        try:
+            checked: pd.DataFrame = self._contract.validate(manifest)
+            return checked
+        except pandera.errors.SchemaError as error:
+            raise ValueError(str(error)) from error
+
+    @cached_property
+    def _contract(self) -> Any:
+        """The columns and rules as a pandera schema. Pandera takes a second to import and a while to build it."""
         import pandera.pandas as pa
 
         allowed = {"status": (USED, EXCLUDED), "reason": ("", *REASONS), "split": ("", *SPLITS)} | dict(self.allowed)
@@ -151,11 +162,7 @@ class Schema:
             out_has_a_detail,
             used_is_complete,
         )
-        schema = pa.DataFrameSchema(columns, [pa.Check(rule) for rule in rules], strict=True, ordered=True)
-        try:
-            return schema.validate(manifest)
-        except pandera.errors.SchemaError as error:
-            raise ValueError(str(error)) from error
+        return pa.DataFrameSchema(columns, [pa.Check(rule) for rule in rules], strict=True, ordered=True)
 
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")  # full-width signs, too, are such to some spreadsheets

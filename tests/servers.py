@@ -34,6 +34,7 @@ class Call(BaseHTTPRequestHandler):
     """One request in progress, with the ways there are to answer it."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits until its header is acknowledged, which may take 40 ms
     server: _Server
     asked: Asked
 
