@@ -178,11 +178,10 @@ def replaced(archives: Path, source: Path, name: str) -> None:
     write_atomic(source / name, bytes(data))
 
 
-@pytest.mark.parametrize("name", ["IXI-T1.tar", "IXI-T2.tar"])
 def test_an_archive_replaced_in_the_cut_and_restored_after_a_kill_leaves_no_trace(
-    name: str, archives: Path, published: Refreshed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    archives: Path, published: Refreshed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = Path(shutil.copytree(archives, tmp_path / "source"))
+    name, source = "IXI-T2.tar", Path(shutil.copytree(archives, tmp_path / "source"))
     config = config_for(tmp_path / "root", source).model_copy(update={"workers": 1})
     honest, calls = cutting.read_member, 0
 
@@ -222,9 +221,11 @@ def test_an_archive_replaced_around_the_survey_ends_the_refresh(
         refresh(config_for(tmp_path / "root", source))
 
 
-def test_demographics_are_read_once(archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    people = tmp_path / "people.csv"
-    people.write_text("IXI_ID,SEX_ID,AGE\n2,2,30.5\n")
+def test_demographics_reach_the_manifest_and_the_version_and_are_read_once(
+    published: Refreshed, archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    people, text = tmp_path / "people.csv", "IXI_ID,SEX_ID,AGE\n2,2,30.5\n3,1,44\n3,1,44\n"
+    people.write_text(text)
     config = config_for(tmp_path / "root", archives).model_copy(update={"demographics": str(people)})
     honest = jobs.name_version
 
@@ -237,9 +238,15 @@ def test_demographics_are_read_once(archives: Path, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(jobs, "name_version", meanwhile)
     made = refresh(config)
+    assert made.version != published.version
     facts, table = dataset.read_facts(made.folder), dataset.read_manifest(made.folder)
-    assert facts["inputs"]["demographics_sha256"] == hashlib.sha256(b"IXI_ID,SEX_ID,AGE\n2,2,30.5\n").hexdigest()
-    assert table["age"].dropna().tolist() == [30.5]
+    assert facts["inputs"]["demographics_sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    assert table["subject_id"].tolist() == dataset.read_manifest(published.folder)["subject_id"].tolist()
+    known = table[table["age"].notna()]
+    assert list(zip(known["subject_id"].str[:6], known["age"], known["sex"], strict=True)) == [
+        ("IXI002", 30.5, "f"),
+        ("IXI003", 44.0, "m"),
+    ]
 
 
 def test_a_file_of_mnist_that_changed_after_it_was_hashed_is_refused(tmp_path: Path) -> None:
