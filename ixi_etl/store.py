@@ -26,7 +26,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from ixi_etl.errors import DatasetError
 from ixi_etl.files import sha256_file
-from ixi_etl.places import is_local
+from ixi_etl.places import is_local, naming
 
 STORE = "slices.zarr"
 IMAGES_A_CHUNK, IMAGES_A_SHARD = 100, 1000  # a chunk of one image of 1 KB would be 70,000 chunks
@@ -67,9 +67,10 @@ def _create_slabs(path: Path, shape: tuple[int, ...], pairing: str) -> zarr.Arra
 
 @contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """Of an error of the disk zarrs makes a `RuntimeError`; this makes it an `OSError` again."""
+    """Of an error of the disk zarrs makes a `RuntimeError`; this makes it an `OSError` again. Zarr's names no file."""
     try:
-        yield
+        with naming(path):
+            yield
     except RuntimeError as error:
         found = re.search(r"\(os error (\d+)\)", str(error))
         if not found:
@@ -89,8 +90,8 @@ def write_shards(slabs: Mapping[Path, NDArray[np.int16]]) -> dict[str, str]:
     together, folder = np.stack(list(slabs.values())), next(iter(slabs)).parent
     digests = {}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".shards-") as scratch:
-        array = _create_slabs(Path(scratch) / "a", together.shape, "anatomical")
         with _disk_errors(folder):
+            array = _create_slabs(Path(scratch) / "a", together.shape, "anatomical")
             array[:] = together
         if not np.array_equal(np.asarray(array[:]), together):
             raise DatasetError(f"{folder}: a shard does not read back as it was written; is the disk sound?")
@@ -118,36 +119,36 @@ def assemble(
     """
     names = list(shards[0])
     given = scales or [dict.fromkeys(names, (1.0, 0.0))] * len(shards)
-    zarr.create_group(folder, attributes=attributes)
-    for name in names:
-        array = _create_slabs(folder / name, (len(shards), *slab_shape), pairing)
-        units = f"scanner units, times {name}_scale plus {name}_offset"
-        array.update_attributes({"long_name": f"{name.upper()}-weighted intensity", "units": units})
-        for row, shard in enumerate(shards):
-            target = folder / name / "c" / str(row) / "0" / "0" / "0"
-            target.parent.mkdir(parents=True)
-            link(shard[name], target)
-        axes = ", ".join(reversed(dimension_names(pairing)[1:]))
-        matrices = np.stack([affine[name] for affine in affines])
-        said = {"long_name": f"({axes}, 1) of {name} to RAS+ world (mm)", "units": "mm"}
-        _write_beside(folder / f"{name}_affine", matrices, ("subject", "world", "voxel"), said)
-        for which, values in zip(("scale", "offset"), np.transpose([of[name] for of in given]), strict=True):
-            said = {"long_name": f"{which} of {name}: stored x scale + offset = the scanner's units"}
-            _write_beside(folder / f"{name}_{which}", values, ("subject",), said)
-    _write_labels(folder, "subject", subjects)
-    _consolidate(folder)
+    with _disk_errors(folder):
+        zarr.create_group(folder, attributes=attributes)
+        for name in names:
+            array = _create_slabs(folder / name, (len(shards), *slab_shape), pairing)
+            units = f"scanner units, times {name}_scale plus {name}_offset"
+            array.update_attributes({"long_name": f"{name.upper()}-weighted intensity", "units": units})
+            for row, shard in enumerate(shards):
+                target = folder / name / "c" / str(row) / "0" / "0" / "0"
+                target.parent.mkdir(parents=True)
+                link(shard[name], target)
+            axes = ", ".join(reversed(dimension_names(pairing)[1:]))
+            matrices = np.stack([affine[name] for affine in affines])
+            said = {"long_name": f"({axes}, 1) of {name} to RAS+ world (mm)", "units": "mm"}
+            _write_beside(folder / f"{name}_affine", matrices, ("subject", "world", "voxel"), said)
+            for which, values in zip(("scale", "offset"), np.transpose([of[name] for of in given]), strict=True):
+                said = {"long_name": f"{which} of {name}: stored x scale + offset = the scanner's units"}
+                _write_beside(folder / f"{name}_{which}", values, ("subject",), said)
+        _write_labels(folder, "subject", subjects)
+        _consolidate(folder)
 
 
 def _write_beside(path: Path, values: NDArray[Any], dimensions: Sequence[str], attributes: dict[str, Any]) -> None:
     """A small array, in one chunk."""
-    with _disk_errors(path):
-        array = zarr.create_array(
-            path,
-            data=np.ascontiguousarray(values, np.float64),
-            chunks=values.shape,
-            compressors=None,
-            dimension_names=dimensions,
-        )
+    array = zarr.create_array(
+        path,
+        data=np.ascontiguousarray(values, np.float64),
+        chunks=values.shape,
+        compressors=None,
+        dimension_names=dimensions,
+    )
     array.update_attributes(attributes)
 
 
@@ -165,19 +166,19 @@ def write_images(
     Raises:
         DatasetError: what was read back is not what was written.
     """
-    zarr.create_group(folder, attributes=attributes)
-    for name, values in images.items():
-        dimensions = ("image", "z", "y", "x")
-        array = _create(folder / name, values.shape, "uint8", (IMAGES_A_CHUNK, 1), IMAGES_A_SHARD, dimensions)
-        array.update_attributes({"long_name": long_names[name]})
-        for start in range(0, len(values), IMAGES_A_SHARD):
-            rows = slice(start, min(start + IMAGES_A_SHARD, len(values)))
-            with _disk_errors(folder / name):
+    with _disk_errors(folder):
+        zarr.create_group(folder, attributes=attributes)
+        for name, values in images.items():
+            dimensions = ("image", "z", "y", "x")
+            array = _create(folder / name, values.shape, "uint8", (IMAGES_A_CHUNK, 1), IMAGES_A_SHARD, dimensions)
+            array.update_attributes({"long_name": long_names[name]})
+            for start in range(0, len(values), IMAGES_A_SHARD):
+                rows = slice(start, min(start + IMAGES_A_SHARD, len(values)))
                 array[rows] = values[rows]
-            if not np.array_equal(np.asarray(array[rows]), values[rows]):
-                raise DatasetError(f"{folder / name} does not read back as it was written; is the disk sound?")
-    _write_labels(folder, "image", labels)
-    _consolidate(folder)
+                if not np.array_equal(np.asarray(array[rows]), values[rows]):
+                    raise DatasetError(f"{folder / name} does not read back as it was written; is the disk sound?")
+        _write_labels(folder, "image", labels)
+        _consolidate(folder)
 
 
 def _write_labels(folder: Path, dimension: str, labels: Sequence[str]) -> None:
@@ -188,16 +189,15 @@ def _write_labels(folder: Path, dimension: str, labels: Sequence[str]) -> None:
     """
     if not labels:
         return
-    with _disk_errors(folder):
-        array = zarr.create_array(
-            folder / dimension,
-            shape=(len(labels),),
-            dtype="string",
-            chunks=(len(labels),),
-            compressors=None,
-            dimension_names=(dimension,),
-        )
-        array[:] = np.array(labels, dtype=object)
+    array = zarr.create_array(
+        folder / dimension,
+        shape=(len(labels),),
+        dtype="string",
+        chunks=(len(labels),),
+        compressors=None,
+        dimension_names=(dimension,),
+    )
+    array[:] = np.array(labels, dtype=object)
     array.update_attributes({"long_name": f"{dimension}'s id, as subject_id in the manifest"})
 
 

@@ -1,21 +1,13 @@
-"""How often each fault is tried, and the table of what came of it: `make faults` runs the long form."""
+"""The table of what came of each fault that `make faults` tried."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
 
-LONG = os.environ.get("FAULTS") == "long"
-
 Row = Callable[[str, int, str, str], None]
-
-
-def tries(short: int, long: int) -> int:
-    """How often to try, in `make test` and in `make faults`."""
-    return long if LONG else short
 
 
 @pytest.fixture
@@ -30,7 +22,7 @@ def row(record_property: Callable[[str, object], None]) -> Row:
 
 @pytest.hookimpl(tryfirst=True, wrapper=True)
 def pytest_terminal_summary(terminalreporter: Any) -> Generator[None]:
-    """In the long form the table, and below it what pytest says of failures, so that the end tells of them."""
+    """The table, and below it what pytest says of failures, so that the end tells of them."""
     _print_table(terminalreporter)
     return (yield)
 
@@ -44,7 +36,7 @@ def _print_table(terminalreporter: Any) -> None:
                 rows += [value for name, value in report.user_properties if name == "fault"]
             elif "faults" in report.keywords:
                 rows.append([report.nodeid.rpartition("::")[2], 0, kind.upper(), "?" if kind == "failed" else "none"])
-    if not (rows and LONG):
+    if not rows:
         return
     from rich import box
     from rich.console import Console

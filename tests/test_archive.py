@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from servers import Host, serve
 
-from ixi_etl.archive import index_archive, read_member
+from ixi_etl.archive import MAX_MEMBER_BYTES, index_archive, read_member
 from ixi_etl.errors import ArchiveError
 from ixi_etl.survey import survey
 
@@ -56,6 +56,18 @@ def test_what_is_no_file_is_said_and_not_followed(tmp_path: Path, kind: bytes, s
     link.type, link.linkname = kind, "/etc/passwd"
     (member,) = index_archive(str(tar_of(tmp_path / "a.tar", [(link, b"")])))
     assert said in member.problem
+
+
+def test_a_member_as_large_as_a_disk_is_not_read_into_memory(tmp_path: Path) -> None:
+    size = 8 << 30
+    assert size > MAX_MEMBER_BYTES
+    large = tarfile.TarInfo("IXI300-Guys-0300-T1.nii.gz")
+    large.size = size
+    with open(tmp_path / "a.tar", "wb") as file:  # the disk holds none of the zeros
+        file.write(large.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(512 + size + 1024)
+    (member,) = index_archive(str(tmp_path / "a.tar"))
+    assert "at most" in member.problem
 
 
 def test_names_that_lead_out_are_only_names(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -76,6 +78,25 @@ def test_what_is_not_there_is_said_in_one_line(
     with pytest.raises(DatasetError, match=line) as error:
         data.load(published.folder, split, direction)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["deleted", "flipped"])
+def test_a_shard_that_is_damaged_is_named_and_not_read(published: Refreshed, tmp_path: Path, damage: str) -> None:
+    folder = Path(shutil.copytree(published.folder, tmp_path / published.version))
+    used = manifest.used(dataset.read_manifest(folder))
+    shard = (
+        folder / f"slices.zarr/t2/c/{used.loc[used['split'] == split_with_subjects(published), 'store_row'].iloc[0]}"
+    )
+    shard = shard / "0/0/0"
+    whole = shard.read_bytes()
+    shard.unlink()  # which Zarr reads as zeros
+    if damage == "flipped":
+        middle = len(whole) // 2
+        shard.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    with pytest.raises(DatasetError) as caught:
+        data.load(folder, split_with_subjects(published))
+    assert str(shard) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_split_that_does_not_fit_says_what_it_needs_and_what_is_there(

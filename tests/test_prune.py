@@ -10,17 +10,14 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from conftest import config_for
 
 from ixi_etl import dataset
 from ixi_etl import prune as module
-from ixi_etl.config import RefreshConfig
 from ixi_etl.errors import DatasetError, IxiError, LockedError
-from ixi_etl.files import lock_root, to_json
-from ixi_etl.places import Places, file_sizes, place
+from ixi_etl.files import lock_root, silent, to_json
+from ixi_etl.places import Places, file_sizes, place, upload
 from ixi_etl.prune import prune
 from ixi_etl.publish import Refreshed
-from ixi_etl.refresh import refresh
 
 
 def lay(places: Places, published: Refreshed, count: int) -> list[str]:
@@ -208,7 +205,7 @@ def test_a_version_that_is_a_link_is_not_followed(published: Refreshed, tmp_path
 
 
 def test_a_run_on_s3_is_there_for_others_to_see_before_its_first_checkpoint(
-    s3_root: str, archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3_root: str, published: Refreshed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
     from conftest import SMALL_NETWORKS
@@ -217,8 +214,10 @@ def test_a_run_on_s3_is_there_for_others_to_see_before_its_first_checkpoint(
     from model import run as runs
     from model.config import TrainConfig
 
-    config: RefreshConfig = config_for(s3_root, archives, tmp_path)
-    made = refresh(config)
+    places = Places(s3_root)
+    upload(published.folder, places.version(published.version), last=dataset.FACTS, progress=silent)
+    pointer = (published.folder.parent / dataset.POINTER).read_bytes()
+    (places.datasets / dataset.POINTER).write_bytes(pointer)
 
     def no_further(*args: object, **more: object) -> Path:
         raise IxiError("before the first step")
@@ -226,7 +225,7 @@ def test_a_run_on_s3_is_there_for_others_to_see_before_its_first_checkpoint(
     monkeypatch.setattr(data, "load", no_further)
     with pytest.raises(IxiError, match="before the first step"):
         runs.train_run(runs.prepare(s3_root, TrainConfig.model_validate(SMALL_NETWORKS), "a", tmp_path))
-    assert module.users(Places(s3_root, scratch=tmp_path / "another machine's")) == {made.version: ["run a"]}
+    assert module.users(Places(s3_root, scratch=tmp_path / "another machine's")) == {published.version: ["run a"]}
 
 
 def test_the_command_says_a_line_for_each_version(

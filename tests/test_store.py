@@ -24,7 +24,7 @@ from ixi_etl.store import STORE, assemble, open_arrays, read_ahead, shards_of, w
 slab_shapes = st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 40))
 
 
-@settings(max_examples=examples(30))
+@settings(max_examples=examples(12))
 @given(st.data(), slab_shapes, st.integers(1, 4))
 def test_what_is_written_is_what_is_read(
     tmp_path_factory: object, data: st.DataObject, shape: tuple[int, ...], n: int

@@ -22,7 +22,7 @@ from answers import (
     small,
     status,
 )
-from faults_table import LONG, Row, tries
+from faults_table import Row
 from servers import Answer, Call, Host, serve
 
 from ixi_etl.catalog import Source
@@ -113,7 +113,7 @@ def watched(tmp_path: Path, tar: bytes) -> Iterator[Watch]:
 
 @pytest.mark.parametrize("what", PASSING)
 def test_bad_server_passing(what: str, watched: Watch, tar: bytes, monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
-    count = tries(1, 20)
+    count = 20
     monkeypatch.setattr("ixi_etl.transfer.TRIES", 10)  # a reset can cost what had come, and was not read yet
     for n in range(count):
         with serve(Host(tar, PASSING[what]())) as host:
@@ -125,10 +125,6 @@ def test_bad_server_passing(what: str, watched: Watch, tar: bytes, monkeypatch: 
     row(f"server: {what}", count, "the right archive", "none")
 
 
-@pytest.mark.skipif(
-    not LONG,
-    reason="test_download has these faults, each against one server; `make faults`, which CI runs, has all of them",
-)
 @pytest.mark.parametrize("what", ISSUE)
 def test_bad_server(what: str, watched: Watch, tar: bytes, monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
     """With a mirror and without, from the first request or from a later one."""
@@ -153,12 +149,27 @@ def test_bad_server(what: str, watched: Watch, tar: bytes, monkeypatch: pytest.M
     row(f"server: {what}", count, ", ".join(f"{n} {what}" for what, n in sorted(outcomes.items())), "none")
 
 
+def test_bad_server_mirror(watched: Watch, tar: bytes, row: Row) -> None:
+    """Whatever a server does from the first request on, the mirror gives the file, and nothing else is left."""
+    for fault in LASTING.values():
+        with pytest.MonkeyPatch.context() as patch, serve(Host(tar, etag='"m"')) as mirror:
+            for name, value in fault.constants.items():
+                patch.setattr(f"ixi_etl.transfer.{name}", value)
+            with serve(Host(fault.spoil(tar), fault.answer, **fault.host)) as host:
+                found = acquire(Source(NAME, (host.url, mirror.url), md5(tar)), watched.path.parent)
+        assert (found.origin, watched.path.read_bytes()) == (mirror.url, tar)
+        assert {p.name for p in watched.path.parent.iterdir()} == {NAME, f"{NAME}.json"}
+        for path in watched.path.parent.iterdir():
+            path.unlink()
+    row("server: whatever lasts, and a mirror", len(LASTING), "the right archive", "none")
+
+
 @pytest.mark.parametrize("length", ["the same", "another"])
 def test_bad_server_changes(length: str, watched: Watch, tar: bytes, tmp_path: Path, row: Row) -> None:
     """The file changes between ranges: with an ETag and without a known MD5, it is one or the other, never a mix."""
     (tmp_path / "other").mkdir()
     new = make_tar(tmp_path / "other", 12, 600_000 if length == "the same" else 700_000)
-    count, outcomes = tries(2, 20), Counter[str]()
+    count, outcomes = 20, Counter[str]()
     for n in range(count):
         lock, calls = threading.Lock(), iter(range(10**6))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SMALL_NETWORKS
-from faults_table import Row, tries
+from faults_table import Row
 
 from ixi_etl import dataset, manifest
 from ixi_etl.errors import DatasetError
@@ -43,7 +43,7 @@ def refused_by_training(folder: Path) -> str:
 
 def test_damage_flip(copy: Path, row: Row) -> None:
     """Any one byte of any shard: evenly spread over all of them, and those of their ends, where their indices lie."""
-    count = tries(12, 400)
+    count = 400
     rng = np.random.default_rng(1)
     table = manifest.used(dataset.read_manifest(copy))
     rows = table.loc[table["split"] == "train", "store_row"].tolist()
@@ -151,7 +151,7 @@ def test_damage(what: str, copy: Path, row: Row) -> None:
 
 def test_damage_facts_fuzzed(copy: Path, row: Row) -> None:
     """Whatever is in `dataset.json`, verification ends in lines, and not in a trace."""
-    count, found = tries(10, 300), 0
+    count, found = 300, 0
     path, rng = copy / dataset.FACTS, np.random.default_rng(3)
     facts = json.loads(path.read_text())
     for _ in range(count):
@@ -167,7 +167,7 @@ def test_damage_facts_fuzzed(copy: Path, row: Row) -> None:
 
 def test_damage_metadata_fuzzed(copy: Path, row: Row) -> None:
     """Whatever is in the metadata of the store, or in the manifest, verification ends in lines that name the file."""
-    count, rng = tries(10, 300), np.random.default_rng(4)
+    count, rng = 300, np.random.default_rng(4)
     kinds = [None, [], {}, "x", -1, 10**30, [1], {"a": 1}, True, 1.5]
     paths = [copy / "slices.zarr/zarr.json", copy / "slices.zarr/t1/zarr.json", copy / dataset.MANIFEST]
     for path in paths:

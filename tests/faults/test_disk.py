@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import SMALL_NETWORKS, config_for
-from faults_table import LONG, Row, tries
+from faults_table import Row
 from processes import Job, preload
 from reader import latest_of, reading
 from servers import Host, serve
@@ -90,7 +90,7 @@ def test_disk_full(
     refresh.refresh(config_for(disk / "before", archives, split_seed=1, pictures=False))
     files = {f"/{name}": (archives / name).read_bytes() for name in ("IXI-T1.tar", "IXI-T2.tar", "MD5SUMS")}
     need = {"download": sum(map(len, files.values())), "cut": 1 << 20, "publish": 200_000}[stage]
-    count, full = tries(1, 20), 0
+    count, full = 20, 0
     with serve(Host(b"", files=files)) as host:
         source = host.url.rpartition("/")[0] if stage == "download" else str(archives)
         for n in range(count):
@@ -111,7 +111,7 @@ def test_disk_full(
                 done = refresh.refresh(config)
             assert same(done.folder, published.folder)
             shutil.rmtree(root)
-    assert full >= count // 2 or not LONG
+    assert full >= count // 2
     row(f"disk full in {stage}", count, f"{full} ended in one line, the others fitted; then the same version", "none")
 
 
@@ -148,7 +148,7 @@ def as_nobody(pipe: Any, config: str) -> None:
         pipe.send(("done", [type(error).__name__, str(error)]))
 
 
-@pytest.mark.parametrize("what", ["root", "archives", "datasets"] if LONG else ["datasets"])
+@pytest.mark.parametrize("what", ["root", "archives", "datasets"])
 def test_disk_forbidden(what: str, archives: Path, row: Row) -> None:
     with tempfile.TemporaryDirectory() as folder:  # pytest's own folders let nobody but their owner in
         top = Path(folder)
@@ -168,7 +168,7 @@ def test_disk_forbidden(what: str, archives: Path, row: Row) -> None:
     row(f"no permission: {what}", 1, "one line", "none")
 
 
-@pytest.mark.parametrize("stage", STAGES if LONG else ["publish"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_disk_taken_away(
     stage: str, archives: Path, published: Refreshed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Row
 ) -> None:
@@ -200,7 +200,7 @@ def test_disk_no_rename_over_a_folder(
     monkeypatch.setattr(os, "rename", strict)
     places = dataset.Places(tmp_path)
     count = 0
-    for left in ("nothing", *(("an empty folder", "half a version") if LONG else ()), "a damaged version"):
+    for left in ("nothing", "an empty folder", "half a version", "a damaged version"):
         target = places.version(published.version)
         if left == "an empty folder":
             shutil.rmtree(target)
@@ -222,7 +222,7 @@ def test_disk_full_in_training(disk: Path, published: Refreshed, row: Row) -> No
 
     (disk / "datasets").symlink_to(published.folder.parents[1])
     small = SMALL_NETWORKS | {"batch_size": 2, "steps": 6, "checkpoint_every": 2, "log_every": 2, "samples": 0}
-    count = tries(1, 10)
+    count = 10
     for n in range(count):
         run = prepare(disk, TrainConfig.model_validate(small | {"seed": n}), f"{n}")
         train_run(prepare(disk, TrainConfig.model_validate(small | {"seed": n, "steps": 2}), f"{n}"))

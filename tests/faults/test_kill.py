@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed; pip install
 
 import stages  # noqa: E402
 from conftest import SMALL_NETWORKS, config_for  # noqa: E402
-from faults_table import LONG, Row, tries  # noqa: E402
+from faults_table import Row  # noqa: E402
 from processes import Job, preload  # noqa: E402
 from reader import checkpoints_of, latest_of, reading  # noqa: E402
 from servers import PROBE, Call, Host, serve  # noqa: E402
@@ -176,12 +176,11 @@ def training_killed(site: Site, root: Path, after_s: float, toll: Toll, whole: P
         assert all(torch.equal(tensors[key], wanted[key]) for key in wanted)
 
 
-# In the short form test_refresh kills at named points of the cut and of the publishing.
-@pytest.mark.parametrize("stage", ["download", "cut", "publish"] if LONG else ["download"])
+@pytest.mark.parametrize("stage", ["download", "cut", "publish"])
 def test_kill(stage: str, site: Site, request: pytest.FixtureRequest, tmp_path: Path, row: Row) -> None:
     site = request.getfixturevalue("cut_site") if stage == "publish" else site
-    count, toll, whole = tries(1, 50), Toll(), []
-    for n in range(tries(1, 3)):
+    count, toll, whole = 50, Toll(), []
+    for n in range(3):
         config = site.config(site.root(tmp_path / f"whole{n}"), stage)
         site.host.answer = slowly
         whole.append(Job(stages.do_refresh, config.model_dump_json(), SEGMENT))
@@ -198,17 +197,14 @@ def trained(published: Refreshed, tmp_path_factory: pytest.TempPathFactory) -> t
     root = tmp_path_factory.mktemp("trained")
     (root / "datasets").symlink_to(published.folder.parents[1])
     jobs = []
-    for n in range(tries(1, 3)):
+    for n in range(3):
         jobs.append(Job(stages.do_training, str(root), TRAINING, f"whole{n}"))
         jobs[-1].end()
     return root / "runs/whole0", jobs
 
 
-@pytest.mark.skipif(
-    not LONG, reason="test_train has one of it, in two precisions; `make faults`, which CI runs, has 50"
-)
 def test_kill_training(site: Site, trained: tuple[Path, list[Job]], tmp_path: Path, row: Row) -> None:
-    count, toll = tries(1, 50), Toll()
+    count, toll = 50, Toll()
     for n, after_s in enumerate(moments(count, measured("train", trained[1]))):
         root = tmp_path / f"killed{n}"
         root.mkdir()
@@ -226,7 +222,6 @@ def api(prefect: None) -> str:
     return str(get_current_settings().api.url)
 
 
-@pytest.mark.skipif(not LONG, reason="a Prefect run for each kill, minutes in all: `make faults`, which CI runs")
 @pytest.mark.parametrize("stage", ["download", "cut", "publish", "train"])
 def test_kill_flow(
     stage: str, site: Site, cut_site: Site, trained: tuple[Path, list[Job]], api: str, tmp_path: Path, row: Row

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from faults_table import LONG, Row
+from faults_table import Row
 
 from ixi_etl.catalog import MODALITIES, archive_name
 from ixi_etl.config import RefreshConfig
@@ -45,9 +45,6 @@ def peak_of(config: RefreshConfig) -> int:
     return int(said) << 10
 
 
-@pytest.mark.skipif(
-    not LONG, reason="56 pairs of the full size are registered, which takes minutes: `make faults`, which CI runs"
-)
 def test_memory(tmp_path: Path, row: Row) -> None:
     """Scans of the full size, registered, on two workers: 8, 16 and 32 subjects."""
     made = [simulate(Scan(n, "Guys", 1, moved=bool(n % 2)))[0] for n in range(4)]  # then the same under other names

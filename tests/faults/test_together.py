@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import stages
 from conftest import SMALL_NETWORKS, config_for
-from faults_table import LONG, Row
+from faults_table import Row
 from processes import GIVE_UP_S, Job, preload
 from reader import latest_of, reading
 
@@ -23,13 +23,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed; pip install
 
 from model import checkpoint  # noqa: E402
 
-pytestmark = [
-    pytest.mark.faults,
-    pytest.mark.skipif(
-        not LONG,
-        reason="test_refresh and test_prune hold the lock against each; `make faults`, which CI runs, has processes",
-    ),
-]
+pytestmark = pytest.mark.faults
 
 SMALL: dict[str, Any] = SMALL_NETWORKS | {"batch_size": 2, "steps": 30, "checkpoint_every": 5, "samples": 0}
 

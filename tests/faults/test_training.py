@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import stages
 from conftest import SMALL_NETWORKS
-from faults_table import LONG, Row, tries
+from faults_table import Row
 from processes import GIVE_UP_S, Job, preload
 
 from ixi_etl.publish import Refreshed
@@ -48,7 +48,7 @@ def run_of(root: Path, name: str, **settings: Any) -> Any:
 
 def test_training_nan(root: Path, monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
     """From any step on; the checkpoints before it are whole, and none is made of what came after."""
-    count = tries(2, 12)
+    count = 12
     for n in range(count):
         step, last = 1 + n * 12 // count, n * 12 // count // 3 * 3
         learn, steps = module.Learner.step, iter(range(1, 100))
@@ -71,9 +71,6 @@ def command(root: Path, run: str, *more: str, **settings: Any) -> list[str]:
     return [sys.executable, "-m", "flows", "train", "--root", str(root), "--run-id", run, *chosen, *more]
 
 
-@pytest.mark.skipif(
-    not LONG, reason="test_train has one of SIGTERM and one of SIGINT; `make faults`, which CI runs, has five"
-)
 def test_training_sigterm(root: Path, row: Row) -> None:
     count, steps = 5, []
     for n in range(count):
@@ -112,7 +109,7 @@ def test_training_out_of_memory(wants: dict[str, int], line: str, root: Path, ro
 
 def test_training_checkpoint_cut(root: Path, row: Row) -> None:
     """Cut anywhere, the newest is passed over for the one before, and the training ends in the same weights."""
-    count = tries(2, 25)
+    count = 25
     whole = train_run(run_of(root, "whole"))
     wanted, _ = checkpoint.load(whole)
     for n in range(count):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 import shutil
 import tarfile
@@ -15,11 +14,11 @@ import pandas as pd
 import pytest
 import stages
 import volumes
-from faults_table import Row, tries
+from faults_table import Row
 from processes import Job, preload
 
 from ixi_etl import dataset
-from ixi_etl.archive import MAX_MEMBER_BYTES, index_archive
+from ixi_etl.archive import index_archive
 from ixi_etl.config import DatasetConfig, RefreshConfig
 from ixi_etl.errors import ArchiveError
 from ixi_etl.schema import REASONS
@@ -128,7 +127,7 @@ def test_archives_hostile(tmp_path: Path, row: Row) -> None:
             members["T1"].append((header, t1 if plain else b""))
         members["T2"].append((info(f"{subject}-T2.nii.gz", len(volumes.GOOD["T2"])), volumes.GOOD["T2"]))
     no_file = {f"IXI{n}-Guys-0{n}" for n in (202, 203, 204, 205, 206, 207)}
-    for number, form in enumerate((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)[: tries(1, 2)]):
+    for number, form in enumerate((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)):
         (tmp_path / f"{number}").mkdir()
         table, took = refreshed(tmp_path / f"{number}", write(tmp_path / f"{number}" / "source", members, form))
         found = reasons_of(table)
@@ -137,25 +136,12 @@ def test_archives_hostile(tmp_path: Path, row: Row) -> None:
         assert len(found) == len(kinds) + 3
         twice = table[table["subject_id"].str.startswith("IXI209")]
         assert len(set(twice["split"])) == 1, "one person in two splits"
-    row("hostile archives, by name", tries(1, 2) * len(kinds), f"each a row with its reason; {say(took)}", "none")
-
-
-def test_a_member_as_large_as_a_disk_is_not_read_into_memory(tmp_path: Path) -> None:
-    source = write(tmp_path / "source", members_of({}))
-    size = 8 << 30
-    with open(source / "IXI-T1.tar", "r+b") as file:  # the disk holds none of the zeros
-        file.seek(index_archive(str(source / "IXI-T1.tar"))[-1].offset + (len(volumes.GOOD["T1"]) + 511) // 512 * 512)
-        file.write(info("IXI300-Guys-0300-T1.nii.gz", size).tobuf(tarfile.GNU_FORMAT))
-        file.seek(size, os.SEEK_CUR)
-        file.write(bytes(1024))
-    assert size > MAX_MEMBER_BYTES
-    (member,) = index_archive(str(source / "IXI-T1.tar"))[3:]
-    assert "at most" in member.problem
+    row("hostile archives, by name", 2 * len(kinds), f"each a row with its reason; {say(took)}", "none")
 
 
 def test_volumes_mutated(tmp_path: Path, row: Row) -> None:
     """In batches of a refresh each."""
-    batches, count = tries(1, 10), tries(60, A_BATCH)
+    batches, count = 10, A_BATCH
     kinds, slowest, peak = Counter[str](), 0.0, 0
     for batch in range(batches):
         subjects = {1000 + n: volumes.mutated(batch * A_BATCH + n) for n in range(count)}
@@ -173,7 +159,7 @@ def test_volumes_mutated(tmp_path: Path, row: Row) -> None:
 
 def test_archives_mutated(tmp_path: Path, row: Row) -> None:
     """Headers of tars with bytes changed, most of them with the right checksum again: read, or refused in a line."""
-    rng, count, refused = random.Random(7), tries(200, 5000), 0
+    rng, count, refused = random.Random(7), 5000, 0
     bases = []
     for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         buffer = io.BytesIO()
