@@ -84,10 +84,8 @@ def test_what_is_not_there_is_said_in_one_line(
 def test_a_shard_that_is_damaged_is_named_and_not_read(published: Refreshed, tmp_path: Path, damage: str) -> None:
     folder = Path(shutil.copytree(published.folder, tmp_path / published.version))
     used = manifest.used(dataset.read_manifest(folder))
-    shard = (
-        folder / f"slices.zarr/t2/c/{used.loc[used['split'] == split_with_subjects(published), 'store_row'].iloc[0]}"
-    )
-    shard = shard / "0/0/0"
+    row = used.loc[used["split"] == split_with_subjects(published), "store_row"].iloc[0]
+    shard = folder / f"slices.zarr/t2/c/{row}/0/0/0"
     whole = shard.read_bytes()
     shard.unlink()  # which Zarr reads as zeros
     if damage == "flipped":

@@ -14,8 +14,9 @@ import pandas as pd
 import pytest
 import trustme
 from answers import close, first, half_then, redirect_to_self, status
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from servers import Answer, Call, Host, serve, served_as
 
 from ixi_etl.archive import read_member
@@ -164,6 +165,7 @@ def test_a_password_in_netrc_is_told_to_its_host_alone(
         assert said == {None}
 
 
+@settings(max_examples=examples(40))
 @given(st.dictionaries(st.sampled_from(["T1", "T2"]), st.lists(st.integers(1, 6), min_size=1), min_size=1))
 def test_modal_depth_is_the_commonest_and_of_equals_the_largest(depths: dict[str, list[int]]) -> None:
     rows = [
