@@ -53,7 +53,7 @@ test-stack: $(STAMP)
 	@$(BIN)/pytest -m stack
 
 faults: $(STAMP)
-	@FAULTS=long $(BIN)/pytest tests/faults -m faults -n 2 --dist worksteal -o faulthandler_timeout=900 -l $(if $(ONLY),-k "$(ONLY)")
+	@$(BIN)/pytest -m faults -n 2 --dist worksteal -o faulthandler_timeout=900 -l $(if $(ONLY),-k "$(ONLY)")
 
 audit: $(STAMP)
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[audit]"
