@@ -37,6 +37,16 @@ SMALL_NETWORKS: dict[str, Any] = {
 }
 """Settings of a training that takes milliseconds a step."""
 
+TRAINED = SMALL_NETWORKS | {
+    "batch_size": 2,
+    "steps": 6,
+    "checkpoint_every": 2,
+    "log_every": 2,
+    "samples": 0,
+    "ema": 0.9,
+}
+"""Settings of the run that `trained` makes."""
+
 
 JOBS = "jobs"  # the tests whose processes are forked from one that has imported everything
 LONGEST = (JOBS, "test_flow", "test_s3", "test_register", "test_mirror", "test_manifest", "test_deploy")
@@ -85,6 +95,37 @@ def refreshed(published: Refreshed, tmp_path: Path) -> Refreshed:
     """The same version in a root of its own, `tmp_path`, as `refresh(config_for(tmp_path, archives))` leaves it."""
     shutil.copytree(published.folder.parents[2], tmp_path, dirs_exist_ok=True)
     return replace(published, folder=tmp_path / published.folder.relative_to(published.folder.parents[2]))
+
+
+@pytest.fixture(scope="session")
+def every_split(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Refreshed:
+    """A version with subjects in every split; tests only read it."""
+    return refresh(config_for(tmp_path_factory.mktemp("every_split"), archives, split=(0.4, 0.3, 0.3)))
+
+
+@pytest.fixture(scope="session")
+def whole_run(every_split: Refreshed) -> Any:
+    """A `model.run.Run` of 6 steps on `every_split`, with samples, validated and evaluated; tests only read it."""
+    from model.config import TrainConfig
+    from model.run import evaluate_run, prepare, train_run
+
+    settings = TRAINED | {"samples": 3}
+    run = prepare(every_split.folder.parents[2], TrainConfig.model_validate(settings), "a")
+    train_run(run)
+    evaluate_run(run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(published: Refreshed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with the published version and a run `a` of 6 steps (`TRAINED`) on it; tests only read it."""
+    from model.config import TrainConfig
+    from model.run import prepare, train_run
+
+    root = tmp_path_factory.mktemp("trained")
+    (root / "datasets").symlink_to(published.folder.parents[1])
+    train_run(prepare(root, TrainConfig.model_validate(TRAINED), "a"))
+    return root
 
 
 @pytest.fixture(scope="module")

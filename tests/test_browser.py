@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import config_for
 
 from ixi_etl import dataset
-from ixi_etl.refresh import refresh
+from ixi_etl.publish import Refreshed
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -34,23 +34,13 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def pages(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def pages(every_split: Refreshed, request: pytest.FixtureRequest) -> dict[str, Path]:
     """Page -> file: of a version with subjects in every split, and of a tiny training on it."""
-    root = tmp_path_factory.mktemp("pages")
-    version = refresh(config_for(root, archives, split=(0.4, 0.3, 0.3)))
-    assert set(dataset.read_facts(version.folder)["splits"]) == {"train", "val", "test"}
-    made = {"dataset": version.folder / dataset.REPORT}
-    try:
-        from model.config import TrainConfig
-        from model.run import evaluate_run, prepare, train_run
-    except ImportError:  # an environment without the extra `train`
+    assert set(dataset.read_facts(every_split.folder)["splits"]) == {"train", "val", "test"}
+    made = {"dataset": every_split.folder / dataset.REPORT}
+    if not find_spec("torch"):  # an environment without the extra `train`
         return made
-    small = {"side": 32, "width": 4, "discriminator_width": 4, "discriminator_layers": 1, "precision": "fp32"}
-    often = {"steps": 6, "checkpoint_every": 2, "log_every": 1, "samples": 3, "device": "cpu"}
-    run = prepare(root, TrainConfig.model_validate(small | often), "a")
-    train_run(run)
-    evaluate_run(run)
-    return made | {"run": run.folder / "report.html"}
+    return made | {"run": request.getfixturevalue("whole_run").folder / "report.html"}
 
 
 class Opened:
@@ -99,18 +89,19 @@ BOTH = pytest.mark.parametrize("name", ["dataset", "run"])
 
 
 @BOTH
-@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [DESKTOP, PHONE])
-def test_a_page_is_quiet_whole_and_fits(open_page: Open, name: str, width: int, scheme: Any) -> None:
-    opened = open_page(name, width, color_scheme=scheme)
+def test_a_page_is_quiet_whole_and_fits(open_page: Open, name: str, width: int) -> None:
+    opened = open_page(name, width)
     page = opened.page
     page.wait_for_function("[...document.images].every((image) => image.complete)")
     assert page.evaluate("[...document.images].filter((image) => !image.naturalWidth || !image.alt).length") == 0
     assert page.evaluate("document.images.length") > 0
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.evaluate(CUT_OFF) == []
-    red = int(page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0]"))
-    assert (red > 200) == (scheme == "light")
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(CUT_OFF) == []
+        red = int(page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0]"))
+        assert (red > 200) == (scheme == "light")
     assert opened.faults == []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -22,10 +22,11 @@ from model.planes import BINS  # noqa: E402
 from model.synthesize import find_generator  # noqa: E402
 
 
-@pytest.fixture(params=["transpose", "nearest"])
-def generator(request: Any, tmp_path: Path) -> Path:
+def write_generator(folder: Path, upsampling: str, **recorded: str) -> Path:
     """A small generator, trained (so it says) on planes of 48 x 32, which its side of 32 does not divide."""
-    config = TrainConfig(side=32, width=4, upsampling=request.param, dataset="ixi-t1-t2@0123", direction="t1->t2")
+    config = TrainConfig.model_validate(
+        {"side": 32, "width": 4, "upsampling": upsampling, "dataset": "ixi-t1-t2@0123", "direction": "t1->t2"}
+    )
     torch.manual_seed(0)
     planes = {
         "shape": [48, 32],
@@ -37,18 +38,45 @@ def generator(request: Any, tmp_path: Path) -> Path:
         "source_histogram": [0.0] * BINS,
         "target_histogram": [0.0] * BINS,
     }
-    facts = {"step": 7, "config": config.model_dump(mode="json"), "validation": {}, "planes": planes}
-    facts |= {"licence": "a licence", "credit": "somebody"}
-    path = tmp_path / "run" / "generator.safetensors"
+    facts = {"step": 7, "config": config.model_dump(mode="json"), "validation": {}, "planes": planes, **recorded}
+    path = folder / "run" / "generator.safetensors"
     checkpoint.save(path, build_generator(config).state_dict(), facts)
     return path
+
+
+LICENCE = {"licence": "a licence", "credit": "somebody"}
+
+
+@pytest.fixture
+def generator(tmp_path: Path) -> Path:
+    return write_generator(tmp_path, "transpose", **LICENCE)
+
+
+class Exported(NamedTuple):
+    original: Path
+    path: Path
+    difference: float
+    recorded: bool
+    """Whether the original has a licence and a credit; the file of an older version has none."""
+
+
+@pytest.fixture(scope="module", params=[("transpose", True), ("nearest", False)], ids=["transpose", "nearest-older"])
+def exported(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A generator of each kind, as ONNX; tests only read it."""
+    pytest.importorskip("onnxruntime", reason="pip install -c constraints.txt -e '.[export]'")
+    upsampling, recorded = request.param
+    folder = tmp_path_factory.mktemp("exported")
+    original = write_generator(folder, upsampling, **(LICENCE if recorded else {}))
+    return Exported(original, *export.export(original, "onnx", folder / "out"), recorded)
 
 
 def slices(batch: int) -> Any:
     return torch.rand((batch, 1, 48, 32), generator=torch.Generator().manual_seed(batch)) * 2 - 1
 
 
-def test_safetensors_are_the_same_weights_and_say_the_same(generator: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("upsampling", ["transpose", "nearest"])
+def test_safetensors_are_the_same_weights_and_say_the_same(upsampling: str, tmp_path: Path) -> None:
+    generator = write_generator(tmp_path, upsampling, **LICENCE)
     path, difference = export.export(generator, "safetensors", tmp_path / "out")
     assert difference == 0
     assert checkpoint.read_facts(path) == checkpoint.read_facts(generator)
@@ -59,28 +87,24 @@ def test_safetensors_are_the_same_weights_and_say_the_same(generator: Path, tmp_
     assert (said["step"], said["config"]["width"], said["input"]["shape"]) == (7, 4, ["batch", 1, 48, 32])
 
 
-def test_onnx_gives_the_same_slices_for_any_batch(generator: Path, tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -c constraints.txt -e '.[export]'")
-    path, difference = export.export(generator, "onnx", tmp_path / "out")
-    assert difference <= export.TOLERANCE
+def test_onnx_gives_the_same_slices_for_any_batch(exported: Exported) -> None:
+    import onnxruntime
+
+    path = exported.path
+    assert exported.difference <= export.TOLERANCE
     session = onnxruntime.InferenceSession(path)
     (given,) = session.get_inputs()
     assert (given.name, given.type, given.shape[1:]) == ("source", "tensor(float)", [1, 48, 32])
-    original = load_generator(generator)[0]
+    original = load_generator(exported.original)[0]
     for batch in (1, 2, 5):
         (got,) = session.run(["generated"], {"source": slices(batch).numpy()})
         with torch.no_grad():
             np.testing.assert_allclose(got, original.whole(slices(batch)).numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("recorded", [True, False])
-@pytest.mark.parametrize("generator", ["transpose"], indirect=True)
-def test_an_onnx_file_says_what_it_takes_and_whose_it_is(generator: Path, tmp_path: Path, recorded: bool) -> None:
+def test_an_onnx_file_says_what_it_takes_and_whose_it_is(exported: Exported, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx", reason="pip install -c constraints.txt -e '.[export]'")
-    if not recorded:  # as in the file of an older version
-        weights, facts = checkpoint.load(generator)
-        checkpoint.save(generator, weights, {k: v for k, v in facts.items() if k not in ("licence", "credit")})
-    path, _ = export.export(generator, "onnx", tmp_path / "out")
+    path, recorded = exported.path, exported.recorded
     model = onnx.load(path)
     said = {prop.key: prop.value for prop in model.metadata_props}
     assert said["direction"] == "t1->t2"
@@ -94,13 +118,12 @@ def test_an_onnx_file_says_what_it_takes_and_whose_it_is(generator: Path, tmp_pa
     for part in (said["direction"], said["dataset"], said["normalisation"], said["licence"], said["credit"]):
         assert part in model.doc_string
     assert model.producer_name == "ixi-etl"
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config = json.loads((path.parent / "config.json").read_text())
     assert ("licence" in config) is recorded
     (tmp_path / "other").touch()
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-@pytest.mark.parametrize("generator", ["transpose"], indirect=True)
 def test_what_gives_other_slices_is_not_written(
     generator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,7 +137,6 @@ def test_what_gives_other_slices_is_not_written(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("generator", ["transpose"], indirect=True)
 def test_the_command_says_what_it_wrote(generator: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def command(*arguments: str) -> int:
         with pytest.raises(SystemExit) as ended:

@@ -13,6 +13,7 @@ import model
 pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
 
 
+@pytest.mark.stack  # a process that imports torch, seconds
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's wheels bring libgomp on Linux alone")
 def test_libgomp_reads_the_spin_count_when_the_command_line_loads_torch() -> None:
     said = {"OMP_DISPLAY_ENV": "VERBOSE"}

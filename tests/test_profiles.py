@@ -12,16 +12,19 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 TESTS = Path(__file__).parent
+FIRST = 50
 
 
 def drawn(profile: str, number: int | None = None) -> list[str]:
-    """The examples that a property test gets."""
+    """The first examples that a property test gets."""
     examples: list[str] = []
 
     def take(values: list[int | str | float]) -> None:
         examples.append(repr(values))
 
-    test = settings(settings.get_profile(profile), database=None)(given(st.lists(st.integers() | st.floats()))(take))
+    test = settings(settings.get_profile(profile), database=None, max_examples=FIRST)(
+        given(st.lists(st.integers() | st.floats()))(take)
+    )
     (test if number is None else seed(number)(test))()
     return examples
 

@@ -21,7 +21,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
 
 import stages  # noqa: E402
-from conftest import SMALL_NETWORKS, config_for  # noqa: E402
+from conftest import TRAINED  # noqa: E402
 from processes import GIVE_UP_S, Job, preload  # noqa: E402
 
 from flows.cli import main  # noqa: E402
@@ -29,16 +29,14 @@ from ixi_etl import dataset  # noqa: E402
 from ixi_etl.errors import DatasetError, IxiError  # noqa: E402
 from ixi_etl.files import read_json, to_json  # noqa: E402
 from ixi_etl.publish import Refreshed  # noqa: E402
-from ixi_etl.refresh import refresh  # noqa: E402
 from model import checkpoint, data  # noqa: E402
 from model.checkpoint import CheckpointError  # noqa: E402
 from model.config import PRESETS, TrainConfig, preset  # noqa: E402
 from model.evaluate import load_generator  # noqa: E402
-from model.learner import Learner, build_generator  # noqa: E402
-from model.run import open_run, prepare, train_run  # noqa: E402
+from model.learner import LOSSES, Learner, build_generator  # noqa: E402
+from model.logbook import Logbook  # noqa: E402
+from model.run import Run, open_run, prepare, train_run  # noqa: E402
 from model.train import TrainingError, torchrun_place  # noqa: E402
-
-SMALL = SMALL_NETWORKS | {"batch_size": 2, "steps": 6, "checkpoint_every": 2, "log_every": 2, "samples": 0}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,12 +51,19 @@ def root(published: Refreshed, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def ended(root: Path, trained: Path) -> Path:
+    """A root with a run `a`, trained to step 6, as `train_run(run_of(root, "a"))` leaves it."""
+    shutil.copytree(trained / "runs", root / "runs")
+    return root
+
+
 def run_of(root: Path, name: str, **settings: Any) -> Any:
-    return prepare(root, TrainConfig.model_validate(SMALL | settings), name)
+    return prepare(root, TrainConfig.model_validate(TRAINED | settings), name)
 
 
 def arguments(root: Path, run: str, *more: str, **settings: Any) -> list[str]:
-    chosen = [f"--set={k}={v}" for k, v in (SMALL | settings).items()]
+    chosen = [f"--set={k}={v}" for k, v in (TRAINED | settings).items()]
     return ["train", "--root", str(root), "--run-id", run, *chosen, *more]
 
 
@@ -91,20 +96,20 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 # All that has a state: two optimisers, dropout's random numbers, the moving average, the order, crops and flips, lr.
-FULL = {"steps": 30, "checkpoint_every": 6, "keep": 20, "ema": 0.9, "decay": 0.5, "augment": "jitter"}
+FULL = {"steps": 12, "checkpoint_every": 3, "keep": 20, "ema": 0.9, "decay": 0.75, "augment": "jitter"}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.faults)])
 def test_a_training_killed_between_checkpoints_goes_on_bit_for_bit(root: Path, precision: str) -> None:
     train_run(run_of(root, "whole", precision=precision, **FULL))
-    folder, settings = root / "runs" / "killed" / "checkpoints", SMALL | FULL | {"precision": precision}
-    pattern = f"checkpoints/{checkpoint.path_of(folder, 12).name}"
+    folder, settings = root / "runs" / "killed" / "checkpoints", TRAINED | FULL | {"precision": precision}
+    pattern = f"checkpoints/{checkpoint.path_of(folder, 6).name}"
     assert Job(stages.do_training_killed, str(root), settings, "killed", pattern).exit_code() == -signal.SIGKILL
     steps = [c.step for c in checkpoint.found(folder)]
-    assert steps[-1] == 12
+    assert steps[-1] == 6
     again = command(root, "killed", "--resume", precision=precision, **FULL)
     assert again.exit_code() == 0, (root / "said").read_text()
-    for step in (12, 18, FULL["steps"]):
+    for step in (6, 9, FULL["steps"]):
         wanted, _ = checkpoint.load(checkpoint.path_of(root / "runs" / "whole" / "checkpoints", step))
         got, _ = checkpoint.load(checkpoint.path_of(folder, step))
         assert got.keys() == wanted.keys()
@@ -129,7 +134,9 @@ def test_the_configuration_kept_is_of_the_training_and_not_of_one_that_never_beg
     assert json.loads((tmp_path / "runs/a/config.json").read_text())["config"]["seed"] == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])  # SIGINT: test_flow
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.faults)]
+)  # SIGINT: test_flow
 def test_told_to_stop_it_saves_and_says_so(root: Path, number: signal.Signals) -> None:
     job = command(root, "stopped", steps=100_000, checkpoint_every=90_000, samples=0)
     wait_for((root / "runs" / "stopped" / "metrics.csv").exists, lambda: not job.process.is_alive())
@@ -143,86 +150,103 @@ def test_told_to_stop_it_saves_and_says_so(root: Path, number: signal.Signals) -
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_newest_whole_one(
-    root: Path, caplog: pytest.LogCaptureFixture
+    ended: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train_run(run_of(root, "a", steps=4))
-    newest = checkpoint.path_of(root / "runs" / "a" / "checkpoints", 4)
+    newest = checkpoint.path_of(ended / "runs" / "a" / "checkpoints", 6)
+    before = checkpoint.path_of(newest.parent, 4)
     newest.write_bytes(newest.read_bytes()[:1000])
     with caplog.at_level(logging.INFO, "model"):
-        train_run(run_of(root, "a"), resume=True)
+        train_run(run_of(ended, "a"), resume=True)
     assert str(newest) in caplog.text
-    assert "going on from" in caplog.text
+    assert f"going on from {before}" in caplog.text
     assert checkpoint.found(newest.parent)[-1].step == 6
 
 
-def test_after_nothing_but_damage_the_configuration_kept_is_of_the_training_that_began_anew(root: Path) -> None:
+def test_after_nothing_but_damage_the_configuration_kept_is_of_the_training_that_began_anew(ended: Path) -> None:
     """By it `prune` knows which version is in use."""
-    train_run(run_of(root, "a", seed=1))
-    for path in (root / "runs" / "a" / "checkpoints").iterdir():
+    for path in (ended / "runs" / "a" / "checkpoints").iterdir():
         whole = bytearray(path.read_bytes())
         whole[-1] ^= 1  # which no header tells
         path.write_bytes(whole)
-    train_run(run_of(root, "a", seed=2), resume=True)
-    assert json.loads((root / "runs" / "a" / "config.json").read_text())["config"]["seed"] == 2
+    train_run(run_of(ended, "a", seed=2), resume=True)
+    assert json.loads((ended / "runs" / "a" / "config.json").read_text())["config"]["seed"] == 2
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "validation.csv"])
 @pytest.mark.parametrize("left", [b"", b"step,lo", b"step,mae\n\0\0\0\n", b"\xff\xfe\n1,2\n"])
 def test_a_log_that_a_full_disk_left_is_begun_anew(
-    name: str, left: bytes, root: Path, caplog: pytest.LogCaptureFixture
+    name: str, left: bytes, learner: Learner, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = run_of(root, "a", steps=2)
-    train_run(run)
-    (run.folder / name).write_bytes(left)
-    train_run(run_of(root, "a", steps=4), resume=True)
-    assert f"{run.folder / name} is damaged, and begun anew" in caplog.text
-    assert [row["step"] for row in read_rows(run.folder / "metrics.csv")][-1] == "4"
+    (tmp_path / name).write_bytes(left)
+    book = Logbook(tmp_path, learner.config, learner, start=6, images_a_step=2)
+    assert f"{tmp_path / name} is damaged, and begun anew" in caplog.text
+    assert not (tmp_path / name).exists()
+    book.add(torch.ones(len(LOSSES)))
+    book.line(7)
+    book.validation(7, {"mae": 0.5, "psnr": 1.0, "ssim": 0.5})
+    book.close()
+    assert [row["step"] for row in read_rows(tmp_path / name)] == ["7"]
+
+
+@pytest.fixture(scope="module")
+def learner() -> Learner:
+    return Learner(TrainConfig.model_validate(TRAINED), torch.device("cpu"))
+
+
+def test_a_training_goes_on_where_a_full_disk_left_nothing_of_its_logs(
+    ended: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_of(ended, "a", steps=8)
+    for name in ("metrics.csv", "validation.csv"):
+        (run.folder / name).write_bytes(b"")
+    train_run(run, resume=True)
+    for name in ("metrics.csv", "validation.csv"):
+        assert f"{run.folder / name} is damaged, and begun anew" in caplog.text
+    assert [row["step"] for row in read_rows(run.folder / "metrics.csv")] == ["8"]
 
 
 # -- what a run leaves ------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_what_its_documentation_says(root: Path) -> None:
-    run = run_of(root, "a", samples=2, steps=4)
-    train_run(run)
+def test_a_run_leaves_what_its_documentation_says(whole_run: Run) -> None:
+    run = whole_run
     there = {str(p.relative_to(run.folder)) for p in run.folder.rglob("*")}
     assert {"config.json", "metrics.csv", "generator.safetensors", "samples", "tensorboard"} <= there
-    assert [c.step for c in checkpoint.found(run.folder / "checkpoints")][-2:] == [2, 4]
-    for step in (2, 4):
+    assert [c.step for c in checkpoint.found(run.folder / "checkpoints")][-2:] == [4, 6]
+    for step in (2, 4, 6):
         assert {f"samples/step-{step:08d}-gray.png", f"samples/step-{step:08d}-colour.png"} <= there
-    assert any(path.startswith("samples/step-00000004/") and path.endswith("-generated.png") for path in there)
+    assert any(path.startswith("samples/step-00000006/") and path.endswith("-generated.png") for path in there)
     assert any("tfevents" in path for path in there)
     row = read_rows(run.folder / "metrics.csv")[-1]
     assert {"step", "loss_d", "loss_g", "loss_g_reconstruction", "ms_per_step", "images_per_s"} <= row.keys()
-    assert str(root) not in (run.folder / "config.json").read_text()
+    assert str(run.folder.parents[1]) not in (run.folder / "config.json").read_text()
 
 
 def test_a_run_is_named_by_what_decides_its_weights(root: Path) -> None:
     def name(**settings: Any) -> str:
-        return str(prepare(root, TrainConfig.model_validate(SMALL | settings)).folder.name)
+        return str(prepare(root, TrainConfig.model_validate(TRAINED | settings)).folder.name)
 
     assert name() == name() == name(log_every=7) == name(keep=9)
     assert len({name(), name(seed=1), name(lr=1e-3), name(steps=8), name(direction="t2->t1")}) == 5
     assert name() == name(dataset="@latest") == name(direction="t1->t2")
 
 
-def test_the_best_generator_is_kept_and_found_again(root: Path) -> None:
-    run = run_of(root, "a", ema=0.9)
-    path = train_run(run)
+def test_the_best_generator_is_kept_and_found_again(trained: Path) -> None:
+    run = run_of(trained, "a")
+    assert run.config.ema  # so that the average is what is kept
     best = checkpoint.best(run.folder / "checkpoints")
     assert best is not None
-    kept, config, step = load_generator(path)
+    kept, config, step = load_generator(run.generator)
     again, _, _ = load_generator(best.path)
     assert step == best.step
     assert config == run.config
     for a, b in zip(kept.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert open_run(root, "a").generator == open_run(root, "latest").generator == path
+    assert open_run(trained, "a").generator == open_run(trained, "latest").generator == run.generator
 
 
-def test_a_finished_run_is_not_trained_again(root: Path) -> None:
-    run = run_of(root, "a")
-    train_run(run)
+def test_a_finished_run_is_not_trained_again(ended: Path) -> None:
+    run = run_of(ended, "a")
     before = {p: p.stat().st_mtime_ns for p in (run.folder / "checkpoints").iterdir()}
     train_run(run, resume=True)
     assert {p: p.stat().st_mtime_ns for p in (run.folder / "checkpoints").iterdir()} == before
@@ -297,19 +321,18 @@ def test_one_of_two_processes_told_to_stop_stops_both_at_the_same_step(root: Pat
     assert b'Traceback (most recent call last):\n  File "/tmp' not in said
 
 
-def test_another_number_of_processes_does_not_resume(root: Path) -> None:
+def test_another_number_of_processes_does_not_resume(ended: Path) -> None:
     """It would take other pairs at each step."""
-    train_run(run_of(root, "a", steps=2))
-    (saved,) = checkpoint.found(root / "runs/a/checkpoints")
+    *_, saved = checkpoint.found(ended / "runs/a/checkpoints")
     assert saved.processes == 1
     tensors, facts = checkpoint.load(saved.path)
     for told in ({"processes": 2}, {"processes": None}):  # older checkpoints tell by their random states
         tensors["random.cpu.1"] = tensors["random.cpu.0"].clone()
         checkpoint.save(saved.path, tensors, facts | told)
         with pytest.raises(CheckpointError, match=r"another configuration \(2 processes, not 1 \(torchrun"):
-            train_run(run_of(root, "a", steps=4), resume=True)
+            train_run(run_of(ended, "a", steps=7), resume=True)
     checkpoint.save(saved.path, tensors, facts | {"processes": 1})
-    train_run(run_of(root, "a", steps=4), resume=True)
+    train_run(run_of(ended, "a", steps=7), resume=True)
 
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -366,9 +389,6 @@ def test_other_processes_that_cannot_be_reached_are_one_line(root: Path, monkeyp
 
 
 def test_a_loss_that_is_not_finite_ends_it_with_the_last_good_checkpoint_named(root: Path) -> None:
-    train_run(run_of(root, "a", steps=2))
-    with pytest.raises(CheckpointError, match="has another configuration"):
-        train_run(run_of(root, "a", lr=1e20), resume=True)
     with pytest.raises(TrainingError, match="not finite at step 2; there is no checkpoint yet; try a lower lr"):
         train_run(run_of(root, "b", lr=1e38))
 
@@ -398,17 +418,17 @@ def test_a_run_has_a_name_that_stays_among_the_runs(name: str, root: Path) -> No
     assert "\n" not in str(error.value)
 
 
-def test_a_run_is_not_overwritten(root: Path) -> None:
-    train_run(run_of(root, "a"))
+def test_a_run_is_not_overwritten(ended: Path) -> None:
     with pytest.raises(CheckpointError, match="has trained to step 6; --resume goes on, another --run-id begins anew"):
-        train_run(run_of(root, "a"))
+        train_run(run_of(ended, "a"))
 
 
-def test_a_checkpoint_of_another_configuration_is_refused_and_the_difference_named(root: Path) -> None:
-    train_run(run_of(root, "a"))
+def test_a_checkpoint_of_another_configuration_is_refused_and_the_difference_named(ended: Path) -> None:
     with pytest.raises(CheckpointError, match=r"another configuration \(width 4, not 8\)"):
-        train_run(run_of(root, "a", width=8), resume=True)
-    train_run(run_of(root, "a", steps=8, log_every=1), resume=True)  # longer is the same training, without decay
+        train_run(run_of(ended, "a", width=8), resume=True)
+    with pytest.raises(CheckpointError, match="has another configuration"):
+        train_run(run_of(ended, "a", lr=1e20), resume=True)
+    train_run(run_of(ended, "a", steps=8, log_every=1), resume=True)  # longer is the same training, without decay
 
 
 @pytest.mark.parametrize(
@@ -465,29 +485,20 @@ def test_a_damaged_store_is_refused_by_the_name_of_its_file(published: Refreshed
     ],
 )
 def test_the_command_line_says_what_is_wrong_in_one_line(
-    without_val: Path, arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
+    trained: Path, arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        main([*arguments, "--root", str(without_val)])
+        main([*arguments, "--root", str(trained)])
     assert end.value.code == 1
     said = capsys.readouterr().err.strip().splitlines()
     assert line in said[-1]
     assert not [other for other in said[:-1] if "rror" in other]
 
 
-@pytest.fixture(scope="module")
-def without_val(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root whose version has training subjects only, with a run `a` on it."""
-    root = tmp_path_factory.mktemp("without_val")
-    refresh(config_for(root, archives, split=(1.0, 0.0, 0.0)))
-    train_run(run_of(root, "a", steps=2))
-    return root
-
-
 def test_without_validation_the_last_is_the_best_and_the_samples_are_of_training(
-    without_val: Path, caplog: pytest.LogCaptureFixture
+    root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = run_of(without_val, "b", steps=4, samples=1)
+    run = run_of(root, "b", steps=4, samples=1)
     train_run(run)
     assert "has no subject in split val" in caplog.text
     best = checkpoint.best(run.folder / "checkpoints")
