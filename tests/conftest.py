@@ -49,6 +49,7 @@ TRAINED = SMALL_NETWORKS | {
 
 
 JOBS = "jobs"  # the tests whose processes are forked from one that has imported everything
+TRAINED_ALIKE = ("test_browser", "test_evaluate", "test_synthesize")  # share runs with test_train, which is one of them
 LONGEST = (JOBS, "test_flow", "test_s3", "test_register", "test_mirror", "test_manifest", "test_deploy")
 
 
@@ -56,7 +57,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give each worker a file at a time, and all `JOBS` to one; what takes longest comes first, so that workers end
     together. The Makefile has pytest-xdist keep this order.
     """
-    groups = {item: JOBS if hasattr(getattr(item, "module", None), "preload") else item.path.stem for item in items}
+
+    def group_of(item: pytest.Item) -> str:
+        jobs = hasattr(getattr(item, "module", None), "preload") or item.path.stem in TRAINED_ALIKE
+        return JOBS if jobs else item.path.stem
+
+    groups = {item: group_of(item) for item in items}
     for item, group in groups.items():
         item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))

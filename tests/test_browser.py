@@ -86,6 +86,8 @@ CUT_OFF = """[...document.querySelectorAll('svg text')].filter((text) => {
 }).map((text) => text.textContent)"""
 
 BOTH = pytest.mark.parametrize("name", ["dataset", "run"])
+# Of what both have from one template; the other one is opened in `make test-stack`.
+SHARED = pytest.mark.parametrize("name", ["dataset", pytest.param("run", marks=pytest.mark.stack)])
 
 
 @BOTH
@@ -116,7 +118,7 @@ def test_charts_tables_and_fields_say_what_they_are(open_page: Open, name: str) 
     assert page.evaluate(unnamed) == 0
 
 
-@BOTH
+@SHARED
 def test_print_has_no_controls_and_no_dark_background(open_page: Open, name: str) -> None:
     page = open_page(name, color_scheme="dark").page
     page.emulate_media(media="print")
@@ -135,7 +137,7 @@ def test_without_javascript_all_is_there_to_see(open_page: Open, name: str) -> N
     assert all(part.is_visible() for part in hidden)
 
 
-@BOTH
+@SHARED
 def test_a_page_that_asked_for_anything_would_be_stopped_and_seen(open_page: Open, name: str) -> None:
     opened = open_page(name)
     with opened.page.expect_event("requestfailed") as failed:

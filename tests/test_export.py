@@ -60,7 +60,12 @@ class Exported(NamedTuple):
     """Whether the original has a licence and a credit; the file of an older version has none."""
 
 
-@pytest.fixture(scope="module", params=[("transpose", True), ("nearest", False)], ids=["transpose", "nearest-older"])
+# A second export takes seconds.
+@pytest.fixture(
+    scope="module",
+    params=[("transpose", True), pytest.param(("nearest", False), marks=pytest.mark.stack)],
+    ids=["transpose", "nearest-older"],
+)
 def exported(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """A generator of each kind, as ONNX; tests only read it."""
     pytest.importorskip("onnxruntime", reason="pip install -c constraints.txt -e '.[export]'")
