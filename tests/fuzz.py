@@ -22,7 +22,8 @@ def run(seed: int, only: str, more: list[str]) -> tuple[int, list[str], str]:
     """pytest's exit code, the tests that failed, and what pytest printed."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "hypothesis and not standin and not stack and not faults", "-k", only, "-q"]
+        marks = "hypothesis and not standin and not stack and not faults"
+        command = [sys.executable, "-m", "pytest", "-m", marks, "-k", only, "-q"]
         command += ["--hypothesis-profile=fuzz", f"--hypothesis-seed={seed}", f"--junitxml={results}", *more]
         done = subprocess.run(
             command, cwd=TOP, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
