@@ -43,7 +43,13 @@ def dimension_names(pairing: str) -> tuple[str, str, str, str]:
 
 
 def _create(
-    path: Path, shape: tuple[int, ...], dtype: str, chunk: tuple[int, int], shard: int, dimensions: Sequence[str]
+    path: Path,
+    shape: tuple[int, ...],
+    dtype: str,
+    chunk: tuple[int, int],
+    shard: int,
+    dimensions: Sequence[str],
+    attributes: dict[str, Any] | None = None,
 ) -> zarr.Array[Any]:
     """An array of whole slices: `chunk` is (subjects, slices) of a chunk, `shard` the subjects of a shard."""
     typesize = np.dtype(dtype).itemsize
@@ -58,11 +64,14 @@ def _create(
             compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=typesize), Crc32cCodec()],
             fill_value=0,
             dimension_names=dimensions,
+            attributes=attributes,
         )
 
 
-def _create_slabs(path: Path, shape: tuple[int, ...], pairing: str) -> zarr.Array[Any]:
-    return _create(path, shape, "int16", (1, 1), 1, dimension_names(pairing))
+def _create_slabs(
+    path: Path, shape: tuple[int, ...], pairing: str, attributes: dict[str, Any] | None = None
+) -> zarr.Array[Any]:
+    return _create(path, shape, "int16", (1, 1), 1, dimension_names(pairing), attributes)
 
 
 @contextmanager
@@ -122,9 +131,9 @@ def assemble(
     with _disk_errors(folder):
         zarr.create_group(folder, attributes=attributes)
         for name in names:
-            array = _create_slabs(folder / name, (len(shards), *slab_shape), pairing)
             units = f"scanner units, times {name}_scale plus {name}_offset"
-            array.update_attributes({"long_name": f"{name.upper()}-weighted intensity", "units": units})
+            said = {"long_name": f"{name.upper()}-weighted intensity", "units": units}
+            _create_slabs(folder / name, (len(shards), *slab_shape), pairing, said)
             for row, shard in enumerate(shards):
                 target = folder / name / "c" / str(row) / "0" / "0" / "0"
                 target.parent.mkdir(parents=True)
@@ -142,14 +151,14 @@ def assemble(
 
 def _write_beside(path: Path, values: NDArray[Any], dimensions: Sequence[str], attributes: dict[str, Any]) -> None:
     """A small array, in one chunk."""
-    array = zarr.create_array(
+    zarr.create_array(
         path,
         data=np.ascontiguousarray(values, np.float64),
         chunks=values.shape,
         compressors=None,
         dimension_names=dimensions,
+        attributes=attributes,
     )
-    array.update_attributes(attributes)
 
 
 def write_images(
@@ -170,8 +179,8 @@ def write_images(
         zarr.create_group(folder, attributes=attributes)
         for name, values in images.items():
             dimensions = ("image", "z", "y", "x")
-            array = _create(folder / name, values.shape, "uint8", (IMAGES_A_CHUNK, 1), IMAGES_A_SHARD, dimensions)
-            array.update_attributes({"long_name": long_names[name]})
+            said = {"long_name": long_names[name]}
+            array = _create(folder / name, values.shape, "uint8", (IMAGES_A_CHUNK, 1), IMAGES_A_SHARD, dimensions, said)
             for start in range(0, len(values), IMAGES_A_SHARD):
                 rows = slice(start, min(start + IMAGES_A_SHARD, len(values)))
                 array[rows] = values[rows]
@@ -196,9 +205,9 @@ def _write_labels(folder: Path, dimension: str, labels: Sequence[str]) -> None:
         chunks=(len(labels),),
         compressors=None,
         dimension_names=(dimension,),
+        attributes={"long_name": f"{dimension}'s id, as subject_id in the manifest"},
     )
     array[:] = np.array(labels, dtype=object)
-    array.update_attributes({"long_name": f"{dimension}'s id, as subject_id in the manifest"})
 
 
 def _consolidate(folder: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,26 +145,76 @@ def prefect() -> Iterator[None]:
         yield
 
 
+S3_SECRET = "hunter2-of-s3"  # what must come out nowhere
+
+
 @pytest.fixture(scope="session")
 def s3() -> Iterator[None]:
     """A server with S3's interface on this machine, which the environment points to."""
+    from moto import backends
     from moto.server import ThreadedMotoServer
 
+    services = tuple(backends.list_of_moto_modules())
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "list_of_moto_modules", lambda: services)  # else each request lists moto's folders
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "anything")
+        patch.setenv("AWS_ACCESS_KEY_ID", "anything")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", S3_SECRET)
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         yield
     server.stop()
 
 
-@pytest.fixture
-def s3_root(s3: None) -> str:
+def new_s3_root() -> str:
     """A prefix in a bucket of its own."""
     bucket = f"bucket-{uuid.uuid4().hex}"
     place(f"s3://{bucket}").mkdir()
     return f"s3://{bucket}/some/prefix"
+
+
+@pytest.fixture
+def s3_root(s3: None) -> str:
+    return new_s3_root()
+
+
+@dataclass(frozen=True)
+class OnS3:
+    """A refresh onto S3: its config, what it made, what was logged meanwhile, and the requests that the server got."""
+
+    config: RefreshConfig
+    made: Refreshed
+    log: list[str]
+    requests: list[list[str]]  # each a method, a URL, and a protocol
+
+
+@contextmanager
+def logged(least: int = logging.INFO) -> Iterator[list[logging.LogRecord]]:
+    """What is logged in the block of this program, its libraries, and the server of S3."""
+    records: list[logging.LogRecord] = []
+    handler, root = logging.Handler(), logging.getLogger()
+    handler.emit = records.append  # type: ignore[method-assign]
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(least)
+    try:
+        yield records
+    finally:
+        root.setLevel(level)
+        root.removeHandler(handler)
+
+
+def requests_in(records: list[logging.LogRecord]) -> list[list[str]]:
+    """Those that the server of S3 logged: method, URL and protocol of each."""
+    return [r.getMessage().split('"')[1].split() for r in records if r.name == "werkzeug" and '"' in r.getMessage()]
+
+
+@pytest.fixture(scope="session")
+def on_s3(s3: None, archives: Path, tmp_path_factory: pytest.TempPathFactory) -> OnS3:
+    """The version of `published`, made by a refresh onto S3; tests only read it."""
+    config = config_for(new_s3_root(), archives, tmp_path_factory.mktemp("scratch"))
+    with logged(logging.DEBUG) as records:
+        made = refresh(config)
+    return OnS3(config, made, [record.getMessage() for record in records], requests_in(records))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import config_for
+from conftest import OnS3, config_for, logged, requests_in
 from pydantic import ValidationError
 
 from flows.cli import main
@@ -192,20 +191,16 @@ def test_reading_writes_nothing(published: Refreshed, capsys: pytest.CaptureFixt
 # -- S3 ---------------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_outside_the_root_s_prefix_is_asked_of_s3(
-    s3_root: str, archives: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_nothing_outside_the_root_s_prefix_is_asked_of_s3(on_s3: OnS3) -> None:
     """So a key may be confined to it."""
-    bucket, _, prefix = s3_root.removeprefix("s3://").partition("/")
-    with caplog.at_level(logging.INFO, logger="werkzeug"):  # the server's own log
-        refresh(config_for(s3_root, archives, tmp_path, pictures=False))
+    root = str(on_s3.config.root)
+    bucket, _, prefix = root.removeprefix("s3://").partition("/")
+    with logged() as records:
         for command in (["verify"], ["versions"], ["prune", "--keep", "1", "--dry-run"]):
             with pytest.raises(SystemExit) as ended:
-                main([*command, "--root", s3_root])
+                main([*command, "--root", root])
             assert not ended.value.code
-    asked = [
-        record.getMessage().split('"')[1].split() for record in caplog.records if f"/{bucket}" in record.getMessage()
-    ]
+    asked = on_s3.requests + requests_in(records)
     assert len(asked) > 20
     for method, url, _ in asked:
         path, _, query = url.partition("?")

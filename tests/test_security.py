@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import trustme
 from answers import NAME, make_tar
-from conftest import config_for
+from conftest import S3_SECRET, OnS3
 from pydantic import ValidationError
 from servers import Call, Host, serve, served_as
 
@@ -29,7 +29,6 @@ from ixi_etl.config import DigitsConfig, RefreshConfig, in_a_line
 from ixi_etl.download import acquire, own_sources
 from ixi_etl.errors import BadVolumeError, DatasetError, DownloadError, IxiError
 from ixi_etl.places import check_reachable, file_sizes, place, refuse_secret
-from ixi_etl.refresh import refresh
 from ixi_etl.store import open_arrays
 from ixi_etl.transfer import UnusableError
 
@@ -110,8 +109,11 @@ def test_a_secret_in_a_url_is_refused_and_not_repeated(kind: Any, given: dict[st
     with pytest.raises(ValueError, match=r"put those into ~/\.netrc") as caught:
         kind(**given)
     assert SECRET not in str(caught.value)
+
+
+def test_a_process_that_is_given_a_secret_does_not_repeat_it() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "flows", "refresh", *(f"--{k}={v}" for k, v in given.items())],
+        [sys.executable, "-m", "flows", "refresh", f"--source=https://me:{SECRET}@example.org/ixi"],
         capture_output=True,
         text=True,
         check=False,
@@ -120,45 +122,51 @@ def test_a_secret_in_a_url_is_refused_and_not_repeated(kind: Any, given: dict[st
     assert "~/.netrc" in done.stderr
 
 
+URL = f"https://me:{SECRET}@example.org/ixi"
+URLS = [
+    f"HTTPS://me:{SECRET}@example.org/ixi",
+    f" https://me:{SECRET}@example.org/ixi",
+    f"https:/me:{SECRET}@example.org/ixi",
+    f"simplecache::https://me:{SECRET}@example.org/ixi",
+    f"s3://key:{SECRET}@bucket/x",
+    f"tcp://me:{SECRET}@scheduler:8786",
+    f"s3://AKIA:ab/{SECRET}@bucket/x",
+    f"https://example.org/ixi?X-Amz-Signature={SECRET}",
+]
+
+
 @pytest.mark.parametrize(
-    "url",
+    "command",
     [
-        f"https://me:{SECRET}@example.org/ixi",
-        f"HTTPS://me:{SECRET}@example.org/ixi",
-        f" https://me:{SECRET}@example.org/ixi",
-        f"https:/me:{SECRET}@example.org/ixi",
-        f"simplecache::https://me:{SECRET}@example.org/ixi",
-        f"s3://key:{SECRET}@bucket/x",
-        f"tcp://me:{SECRET}@scheduler:8786",
-        f"s3://AKIA:ab/{SECRET}@bucket/x",
-        f"https://example.org/ixi?X-Amz-Signature={SECRET}",
+        ["survey", "--source", URL],
+        ["survey", "--root", URL],
+        ["refresh", "--source", URL],
+        ["refresh", "--root", URL],
+        ["refresh", "--scratch", URL],
+        ["refresh", "--demographics", URL],
+        ["refresh", "--dask", URL],
+        ["refresh", "--insecure-host", URL, "--source", "http://127.0.0.1:9"],
+        ["digits", "--source", URL],
+        ["digits", "--root", URL],
+        ["verify", "--root", URL],
+        ["versions", "--root", URL],
+        ["prune", "--keep", "1", "--root", URL],
+        ["prune", "--keep", "1", "--scratch", URL],
+        *(["survey", "--source", url] for url in URLS),
+        *(["verify", "--root", url] for url in URLS),
     ],
+    ids=" ".join,
 )
-def test_a_secret_is_refused_wherever_a_person_can_give_it(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_secret_is_refused_wherever_a_person_can_give_it(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     from flows.cli import main
 
-    commands = [
-        ["survey", "--source", url],
-        ["survey", "--root", url],
-        ["refresh", "--source", url],
-        ["refresh", "--root", url],
-        ["refresh", "--scratch", url],
-        ["refresh", "--demographics", url],
-        ["refresh", "--dask", url],
-        ["refresh", "--insecure-host", url, "--source", "http://127.0.0.1:9"],
-        ["digits", "--source", url],
-        ["digits", "--root", url],
-        ["verify", "--root", url],
-        ["versions", "--root", url],
-        ["prune", "--keep", "1", "--root", url],
-        ["prune", "--keep", "1", "--scratch", url],
-    ]
-    for command in commands:
-        with pytest.raises(SystemExit) as ended:
-            main(command)
-        said = capsys.readouterr()
-        assert (ended.value.code, said.out) == (1, ""), command
-        assert re.fullmatch(r"error: .*a URL with a password or a key in it; put those into ~/\.netrc.*\n", said.err)
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    said = capsys.readouterr()
+    assert (ended.value.code, said.out) == (1, "")
+    assert re.fullmatch(r"error: .*a URL with a password or a key in it; put those into ~/\.netrc.*\n", said.err)
 
 
 SECRET_URLS = [
@@ -326,21 +334,14 @@ def test_a_password_in_netrc_is_used_and_told_to_nobody_else(
     assert SECRET not in caplog.text + repr(found)
 
 
-def test_s3_keys_come_out_nowhere(
-    s3_root: str, archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    import s3fs
-
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    s3fs.S3FileSystem.clear_instance_cache()
-    caplog.set_level(logging.DEBUG)
-    config = config_for(s3_root, archives, tmp_path)
-    made = refresh(config)
-    s3fs.S3FileSystem.clear_instance_cache()
-    assert SECRET not in caplog.text + repr(config) + repr(made) + config.model_dump_json()
-    for top in (place(s3_root), tmp_path):
+def test_s3_keys_come_out_nowhere(on_s3: OnS3) -> None:
+    config = on_s3.config
+    assert config.scratch
+    assert len(on_s3.log) > 100
+    assert S3_SECRET not in "\n".join(on_s3.log) + repr(config) + repr(on_s3.made) + config.model_dump_json()
+    for top in (place(config.root), config.scratch):
         for name in file_sizes(top):
-            assert SECRET.encode() not in (top / name).read_bytes()
+            assert S3_SECRET.encode() not in (top / name).read_bytes()
 
 
 def test_no_file_of_the_project_has_a_secret() -> None:
