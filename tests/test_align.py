@@ -60,6 +60,7 @@ def test_axial_depth_is_the_length_from_inferior_to_superior(orientation: str) -
     assert align.axial_depth(shape, grid_affine(shape, (1, 1, 1), orientation)) == shape[axis]
 
 
+@settings(max_examples=examples(60))
 @given(st.data(), shapes, shapes, st.integers(0, 2**32 - 1))
 def test_resample_equals_scipy_at_every_voxel(
     data: st.DataObject, shape: tuple[int, int, int], slab_shape: tuple[int, int, int], seed: int

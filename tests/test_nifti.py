@@ -191,7 +191,7 @@ def gzip_files(draw: st.DrawFn) -> bytes:
 
 
 @given(gzip_files(), st.integers(-1, 1), st.none() | st.tuples(st.integers(0, 2000), st.integers(0, 255)), st.data())
-@settings(max_examples=examples(400))
+@settings(max_examples=examples(150))
 def test_a_file_inflated_at_once_is_what_it_is_in_pieces(
     packed: bytes, more: int, damage: tuple[int, int] | None, data: st.DataObject
 ) -> None:

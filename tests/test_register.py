@@ -53,30 +53,46 @@ def error_mm(found: np.ndarray, true: np.ndarray, t2: register.Scan) -> float:
     return float(np.linalg.norm(points @ difference[:3, :3].T + difference[:3, 3], axis=1).mean())
 
 
+MOTION = rigid((-3, 2, -4), (-3, 4, 2))
 MOTIONS = [
     rigid((0, 0, 0), (0, 0, 0)),
     rigid((0, 0, 0), (3, -2, 4)),
     rigid((4, -3, 5), (0, 0, 0)),
-    rigid((-3, 2, -4), (-3, 4, 2)),
     rigid((2, 2, 2), (6, 0, -5)),
 ]
 
 
+def displaced(t2: register.Scan, motion: np.ndarray) -> register.Scan:
+    """The T2 with a header that says another place."""
+    return register.Scan(t2.voxels, np.linalg.inv(motion) @ t2.affine)
+
+
+@pytest.fixture(scope="module")
+def found(still: tuple[register.Scan, register.Scan]) -> np.ndarray:
+    """What registration finds of `MOTION`."""
+    t1, t2 = still
+    return register.register(t1, displaced(t2, MOTION))
+
+
+def test_known_motion_is_found(found: np.ndarray, still: tuple[register.Scan, register.Scan]) -> None:
+    assert error_mm(found, MOTION, displaced(still[1], MOTION)) < 0.3
+
+
+@pytest.mark.stack  # each takes seconds
 @pytest.mark.parametrize("number", range(len(MOTIONS)))
-def test_known_motion_is_found(number: int, still: tuple[register.Scan, register.Scan]) -> None:
+def test_other_motions_are_found(number: int, still: tuple[register.Scan, register.Scan]) -> None:
     motion, (t1, t2) = MOTIONS[number], still
-    moved = register.Scan(t2.voxels, np.linalg.inv(motion) @ t2.affine)  # the T2's header says another place
+    moved = displaced(t2, motion)
     assert error_mm(register.register(t1, moved), motion, moved) < 0.3
 
 
-def test_a_few_extreme_voxels_do_not_spoil_it(still: tuple[register.Scan, register.Scan]) -> None:
-    motion = MOTIONS[3]
-    for spike in (32767, -32768):
-        t1, t2 = (register.Scan(scan.voxels.copy(), scan.affine) for scan in still)
-        for scan in (t1, t2):
-            scan.voxels[scan.voxels.shape[0] // 2, 5, 5:25] = spike
-        moved = register.Scan(t2.voxels, np.linalg.inv(motion) @ t2.affine)
-        assert error_mm(register.register(t1, moved), motion, moved) < 0.3
+@pytest.mark.parametrize("spike", [32767, pytest.param(-32768, marks=pytest.mark.stack)])
+def test_a_few_extreme_voxels_do_not_spoil_it(spike: int, still: tuple[register.Scan, register.Scan]) -> None:
+    t1, t2 = (register.Scan(scan.voxels.copy(), scan.affine) for scan in still)
+    for scan in (t1, t2):
+        scan.voxels[scan.voxels.shape[0] // 2, 5, 5:25] = spike
+    moved = displaced(t2, MOTION)
+    assert error_mm(register.register(t1, moved), MOTION, moved) < 0.3
 
 
 def test_a_shift_of_the_coarse_grid_would_be_seen(still: tuple[register.Scan, register.Scan]) -> None:
@@ -94,11 +110,9 @@ def test_a_shift_of_the_coarse_grid_would_be_seen(still: tuple[register.Scan, re
         np.testing.assert_allclose(middle[1] - middle[0], expected, atol=1e-6)
 
 
-def test_the_same_input_gives_the_same_matrix(still: tuple[register.Scan, register.Scan]) -> None:
+def test_the_same_input_gives_the_same_matrix(found: np.ndarray, still: tuple[register.Scan, register.Scan]) -> None:
     t1, t2 = still
-    moved = register.Scan(t2.voxels, rigid((2, 1, 0), (1, 2, 3)) @ t2.affine)
-    one, two = register.register(t1, moved), register.register(t1, moved)
-    np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(register.register(t1, displaced(t2, MOTION)), found)
 
 
 # -- similarity -------------------------------------------------------------------------------------------------------
@@ -106,6 +120,7 @@ def test_the_same_input_gives_the_same_matrix(still: tuple[register.Scan, regist
 images = arrays(np.int16, 4000, elements=st.integers(-500, 500)).filter(lambda a: a.min() != a.max())
 
 
+@settings(max_examples=examples(40))
 @given(images, st.integers(0, 2**32 - 1))
 def test_nmi_is_between_0_and_1_symmetric_and_1_with_itself(a: np.ndarray, seed: int) -> None:
     b = np.random.default_rng(seed).normal(size=a.size)
@@ -295,7 +310,7 @@ def test_pairs_that_are_not_alike_are_flagged_or_excluded(rule: str, status: str
 @pytest.fixture(scope="module")
 def moving(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("moving")
-    write_phantom(folder, subjects=3, seed=4, oddities=False, shrink=SHRINK)
+    write_phantom(folder, subjects=2, seed=4, oddities=False, shrink=SHRINK)
     return folder
 
 
@@ -304,7 +319,7 @@ def test_a_refresh_finds_the_motion_of_every_subject(moving: Path, tmp_path: Pat
     done = refresh(config)
     truth = json.loads((moving / "truth.json").read_text())
     table = manifest.used(dataset.read_manifest(done.folder))
-    assert len(table) == 3
+    assert len(table) == 2
     moved = 0
     arrays_ = open_arrays(done.folder)
     for row in manifest.records(table):
@@ -342,7 +357,7 @@ def test_each_used_subject_has_a_picture_and_the_worst_a_sheet(moving: Path, tmp
 
 def test_any_depth_takes_in_whom_the_modal_rule_drops(published: Refreshed, archives: Path, tmp_path: Path) -> None:
     modal = dataset.read_manifest(published.folder)
-    everybody = dataset.read_manifest(refresh(config_for(tmp_path, archives, depth="any")).folder)
+    everybody = dataset.read_manifest(refresh(config_for(tmp_path, archives, depth="any", pictures=False)).folder)
     assert not (everybody["reason"] == "depth_not_modal").any()
     gained = set(manifest.used(everybody)["subject_id"]) - set(manifest.used(modal)["subject_id"])
     assert {s.split("-")[1] for s in gained} == {"IOP", "HH"}

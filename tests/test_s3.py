@@ -65,7 +65,7 @@ def test_an_upload_that_was_killed_is_no_version_and_is_done_again(config: Refre
     with pytest.raises(IxiError, match="has no published version"):
         dataset.resolve(places)
     assert refresh(config).is_new
-    assert dataset.verify(target, deep=True) == []
+    assert dataset.verify(target) == []
 
 
 def test_a_version_damaged_on_s3_is_seen_and_mended_without_being_removed(
@@ -76,20 +76,20 @@ def test_a_version_damaged_on_s3_is_seen_and_mended_without_being_removed(
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # which only --deep can see
     assert dataset.verify(made, deep=True) != []
-    shard.unlink()
-    assert dataset.verify(made) != []
     shard.write_bytes(whole[:-1])
     assert dataset.verify(made) != []
     with logged() as records:
         assert refresh(config).is_new
     assert not [asked for asked in requests_in(records) if asked[0] == "DELETE" or "?delete" in asked[1]]
-    assert dataset.verify(made, deep=True) == []
+    assert shard.read_bytes() == whole
+    assert dataset.verify(made) == []
 
 
 @pytest.mark.faults
 def test_a_version_of_which_an_object_was_removed_is_mended(config: RefreshConfig, published: Refreshed) -> None:
     made = put(published, config)
     (made / "slices.zarr/t1/c/0/0/0/0").unlink()
+    assert dataset.verify(made) != []
     assert refresh(config).is_new
     assert dataset.verify(made, deep=True) == []
 

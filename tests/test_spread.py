@@ -93,6 +93,7 @@ def test_what_a_dead_worker_had_in_hand_is_done_by_another(cluster: Cluster, tmp
     assert done == [1, 2, 3, 4]
 
 
+@pytest.mark.faults
 def test_a_cluster_that_dies_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
     worker = cluster.add_worker()
     with ThreadPoolExecutor(1) as pool:
@@ -104,7 +105,7 @@ def test_a_cluster_that_dies_is_one_line(cluster: Cluster, tmp_path: Path) -> No
 
 
 def test_a_cluster_without_workers_is_one_line(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WAIT_S", 1.0)
+    monkeypatch.setattr(module, "WAIT_S", 0.2)
     with pytest.raises(IxiError, match="has no workers; start some"):
         spread(abs, [1], workers=1, address=cluster.address)
 
