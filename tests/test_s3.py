@@ -85,7 +85,7 @@ def test_a_version_damaged_on_s3_is_seen_and_mended_without_being_removed(
     assert dataset.verify(made) == []
 
 
-@pytest.mark.faults
+@pytest.mark.stack  # a fault beyond the first one
 def test_a_version_of_which_an_object_was_removed_is_mended(config: RefreshConfig, published: Refreshed) -> None:
     made = put(published, config)
     (made / "slices.zarr/t1/c/0/0/0/0").unlink()

@@ -93,7 +93,7 @@ def test_what_a_dead_worker_had_in_hand_is_done_by_another(cluster: Cluster, tmp
     assert done == [1, 2, 3, 4]
 
 
-@pytest.mark.faults
+@pytest.mark.stack  # a fault beyond the first one
 def test_a_cluster_that_dies_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
     worker = cluster.add_worker()
     with ThreadPoolExecutor(1) as pool:
