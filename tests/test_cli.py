@@ -31,6 +31,9 @@ def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
     return int(ended.value.code or 0), said.out, said.err
 
 
+PACKAGE = Path(__file__).parent.parent / "model"
+
+
 def root_of(published: Refreshed) -> str:
     return str(published.folder.parents[2])
 
@@ -162,16 +165,27 @@ OWN_MODULES = {"model.py": "raise SystemExit('the user's model')", "flows/__init
     "start", [["{bin}/ixi-etl"], ["{python}", "-m", "ixi_etl"]], ids=["ixi-etl", "python -m ixi_etl"]
 )
 def test_modules_of_the_users_hide_none_of_ours(where: str, start: list[str], tmp_path: Path) -> None:
-    for name, text in OWN_MODULES.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    program = [word.format(bin=Path(sys.executable).parent, python=sys.executable) for word in start]
-    environment = os.environ | ({"PYTHONPATH": str(tmp_path)} if where == "PYTHONPATH" else {})
-    arguments = ["evaluate", "none", "--root", "root"]  # imports `model`
-    done = subprocess.run([*program, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = run_beside_own_modules(where, start, ["--version"], tmp_path)  # imports `flows`, and so `model`
+    assert (done.returncode, done.stdout) == (0, f"ixi-etl {__version__}\n"), done.stderr
+
+
+def test_modules_of_the_users_hide_no_part_of_ours(tmp_path: Path) -> None:
+    arguments = ["evaluate", "none", "--root", "root"]  # imports `model.run`
+    done = run_beside_own_modules("working directory", ["{python}", "-m", "ixi_etl"], arguments, tmp_path)
     assert (done.returncode, done.stderr.startswith("error: there is no run none in root/runs")) == (1, True), (
         done.stderr
     )
+
+
+def run_beside_own_modules(
+    where: str, start: list[str], arguments: list[str], folder: Path
+) -> subprocess.CompletedProcess[str]:
+    for name, text in OWN_MODULES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    program = [word.format(bin=Path(sys.executable).parent, python=sys.executable) for word in start]
+    environment = os.environ | ({"PYTHONPATH": str(folder)} if where == "PYTHONPATH" else {})
+    return subprocess.run([*program, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_a_users_model_that_was_imported_before_is_named(tmp_path: Path) -> None:
@@ -224,33 +238,33 @@ def test_the_presets_on_the_command_line_are_those_that_there_are() -> None:
 def test_without_a_server_the_plain_functions_run_and_prefect_is_not_imported(
     published: Refreshed, archives: Path, tmp_path: Path
 ) -> None:
-    """Also with no home, behind a proxy, and with a Prefect home that cannot be used."""
+    """Also with no home, behind a proxy, and with a Prefect home that cannot be used; no part of `model` imports it."""
     pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
     (tmp_path / "home").mkdir()
     (tmp_path / "home/.prefect").write_text("not a folder")
     root = tmp_path / "root"
     refresh = ["refresh", "--root", str(root), "--source", str(archives), "--slices", "12", "--registration", "none"]
     small = [f"--set={name}={value}" for name, value in SMALL_NETWORKS.items()]
-    train = ["train", "--root", str(root), "--run-id", "b", *small, "--set=steps=1"]
+    train = ["train", "--root", str(root), "--run-id", "b", *small, "--set=steps=1", "--set=samples=0"]
     code = f"""
-import sys
+import importlib, sys
 sys.path[:0] = {sys.path!r}
 from flows.cli import main
-from model import config
-config.PRESETS["smoke"] = {SMALL_NETWORKS | {"steps": 1, "samples": 0}!r}
-for arguments in {[*refresh, "--then-train", "smoke"]!r}, {train!r}:
+for arguments in {refresh!r}, {train!r}:
     try:
         main(arguments)
     except SystemExit as end:
         assert not end.code, arguments
+for path in {sorted(path.stem for path in PACKAGE.glob("[a-z]*.py"))!r}:
+    importlib.import_module(f"model.{{path}}")
 assert "prefect" not in sys.modules
 """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     environment |= {"HOME": str(tmp_path / "home"), "HTTP_PROXY": "http://127.0.0.1:9"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"version   {published.version}" in done.stdout
-    assert len(list(root.glob("runs/*/generator.safetensors"))) == 2
+    assert f"version   {published.version}\nstate     published\n" in done.stdout
+    assert (root / "runs/b/generator.safetensors").is_file()
 
 
 def test_presets_can_be_over_ridden() -> None:
@@ -294,13 +308,6 @@ def test_the_library_imports_neither_prefect_nor_torch() -> None:
     package = Path(__file__).parent.parent / "ixi_etl"
     names = [f"import ixi_etl.{path.stem}" for path in package.glob("*.py") if path.stem != "__init__"]
     assert not imported("; ".join(names)) & {"prefect", "torch", "flows", "model"}
-
-
-def test_the_model_imports_no_prefect() -> None:
-    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
-    package = Path(__file__).parent.parent / "model"
-    names = [f"import model.{path.stem}" for path in package.glob("*.py") if path.stem != "__init__"]
-    assert not imported("; ".join(names)) & {"prefect", "flows"}
 
 
 @pytest.mark.parametrize(

@@ -103,29 +103,25 @@ def test_a_run_is_lost_only_after_several_heartbeats() -> None:
     assert {"prefect.flow-run.heartbeat", "prefect.flow-run.Crashed"} < trigger.expect
 
 
-def test_deploying_without_a_server_is_one_line() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "flows.deploy"],
-        capture_output=True,
-        text=True,
-        env={k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"},
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: no Prefect server is configured; set PREFECT_API_URL")
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        (None, "no Prefect server is configured; set PREFECT_API_URL"),
+        ("http://127.0.0.1:9/api", "no Prefect server answers at http://127.0.0.1:9/api"),
+    ],
+    ids=["none", "one that does not answer"],
+)
+def test_deploying_without_a_server_is_one_line(url: str | None, said: str, capfd: pytest.CaptureFixture[str]) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
 
+    from flows import deploy
 
-def test_deploying_to_a_server_that_does_not_answer_is_one_line() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "flows.deploy"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PREFECT_API_URL": "http://127.0.0.1:9/api"},
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: no Prefect server answers at http://127.0.0.1:9/api")
-    assert done.stderr.count("\n") == 1
+    with temporary_settings({PREFECT_API_URL: url}), pytest.raises(SystemExit) as ended:
+        deploy.main()
+    line = str(ended.value.code)  # which Python prints; the exit status is 1
+    assert line.startswith(f"error: {said}")
+    assert "\n" not in line
+    assert capfd.readouterr() == ("", "")
 
 
 # -- containers -------------------------------------------------------------------------------------------------------
@@ -186,15 +182,27 @@ def test_only_the_server_and_postgres_keep_the_passwords_they_need() -> None:
     assert knows == {"postgres", "server"}
 
 
-def test_prefect_s_settings_do_not_show_the_passwords() -> None:
+def test_prefect_s_settings_do_not_show_the_passwords(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from prefect.cli.config import view
+    from prefect.settings import temporary_settings
+    from prefect.settings.models.root import Settings
+
     secrets = {
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": "postgresql+asyncpg://prefect:hunter2@postgres:5432/prefect",
         "PREFECT_SERVER_API_AUTH_STRING": "admin:hunter2",
         "PREFECT_API_AUTH_STRING": "admin:hunter2",
     }
-    show = "from prefect.settings import get_current_settings as s; print(repr(s()), s())"
-    for command in (["-c", show], ["-m", "prefect", "config", "view"]):
-        done = subprocess.run(
-            [sys.executable, *command], capture_output=True, text=True, env=os.environ | secrets, check=True
-        )
-        assert "hunter2" not in done.stdout + done.stderr
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings()
+    auth = settings.api.auth_string
+    assert auth is not None
+    assert auth.get_secret_value() == secrets["PREFECT_API_AUTH_STRING"]
+    assert "hunter2" not in repr(settings) + str(settings)
+    with temporary_settings():
+        view()  # `prefect config view`
+    shown = capsys.readouterr().out
+    assert "PREFECT_API_AUTH_STRING" in shown
+    assert "hunter2" not in shown

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import Mock
+from uuid import UUID
 
 import pytest
-from conftest import config_for
+from conftest import SMALL_NETWORKS, config_for
 
 from flows.cli import main
 from ixi_etl.dataset import read_facts, read_manifest
@@ -23,56 +28,64 @@ from ixi_etl.serve import serve_folder
 pytestmark = pytest.mark.usefixtures("prefect")
 
 
-def test_the_flow_publishes_the_same_version_from_http(published: Refreshed, archives: Path, tmp_path: Path) -> None:
-    from flows.refresh_dataset import refresh_dataset
+@dataclass(frozen=True)
+class Runs:
+    """A refresh as a flow, twice, and what the server has of the first run."""
 
-    with serve_folder(archives) as url:
-        done = refresh_dataset(config_for(tmp_path, url))
-        again = refresh_dataset(config_for(tmp_path, url))
-    assert (done.version, done.is_new) == (published.version, True)
-    assert (again.version, again.is_new) == (published.version, False)
-    assert (done.folder / "manifest.csv").read_bytes() == (published.folder / "manifest.csv").read_bytes()
-    assert not list((tmp_path / "archives").glob("*.part*"))
+    root: Path
+    source: str
+    first: Refreshed
+    second: Refreshed
+    events: list[Any]
+    keyed: dict[str, tuple[str, Any]]
+    progress: set[tuple[str, float]]
 
 
-def test_a_new_version_is_announced_once(published: Refreshed, archives: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def runs(prefect: None, archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     from prefect.events.clients import AssertingEventsClient
     from prefect.events.worker import EventsWorker
 
     from flows.refresh_dataset import refresh_dataset
 
+    root = tmp_path_factory.mktemp("flow")
     EventsWorker.instance().drain()
     AssertingEventsClient.reset()
     EventsWorker.set_client_override(AssertingEventsClient)
     try:
-        for _ in range(2):
-            refresh_dataset(config_for(tmp_path, archives))
+        with serve_folder(archives) as url:
+            first = refresh_dataset(config_for(root, url))
+            keyed, progress = artifacts_of_the_last_run()
+            second = refresh_dataset(config_for(root, url))
         EventsWorker.instance().drain()
     finally:
         EventsWorker.set_client_override(None)
     events = [event for client in AssertingEventsClient.all for event in client.events]
-    told = [(event.resource.id, event.payload) for event in events if event.event == "ixi.dataset.published"]
-    assert told == [("ixi.dataset.ixi-t1-t2", {"version": published.version, "root": str(tmp_path)})]
+    return Runs(root, url, first, second, events, keyed, progress)
 
 
-def test_runs_have_names_a_person_can_read(archives: Path, tmp_path: Path) -> None:
+def test_the_flow_publishes_the_same_version_from_http(runs: Runs, published: Refreshed) -> None:
+    assert (runs.first.version, runs.first.is_new) == (published.version, True)
+    assert (runs.second.version, runs.second.is_new) == (published.version, False)
+    assert (runs.first.folder / "manifest.csv").read_bytes() == (published.folder / "manifest.csv").read_bytes()
+    assert not list((runs.root / "archives").glob("*.part*"))
+
+
+def test_a_new_version_is_announced_once(runs: Runs) -> None:
+    told = [(event.resource.id, event.payload) for event in runs.events if event.event == "ixi.dataset.published"]
+    assert told == [("ixi.dataset.ixi-t1-t2", {"version": runs.first.version, "root": str(runs.root)})]
+
+
+def test_runs_have_names_a_person_can_read(runs: Runs) -> None:
     from prefect import get_client
 
-    from flows.refresh_dataset import refresh_dataset
-
-    refresh_dataset(config_for(tmp_path, archives))
     with get_client(sync_client=True) as client:
         names = {run.name for run in client.read_flow_runs()}
-    assert f"refresh anatomical from {archives}" in names
+    assert f"refresh anatomical from {runs.source}" in names
 
 
-def test_a_refresh_leaves_its_summary_tables_pictures_and_progress_on_the_server(
-    archives: Path, tmp_path: Path
-) -> None:
-    from flows.refresh_dataset import refresh_dataset
-
-    made = refresh_dataset(config_for(tmp_path, archives, pictures=True))
-    keyed, progress = artifacts_of_the_last_run()
+def test_a_refresh_leaves_its_summary_tables_pictures_and_progress_on_the_server(runs: Runs) -> None:
+    made, keyed = runs.first, runs.keyed
     assert {name: kind for name, (kind, _) in keyed.items()} == {
         "ixi-t1-t2-summary": "markdown",
         "ixi-t1-t2-exclusions": "table",
@@ -87,7 +100,7 @@ def test_a_refresh_leaves_its_summary_tables_pictures_and_progress_on_the_server
     assert [row["subject_id"] for row in listed] == out["subject_id"].tolist()
     assert all(len(data) < 300_000 for kind, data in keyed.values() if kind == "image")
     assert f"]({(made.folder / 'report.html').as_uri()})" in keyed["ixi-t1-t2-report"][1]
-    assert progress >= {("verify IXI-T1.tar", 100.0), ("survey T2", 100.0), ("cut", 100.0)}
+    assert runs.progress >= {("verify IXI-T1.tar", 100.0), ("survey T2", 100.0), ("cut", 100.0)}
 
 
 def artifacts_of_the_last_run() -> tuple[dict[str, tuple[str, Any]], set[tuple[str, float]]]:
@@ -115,7 +128,7 @@ def test_a_server_that_takes_no_artifact_costs_a_warning_and_not_the_refresh(
 
     monkeypatch.setattr("flows.artifacts.create_markdown_artifact", refuse)
     monkeypatch.setattr("flows.artifacts.create_progress_artifact", refuse)
-    assert refresh_dataset(config_for(tmp_path, archives)).is_new
+    assert refresh_dataset(config_for(tmp_path, archives, pictures=False)).is_new
     assert caplog.text.count("was not told all (ConnectionError: gone)") == 2
 
 
@@ -133,19 +146,15 @@ def test_a_person_s_mistake_is_not_tried_again(tmp_path: Path) -> None:
         refresh_dataset(config_for(tmp_path, tmp_path / "nowhere"))
 
 
-def test_the_command_line_says_a_mistake_in_one_line(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "flows", "refresh", "--root", tmp_path / "root", "--source", tmp_path / "nowhere"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"NO_COLOR": "1"},
-        check=False,
-    )
-    assert done.returncode == 1
-    lines = [line for line in done.stderr.splitlines() if line]
-    assert lines == [f"error: {tmp_path}/nowhere/IXI-T1.tar is not there; give a --source that has IXI-T1.tar"], (
-        done.stderr
-    )
+def test_the_command_line_says_a_mistake_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", api_url())
+    with pytest.raises(SystemExit) as ended:
+        main(["refresh", "--root", str(tmp_path / "root"), "--source", str(tmp_path / "nowhere")])
+    assert ended.value.code == 1
+    said = capfd.readouterr().err
+    assert said == f"error: {tmp_path}/nowhere/IXI-T1.tar is not there; give a --source that has IXI-T1.tar\n"
 
 
 def runs_of(flow: str) -> int:
@@ -158,7 +167,7 @@ def runs_of(flow: str) -> int:
 
 
 def test_the_command_line_refreshes_without_a_server_and_as_a_flow_where_one_is_configured(
-    published: Refreshed,
+    refreshed: Refreshed,
     archives: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -166,17 +175,18 @@ def test_the_command_line_refreshes_without_a_server_and_as_a_flow_where_one_is_
 ) -> None:
     arguments = ["refresh", "--root", str(tmp_path), "--source", str(archives)]
     arguments += ["--slices", "12", "--registration", "none"]
+    said = f"version   {refreshed.version}\nstate     published before, nothing to do\n"
     before = runs_of("refresh-dataset")
     monkeypatch.setenv("PREFECT_API_URL", "")
     with pytest.raises(SystemExit):
         main(arguments)
-    assert f"version   {published.version}\nstate     published\n" in capsys.readouterr().out
+    assert said in capsys.readouterr().out
     assert runs_of("refresh-dataset") == before
     monkeypatch.setenv("PREFECT_API_URL", api_url())
     monkeypatch.setattr("logging.raiseExceptions", True)
     with pytest.raises(SystemExit):
         main(arguments)
-    assert f"version   {published.version}\nstate     published before, nothing to do\n" in capsys.readouterr().out
+    assert said in capsys.readouterr().out
     assert runs_of("refresh-dataset") == before + 1
 
 
@@ -200,6 +210,7 @@ cli.main()
 """
 
 
+@pytest.mark.stack  # a process of its own, which imports both Prefect and torch
 def test_a_training_as_a_flow_saves_and_ends_in_one_line(published: Refreshed, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
     (tmp_path / "datasets").symlink_to(published.folder.parents[1])
@@ -220,7 +231,7 @@ def test_a_training_as_a_flow_saves_and_ends_in_one_line(published: Refreshed, t
     assert list(tmp_path.glob("runs/a/checkpoints/step-00000001.safetensors"))
 
 
-SMALL = {"side": 32, "width": 4, "discriminator_width": 4, "discriminator_layers": 1, "steps": 2, "device": "cpu"}
+SMALL = SMALL_NETWORKS | {"steps": 2, "samples": 1}
 
 
 def test_the_training_flow_trains_measures_and_does_neither_twice(published: Refreshed, tmp_path: Path) -> None:
@@ -278,7 +289,7 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(
     from model.config import PRESETS
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(PRESETS, "smoke", SMALL)  # small phantoms, and no minute to wait
+    monkeypatch.setitem(PRESETS, "smoke", SMALL | {"steps": 1, "samples": 0})  # small phantoms, and no minute to wait
     monkeypatch.setattr("ixi_etl.register.register", lambda t1, t2: np.eye(4))
     text = README.read_text().replace("/data/ixi", str(archives))
     names: dict[str, Any] = {}
@@ -331,40 +342,68 @@ def test_every_flow_has_help_and_stands_in_the_readme_and_in_the_deployments() -
 
 
 @pytest.fixture(scope="module")
-def server(prefect: None) -> str:
-    """The API's address of a Prefect server with the deployments lone/lone, one/twin and two/twin."""
+def deployments(prefect: None) -> dict[str, UUID]:
+    """The deployments lone/lone, one/twin and two/twin on the server, by full name."""
     from prefect import get_client
-    from prefect.settings import get_current_settings
 
     with get_client(sync_client=True) as client:
-        for flow, name in (("lone", "lone"), ("one", "twin"), ("two", "twin")):
-            client.create_deployment(client.create_flow_from_name(flow), name)
-    return str(get_current_settings().api.url)
+        return {
+            f"{flow}/{name}": client.create_deployment(client.create_flow_from_name(flow), name)
+            for flow, name in (("lone", "lone"), ("one", "twin"), ("two", "twin"))
+        }
 
 
-def type_run(server: str, name: str) -> subprocess.CompletedProcess[str]:
-    """Type `prefect deployment run NAME` in the project's folder, whose prefect.toml turns the plugin on."""
-    return subprocess.run(
-        [sys.executable, "-m", "prefect", "deployment", "run", name],
-        cwd=README.parent,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PREFECT_API_URL": server, "NO_COLOR": "1"},
-        check=False,
-    )
+@pytest.fixture
+def find_deployment(
+    deployments: dict[str, UUID], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], Coroutine[Any, Any, UUID]]:
+    """The look-up of `prefect deployment run` in a process where the plugin is on."""
+    from prefect import get_client
+    from prefect.client.orchestration import PrefectClient
+    from prefect.plugins import HookContext
+
+    from flows.bare_names import setup_environment
+
+    monkeypatch.setattr(PrefectClient, "read_deployment_by_name", PrefectClient.read_deployment_by_name)  # put back
+    setup_environment(ctx=Mock(HookContext))
+
+    async def find(name: str) -> UUID:
+        async with get_client() as client:
+            return (await client.read_deployment_by_name(name)).id
+
+    return find
 
 
-@pytest.mark.parametrize("name", ["lone", "lone/lone", "two/twin"])
-def test_a_deployment_runs_by_its_bare_name_and_by_its_full_one(server: str, name: str) -> None:
-    done = type_run(server, name)
-    assert done.returncode == 0, done.stderr
-    assert "Created flow run" in done.stdout
+@pytest.mark.parametrize(
+    ("name", "full"), [("lone", "lone/lone"), ("lone/lone", "lone/lone"), ("two/twin", "two/twin")]
+)
+def test_a_deployment_is_found_by_its_bare_name_and_by_its_full_one(
+    name: str,
+    full: str,
+    deployments: dict[str, UUID],
+    find_deployment: Callable[[str], Coroutine[Any, Any, UUID]],
+) -> None:
+    assert asyncio.run(find_deployment(name)) == deployments[full]
 
 
 @pytest.mark.parametrize("name", ["twin", "nobody"])
-def test_a_bare_name_that_is_not_one_deployment_s_gets_prefect_s_own_answer(server: str, name: str) -> None:
-    done = type_run(server, name)
-    assert done.returncode == 1
-    assert f"Invalid deployment name format: {name}. Expected format: <FLOW_NAME>/<DEPLOYMENT_NAME>" in (
-        " ".join((done.stdout + done.stderr).split())
+def test_a_bare_name_that_is_not_one_deployment_s_gets_prefect_s_own_answer(
+    name: str, find_deployment: Callable[[str], Coroutine[Any, Any, UUID]]
+) -> None:
+    wrong = f"Invalid deployment name format: {name}. Expected format: <FLOW_NAME>/<DEPLOYMENT_NAME>"
+    with pytest.raises(ValueError, match=re.escape(wrong)):
+        asyncio.run(find_deployment(name))
+
+
+def test_prefect_s_command_in_this_folder_takes_a_bare_name(deployments: dict[str, UUID]) -> None:
+    """Whose prefect.toml turns the plugin on."""
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", "deployment", "run", "lone"],
+        cwd=README.parent,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PREFECT_API_URL": api_url(), "NO_COLOR": "1"},
+        check=False,
     )
+    assert done.returncode == 0, done.stderr
+    assert "Created flow run" in done.stdout

@@ -6,8 +6,6 @@ import json
 import os
 import pty
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -95,14 +93,16 @@ def test_quiet_leaves_the_result_alone(archives: Path, tmp_path: Path, capsys: p
     assert run(*arguments, "--quiet", capsys=capsys) == (out, "")
 
 
-def test_a_terminal_gets_bars(archives: Path, tmp_path: Path) -> None:
+def test_a_terminal_gets_bars(archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = pty.openpty()
-    arguments = ["survey", "--source", str(archives), "--out", str(tmp_path)]
-    env = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
-    done = subprocess.run([sys.executable, "-m", "flows", *arguments], stdout=subprocess.PIPE, stderr=theirs, env=env)
-    os.close(theirs)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    with open(theirs, "w") as terminal, pytest.raises(SystemExit) as ended:
+        monkeypatch.setattr("sys.stderr", terminal)
+        main(["survey", "--source", str(archives), "--out", str(tmp_path)])
     shown = os.read(ours, 65536).decode()
-    assert done.returncode == 0
+    os.close(ours)
+    assert not ended.value.code
     assert re.search(r"survey T1 .*━.*100%", shown)
 
 

@@ -121,7 +121,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
 def answering() -> Iterator[str]:
     """A server that answers everything as `Answers` says."""
     served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    threading.Thread(target=served.serve_forever, daemon=True).start()
+    threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield f"127.0.0.1:{served.server_port}"
     served.shutdown()
     served.server_close()

@@ -127,7 +127,11 @@ def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "flows", *map(str, arguments)]
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.stack) for n in (signal.SIGINT, signal.SIGHUP))],
+    ids=lambda n: n.name,
+)
 def test_a_refresh_that_a_signal_to_its_group_ends_goes_on(
     number: signal.Signals, published: Refreshed, archives: Path, tmp_path: Path
 ) -> None:
@@ -172,6 +176,6 @@ def test_a_result_that_cannot_be_written_is_one_line(published: Refreshed) -> No
 
 
 def test_standard_streams_may_be_closed(published: Refreshed) -> None:
-    work = command("verify", "--root", published.folder.parents[2])
+    work = command("versions", "--root", published.folder.parents[2])
     closed = subprocess.run(["/bin/sh", "-c", 'exec "$@" >&- 2>&-', "sh", *work], check=False)
     assert closed.returncode == 0
