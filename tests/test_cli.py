@@ -20,7 +20,8 @@ from ixi_etl import __version__, dataset
 from ixi_etl.config import PRESETS, DatasetConfig
 from ixi_etl.publish import Refreshed
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+TOP = Path(__file__).parent.parent
+README = (TOP / "README.md").read_text()
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
@@ -29,9 +30,6 @@ def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
         main(list(arguments))
     said = capsys.readouterr()
     return int(ended.value.code or 0), said.out, said.err
-
-
-PACKAGE = Path(__file__).parent.parent / "model"
 
 
 def root_of(published: Refreshed) -> str:
@@ -165,27 +163,16 @@ OWN_MODULES = {"model.py": "raise SystemExit('the user's model')", "flows/__init
     "start", [["{bin}/ixi-etl"], ["{python}", "-m", "ixi_etl"]], ids=["ixi-etl", "python -m ixi_etl"]
 )
 def test_modules_of_the_users_hide_none_of_ours(where: str, start: list[str], tmp_path: Path) -> None:
-    done = run_beside_own_modules(where, start, ["--version"], tmp_path)  # imports `flows`, and so `model`
-    assert (done.returncode, done.stdout) == (0, f"ixi-etl {__version__}\n"), done.stderr
-
-
-def test_modules_of_the_users_hide_no_part_of_ours(tmp_path: Path) -> None:
-    arguments = ["evaluate", "none", "--root", "root"]  # imports `model.run`
-    done = run_beside_own_modules("working directory", ["{python}", "-m", "ixi_etl"], arguments, tmp_path)
-    assert (done.returncode, done.stderr.startswith("error: there is no run none in root/runs")) == (1, True), (
-        done.stderr
-    )
-
-
-def run_beside_own_modules(
-    where: str, start: list[str], arguments: list[str], folder: Path
-) -> subprocess.CompletedProcess[str]:
     for name, text in OWN_MODULES.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
     program = [word.format(bin=Path(sys.executable).parent, python=sys.executable) for word in start]
-    environment = os.environ | ({"PYTHONPATH": str(folder)} if where == "PYTHONPATH" else {})
-    return subprocess.run([*program, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    environment = os.environ | ({"PYTHONPATH": str(tmp_path)} if where == "PYTHONPATH" else {})
+    environment["PYTHONVERBOSE"] = "1"  # names the files that are imported
+    done = subprocess.run([*program, "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"ixi-etl {__version__}\n"), done.stderr
+    for package in ("ixi_etl", "model", "flows"):
+        assert str(TOP / package / "__init__.py") in done.stderr
 
 
 def test_a_users_model_that_was_imported_before_is_named(tmp_path: Path) -> None:
@@ -255,7 +242,7 @@ for arguments in {refresh!r}, {train!r}:
         main(arguments)
     except SystemExit as end:
         assert not end.code, arguments
-for path in {sorted(path.stem for path in PACKAGE.glob("[a-z]*.py"))!r}:
+for path in {sorted(path.stem for path in (TOP / "model").glob("[a-z]*.py"))!r}:
     importlib.import_module(f"model.{{path}}")
 assert "prefect" not in sys.modules
 """

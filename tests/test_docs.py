@@ -113,7 +113,7 @@ def folder(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     here = tmp_path_factory.mktemp("reader")
     root = here / "ixi-data"
-    version = refresh(config_for(root, archives, split=(0.4, 0.3, 0.3)))
+    version = refresh(config_for(root, archives, split=(0.4, 0.3, 0.3), pictures=False))
     assert set(dataset.read_facts(version.folder)["splits"]) == {"train", "val", "test"}
     config = TrainConfig.model_validate(SMALL_NETWORKS | {"steps": 1, "samples": 0, "checkpoint_every": 1})
     export(train_run(prepare(root, config, "a")), "onnx", here / "exported")

@@ -97,9 +97,10 @@ def test_a_terminal_gets_bars(archives: Path, tmp_path: Path, monkeypatch: pytes
     ours, theirs = pty.openpty()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
-    with open(theirs, "w") as terminal, pytest.raises(SystemExit) as ended:
+    with open(theirs, "w") as terminal:
         monkeypatch.setattr("sys.stderr", terminal)
-        main(["survey", "--source", str(archives), "--out", str(tmp_path)])
+        with pytest.raises(SystemExit) as ended:
+            main(["survey", "--source", str(archives), "--out", str(tmp_path)])
     shown = os.read(ours, 65536).decode()
     os.close(ours)
     assert not ended.value.code
