@@ -395,6 +395,7 @@ def test_a_bare_name_that_is_not_one_deployment_s_gets_prefect_s_own_answer(
         asyncio.run(find_deployment(name))
 
 
+@pytest.mark.stack  # a process of its own; the look-up itself is tested above
 def test_prefect_s_command_in_this_folder_takes_a_bare_name(deployments: dict[str, UUID]) -> None:
     """Whose prefect.toml turns the plugin on."""
     done = subprocess.run(
