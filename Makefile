@@ -9,6 +9,7 @@ STAMP  := $(VENV)/.installed
 BENCH  := $(VENV)/.installed-bench
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport PYTHONDONTWRITEBYTECODE # which would have each of the many processes compile everything again
 
 .PHONY: demo test fuzz test-standin test-stack faults audit bench deploy lint clean help
 

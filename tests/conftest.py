@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -50,24 +51,46 @@ TRAINED = SMALL_NETWORKS | {
 """Settings of the run that `trained` makes."""
 
 
-JOBS = "jobs"  # the tests whose processes are forked from one that has imported everything
-TRAINED_ALIKE = ("test_browser", "test_evaluate", "test_synthesize")  # share runs with test_train, which is one of them
-LONGEST = (JOBS, "test_flow", "test_s3", "test_register", "test_mirror", "test_manifest", "test_deploy")
+GROUPS = {
+    "trained": "train browser evaluate synthesize export run_report docs digits learner graph networks losses data",
+    "s3": "s3 mirror strays odd_filesystems security prune",
+    "prefect": "flow server deploy",
+}
+"""Files that share what takes long to make: trained runs, versions on S3, a Prefect server. A worker makes it once."""
+
+
+def group_of(test: str) -> str:
+    """The group of a test, given the path of its file or its id, which begins with that path."""
+    stem = Path(test.partition("::")[0]).stem.removeprefix("test_")
+    return next((group for group, stems in GROUPS.items() if stem in stems.split()), stem)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each worker a file at a time, and all `JOBS` to one; what takes longest comes first, so that workers end
-    together. The Makefile has pytest-xdist keep this order.
-    """
+    """Run the groups first, which take longest, so that the workers end together. Within each, file after file."""
+    order = list(GROUPS)
 
-    def group_of(item: pytest.Item) -> str:
-        jobs = hasattr(getattr(item, "module", None), "preload") or item.path.stem in TRAINED_ALIKE
-        return JOBS if jobs else item.path.stem
+    def rank(item: pytest.Item) -> int:
+        group = group_of(item.path.name)
+        return order.index(group) if group in order else len(order)
 
-    groups = {item: group_of(item) for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
+    items.sort(key=rank)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of the garbage collections to come, which took a seventh of the tests' time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each worker a group at a time (with `--dist loadgroup`; xdist's own groups do nothing with pytest 9.2)."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 @pytest.fixture(scope="session")

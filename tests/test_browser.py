@@ -90,7 +90,7 @@ BOTH = pytest.mark.parametrize("name", ["dataset", "run"])
 SHARED = pytest.mark.parametrize("name", ["dataset", pytest.param("run", marks=pytest.mark.stack)])
 
 
-@BOTH
+@SHARED
 @pytest.mark.parametrize("width", [DESKTOP, PHONE])
 def test_a_page_is_quiet_whole_and_fits(open_page: Open, name: str, width: int) -> None:
     opened = open_page(name, width)
@@ -127,7 +127,7 @@ def test_print_has_no_controls_and_no_dark_background(open_page: Open, name: str
     assert page.locator("figure svg").first.is_visible()
 
 
-@BOTH
+@SHARED
 def test_without_javascript_all_is_there_to_see(open_page: Open, name: str) -> None:
     page = open_page(name, java_script_enabled=False).page
     assert page.locator("input[type=search], input[type=range]").count() > 0

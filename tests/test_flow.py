@@ -234,6 +234,7 @@ def test_a_training_as_a_flow_saves_and_ends_in_one_line(published: Refreshed, t
 SMALL = SMALL_NETWORKS | {"steps": 2, "samples": 1}
 
 
+@pytest.mark.stack
 def test_the_training_flow_trains_measures_and_does_neither_twice(published: Refreshed, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
     from flows.train_pix2pix import train_pix2pix

@@ -72,6 +72,7 @@ def weights(path: Path) -> dict[str, Any]:
     return checkpoint.load(path)[0]
 
 
+@pytest.mark.stack
 def test_another_machine_goes_on_with_a_run_bit_for_bit(
     root: str, trained: Trained, published: Refreshed, tmp_path: Path
 ) -> None:
@@ -95,6 +96,7 @@ def test_what_is_kept_is_what_is_here_but_for_locks(trained: Trained) -> None:
     assert len([name for name in kept if name.startswith("checkpoints/")]) <= 2  # the newest and the best
 
 
+@pytest.mark.stack
 def test_a_kept_run_is_measured_elsewhere_and_the_figures_are_kept(root: str, trained: Trained, tmp_path: Path) -> None:
     trained.copied("c")
     opened = open_run(root, "c", tmp_path)

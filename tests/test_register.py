@@ -314,6 +314,7 @@ def moving(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.stack
 def test_a_refresh_finds_the_motion_of_every_subject(moving: Path, tmp_path: Path) -> None:
     config = config_for(tmp_path, moving, registration="rigid", slices=20)
     done = refresh(config)

@@ -80,6 +80,7 @@ def test_text_of_a_file_cannot_become_a_part_of_the_page(summary: dict[str, Any]
     assert [script for script in page.iter("script") if "alert" in said(script)] == []
 
 
+@pytest.mark.stack
 def test_a_version_of_500_subjects_gives_a_small_page(summary: dict[str, Any], settled: pd.DataFrame) -> None:
     noise = np.random.default_rng(0).normal(500, 100, (2, 256, 256))  # nothing is harder to compress
     table = many(settled, 500)

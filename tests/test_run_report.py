@@ -125,6 +125,7 @@ def run(tmp_path: Path) -> Path:
     return write_run(tmp_path / "run", subjects=3, steps=range(100, 300, 100), rows=10)
 
 
+@pytest.mark.stack
 def test_the_largest_run_gives_a_small_page_and_the_same_again(full: Path, written: str) -> None:
     assert len(written) < 5e6
     assert written == run_report(full)

@@ -56,6 +56,7 @@ def test_the_version_is_complete_before_it_says_so_and_the_pointer_is_last(on_s3
     assert len(written) > len(dataset.read_facts(on_s3.made.folder)["files"])
 
 
+@pytest.mark.stack
 def test_an_upload_that_was_killed_is_no_version_and_is_done_again(config: RefreshConfig, published: Refreshed) -> None:
     places, target = Places(config.root), put(published, config)
     (places.datasets / dataset.POINTER).unlink()
@@ -68,6 +69,7 @@ def test_an_upload_that_was_killed_is_no_version_and_is_done_again(config: Refre
     assert dataset.verify(target) == []
 
 
+@pytest.mark.stack
 def test_a_version_damaged_on_s3_is_seen_and_mended_without_being_removed(
     config: RefreshConfig, published: Refreshed
 ) -> None:

@@ -99,6 +99,7 @@ def test_a_refresh_finds_a_version_with_strays_published(
         assert not ended.value.code, capsys.readouterr()
 
 
+@pytest.mark.stack
 def test_folder_markers_on_s3_are_no_files(s3_root: str, published: Refreshed, archives: Path, tmp_path: Path) -> None:
     places = Places(s3_root, scratch=tmp_path)
     upload(published.folder, places.version(published.version), last=dataset.FACTS, progress=silent)
@@ -137,6 +138,7 @@ def test_a_damaged_version_stays_until_it_is_replaced(
     assert contents(folder) == contents(published.folder)
 
 
+@pytest.mark.stack
 def test_a_kill_between_the_old_and_the_new_loses_neither(
     root: Path, archives: Path, published: Refreshed, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from processes import GIVE_UP_S, Job, preload  # noqa: E402
 
 from flows.cli import main  # noqa: E402
 from ixi_etl import dataset  # noqa: E402
-from ixi_etl.errors import DatasetError, IxiError  # noqa: E402
+from ixi_etl.errors import DatasetError, IxiError, StoppedError  # noqa: E402
 from ixi_etl.files import read_json, to_json  # noqa: E402
 from ixi_etl.publish import Refreshed  # noqa: E402
 from model import checkpoint, data  # noqa: E402
@@ -39,8 +40,8 @@ from model.run import Run, open_run, prepare, train_run  # noqa: E402
 from model.train import TrainingError, torchrun_place  # noqa: E402
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _jobs() -> None:
+@pytest.fixture(scope="module")
+def jobs() -> None:
     preload()
 
 
@@ -99,23 +100,41 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 FULL = {"steps": 12, "checkpoint_every": 3, "keep": 20, "ema": 0.9, "decay": 0.75, "augment": "jitter"}
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.faults)])
-def test_a_training_killed_between_checkpoints_goes_on_bit_for_bit(root: Path, precision: str) -> None:
+def assert_same(got: Path, wanted: Path) -> None:
+    """Two checkpoints hold the same values, the optimisers' among them."""
+    (ours, _), (theirs, _) = checkpoint.load(got), checkpoint.load(wanted)
+    assert ours.keys() == theirs.keys()
+    assert any(name.startswith("discriminator_optimizer") for name in ours)
+    for name in theirs:
+        assert torch.equal(ours[name], theirs[name]), f"{name} differs"
+
+
+def test_a_training_goes_on_bit_for_bit_from_a_checkpoint_older_than_its_logs(root: Path) -> None:
+    """As a kill between two checkpoints leaves them."""
+    train_run(run_of(root, "whole", **FULL))
+    whole, killed = root / "runs" / "whole", root / "runs" / "killed"
+    shutil.copytree(whole, killed)
+    for path in (c.path for c in checkpoint.found(killed / "checkpoints") if c.step > 6):
+        path.unlink()
+    train_run(run_of(root, "killed", **FULL), resume=True)
+    for step in (9, FULL["steps"]):
+        assert_same(*(checkpoint.path_of(run / "checkpoints", step) for run in (killed, whole)))
+    rows = read_rows(killed / "metrics.csv")
+    assert [int(r["step"]) for r in rows] == list(range(2, FULL["steps"] + 1, 2))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_training_killed_between_checkpoints_goes_on_bit_for_bit(root: Path, jobs: None, precision: str) -> None:
     train_run(run_of(root, "whole", precision=precision, **FULL))
     folder, settings = root / "runs" / "killed" / "checkpoints", TRAINED | FULL | {"precision": precision}
     pattern = f"checkpoints/{checkpoint.path_of(folder, 6).name}"
     assert Job(stages.do_training_killed, str(root), settings, "killed", pattern).exit_code() == -signal.SIGKILL
-    steps = [c.step for c in checkpoint.found(folder)]
-    assert steps[-1] == 6
+    assert checkpoint.found(folder)[-1].step == 6
     again = command(root, "killed", "--resume", precision=precision, **FULL)
     assert again.exit_code() == 0, (root / "said").read_text()
     for step in (6, 9, FULL["steps"]):
-        wanted, _ = checkpoint.load(checkpoint.path_of(root / "runs" / "whole" / "checkpoints", step))
-        got, _ = checkpoint.load(checkpoint.path_of(folder, step))
-        assert got.keys() == wanted.keys()
-        assert any(name.startswith("discriminator_optimizer") for name in got)
-        for name in wanted:
-            assert torch.equal(got[name], wanted[name]), f"{name} differs at step {step}"
+        assert_same(checkpoint.path_of(folder, step), checkpoint.path_of(root / "runs/whole/checkpoints", step))
     rows = read_rows(root / "runs" / "killed" / "metrics.csv")
     assert [int(r["step"]) for r in rows] == list(range(2, FULL["steps"] + 1, 2))
 
@@ -134,10 +153,30 @@ def test_the_configuration_kept_is_of_the_training_and_not_of_one_that_never_beg
     assert json.loads((tmp_path / "runs/a/config.json").read_text())["config"]["seed"] == 2
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.faults)]
-)  # SIGINT: test_flow
-def test_told_to_stop_it_saves_and_says_so(root: Path, number: signal.Signals) -> None:
+def test_a_signal_has_it_save_and_stop(root: Path) -> None:
+    metrics = root / "runs" / "stopped" / "metrics.csv"
+    ended = threading.Event()
+
+    def interrupt() -> None:  # once it is at work, when it catches signals
+        wait_for(metrics.exists, ended.is_set)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=interrupt)
+    sender.start()
+    try:
+        with pytest.raises(StoppedError, match="stopped at step") as stopped:
+            train_run(run_of(root, "stopped", steps=100_000, checkpoint_every=90_000))
+    finally:
+        ended.set()
+        sender.join()
+    (saved,) = checkpoint.found(metrics.parent / "checkpoints")
+    assert f"stopped at step {saved.step} of 100000 and saved" in str(stopped.value)
+    assert stopped.value.number == signal.SIGTERM
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])  # SIGINT: test_flow
+def test_told_to_stop_it_saves_and_says_so(root: Path, jobs: None, number: signal.Signals) -> None:
     job = command(root, "stopped", steps=100_000, checkpoint_every=90_000, samples=0)
     wait_for((root / "runs" / "stopped" / "metrics.csv").exists, lambda: not job.process.is_alive())
     os.kill(job.process.pid or 0, number)
