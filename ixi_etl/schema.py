@@ -109,6 +109,10 @@ class Schema:
         """
         import pandera.errors
 
+        found = {str(name): str(dtype) for name, dtype in manifest.dtypes.items()}
+        if list(found.items()) != list(self.dtypes.items()):
+            wrong = sorted(dict(set(found.items()) ^ set(self.dtypes.items()))) or "their order"
+            raise ValueError(f"its columns are not those of a manifest, or have other types: {wrong}")
         try:
             checked: pd.DataFrame = self._contract.validate(manifest)
             return checked
@@ -117,16 +121,20 @@ class Schema:
 
     @cached_property
     def _contract(self) -> Any:
-        """The columns and rules as a pandera schema. Pandera takes a second to import and a while to build it."""
+        """The values allowed and the rules as a pandera schema; the names and types of all columns are compared before,
+        since pandera takes a millisecond for each. It takes a second to import and a while to build.
+        """
         import pandera.pandas as pa
 
         allowed = {"status": (USED, EXCLUDED), "reason": ("", *REASONS), "split": ("", *SPLITS)} | dict(self.allowed)
-        columns = {}
-        for name, dtype in self.dtypes.items():
-            check = None
-            if name in allowed:
-                check = pa.Check.isin(allowed[name]) if dtype == "str" else pa.Check.in_range(*allowed[name])
-            columns[name] = pa.Column(dtype, check, nullable=dtype != "str", unique=name == "subject_id")
+        texts = [name for name, dtype in self.dtypes.items() if dtype == "str"]
+        columns = {"subject_id": pa.Column(unique=True)}
+        for name, values in allowed.items():
+            check = pa.Check.isin(values) if name in texts else pa.Check.in_range(*values)
+            columns[name] = pa.Column(checks=check, nullable=True)
+
+        def text_is_never_missing(table: pd.DataFrame) -> Any:
+            return table[texts].notna().all(axis=1)
 
         def subject_leads_nowhere(table: pd.DataFrame) -> Any:
             return table["subject_id"].str.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it becomes a part of file names
@@ -154,6 +162,7 @@ class Schema:
             return (table["status"] != USED) | complete
 
         rules = (
+            text_is_never_missing,
             subject_leads_nowhere,
             used_has_no_reason,
             used_has_a_split,
@@ -162,7 +171,7 @@ class Schema:
             out_has_a_detail,
             used_is_complete,
         )
-        return pa.DataFrameSchema(columns, [pa.Check(rule) for rule in rules], strict=True, ordered=True)
+        return pa.DataFrameSchema(columns, [pa.Check(rule) for rule in rules])
 
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")  # full-width signs, too, are such to some spreadsheets

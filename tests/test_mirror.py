@@ -88,6 +88,7 @@ def test_another_machine_goes_on_with_a_run_bit_for_bit(
     assert (second.folder / "metrics.csv").read_text().count("\n") == 1 + 8
 
 
+@pytest.mark.stack
 def test_what_is_kept_is_what_is_here_but_for_locks(trained: Trained) -> None:
     kept = trained.kept
     assert kept == {n: s for n, s in trained.here.items() if not n.startswith(".")}
@@ -106,6 +107,7 @@ def test_a_kept_run_is_measured_elsewhere_and_the_figures_are_kept(root: str, tr
     assert (opened.kept / "evaluation-train.csv").read_bytes() == (opened.folder / "evaluation-train.csv").read_bytes()
 
 
+@pytest.mark.stack
 def test_a_run_that_is_further_here_is_not_fetched(trained: Trained, tmp_path: Path) -> None:
     kept, here = trained.copied("d"), shutil.copytree(trained.run.folder, tmp_path / "d")
     (kept / "checkpoints/step-00000003.safetensors").write_bytes(b"old")

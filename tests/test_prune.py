@@ -39,7 +39,10 @@ def start_run(root: Path, run: str, used: str) -> None:
     (root / "runs" / run / "config.json").write_text(to_json({"config": {"dataset": used}}))
 
 
-@pytest.mark.parametrize(("kind", "name"), [*(("folder", name) for name in dataset.COMMANDS), ("S3", "digits")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*(("folder", name) for name in dataset.COMMANDS), pytest.param("S3", "digits", marks=pytest.mark.stack)],
+)
 def test_the_newest_the_latest_and_what_runs_use_stay(
     name: str, kind: str, published: Refreshed, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
