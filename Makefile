@@ -15,10 +15,10 @@ unexport PYTHONDONTWRITEBYTECODE # which would have each of the many processes c
 
 help:
 	@echo "make demo   run the whole job on a small simulated IXI, no server or account needed"
-	@echo "make test   run the tests, with the same random examples on every run"
+	@echo "make test   run the tests (3 minutes), with the same random examples on every run"
 	@echo "make fuzz   search for new examples; SEEDS=30 for so many seeds, SEED=N for one, ONLY=name for a test"
 	@echo "make test-standin  the tests that need minutes, where their data are at hand"
-	@echo "make test-stack    the deployed stack: PostgreSQL, Prefect, workers, Dask and S3 as processes, 6 minutes"
+	@echo "make test-stack    the deployed stack: PostgreSQL, Prefect, workers, Dask and S3 as processes, 10 minutes"
 	@echo "make faults kills, bad servers, full disks and hostile input, in full, 15 minutes; ONLY=name for one of them"
 	@echo "make audit  bandit, and pip-audit where its advisories can be reached"
 	@echo "make bench  speed beside what people would use instead; ONLY=survey,refresh for some rows, QUICK=1 to try it"
