@@ -52,11 +52,10 @@ TRAINED = SMALL_NETWORKS | {
 
 
 GROUPS = {
-    "trained": "train browser evaluate synthesize export run_report docs digits learner graph networks losses data",
+    "trained": "train evaluate synthesize export run_report docs digits learner graph networks losses data",
     "s3": "s3 mirror strays odd_filesystems security prune",
-    "prefect": "flow server deploy",
 }
-"""Files that share what takes long to make: trained runs, versions on S3, a Prefect server. A worker makes it once."""
+"""Files that share what takes long to make: trained runs, versions on S3. A worker makes it once."""
 
 
 def group_of(test: str) -> str:

@@ -16,6 +16,7 @@ from ixi_etl.publish import Refreshed
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+pytestmark = pytest.mark.stack
 INSTALL = "Debian and Ubuntu: `apt-get install chromium`; elsewhere: `.venv/bin/playwright install chromium`"
 DESKTOP, PHONE = 1280, 390  # pixels
 
@@ -86,11 +87,9 @@ CUT_OFF = """[...document.querySelectorAll('svg text')].filter((text) => {
 }).map((text) => text.textContent)"""
 
 BOTH = pytest.mark.parametrize("name", ["dataset", "run"])
-# Of what both have from one template; the other one is opened in `make test-stack`.
-SHARED = pytest.mark.parametrize("name", ["dataset", pytest.param("run", marks=pytest.mark.stack)])
 
 
-@SHARED
+@BOTH
 @pytest.mark.parametrize("width", [DESKTOP, PHONE])
 def test_a_page_is_quiet_whole_and_fits(open_page: Open, name: str, width: int) -> None:
     opened = open_page(name, width)
@@ -118,7 +117,7 @@ def test_charts_tables_and_fields_say_what_they_are(open_page: Open, name: str) 
     assert page.evaluate(unnamed) == 0
 
 
-@SHARED
+@BOTH
 def test_print_has_no_controls_and_no_dark_background(open_page: Open, name: str) -> None:
     page = open_page(name, color_scheme="dark").page
     page.emulate_media(media="print")
@@ -127,7 +126,7 @@ def test_print_has_no_controls_and_no_dark_background(open_page: Open, name: str
     assert page.locator("figure svg").first.is_visible()
 
 
-@SHARED
+@BOTH
 def test_without_javascript_all_is_there_to_see(open_page: Open, name: str) -> None:
     page = open_page(name, java_script_enabled=False).page
     assert page.locator("input[type=search], input[type=range]").count() > 0
@@ -137,7 +136,7 @@ def test_without_javascript_all_is_there_to_see(open_page: Open, name: str) -> N
     assert all(part.is_visible() for part in hidden)
 
 
-@SHARED
+@BOTH
 def test_a_page_that_asked_for_anything_would_be_stopped_and_seen(open_page: Open, name: str) -> None:
     opened = open_page(name)
     with opened.page.expect_event("requestfailed") as failed:

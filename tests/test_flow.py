@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 from unittest.mock import Mock
 from uuid import UUID
 
@@ -25,7 +25,7 @@ from ixi_etl.manifest import funnel
 from ixi_etl.publish import Refreshed
 from ixi_etl.serve import serve_folder
 
-pytestmark = pytest.mark.usefixtures("prefect")
+pytestmark = [pytest.mark.usefixtures("prefect"), pytest.mark.stack]
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,6 @@ cli.main()
 """
 
 
-@pytest.mark.stack  # a process of its own, which imports both Prefect and torch
 def test_a_training_as_a_flow_saves_and_ends_in_one_line(published: Refreshed, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
     (tmp_path / "datasets").symlink_to(published.folder.parents[1])
@@ -234,7 +233,6 @@ def test_a_training_as_a_flow_saves_and_ends_in_one_line(published: Refreshed, t
 SMALL = SMALL_NETWORKS | {"steps": 2, "samples": 1}
 
 
-@pytest.mark.stack
 def test_the_training_flow_trains_measures_and_does_neither_twice(published: Refreshed, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
     from flows.train_pix2pix import train_pix2pix
@@ -312,33 +310,6 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom(
     assert names["data"]["t1"].dims == ("subject", "z", "y", "x")
 
 
-def test_every_parameter_of_a_flow_is_described_and_a_preset_is_one_of_a_closed_list() -> None:
-    from flows.presets import Preset
-    from flows.refresh_dataset import refresh_dataset
-    from flows.synthesize import synthesize
-    from flows.train_pix2pix import train_pix2pix
-
-    for flow in (refresh_dataset, synthesize, train_pix2pix):
-        for name, field in flow.parameters.properties.items():
-            assert field.get("description"), f"{flow.name}: {name} has no description on the server's page"
-    assert train_pix2pix.parameters.properties["preset"]["enum"] == list(get_args(Preset))
-
-
-def test_every_flow_has_help_and_stands_in_the_readme_and_in_the_deployments() -> None:
-    import importlib
-
-    from prefect import Flow
-
-    top = README.parent
-    modules = [importlib.import_module(f"flows.{path.stem}") for path in (top / "flows").glob("[a-z]*.py")]
-    flows = {flow.name: flow for m in modules for flow in vars(m).values() if isinstance(flow, Flow)}
-    assert set(flows) == {"refresh-dataset", "train-pix2pix", "synthesize"}
-    for name, flow in flows.items():
-        assert flow.description, f"{name} says nothing on the server's page"
-        assert f"from flows.{flow.fn.__name__} import {flow.fn.__name__}" in README.read_text()
-        assert f"flows/{flow.fn.__name__}.py:{flow.fn.__name__}" in (top / "prefect.yaml").read_text()
-
-
 # -- a deployment answers to its bare name ----------------------------------------------------------------------------
 
 
@@ -396,7 +367,6 @@ def test_a_bare_name_that_is_not_one_deployment_s_gets_prefect_s_own_answer(
         asyncio.run(find_deployment(name))
 
 
-@pytest.mark.stack  # a process of its own; the look-up itself is tested above
 def test_prefect_s_command_in_this_folder_takes_a_bare_name(deployments: dict[str, UUID]) -> None:
     """Whose prefect.toml turns the plugin on."""
     done = subprocess.run(
