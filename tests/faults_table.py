@@ -1,4 +1,4 @@
-"""The table of what came of each fault that `make faults` tried."""
+"""The table of outcomes of the faults that `make faults` tries."""
 
 from __future__ import annotations
 

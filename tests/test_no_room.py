@@ -1,4 +1,4 @@
-"""No room on the disk or in the memory: one line that says what to do, and the same again goes on from there.
+"""No room on the disk or in memory: one line says what to do, and the same command run again continues from there.
 
 The disk is one that lets no file grow beyond a limit; `make faults` has disks that are really full, at many moments.
 """
