@@ -305,7 +305,10 @@ def test_the_survey_says_what_it_found(archives: Path, tmp_path: Path) -> None:
 REAL = Path(__file__).parents[2] / "shared" / "real"
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="needs real scans, which are not part of the project; the tests above pin the same on headers of their own")
+@pytest.mark.skipif(
+    not REAL.is_dir(),
+    reason="needs real scans, which are not part of the project; the tests above pin the same on headers of their own",
+)
 def test_real_scans_agree_with_themselves() -> None:
     for path in sorted(REAL.rglob("*.nii.gz")):
         header = parse_header(nifti.inflate_head(path.read_bytes()[:4096]), path.stat().st_size)

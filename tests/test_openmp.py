@@ -14,7 +14,10 @@ pytest.importorskip("torch", reason="torch is not installed; pip install -c cons
 
 
 @pytest.mark.stack  # a process that imports torch, seconds
-@pytest.mark.skipif(sys.platform != "linux", reason="it reads what libgomp prints, which PyTorch's wheels bring on Linux alone; the tests below run everywhere")
+@pytest.mark.skipif(
+    sys.platform != "linux",
+    reason="reads what libgomp prints, which PyTorch's wheels bring on Linux alone; the tests below run everywhere",
+)
 def test_libgomp_reads_the_spin_count_when_the_command_line_loads_torch() -> None:
     said = {"OMP_DISPLAY_ENV": "VERBOSE"}
     env = {name: value for name, value in os.environ.items() if "OMP_" not in name} | said

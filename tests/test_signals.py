@@ -167,7 +167,10 @@ def test_a_reader_that_has_gone_is_no_error(published: Refreshed) -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full, a device that is always full; test_cli and test_output print to others")
+@pytest.mark.skipif(
+    not Path("/dev/full").exists(),
+    reason="only Linux has /dev/full, a device that is always full; the test above has a pipe that nobody reads",
+)
 def test_a_result_that_cannot_be_written_is_one_line(published: Refreshed) -> None:
     with open("/dev/full", "w") as full:
         done = versions_into(published, full.fileno())

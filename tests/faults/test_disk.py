@@ -39,7 +39,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", folder]
     if os.getuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("only root can mount the small disk that is really full; test_no_room.py has writes fail without root")
+        pytest.skip("only root can mount the small disk that fills up; test_no_room.py needs no root")
     try:
         yield folder
     finally:
