@@ -113,7 +113,7 @@ def _append(path: Path, row: Mapping[str, float]) -> None:
 def _strike_out(path: Path, after: int) -> None:
     """Remove the rows of steps after `after`, which are about to be done again, and a row that was cut short.
 
-    A file that a full disk or a crash left without a head, or with something else in it than rows, is begun anew.
+    A file that a full disk or a crash left without a head, or with something else in it than rows, is started again.
     """
     if not path.exists():
         return
@@ -123,7 +123,7 @@ def _strike_out(path: Path, after: int) -> None:
             raise ValueError("it has no whole head")
         kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= after]
     except ValueError as error:  # of which UnicodeDecodeError is one
-        log.warning("%s is damaged, and begun anew (%s)", path, error)
+        log.warning("%s is damaged, and is started again (%s)", path, error)
         path.unlink()
         return
     write_atomic(path, head + "".join(kept))

@@ -225,7 +225,7 @@ download.acquire(Source(name, (url,), None), Path(folder))
 
 
 def kill_at(host: Host, folder: Path, segments: int) -> None:
-    """Start a download in a process of its own; kill it when `segments` more are done and the next have begun."""
+    """Start a download in a process of its own; kill it when `segments` more are done and the next have started."""
     aim = len(done_in(folder)) + segments
     host.asked.clear()
     host.answer = after_probe(first(segments, Call.honest, half_then(Call.stall)))
@@ -258,7 +258,7 @@ def test_killed_downloads_go_on_from_the_segments_that_were_done(tmp_path: Path,
 
 
 @dataclass
-class Begun:
+class Unfinished:
     """A download that was stopped: the server, and the record that it left."""
 
     host: Host
@@ -278,8 +278,8 @@ class Begun:
 
 
 @pytest.fixture(scope="module")
-def begun(tar: bytes, stranger: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Begun]:
-    folder = tmp_path_factory.mktemp("begun")
+def unfinished(tar: bytes, stranger: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Unfinished]:
+    folder = tmp_path_factory.mktemp("unfinished")
     with serve(Host(tar)) as host:
         host.answer = after_probe(first(4, Call.honest, status(403)))
         with pytest.MonkeyPatch.context() as patch:
@@ -288,20 +288,20 @@ def begun(tar: bytes, stranger: str, tmp_path_factory: pytest.TempPathFactory) -
                 acquire(source_of(host, md5=None), folder, connections=1)
         host.answer = Call.honest
         assert done_in(folder) == [0, 1, 2, 3]
-        yield Begun(host, read_json(folder / f"{NAME}.part.json"))
+        yield Unfinished(host, read_json(folder / f"{NAME}.part.json"))
 
 
 @given(data=st.data(), known=st.booleans())
 @settings(max_examples=examples(10))
 def test_any_set_of_done_segments_is_gone_on_from(
-    begun: Begun, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, known: bool
+    unfinished: Unfinished, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, known: bool
 ) -> None:
-    done = data.draw(st.sets(st.integers(0, begun.segments - 1)))
-    folder, body = tmp_path_factory.mktemp("resume"), begun.host.body
-    begun.lay(folder, done)
-    found = acquire(source_of(begun.host, md5=md5(body) if known else None), folder)
+    done = data.draw(st.sets(st.integers(0, unfinished.segments - 1)))
+    folder, body = tmp_path_factory.mktemp("resume"), unfinished.host.body
+    unfinished.lay(folder, done)
+    found = acquire(source_of(unfinished.host, md5=md5(body) if known else None), folder)
     assert Path(found.location).read_bytes() == body
-    assert begun.host.sent == len(body) - segment_bytes(done, len(body))
+    assert unfinished.host.sent == len(body) - segment_bytes(done, len(body))
     shutil.rmtree(folder)
 
 
@@ -310,50 +310,54 @@ def test_any_set_of_done_segments_is_gone_on_from(
     [{"validator": '"older"'}, {"validator": None}, {"size": 10240}, {"segment": SEGMENT // 2}, {"url": "http://a/b"}],
     ids=str,
 )
-def test_a_record_of_another_file_is_not_gone_on_from(begun: Begun, tmp_path: Path, changes: dict[str, Any]) -> None:
-    begun.lay(tmp_path, {0, 1, 2}, **changes)
-    found = acquire(source_of(begun.host, md5=None), tmp_path)
-    assert Path(found.location).read_bytes() == begun.host.body
-    assert begun.host.sent == len(begun.host.body)
+def test_a_record_of_another_file_is_not_resumed(
+    unfinished: Unfinished, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    unfinished.lay(tmp_path, {0, 1, 2}, **changes)
+    found = acquire(source_of(unfinished.host, md5=None), tmp_path)
+    assert Path(found.location).read_bytes() == unfinished.host.body
+    assert unfinished.host.sent == len(unfinished.host.body)
 
 
 @pytest.mark.parametrize("record", ["", "{", "[]", "[1]", "5", "null", '{"done": [0, 1]}'])
-def test_a_spoilt_record_is_not_gone_on_from(begun: Begun, tmp_path: Path, record: str) -> None:
-    begun.lay(tmp_path, set())
+def test_a_spoilt_record_is_not_resumed(unfinished: Unfinished, tmp_path: Path, record: str) -> None:
+    unfinished.lay(tmp_path, set())
     (tmp_path / f"{NAME}.part.json").write_text(record)
-    found = acquire(source_of(begun.host, md5=None), tmp_path)
-    assert Path(found.location).read_bytes() == begun.host.body
+    found = acquire(source_of(unfinished.host, md5=None), tmp_path)
+    assert Path(found.location).read_bytes() == unfinished.host.body
 
 
 @pytest.mark.parametrize("done", [5, None, "01", [[1]], [0, "a"], {"0": 1}], ids=str)
-def test_a_record_that_does_not_say_what_is_done_is_not_gone_on_from(begun: Begun, tmp_path: Path, done: Any) -> None:
-    begun.lay(tmp_path, set())
-    (tmp_path / f"{NAME}.part.json").write_text(json.dumps(begun.record | {"done": done}))
-    found = acquire(source_of(begun.host, md5=None), tmp_path)
-    assert Path(found.location).read_bytes() == begun.host.body
+def test_a_record_that_does_not_say_what_is_done_is_not_resumed(
+    unfinished: Unfinished, tmp_path: Path, done: Any
+) -> None:
+    unfinished.lay(tmp_path, set())
+    (tmp_path / f"{NAME}.part.json").write_text(json.dumps(unfinished.record | {"done": done}))
+    found = acquire(source_of(unfinished.host, md5=None), tmp_path)
+    assert Path(found.location).read_bytes() == unfinished.host.body
 
 
-def test_a_part_that_was_cut_short_is_not_gone_on_from(begun: Begun, tmp_path: Path) -> None:
-    begun.lay(tmp_path, {0, 1, 2, begun.segments - 1})
+def test_a_part_that_was_cut_short_is_not_resumed(unfinished: Unfinished, tmp_path: Path) -> None:
+    unfinished.lay(tmp_path, {0, 1, 2, unfinished.segments - 1})
     os.truncate(tmp_path / f"{NAME}.part", SEGMENT)
-    found = acquire(source_of(begun.host, md5=None), tmp_path)
-    assert Path(found.location).read_bytes() == begun.host.body
+    found = acquire(source_of(unfinished.host, md5=None), tmp_path)
+    assert Path(found.location).read_bytes() == unfinished.host.body
 
 
-def test_a_part_with_a_wrong_byte_is_fetched_anew(begun: Begun, tmp_path: Path) -> None:
-    begun.lay(tmp_path, {0, 1, 2})
+def test_a_part_with_a_wrong_byte_is_fetched_anew(unfinished: Unfinished, tmp_path: Path) -> None:
+    unfinished.lay(tmp_path, {0, 1, 2})
     part = tmp_path / f"{NAME}.part"
     part.write_bytes(flipped(part.read_bytes(), SEGMENT + 7))
-    found = acquire(source_of(begun.host, md5=md5(begun.host.body)), tmp_path)
-    assert Path(found.location).read_bytes() == begun.host.body
+    found = acquire(source_of(unfinished.host, md5=md5(unfinished.host.body)), tmp_path)
+    assert Path(found.location).read_bytes() == unfinished.host.body
 
 
 @pytest.mark.parametrize("known", [True, False])
 def test_what_one_url_gave_is_used_at_another_only_if_the_md5_is_known(
-    begun: Begun, tmp_path: Path, known: bool
+    unfinished: Unfinished, tmp_path: Path, known: bool
 ) -> None:
-    body = begun.host.body
-    begun.lay(tmp_path, {0, 5, 6})
+    body = unfinished.host.body
+    unfinished.lay(tmp_path, {0, 5, 6})
     with serve(Host(body, etag='"of the mirror"')) as mirror:
         found = acquire(source_of(mirror, md5=md5(body) if known else None), tmp_path)
     assert Path(found.location).read_bytes() == body
@@ -860,12 +864,12 @@ def test_each_range_may_be_sent_to_another_node(tmp_path: Path, tar: bytes) -> N
     assert one.sent + two.sent < 2 * len(tar)
 
 
-def test_what_one_node_gave_before_a_stop_is_used_at_another(begun: Begun, tmp_path: Path) -> None:
-    begun.lay(tmp_path, {0, 1, 5}, validator='"another node"')
-    body = begun.host.body
-    found = acquire(source_of(begun.host, md5=md5(body)), tmp_path)
+def test_what_one_node_gave_before_a_stop_is_used_at_another(unfinished: Unfinished, tmp_path: Path) -> None:
+    unfinished.lay(tmp_path, {0, 1, 5}, validator='"another node"')
+    body = unfinished.host.body
+    found = acquire(source_of(unfinished.host, md5=md5(body)), tmp_path)
     assert Path(found.location).read_bytes() == body
-    assert begun.host.sent < len(body)
+    assert unfinished.host.sent < len(body)
 
 
 def test_a_mix_of_what_nodes_hold_is_fetched_again_from_scratch(tmp_path: Path, tar: bytes, other: bytes) -> None:
@@ -989,24 +993,26 @@ def test_the_file_of_one_unchecked_source_is_not_given_for_another(tmp_path: Pat
 
 
 def test_a_right_file_put_there_by_hand_is_adopted(
-    tmp_path: Path, tar: bytes, begun: Begun, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, tar: bytes, unfinished: Unfinished, caplog: pytest.LogCaptureFixture
 ) -> None:
-    begun.lay(tmp_path, {0, 1})
+    unfinished.lay(tmp_path, {0, 1})
     (tmp_path / NAME).write_bytes(tar)
-    source = source_of(begun.host, md5=md5(tar))
+    source = source_of(unfinished.host, md5=md5(tar))
     found = acquire(source, tmp_path)
     assert (found.md5, found.checked) == (md5(tar), True)
     assert acquire(source, tmp_path) == found
-    assert [a.method for a in begun.host.asked] == ["HEAD"]
+    assert [a.method for a in unfinished.host.asked] == ["HEAD"]
     assert caplog.text == ""
     assert left_in(tmp_path) == {NAME, f"{NAME}.json"}
 
 
 @pytest.mark.parametrize("record", ["", "[]", "null", '{"md5": 1}'])
-def test_a_spoilt_record_of_a_right_file_is_made_again(begun: Begun, tmp_path: Path, tar: bytes, record: str) -> None:
+def test_a_spoilt_record_of_a_right_file_is_made_again(
+    unfinished: Unfinished, tmp_path: Path, tar: bytes, record: str
+) -> None:
     (tmp_path / NAME).write_bytes(tar)
     (tmp_path / f"{NAME}.json").write_text(record)
-    found = acquire(source_of(begun.host, md5=md5(tar)), tmp_path, offline=True)
+    found = acquire(source_of(unfinished.host, md5=md5(tar)), tmp_path, offline=True)
     assert read_json(tmp_path / f"{NAME}.json")["stamp"] == found.stamp
 
 
@@ -1205,10 +1211,12 @@ def test_too_little_disk_is_said_before_anything_is_fetched(
         acquire(source, tmp_path)
 
 
-def test_what_is_there_already_needs_no_disk(begun: Begun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun.lay(tmp_path, {0, 1, 2})
+def test_what_is_there_already_needs_no_disk(
+    unfinished: Unfinished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unfinished.lay(tmp_path, {0, 1, 2})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=transfer.SPARE_BYTES + SEGMENT))
-    acquire(source_of(begun.host, md5=None), tmp_path)
+    acquire(source_of(unfinished.host, md5=None), tmp_path)
 
 
 def test_a_full_disk_is_one_line_and_the_next_try_goes_on(

@@ -213,12 +213,12 @@ def test_after_nothing_but_damage_the_configuration_kept_is_of_the_training_that
 
 @pytest.mark.parametrize("name", ["metrics.csv", "validation.csv"])
 @pytest.mark.parametrize("left", [b"", b"step,lo", b"step,mae\n\0\0\0\n", b"\xff\xfe\n1,2\n"])
-def test_a_log_that_a_full_disk_left_is_begun_anew(
+def test_a_log_that_a_full_disk_left_is_started_again(
     name: str, left: bytes, learner: Learner, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / name).write_bytes(left)
     book = Logbook(tmp_path, learner.config, learner, start=6, images_a_step=2)
-    assert f"{tmp_path / name} is damaged, and begun anew" in caplog.text
+    assert f"{tmp_path / name} is damaged, and is started again" in caplog.text
     assert not (tmp_path / name).exists()
     book.add(torch.ones(len(LOSSES)))
     book.line(7)
@@ -240,7 +240,7 @@ def test_a_training_goes_on_where_a_full_disk_left_nothing_of_its_logs(
         (run.folder / name).write_bytes(b"")
     train_run(run, resume=True)
     for name in ("metrics.csv", "validation.csv"):
-        assert f"{run.folder / name} is damaged, and begun anew" in caplog.text
+        assert f"{run.folder / name} is damaged, and is started again" in caplog.text
     assert [row["step"] for row in read_rows(run.folder / "metrics.csv")] == ["8"]
 
 

@@ -33,11 +33,11 @@ def peak_of(config: RefreshConfig) -> int:
     command = [sys.executable, "-c", CHILD, config.model_dump_json()]
     # Its own figure: what the kernel tells of a child includes what this process held when it started it.
     child = subprocess.Popen(command, stdout=subprocess.PIPE)
-    begun, others = psutil.Process(child.pid), set()
+    refresh, others = psutil.Process(child.pid), set()
     while child.poll() is None:
         with suppress(psutil.NoSuchProcess):
             # git, which names the commit that made the version, is small and no part of the work.
-            others |= {other.pid for other in begun.children(recursive=True) if other.name() != "git"}
+            others |= {other.pid for other in refresh.children(recursive=True) if other.name() != "git"}
         time.sleep(0.05)
     said, _ = child.communicate()
     assert child.returncode == 0
