@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -751,7 +752,8 @@ def _fail(message: str, status: int = 1, label: str = "error: ") -> int:
     """Print the error on stderr, and into the JSON object of a command that was asked for one; the exit status."""
     typer.echo(label + message, err=True)
     if Output.current is not None:
-        Output.current.fail(message)
+        with suppress(OSError):  # stdout may be what failed; stderr and the status still tell of the error
+            Output.current.fail(message)
     return status
 
 

@@ -109,9 +109,9 @@ class Schema:
         """
         import pandera.errors
 
-        found = {str(name): str(dtype) for name, dtype in manifest.dtypes.items()}
-        if list(found.items()) != list(self.dtypes.items()):
-            wrong = sorted(dict(set(found.items()) ^ set(self.dtypes.items()))) or "their order"
+        found = [(str(name), str(dtype)) for name, dtype in manifest.dtypes.items()]
+        if found != list(self.dtypes.items()):
+            wrong = sorted(dict(set(found) ^ set(self.dtypes.items()))) or "their order or number"
             raise ValueError(f"its columns are not those of a manifest, or have other types: {wrong}")
         try:
             checked: pd.DataFrame = self._contract.validate(manifest)

@@ -178,6 +178,16 @@ def test_a_result_that_cannot_be_written_is_one_line(published: Refreshed) -> No
     assert re.fullmatch(r"error: .*No space left on device\n", done.stderr)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full, as above")
+def test_an_error_whose_json_cannot_be_written_is_still_one_line(tmp_path: Path) -> None:
+    work = command("verify", "--root", tmp_path, "--json")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(work, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
 def test_standard_streams_may_be_closed(published: Refreshed) -> None:
     work = command("versions", "--root", published.folder.parents[2])
     closed = subprocess.run(["/bin/sh", "-c", 'exec "$@" >&- 2>&-', "sh", *work], check=False)
