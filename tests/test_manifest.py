@@ -228,6 +228,22 @@ def test_a_manifest_that_was_edited_is_refused(change: Any, said: str, two_used:
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: pd.concat([t, t[["age"]]], axis=1),
+        lambda t: t.drop(columns="age"),
+        lambda t: t[["site", *t.columns.drop("site")]],
+        lambda t: t.astype({"store_row": "Float64"}),
+        lambda t: t.assign(site=pd.Series([None, "HH"], dtype="str")),
+    ],
+    ids=["doubled", "missing", "in another order", "of another type", "with a missing text"],
+)
+def test_a_table_with_other_columns_is_not_written(change: Any, two_used: pd.DataFrame) -> None:
+    with pytest.raises(ValueError, match=r"columns|text_is_never_missing"):
+        IXI.to_csv(change(two_used))
+
+
+@pytest.mark.parametrize(
     ("t2", "reason"),
     [
         ({"plane": 192}, "grid_not_modal"),
