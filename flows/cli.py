@@ -740,7 +740,9 @@ def _run(arguments: list[str] | None) -> int:
     except IxiError as error:
         return _fail(str(error))
     except OSError as error:
-        return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        with suppress(OSError):
+            sys.stdout.flush()  # fails again where stdout is what failed, which `main` tells
+            return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except ValidationError as error:
         from ixi_etl.config import in_a_line
 

@@ -171,7 +171,11 @@ def test_a_reader_that_has_gone_is_no_error(published: Refreshed) -> None:
     not Path("/dev/full").exists(),
     reason="only Linux has /dev/full, a device that is always full; the test above has a pipe that nobody reads",
 )
-def test_a_result_that_cannot_be_written_is_one_line(published: Refreshed) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_result_that_cannot_be_written_is_one_line(
+    published: Refreshed, unbuffered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     with open("/dev/full", "w") as full:
         done = versions_into(published, full.fileno())
     assert done.returncode == 1
@@ -179,7 +183,7 @@ def test_a_result_that_cannot_be_written_is_one_line(published: Refreshed) -> No
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full, as above")
-def test_an_error_whose_json_cannot_be_written_is_still_one_line(tmp_path: Path) -> None:
+def test_an_error_whose_json_cannot_be_written_leaves_no_trace(tmp_path: Path) -> None:
     work = command("verify", "--root", tmp_path, "--json")
     with open("/dev/full", "w") as full:
         done = subprocess.run(work, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
