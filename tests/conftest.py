@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -170,6 +170,22 @@ def prefect() -> Iterator[None]:
 S3_SECRET = "hunter2-of-s3"  # what must come out nowhere
 
 
+@contextmanager
+def s3_at(values: Mapping[str, str]) -> Iterator[None]:
+    """Point the environment to a server with S3's interface by its `AWS_...` variables.
+
+    s3fs keeps its file systems by their arguments, not by the environment, so those of another server are forgotten.
+    """
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name, value)
+        yield
+    S3FileSystem.clear_instance_cache()
+
+
 @pytest.fixture(scope="session")
 def s3() -> Iterator[None]:
     """A server with S3's interface on this machine, which the environment points to."""
@@ -180,12 +196,14 @@ def s3() -> Iterator[None]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
+    values = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "anything",
+        "AWS_SECRET_ACCESS_KEY": S3_SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch, s3_at(values):
         patch.setattr(backends, "list_of_moto_modules", lambda: services)  # else each request lists moto's folders
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "anything")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", S3_SECRET)
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         yield
     server.stop()
 

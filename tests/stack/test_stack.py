@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from conftest import config_for
+from conftest import config_for, s3_at
 from services import PROJECT, SERVICES, Stack, wait_until
 
 from ixi_etl import dataset
@@ -49,13 +49,11 @@ def local(source: str, tmp_path_factory: pytest.TempPathFactory) -> Refreshed:
 def stack(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("stack")
     values = {"IXI_ROOT": ROOT, "DASK_THREADS": "1", "HEARTBEAT_S": "30"}
-    with Stack(folder, values) as stack, pytest.MonkeyPatch.context() as patch:
+    with Stack(folder, values) as stack:
         try:
             start(stack)
-            for name, value in stack.values.items():
-                if name.startswith("AWS_"):  # the tests look into the bucket, too
-                    patch.setenv(name, value)
-            yield stack
+            with s3_at({name: value for name, value in stack.values.items() if name.startswith("AWS_")}):
+                yield stack  # the tests look into the bucket, too
         finally:
             if request.session.testsfailed:
                 print(f"the logs lie in {folder}")
