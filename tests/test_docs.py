@@ -22,7 +22,7 @@ from ixi_etl.schema import IXI, REASONS
 from ixi_etl.store import open_arrays
 
 TOP = Path(__file__).parent.parent
-PAGES = [TOP / "README.md", TOP / "CHANGELOG.md", *sorted((TOP / "docs").glob("*.md"))]
+PAGES = [TOP / "README.md", TOP / "CHANGELOG.md", *sorted((TOP / "docs").rglob("*.md"))]
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 TARGETS = re.findall(r"^([a-z-]+):", (TOP / "Makefile").read_text(), re.MULTILINE)
 NOT_OURS = {"python3", "pip", ".venv/bin/pip", "tensorboard", "napari"}

@@ -33,7 +33,7 @@ from ixi_etl.store import open_arrays
 from ixi_etl.transfer import UnusableError
 
 PROJECT = Path(__file__).parent.parent
-SOURCES = [p for folder in ("ixi_etl", "model", "flows") for p in sorted((PROJECT / folder).glob("*.py"))]
+SOURCES = [p for folder in ("ixi_etl", "model", "flows") for p in sorted((PROJECT / folder).rglob("*.py"))]
 
 FORBIDDEN = {
     "eval",
