@@ -1,4 +1,4 @@
-# The project with every version that constraints.txt pins.
+# The project with the versions that constraints.txt pins.
 #   docker build --target cpu -t ixi-etl:cpu .   Prefect server, deploying, refreshing, cutting: no torch
 #   docker build --target gpu -t ixi-etl:gpu .   training, with PyTorch's CUDA build, which also runs without a GPU
 
@@ -7,10 +7,10 @@ RUN useradd --uid 1000 --create-home ixi && install --directory --owner ixi --gr
 WORKDIR /app
 COPY . .
 RUN --mount=type=cache,target=/root/.cache/pip pip install --constraint constraints.txt --editable .
-# The root file system may be read-only: what is written goes to /data, /prefect or /tmp.
+# The root file system may be read-only: everything is written to /data, /prefect or /tmp.
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MPLCONFIGDIR=/tmp/matplotlib \
     PREFECT_HOME=/tmp/prefect PREFECT_PLUGINS_ENABLED=1
-# The commit that software.json of a version and config.json of a run name; the image has no .git.
+# The commit recorded in software.json of a version and config.json of a run; the image has no .git.
 ARG IXI_COMMIT=
 ENV IXI_COMMIT=$IXI_COMMIT
 USER ixi

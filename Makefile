@@ -1,4 +1,4 @@
-# Two commands do all the set-up: `make demo` runs the whole job on a simulated IXI, `make test` runs the tests.
+# Two commands set everything up: `make demo` runs the whole job on a simulated IXI, `make test` runs the tests.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -9,34 +9,36 @@ STAMP  := $(VENV)/.installed
 BENCH  := $(VENV)/.installed-bench
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-unexport PYTHONDONTWRITEBYTECODE # which would have each of the many processes compile everything again
+unexport PYTHONDONTWRITEBYTECODE # otherwise each of the many processes compiles everything again
 
-.PHONY: demo test fuzz test-standin test-stack faults audit bench deploy lint clean help
+.PHONY: demo test fuzz test-standin test-stack faults audit bench api deploy lint clean help
 
 help:
 	@echo "make demo   run the whole job on a small simulated IXI, no server or account needed"
 	@echo "make test   run the tests (3 minutes), with the same random examples on every run"
-	@echo "make fuzz   search for new examples; SEEDS=30 for so many seeds, SEED=N for one, ONLY=name for a test"
-	@echo "make test-standin  the tests that need minutes, where their data are at hand"
+	@echo "make fuzz   search for new examples; SEEDS=30: thirty seeds, SEED=N: one, ONLY=name: one test"
+	@echo "make test-standin  simulated archives of real anatomy, if present (minutes)"
 	@echo "make test-stack    the deployed stack: PostgreSQL, Prefect, workers, Dask and S3 as processes, 10 minutes"
-	@echo "make faults kills, bad servers, full disks and hostile input, in full, 15 minutes; ONLY=name for one of them"
-	@echo "make audit  bandit, and pip-audit where its advisories can be reached"
-	@echo "make bench  speed beside what people would use instead; ONLY=survey,refresh for some rows, QUICK=1 to try it"
+	@echo "make faults kills, bad servers, full disks and hostile input, in full, 15 minutes; ONLY=name: one of them"
+	@echo "make audit  bandit, and pip-audit if the advisories can be reached"
+	@echo "make bench  speed beside other tools; ONLY=survey,refresh: some rows, QUICK=1: a trial run"
+	@echo "make api    write docs/api.md from the docstrings"
 	@echo "make deploy pools, deployments and automation onto the Prefect server at PREFECT_API_URL"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove the environment and the demo"
 
-# Each stamp says which extras are installed. They are installed again only when these files change.
+# Each stamp records which extras are installed. They are reinstalled when one of these files changes; the last one holds
+# the version.
 $(BASE): EXTRAS :=
 $(TRAIN): EXTRAS := [train]
 $(STAMP): EXTRAS := [train,test]
-$(BASE) $(TRAIN) $(STAMP): pyproject.toml constraints.txt
+$(BASE) $(TRAIN) $(STAMP): pyproject.toml constraints.txt ixi_etl/__init__.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (some minutes the first time)"
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".$(EXTRAS)"
 	@touch $@
 
-# What holds more extras serves too.
+# An environment with more extras serves too.
 demo: $(or $(wildcard $(STAMP)),$(TRAIN))
 	@$(BIN)/ixi-etl demo
 
@@ -62,13 +64,16 @@ audit: $(STAMP)
 	@echo "bandit finds nothing in ixi_etl, model and flows"
 	@$(BIN)/python .ci/advisories.py
 
-# The peers, which nothing else needs, into the same environment.
+# The tools to compare with, which nothing else needs, in the same environment.
 $(BENCH): $(STAMP)
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,test,bench]"
 	@touch $(BENCH)
 
 bench: $(BENCH)
 	@$(BIN)/python -m benchmarks.run --only "$(ONLY)" $(if $(QUICK),--quick) $(if $(OUT),--out "$(OUT)")
+
+api: $(STAMP)
+	@$(BIN)/python tests/api_page.py
 
 deploy: $(or $(wildcard $(STAMP) $(TRAIN)),$(BASE))
 	@$(BIN)/python -m flows.deploy

@@ -1,7 +1,7 @@
-"""Hold the versions in constraints.txt against the published advisories with pip-audit: `make audit`.
+"""Compare the versions in constraints.txt with the published advisories, using pip-audit: `make audit`.
 
-Where the advisories cannot be reached this says that it did not run, and ends well: a machine without internet must be
-able to land a change. It ends with 1 if a version that is pinned has an advisory.
+If the advisories cannot be reached, the script says that it did not run and exits with 0, because a machine without
+internet must be able to run all checks. It exits with 1 if a pinned version has an advisory.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ PINS = Path(__file__).parent.parent / "constraints.txt"
 
 
 def audit(pins: list[str]) -> list[dict[str, object]] | str:
-    """What pip-audit says of each of these pins; or, in a line, why it says nothing."""
+    """The findings of pip-audit for each of these pins; or, in a line, why it failed."""
     with tempfile.TemporaryDirectory() as folder:
         wanted, found = Path(folder) / "pins.txt", Path(folder) / "found.json"
         wanted.write_text("\n".join(pins) + "\n")
         command = [sys.executable, "-m", "pip_audit", "--requirement", wanted, "--no-deps", "--disable-pip"]
-        said = subprocess.run(  # noqa: S603 - no person's text
+        done = subprocess.run(  # noqa: S603 - no user input
             [*command, "--format", "json", "--output", found], capture_output=True, text=True, check=False
         )
         try:
             return list(json.loads(found.read_text())["dependencies"])
         except (OSError, ValueError, KeyError):
-            return (said.stderr.strip().splitlines() or ["it said nothing"])[-1]
+            return (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
 
 
 def main() -> int:
     pins = [line.strip() for line in PINS.read_text().splitlines() if "==" in line and not line.startswith("#")]
-    first = audit(pins[:1])  # before some hundreds of questions that nobody answers
+    first = audit(pins[:1])  # before hundreds of requests that may all time out
     answered = not isinstance(first, str) and "skip_reason" not in first[0]
     found = audit(pins) if answered else first
     if isinstance(found, str) or not answered:
@@ -43,7 +43,7 @@ def main() -> int:
     for name, advisories in bad.items():
         sys.stdout.write(f"{name}: {', '.join(str(a['id']) for a in advisories)}\n")  # type: ignore[attr-defined]
     skipped = sum("skip_reason" in d for d in found)
-    sys.stdout.write(f"pip-audit: {len(found) - skipped} versions asked about, {len(bad)} with an advisory\n")
+    sys.stdout.write(f"pip-audit: {len(found) - skipped} versions checked, {len(bad)} with an advisory\n")
     return int(bool(bad))
 
 

@@ -1,7 +1,7 @@
-"""Cases of the survey and of the refresh, ours and the peers': from archives to a histogram, or to slabs on the disk.
+"""Cases of survey and refresh, ours and the peers': from archives to a depth histogram, or to slabs on the disk.
 
-No survey finds its archives in the system's memory. Every refresh starts from archives that are verified, and ends with
-slabs of 20 slices of each pair: ours in a published version with hashes, CRCs and a manifest, the peers' as .npy files.
+Surveys start with archives that are not in the page cache. Refreshes start with verified archives and end with slabs of
+20 slices of each pair: ours in a published version with hashes, CRCs and a manifest, the peers' as .npy files.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ MODALITIES = ("T1", "T2")
 
 
 def survey(source: str, warm: str) -> Work:
-    """Ours. `inflated`: the most bytes that were inflated of one member."""
-    from ixi_etl import nifti
-    from ixi_etl import survey as stage
+    """Our survey; `inflated` is the largest number of bytes inflated of one member."""
+    from ixi_etl.scans import gunzip
+    from ixi_etl.scans import survey as stage
 
     inflated: list[int] = []
 
     def counted(packed: bytes) -> bytes:
-        head = nifti.inflate_head(packed)
+        head = gunzip.inflate_head(packed)
         inflated.append(len(head))
         return head
 
@@ -57,7 +57,7 @@ def _depths(found: dict[Any, int]) -> dict[str, int]:
 
 
 def survey_extracted(source: str, warm: str, scratch: str, extract: bool, library: str = "nibabel") -> Work:
-    """As people do it: `extractall`, and the shape of each file as the library reads it, from the header alone."""
+    """The usual way: `extractall`, then the shape of each file from its header, read by a library."""
     depth_of = {"nibabel": _by_nibabel, "torchio": _by_torchio}[library]()
 
     def work_on(source: str, folder: Path, extract: bool) -> dict[str, Any]:
@@ -71,11 +71,11 @@ def survey_extracted(source: str, warm: str, scratch: str, extract: bool, librar
         return {"depths": _depths(found)}
 
     work_on(warm, fresh(Path(scratch), "extracted-warm"), True)
-    place = fresh(Path(scratch), "extracted")
+    folder = fresh(Path(scratch), "extracted")
     if not extract:
-        _extract(source, place)
-    out_of_memory(Path(source), place)
-    return partial(work_on, source, place, extract)
+        _extract(source, folder)
+    out_of_memory(Path(source), folder)
+    return partial(work_on, source, folder, extract)
 
 
 def _by_nibabel() -> Callable[[Path], int]:
@@ -91,7 +91,7 @@ def _by_torchio() -> Callable[[Path], int]:
 
 
 def survey_remote(source: str, warm: str) -> Work:
-    """Ours, from a server."""
+    """Our survey of archives on a server."""
 
     def work() -> dict[str, Any]:
         with serving(Path(source)) as url:
@@ -104,7 +104,7 @@ def survey_remote(source: str, warm: str) -> Work:
 
 
 def survey_downloaded(source: str, warm: str, scratch: str) -> Work:
-    """Download all, then survey what came, with our own survey."""
+    """Download everything, then run our survey on it."""
     import shutil
     import urllib.request
 
@@ -134,17 +134,17 @@ def _extract(source: str, folder: Path) -> None:
 
 
 def refresh(source: str, warm: str, scratch: str, pairing: str, default: bool = False) -> Work:
-    """Ours: the function under the flow, on archives that a refresh has verified before.
+    """Our refresh, as a plain function, on archives that were verified before.
 
-    By `default` pairs are registered and drawn, which no peer does; else neither.
+    With `default` it also registers the pairs and draws pictures, which no peer does.
     """
     from ixi_etl.config import DatasetConfig, RefreshConfig
-    from ixi_etl.refresh import acquire_inputs
-    from ixi_etl.refresh import refresh as run
-    from ixi_etl.store import open_arrays
+    from ixi_etl.dataset.store import open_arrays
+    from ixi_etl.recipes.ixi import refresh as run
+    from ixi_etl.recipes.ixi_inputs import acquire_inputs
 
-    less: dict[str, Any] = {} if default else {"registration": "none", "pictures": False}
-    dataset = DatasetConfig.model_validate({"pairing": pairing} | less)
+    options: dict[str, Any] = {} if default else {"registration": "none", "pictures": False}
+    dataset = DatasetConfig.model_validate({"pairing": pairing} | options)
 
     def ready(name: str, source: str) -> RefreshConfig:
         config = RefreshConfig(root=str(fresh(Path(scratch), name)), source=source, dataset=dataset, workers=2)
@@ -161,10 +161,11 @@ def refresh(source: str, warm: str, scratch: str, pairing: str, default: bool = 
 
 
 def fetch_members(source: str, scratch: str) -> Work:
-    """Ours over HTTP, taking only the members of subjects that may be used; `selected`: how many bytes those have."""
-    from ixi_etl import dataset, manifest, survey
+    """Our refresh over HTTP, fetching only members of selected subjects; `selected` is their total size in bytes."""
     from ixi_etl.config import DatasetConfig, RefreshConfig
-    from ixi_etl.refresh import refresh as run
+    from ixi_etl.dataset import manifest, metadata
+    from ixi_etl.recipes.ixi import refresh as run
+    from ixi_etl.scans import survey
 
     chosen = DatasetConfig.model_validate({"registration": "none", "pictures": False})
     root = str(fresh(Path(scratch), "root-members"))
@@ -174,7 +175,7 @@ def fetch_members(source: str, scratch: str) -> Work:
             config = RefreshConfig(root=root, source=url, dataset=chosen, workers=2, fetch="members")
             done = run(config)
             moved = counts(url)
-        used = manifest.used(dataset.read_manifest(done.folder))["subject_id"]
+        used = manifest.used_rows(metadata.read_manifest(done.folder))["subject_id"]
         table = survey.survey({m: f"{source}/IXI-{m}.tar" for m in MODALITIES})
         selected = int(table.loc[table["subject_id"].isin(used), "size"].sum())
         return {"pairs": len(used), "selected": selected, **moved}
@@ -187,9 +188,9 @@ def _shapes(shapes: list[tuple[int, ...]]) -> list[list[int]]:
 
 
 def _saved(out: Path) -> dict[str, Any]:
-    """What the peers' .npy files hold, in the form of ours."""
-    of = {m: sorted(out.glob(f"*-{m}.npy")) for m in MODALITIES}
-    return {"slabs": _shapes([(len(paths), *np.load(paths[0]).shape) for paths in of.values()])}
+    """The shapes of the peers' .npy files, reported as for our store."""
+    files = [sorted(out.glob(f"*-{modality}.npy")) for modality in MODALITIES]
+    return {"slabs": _shapes([(len(paths), *np.load(paths[0]).shape) for paths in files])}
 
 
 def _pairs(folder: Path) -> list[tuple[str, Path, Path]]:
@@ -198,13 +199,13 @@ def _pairs(folder: Path) -> list[tuple[str, Path, Path]]:
 
 
 def _warmed(work_on: Callable[[str, Path, Path], None], source: str, warm: str, scratch: str) -> Work:
-    """The work on `source`, after it was done once on the small archives of `warm`."""
+    """The work on `source`, after one run on the small archives of `warm`."""
 
-    def places() -> tuple[Path, Path]:
+    def empty_folders() -> tuple[Path, Path]:
         return fresh(Path(scratch), "peer-in"), fresh(Path(scratch), "peer-out")
 
-    work_on(warm, *places())
-    folder, out = places()
+    work_on(warm, *empty_folders())
+    folder, out = empty_folders()
 
     def work() -> dict[str, Any]:
         work_on(source, folder, out)
@@ -230,7 +231,7 @@ def refresh_naive(source: str, warm: str, scratch: str) -> Work:
 
 
 def refresh_torchio(source: str, warm: str, scratch: str) -> Work:
-    """TorchIO: both to the nearest of RAS, the T1 resampled to the T2, the middle axial slices saved."""
+    """TorchIO: reorient both to canonical axes, resample the T1 to the T2, save the middle axial slices."""
     import torchio
 
     transform = torchio.Compose([torchio.ToCanonical(), torchio.Resample("t2")])
@@ -247,7 +248,7 @@ def refresh_torchio(source: str, warm: str, scratch: str) -> Work:
 
 
 def refresh_monai(source: str, warm: str, scratch: str) -> Work:
-    """MONAI: `LoadImaged`, `Orientationd` of the T2, `ResampleToMatchd`, the middle axial slices saved."""
+    """MONAI: `LoadImaged`, `Orientationd` of the T2, `ResampleToMatchd`; save the middle axial slices."""
     from monai.transforms import Compose, LoadImaged, Orientationd, ResampleToMatchd
 
     transform = Compose(
@@ -275,10 +276,10 @@ def _save_axial(volume: np.ndarray[Any, Any], path: Path) -> None:
 
 
 def inflate_only(source: str) -> Work:
-    """The floor: the same members inflated whole by ISA-L on two threads, and nothing else."""
+    """The floor: only inflate the same members with ISA-L, on two threads."""
     from isal import igzip_lib
 
-    from ixi_etl.archive import index_archive, read_member
+    from ixi_etl.scans.tar import index_archive, read_member
 
     members = [(f"{source}/IXI-{m}.tar", x) for m in MODALITIES for x in index_archive(f"{source}/IXI-{m}.tar")]
 

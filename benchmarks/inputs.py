@@ -1,6 +1,6 @@
-"""What is measured on: archives of the project's phantom at IXI's real grid, made once and kept.
+"""Make the inputs of the benchmarks once and keep them: archives of the project's phantom on IXI's real grid.
 
-Simulating a head takes seconds, so a few are repeated under other subjects' ids. Equal arguments give equal bytes.
+Simulating a head takes seconds, so a few heads are repeated under other subject ids. Equal arguments give equal bytes.
 """
 
 from __future__ import annotations
@@ -12,66 +12,67 @@ import shutil
 import tarfile
 from pathlib import Path
 
-from ixi_etl.catalog import MODALITIES, archive_name
-from ixi_etl.phantom import Scan, simulate
+from ixi_etl.modalities import MODALITIES, archive_name
+from ixi_etl.testing.phantom import PhantomSubject, simulate
 
 HEADS = 4
 SEED = 11
 SHRINK_QUICK = 4
-ODD_DEPTH = 146  # of the T1 of subjects whom the modal depth leaves out
+ODD_DEPTH = 146  # of the T1 of subjects that are excluded because their depth is not the modal one
 MEMBERS = {"T1": 581, "T2": 578}  # of IXI itself
 
 
 def heads(folder: Path, shrink: int) -> Path:
-    """A folder with the gzipped volumes of `HEADS` subjects and of one of another depth, made if it is not there."""
-    place = folder / f"heads-{shrink}"
-    if not (place / "done").exists():
-        place.mkdir(parents=True, exist_ok=True)
+    """A folder with the gzipped volumes of `HEADS` subjects and of one with `ODD_DEPTH`, created if missing."""
+    target = folder / f"heads-{shrink}"
+    if not (target / "done").exists():
+        target.mkdir(parents=True, exist_ok=True)
         for number in range(HEADS + 1):
             depth = {"depth_t1": ODD_DEPTH} if number == HEADS else {}
-            members, _ = simulate(Scan(number + 2, "Guys", SEED, moved=number % 2 == 1, shrink=shrink, **depth))
+            members, _ = simulate(
+                PhantomSubject(number + 2, "Guys", SEED, moved=number % 2 == 1, shrink=shrink, **depth)
+            )
             for modality, packed in members.items():
-                (place / f"{number}-{modality}.nii.gz").write_bytes(packed)
-        (place / "done").touch()
-    return place
+                (target / f"{number}-{modality}.nii.gz").write_bytes(packed)
+        (target / "done").touch()
+    return target
 
 
 def archives(folder: Path, pairs: int, shrink: int = 1, odd: int = 0) -> Path:
-    """A folder with IXI-T1.tar, IXI-T2.tar and MD5SUMS of `pairs` subjects, and of `odd` ones that selection leaves
-    out.
-    """
-    place = folder / f"pairs-{pairs}-{odd}-{shrink}"
-    if (place / "MD5SUMS").exists():
-        return place
+    """A folder with IXI-T1.tar, IXI-T2.tar and MD5SUMS, of `pairs` subjects and `odd` subjects that are excluded."""
+    target = folder / f"pairs-{pairs}-{odd}-{shrink}"
+    if (target / "MD5SUMS").exists():
+        return target
     source = heads(folder, shrink)
-    place.mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
     sums = []
     for modality in MODALITIES:
         packed = [(source / f"{n}-{modality}.nii.gz").read_bytes() for n in range(HEADS + 1)]
-        with tarfile.open(place / archive_name(modality), "w", format=tarfile.GNU_FORMAT) as tar:
+        with tarfile.open(target / archive_name(modality), "w", format=tarfile.GNU_FORMAT) as tar:
             for number in range(pairs + odd):
                 data = packed[number % HEADS if number < pairs else HEADS]
                 _add(tar, number, modality, data)
-        with open(place / archive_name(modality), "rb") as file:
+        with open(target / archive_name(modality), "rb") as file:
             digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         sums.append(f"{digest}  {archive_name(modality)}\n")
-    (place / "MD5SUMS").write_text("".join(sums))
-    return place
+    (target / "MD5SUMS").write_text("".join(sums))
+    return target
 
 
 def hollow(folder: Path, shrink: int = 1, members: dict[str, int] | None = None) -> Path:
-    """Archives of as many members as IXI's, of which all but the first 64 KiB is a hole in the file: for what reads
-    headers alone.
+    """Archives with as many members as IXI's, for reading headers alone.
+
+    Beyond its first 64 KiB each member is a hole in a sparse file.
     """
     counts = members or MEMBERS
-    place = folder / f"hollow-{'-'.join(map(str, counts.values()))}-{shrink}"
-    if (place / "done").exists():
-        return place
+    target = folder / f"hollow-{'-'.join(map(str, counts.values()))}-{shrink}"
+    if (target / "done").exists():
+        return target
     source = heads(folder, shrink)
-    place.mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
     for modality, count in counts.items():
         packed = [(source / f"{n}-{modality}.nii.gz").read_bytes() for n in range(HEADS)]
-        with open(place / archive_name(modality), "wb") as file:
+        with open(target / archive_name(modality), "wb") as file:
             for number in range(count):
                 data = packed[number % HEADS]
                 info = tarfile.TarInfo(_name(number, modality))
@@ -80,12 +81,12 @@ def hollow(folder: Path, shrink: int = 1, members: dict[str, int] | None = None)
                 file.write(data[: 64 << 10])
                 file.seek(-(-len(data) // 512) * 512 - len(data[: 64 << 10]), os.SEEK_CUR)
             file.truncate(file.tell() + 2 * tarfile.BLOCKSIZE)
-    (place / "done").touch()
-    return place
+    (target / "done").touch()
+    return target
 
 
 def _name(number: int, modality: str) -> str:
-    return f"{Scan(number + 2, ('Guys', 'HH')[number % 2], SEED).subject_id}-{modality}.nii.gz"
+    return f"{PhantomSubject(number + 2, ('Guys', 'HH')[number % 2], SEED).subject_id}-{modality}.nii.gz"
 
 
 def _add(tar: tarfile.TarFile, number: int, modality: str, data: bytes) -> None:
@@ -97,17 +98,15 @@ def _add(tar: tarfile.TarFile, number: int, modality: str, data: bytes) -> None:
 
 
 def fresh(folder: Path, name: str) -> Path:
-    """An empty folder to write into."""
-    place = folder / "scratch" / name
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    return place
+    """Create an empty folder to write into; remove an existing one."""
+    target = folder / "scratch" / name
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    return target
 
 
 def out_of_memory(*folders: Path) -> None:
-    """Have the system forget what it keeps in memory of the files in there, so that the next reader waits for the
-    disk.
-    """
+    """Drop the files in these folders from the page cache, so that they are next read from the disk."""
     for folder in folders:
         for path in folder.rglob("*"):
             if path.is_file():

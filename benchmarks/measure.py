@@ -1,7 +1,7 @@
-"""Run one piece of work in a fresh process and measure it; rows of the table that pairs of such runs make.
+"""Run a benchmark case in a fresh process, measure it, and build rows of the table from pairs of runs.
 
-A case is `module:function`. The function is called with the case's arguments, imports and prepares what it needs, and
-returns a callable without arguments: that alone is timed. It returns facts, by which the work is checked.
+A case is named `module:function`. The function gets the case's arguments, imports and prepares what it needs, and
+returns a callable without arguments. Only that callable is timed. It returns facts by which the work is checked.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from statistics import median
 from typing import Any
@@ -22,8 +22,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Measured:
-    """`peak_mb`: the most memory during the work, above `base_mb`, which it began with. `held_mb`: what it holds at the
-    end, above the same. Both are of everything resident, libraries' code too.
+    """One run. Memory counts all resident pages, including the code of libraries.
+
+    Attributes:
+        base_mb: resident memory when the work starts.
+        peak_mb: the most during the work, minus `base_mb`.
+        held_mb: resident memory at the end, minus `base_mb`.
+        facts: what the case returned.
     """
 
     seconds: float
@@ -35,7 +40,7 @@ class Measured:
 
 @dataclass
 class Row:
-    """One line of the table; `reached` is None where there is nothing to reach."""
+    """One line of the table; `reached` is None where the row has no target."""
 
     what: str
     peer: str
@@ -49,12 +54,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Settings:
-    """How thorough: `quick` takes small inputs and one run."""
+    """How thorough the benchmark is: `quick` uses small inputs and one run."""
 
     quick: bool = False
     runs: int = 5
     folder: str = ""
-    said: list[str] = field(default_factory=list)
 
     @property
     def times(self) -> int:
@@ -62,7 +66,11 @@ class Settings:
 
 
 def measure(case: str, **arguments: Any) -> Measured:
-    """Run a case in a process of its own."""
+    """Run a case in its own process.
+
+    Raises:
+        RuntimeError: the case failed; the message has the end of its stderr.
+    """
     command = [sys.executable, "-m", "benchmarks.measure", case, json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -71,12 +79,14 @@ def measure(case: str, **arguments: Any) -> Measured:
 
 
 def alternate(times: int, *cases: tuple[str, dict[str, Any]]) -> list[list[Measured]]:
-    """Each of the cases `times` times, in turns, so that all meet the same machine: results[case][run]."""
+    """Run each case `times` times, in turns, so that all see the same load of the machine: results[case][run]."""
     results: list[list[Measured]] = [[] for _ in cases]
     for _ in range(times):
-        for (case, arguments), of in zip(cases, results, strict=True):
-            of.append(measure(case, **arguments))
-            print(f"  {case.rpartition(':')[2]:<28} {of[-1].seconds:8.3f} s {of[-1].peak_mb:8.0f} MB", file=sys.stderr)
+        for (case, arguments), runs in zip(cases, results, strict=True):
+            runs.append(measure(case, **arguments))
+            print(
+                f"  {case.rpartition(':')[2]:<28} {runs[-1].seconds:8.3f} s {runs[-1].peak_mb:8.0f} MB", file=sys.stderr
+            )
     return results
 
 
@@ -85,31 +95,31 @@ def seconds(runs: list[Measured]) -> float:
 
 
 def ratio(theirs: list[Measured], ours: list[Measured]) -> float:
-    """How many times faster ours is: the median over the pairs of runs."""
+    """How many times faster ours is: the median over pairs of runs."""
     return median(a.seconds / b.seconds for a, b in zip(theirs, ours, strict=True))
 
 
-def told(value: float) -> str:
+def duration(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.1f} ms"
 
 
 def faster(what: str, peer: str, theirs: list[Measured], ours: list[Measured], target: float | None) -> Row:
-    """A row that holds the peer's time against ours."""
+    """A row that compares the peer's time with ours."""
     times = ratio(theirs, ours)
     wanted = f"{target:g} x" if target else "-"
     reached = None if target is None else times >= target
-    return Row(what, peer, told(seconds(ours)), told(seconds(theirs)), f"{times:.1f} x", wanted, reached)
+    return Row(what, peer, duration(seconds(ours)), duration(seconds(theirs)), f"{times:.1f} x", wanted, reached)
 
 
 def agree(name: str, *runs: list[Measured]) -> None:
-    """All of them must have found the same."""
-    found = {json.dumps(run.facts[name]) for of in runs for run in of}
+    """Raise `RuntimeError` unless all runs of all cases report the same fact `name`."""
+    found = {json.dumps(run.facts[name]) for case in runs for run in case}
     if len(found) != 1:
         raise RuntimeError(f"the peers did not do the same work: {name} is {found}")
 
 
 def _memory(name: str) -> float:
-    """A line of the process's status, MB: VmRSS is what is resident now, VmHWM the most of it so far."""
+    """A field of /proc/self/status in MB: VmRSS is resident memory now, VmHWM its peak so far."""
     if not os.path.exists("/proc/self/status"):
         return 0.0
     with open("/proc/self/status") as file:
@@ -117,7 +127,7 @@ def _memory(name: str) -> float:
 
 
 def _held() -> float:
-    """What was freed, and is kept for what comes next, is not held."""
+    """Resident memory in MB, without memory that the allocator keeps after it was freed."""
     gc.collect()
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
@@ -128,14 +138,14 @@ def _forget_peak() -> None:
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
-    except OSError:  # then the peak is that of the imports, if they took more
+    except OSError:  # the peak then includes that of the imports
         pass
 
 
 def main() -> None:
     module, _, name = sys.argv[1].partition(":")
     stdout = os.dup(1)
-    os.dup2(2, 1)  # what libraries print is not the result
+    os.dup2(2, 1)  # libraries may print; only the result goes to stdout
     work = getattr(import_module(module), name)(**json.loads(sys.argv[2]))
     before = _held()
     _forget_peak()
@@ -143,11 +153,11 @@ def main() -> None:
     facts = work()
     taken = facts.pop("seconds", None) or time.perf_counter() - start
     peak = _memory("VmHWM")
-    told = {k: v for k, v in facts.items() if k != "keep"}
-    measured = Measured(taken, before, peak - before, _held() - before, told)
+    reported = {k: v for k, v in facts.items() if k != "keep"}
+    measured = Measured(taken, before, peak - before, _held() - before, reported)
     with os.fdopen(stdout, "w") as file:
         file.write(json.dumps(measured.__dict__) + "\n")
-    os._exit(0)  # what is left of loaders and servers is not waited for
+    os._exit(0)  # do not wait for loaders and servers
 
 
 if __name__ == "__main__":

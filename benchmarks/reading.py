@@ -1,8 +1,8 @@
-"""Cases of reading for training: every pair of a version once, in random order, as normalised float32 batches of 16.
+"""Cases of reading for training: each pair of a version once, in random order, as normalised float32 batches of 16.
 
-A first epoch: files are not in the system's memory, and whatever a peer builds (a cache, workers) is counted. Batches
-are (16, 1, H, W) in [-1, 1]; nothing but the number of pixels is compared, as each peer draws its own order. A case is
-given a `folder` that `prepare` filled, and `warm`, a small one, of which it reads an epoch first.
+This is a first epoch: files are not in the page cache, and the time to build caches and workers counts. Batches are
+(16, 1, H, W) in [-1, 1]. Only the number of pixels is compared, since each peer has its own order. Each case reads a
+`folder` that `prepare` filled, after one epoch of `warm`, a small one.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ BATCH = 16
 
 
 def prepare(source: str, folder: str) -> Work:
-    """A version of all subjects in the training split, and the same slabs as the peers want them: made once."""
+    """Publish a version with all subjects in the training split, and write the same slabs in the peers' formats."""
 
     def work() -> dict[str, Any]:
-        from ixi_etl import dataset, manifest
         from ixi_etl.config import DatasetConfig, RefreshConfig
-        from ixi_etl.nifti import pack_like
-        from ixi_etl.refresh import refresh
-        from ixi_etl.store import open_arrays
+        from ixi_etl.dataset import manifest, metadata
+        from ixi_etl.dataset.store import open_arrays
+        from ixi_etl.recipes.ixi import refresh
+        from ixi_etl.scans.nifti import pack_like
 
-        place = Path(folder)
-        chosen = {"registration": "none", "pictures": False, "split": (1.0, 0.0, 0.0)}
-        root, config = place / "root", DatasetConfig.model_validate(chosen)
+        target = Path(folder)
+        options = {"registration": "none", "pictures": False, "split": (1.0, 0.0, 0.0)}
+        root, config = target / "root", DatasetConfig.model_validate(options)
         done = refresh(RefreshConfig(root=str(root), source=source, dataset=config, workers=2))
-        arrays, used = open_arrays(done.folder), manifest.used(dataset.read_manifest(done.folder))
-        (place / "npy").mkdir(exist_ok=True)
-        (place / "nifti").mkdir(exist_ok=True)
+        arrays, used = open_arrays(done.folder), manifest.used_rows(metadata.read_manifest(done.folder))
+        (target / "npy").mkdir(exist_ok=True)
+        (target / "nifti").mkdir(exist_ok=True)
         ranges: dict[str, list[float]] = {}
-        for row in manifest.records(used):
+        for row in manifest.to_records(used):
             for name in ("t1", "t2"):
                 slab = np.asarray(arrays[name][row["store_row"]])
                 subject = f"{row['subject_id']}-{name}"
                 ranges[subject] = [row[f"{name}_p_low"], row[f"{name}_p_high"]]
                 for z, image in enumerate(slab):
-                    np.save(place / "npy" / f"{subject}-{z:02d}.npy", image)
+                    np.save(target / "npy" / f"{subject}-{z:02d}.npy", image)
                 head = _plain_header(slab.shape, np.asarray(arrays[f"{name}_affine"][row["store_row"]]))
-                (place / "nifti" / f"{subject}.nii").write_bytes(pack_like(head, slab, ""))
+                (target / "nifti" / f"{subject}.nii").write_bytes(pack_like(head, slab, ""))
         import json
 
-        (place / "facts.json").write_text(json.dumps({"version": str(done.folder), "ranges": ranges}))
+        (target / "facts.json").write_text(json.dumps({"version": str(done.folder), "ranges": ranges}))
         mb = sum(arrays[name].nbytes for name in ("t1", "t2")) / 2**20
         return {"pairs": len(used) * arrays["t1"].shape[1], "mb": mb}
 
@@ -83,7 +83,7 @@ def _consumed(batches: Iterable[tuple[Tensor, Tensor]], keep: Any = None) -> dic
 
 
 def _warmed(case: Callable[..., Work]) -> Callable[..., Work]:
-    """The case of `folder`, after it was done once of `warm`: what is imported where it is used is not counted."""
+    """Run the case on `warm` before `folder`, so that lazy imports are not timed."""
 
     @wraps(case)
     def ready(folder: str, warm: str, **more: Any) -> Work:
@@ -94,16 +94,17 @@ def _warmed(case: Callable[..., Work]) -> Callable[..., Work]:
 
 
 def _epoch(folder: str) -> Work:
-    """All batches of our loader, in a random order."""
+    """Read all batches with our loader, in random order."""
     from model import data
 
     version, _, _ = _files(folder)
 
     def work() -> dict[str, Any]:
-        pairs = data.load(version, "train")
+        pairs = data.load_pairs(version, "train")
         starts = range(0, len(pairs), BATCH)
         batches = (
-            pairs.normalised(data.indices(len(pairs), 0, start, min(BATCH, len(pairs) - start))) for start in starts
+            pairs.normalised(data.batch_indices(len(pairs), 0, start, min(BATCH, len(pairs) - start)))
+            for start in starts
         )
         return _consumed(batches, pairs)
 
@@ -112,18 +113,18 @@ def _epoch(folder: str) -> Work:
 
 @_warmed
 def ours(folder: str) -> Work:
-    from model.cpu import keep_freed_memory
+    from model.devices import keep_freed_memory
 
-    keep_freed_memory()  # as `model.train.train` does
+    keep_freed_memory()  # as `ixi-etl train` does
     return _epoch(folder)
 
 
 @_warmed
 def zarr_default(folder: str) -> Work:
-    """Our store and our batches, read by zarr-python's own codec pipeline."""
+    """Our store and batches, decoded by zarr-python's own codec pipeline."""
     import zarr
 
-    from ixi_etl.store import STORE
+    from ixi_etl.dataset.store import STORE
     from model import data
 
     def plain(folder: Path) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def zarr_default(folder: str) -> Work:
 
 
 class _Slices(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """A file for each slice of each modality."""
+    """Pairs from one .npy file per slice and modality."""
 
     def __init__(self, folder: Path, ranges: dict[str, list[float]], subjects: list[str]) -> None:
         self.folder, self.ranges = folder, ranges
@@ -157,7 +158,7 @@ class _Slices(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
 @_warmed
 def npy_loader(folder: str, workers: int) -> Work:
-    """`DataLoader` over a .npy file for each slice."""
+    """PyTorch's `DataLoader` over one .npy file per slice."""
     _, ranges, subjects = _files(folder)
 
     def work() -> dict[str, Any]:
@@ -171,14 +172,14 @@ def npy_loader(folder: str, workers: int) -> Work:
 
 @_warmed
 def monai_cache(folder: str) -> Work:
-    """MONAI's `CacheDataset` of normalised slices, built by two threads, then its batches."""
+    """MONAI's `CacheDataset` of normalised slices, built by two threads."""
     from monai.data import CacheDataset, DataLoader
     from monai.transforms import Transform
 
     _, ranges, subjects = _files(folder)
     slices = _Slices(Path(folder) / "npy", ranges, subjects)
 
-    class Load(Transform):  # type: ignore[misc]  # of anything else MONAI caches nothing
+    class Load(Transform):  # type: ignore[misc]  # MONAI caches only the output of its own transforms
         def __call__(self, index: int) -> dict[str, Tensor]:
             t1, t2 = slices[index]
             return {"t1": t1, "t2": t2}
@@ -193,16 +194,14 @@ def monai_cache(folder: str) -> Work:
 
 @_warmed
 def torchio_queue(folder: str) -> Work:
-    """TorchIO's `Queue` of single slices drawn from whole slabs, two loading workers; each subject as often as it has
-    slices.
-    """
+    """TorchIO's `Queue` with two workers: single slices sampled from slabs, as many per subject as it has slices."""
     import torchio
 
     _, _, subjects = _files(folder)
-    place = Path(folder) / "nifti"
+    volumes = Path(folder) / "nifti"
 
     def subject_of(name: str) -> Any:
-        images = {m: torchio.ScalarImage(place / f"{name}-{m}.nii") for m in ("t1", "t2")}
+        images = {m: torchio.ScalarImage(volumes / f"{name}-{m}.nii") for m in ("t1", "t2")}
         return torchio.Subject(**images)
 
     def work() -> dict[str, Any]:
@@ -231,16 +230,16 @@ def _flat(image: Any) -> Tensor:
 
 
 def batch_alone(folder: str, batch: int, times: int) -> Work:
-    """What a training step waits for: indices drawn, a batch normalised, when the split is in memory."""
+    """Draw and normalise batches of a split in memory: the share of a training step that is data loading."""
     from model import data
     from model.config import TrainConfig
 
-    pairs = data.load(_files(folder)[0], "train")
+    pairs = data.load_pairs(_files(folder)[0], "train")
     config = TrainConfig(side=int(pairs.source.shape[-1]), batch_size=batch)
 
     def work() -> dict[str, Any]:
         for step in range(times):
-            data.draw(pairs, config, step * batch)
+            data.draw_batch(pairs, config, step * batch)
         return {"times": times}
 
     return work

@@ -1,7 +1,7 @@
-"""The benchmark: one command, one table. ``make bench`` runs it all; ``make bench ONLY=survey,refresh`` some rows;
-``make bench QUICK=1`` small inputs and one run, to see that it works.
+"""Run the benchmark and print its table: ``make bench`` all rows, ``make bench ONLY=survey,refresh`` some rows,
+``make bench QUICK=1`` small inputs and one run, as a trial.
 
-Each figure is a median over runs that alternate between ours and the peers', each in a process of its own.
+Each figure is a median over runs that alternate between ours and the peers', each in its own process.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ COLUMNS = ("what", "peer", "ours", "peer's", "ratio", "target", "reached", "note
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help=f"some rows, by commas: {', '.join(ROWS)}")
+    parser.add_argument("--only", default="", help=f"only these rows, separated by commas: {', '.join(ROWS)}")
     parser.add_argument("--quick", action="store_true", help="small inputs, one run")
     parser.add_argument("--runs", type=int, default=5, help="runs of each case")
     default = Path(tempfile.gettempdir()) / "ixi-etl-bench"
-    parser.add_argument("--folder", type=Path, default=default, help="for inputs, which are kept, and scratch")
-    parser.add_argument("--out", type=Path, help="write the table there too, as Markdown")
+    parser.add_argument("--folder", type=Path, default=default, help="folder for inputs (kept) and scratch files")
+    parser.add_argument("--out", type=Path, help="also write the table to this file, as Markdown")
     given = parser.parse_args()
     wanted = [name for name in given.only.split(",") if name] or list(ROWS)
     unknown = [name for name in wanted if name not in ROWS]
     if unknown:
-        sys.exit(f"{unknown[0]} is none of {', '.join(ROWS)}")
+        sys.exit(f"{unknown[0]} is not one of {', '.join(ROWS)}")
     given.folder.mkdir(parents=True, exist_ok=True)
     settings = Settings(given.quick, given.runs, str(given.folder))
     rows: list[Row] = []
@@ -44,7 +44,7 @@ def main() -> None:
         print(f"{name} ...", file=sys.stderr, flush=True)
         rows += ROWS[name](settings)
     if given.quick:
-        rows = [replace(row, reached=None) for row in rows]  # nothing is reached or missed on such inputs
+        rows = [replace(row, reached=None) for row in rows]  # targets do not apply to small inputs
     text = f"{machine(before)}\n\n{markdown(rows)}\n"
     print(text)
     if given.out:
@@ -52,21 +52,22 @@ def main() -> None:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The table, its columns padded, so that it reads as text too."""
+    """The table as Markdown, with padded columns."""
     lines = [COLUMNS] + [
-        (r.what, r.peer, r.ours, r.theirs, r.ratio, r.target, _said(r.reached), r.note.replace("\n", " ")) for r in rows
+        (r.what, r.peer, r.ours, r.theirs, r.ratio, r.target, _reached(r.reached), r.note.replace("\n", " "))
+        for r in rows
     ]
     widths = [max(len(line[n]) for line in lines) for n in range(len(COLUMNS))]
     padded = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
     return "\n".join([padded[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *padded[1:]])
 
 
-def _said(reached: bool | None) -> str:
+def _reached(reached: bool | None) -> str:
     return "-" if reached is None else "yes" if reached else "**no**"
 
 
 def machine(load: float) -> str:
-    """CPU, cores, memory, versions, date, and what else was running."""
+    """Date, CPU, cores, memory, versions, and the load average before the benchmark."""
     cpu, flags = platform.processor() or platform.machine(), ""
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -1,4 +1,4 @@
-"""A server of byte ranges with a latency, in a process of its own, that counts the bytes and requests it answered."""
+"""Serve byte ranges with latency from a separate process, and count the requests and bytes it answered."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ class _Call(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/counts":
-            self._say(200, json.dumps(self.counts).encode())
+            self._reply(200, json.dumps(self.counts).encode())
             return
         time.sleep(LATENCY_S)
         path = self.folder / self.path.lstrip("/")
         if not path.is_file():
-            self._say(404, b"")
+            self._reply(404, b"")
             return
         size = path.stat().st_size
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range") or "")
-        start, stop = (int(asked[1]), min(int(asked[2] or size - 1) + 1, size)) if asked else (0, size)
-        self.send_response(206 if asked else 200)
+        requested = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range") or "")
+        start, stop = (int(requested[1]), min(int(requested[2] or size - 1) + 1, size)) if requested else (0, size)
+        self.send_response(206 if requested else 200)
         self.send_header("accept-ranges", "bytes")
         self.send_header("etag", f'"{size}"')
         self.send_header("content-length", str(stop - start))
-        if asked:
+        if requested:
             self.send_header("content-range", f"bytes {start}-{stop - 1}/{size}")
         self.end_headers()
         with self.lock:
@@ -58,7 +58,7 @@ class _Call(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815
 
-    def _say(self, status: int, body: bytes) -> None:
+    def _reply(self, status: int, body: bytes) -> None:
         self.send_response(status)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -67,7 +67,7 @@ class _Call(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         try:
             super().handle_one_request()
-        except OSError:  # the client has gone
+        except OSError:  # the client disconnected
             self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:
@@ -76,7 +76,7 @@ class _Call(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
-    """Serve `folder` while the block runs; gives the URL."""
+    """Serve `folder` during the block; yield the URL."""
     command = [sys.executable, "-m", "benchmarks.serving", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

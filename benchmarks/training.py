@@ -1,4 +1,4 @@
-"""Cases of training: one step of ours and of the reference on this CPU, their loss curves, and the time of commands."""
+"""Cases of training on this CPU: a step of `model` and of plain PyTorch, their loss curves, the time of commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.reference import BATCH_NORM, INSTANCE_NORM, Pix2PixModel
+from benchmarks import reference
+from benchmarks.reference import Norm
 
 Work = Callable[[], dict[str, Any]]
 WARM_UP = 2
@@ -21,7 +22,7 @@ LR = 2e-4
 
 
 def batches(count: int, batch: int, side: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Smooth random images in [-1, 1] and what is to be generated from them: the inverse, blurred."""
+    """Pairs of images in [-1, 1]: sources are smooth and random, targets their negative, blurred."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for _ in range(count):
@@ -33,31 +34,23 @@ def batches(count: int, batch: int, side: int, seed: int = 0) -> list[tuple[Tens
 
 
 def our_step(batch: int, side: int, width: int, times: int) -> Work:
-    """`Learner.step` as a training on this CPU takes it: median of `times` steps."""
+    """`Trainer.step` as `ixi-etl train` runs it on this CPU: median of `times` steps."""
     from model.config import preset
-    from model.cpu import keep_freed_memory
-    from model.learner import Learner
-    from model.run import _precision
+    from model.devices import default_precision, keep_freed_memory
+    from model.trainer import Trainer
 
-    keep_freed_memory()  # as `model.train.train` does
+    keep_freed_memory()  # as `ixi-etl train` does
     settings = {"batch_size": batch, "side": side, "width": width, "discriminator_width": width}
-    config = preset("paper", device="cpu", precision=_precision("cpu"), **settings)
-    learner = Learner(config, torch.device("cpu"))
-    return _steps(lambda source, target: float(learner.step(source, target, LR)[3]), batch, side, times)
+    config = preset("paper", device="cpu", precision=default_precision("cpu"), **settings)
+    trainer = Trainer(config, torch.device("cpu"))
+    return _steps(lambda source, target: float(trainer.step(source, target, LR)[3]), batch, side, times)
 
 
-def reference_step(batch: int, side: int, width: int, times: int, norm: str = "batch") -> Work:
-    """`optimize_parameters` in float32, as published."""
+def reference_step(batch: int, side: int, width: int, times: int, norm: Norm = "batch") -> Work:
+    """`benchmarks.reference.Trainer.step`, in float32: median of `times` steps."""
     torch.manual_seed(0)
-    layer = BATCH_NORM if norm == "batch" else INSTANCE_NORM
-    model = Pix2PixModel(layer, num_downs=side.bit_length() - 1, width=width)
-
-    def step(source: Tensor, target: Tensor) -> float:
-        model.set_input(source, target)
-        model.optimize_parameters()
-        return float(model.loss_G.detach())
-
-    return _steps(step, batch, side, times)
+    trainer = reference.Trainer(side, width, norm)
+    return _steps(lambda source, target: float(trainer.step(source, target).l1), batch, side, times)
 
 
 def _steps(step: Callable[[Tensor, Tensor], float], batch: int, side: int, times: int) -> Work:
@@ -76,42 +69,39 @@ def _steps(step: Callable[[Tensor, Tensor], float], batch: int, side: int, times
     return work
 
 
-def curves(whose: str, seed: int, steps: int, side: int, width: int) -> Work:
-    """The reconstruction loss of each step, of the same batches, at batch size 1; the seed draws weights and dropout.
+def curves(implementation: str, seed: int, steps: int, side: int, width: int) -> Work:
+    """The L1 loss of each step on the same batches at batch size 1; the seed draws the weights and the dropout.
 
-    Both begin with the same weights of a seed.
+    `implementation` is `ours` or `reference`. Both start from the same weights where their seeds are equal.
     """
     from model.config import TrainConfig
-    from model.learner import Learner
-    from model.run import _precision
+    from model.devices import default_precision
+    from model.trainer import Trainer
 
     images = batches(steps, 1, side, seed=1)
     settings = {"side": side, "width": width, "discriminator_width": width, "seed": seed, "device": "cpu"}
-    precision = _precision("cpu") if whose == "ours" else "fp32"
-    learner = Learner(TrainConfig.model_validate(settings | {"precision": precision}), torch.device("cpu"))
-    reference = Pix2PixModel(INSTANCE_NORM, num_downs=side.bit_length() - 1, width=width)
-    assert learner.discriminator is not None
+    precision = default_precision("cpu") if implementation == "ours" else "fp32"
+    ours = Trainer(TrainConfig.model_validate(settings | {"precision": precision}), torch.device("cpu"))
+    theirs = reference.Trainer(side, width, "instance")
+    assert ours.discriminator is not None
     with torch.no_grad():
-        for ours, theirs in ((learner.generator, reference.netG), (learner.discriminator, reference.netD)):
-            for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-                other.copy_(mine)
+        for mine, other in ((ours.generator, theirs.generator), (ours.discriminator, theirs.discriminator)):
+            for weight, copy in zip(mine.parameters(), other.parameters(), strict=True):
+                copy.copy_(weight)
+
+    def step(source: Tensor, target: Tensor) -> float:
+        if implementation == "ours":
+            return float(ours.step(source, target, LR)[5])
+        return float(theirs.step(source, target).l1)
 
     def work() -> dict[str, Any]:
-        losses = []
-        for source, target in images:
-            if whose == "ours":
-                losses.append(float(learner.step(source, target, LR)[5]))
-            else:
-                reference.set_input(source, target)
-                reference.optimize_parameters()
-                losses.append(float(reference.loss_G_L1.detach()) / reference.lambda_L1)
-        return {"losses": losses}
+        return {"losses": [step(source, target) for source, target in images]}
 
     return work
 
 
 def command(arguments: list[str]) -> Work:
-    """`ixi-etl` with these arguments, from the start of the process to its end."""
+    """`ixi-etl` with these arguments, from the start of its process to its end."""
 
     def work() -> dict[str, Any]:
         line = [sys.executable, "-m", "flows", *arguments]

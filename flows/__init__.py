@@ -5,16 +5,16 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-os.environ.setdefault("DO_NOT_TRACK", "1")  # Prefect prints a notice on a first run, and reports that there was one
+os.environ.setdefault("DO_NOT_TRACK", "1")  # no usage statistics, and no notice about them on the first run
 
 _TOP = Path(__file__).resolve().parent.parent
 
 
 def _import_siblings() -> None:
-    """Import this project's `model` and `ixi_etl`, whatever else the working directory has under these names.
+    """Import this project's `model` and `ixi_etl` before the working directory can hide them.
 
-    `python -m` and PYTHONPATH put folders before those that packages are installed in; a user's own `model.py` there
-    would be imported instead. Once imported, a package stays the one that its name means.
+    `python -m` and PYTHONPATH put folders in front of the installed packages, so a user's own `model.py` would be
+    imported instead. Once imported, a package keeps its name.
     """
     sys.path.insert(0, str(_TOP))
     try:

@@ -1,6 +1,7 @@
-"""What a flow run shows on a Prefect server's page: summaries, tables, pictures, links, and how far its stages are.
+"""Artifacts of a flow run on the pages of a Prefect server: summaries, tables, pictures, links and progress.
 
-They are made of the files of a version or a run, which stay the record: a server that takes none of it costs a warning.
+They are made from the files of a version or a run, which remain the record: if the server does not accept an artifact,
+the flow logs a warning and continues.
 """
 
 from __future__ import annotations
@@ -26,87 +27,96 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from ixi_etl import dataset, manifest
-from ixi_etl.files import Progress, read_json
-from ixi_etl.publish import Refreshed
-from ixi_etl.schema import EXCLUDED
-from ixi_etl.survey import draw_histogram, flat, table_of_sites
+from flows import summaries
+from ixi_etl.core.files import read_json
+from ixi_etl.core.progress import Progress
+from ixi_etl.dataset import manifest, metadata
+from ixi_etl.dataset.publish import PublishedVersion
+from ixi_etl.dataset.schema import EXCLUDED
+from ixi_etl.report.depth_chart import depths_svg
 
 log = logging.getLogger("ixi_etl.artifacts")
 
-EVERY_S = 3.0  # seconds from one look at the progress to the next
-LARGEST = 200_000  # bytes of a picture; the server stores it twice, in base64
-LISTED = 1000  # rows of a table
+UPDATE_INTERVAL_S = 3.0  # between two updates of the progress artifacts
+MAX_PICTURE_BYTES = 200_000  # the server stores each picture twice, in base64
+MAX_ROWS = 1000  # of a table
 
 
-def show_version(refreshed: Refreshed) -> None:
-    """The funnel, the depths, the exclusions and the pairs least alike of a version, and where its report lies."""
-    with _taken():
-        facts, table = dataset.read_facts(refreshed.folder), dataset.read_manifest(refreshed.folder)
-        name, report = facts["name"], refreshed.folder / dataset.REPORT
-        out = table[table["status"] == EXCLUDED][["subject_id", "site", "reason", "detail"]]
-        create_markdown_artifact(_version_summary(refreshed, facts, table), f"{name}-summary")
+def show_version(published: PublishedVersion) -> None:
+    """Create artifacts of a version: funnel, depths, exclusions, the least similar pairs, and a link to its report."""
+    with _errors_as_warnings():
+        described = metadata.read_metadata(published.folder)
+        table = metadata.read_manifest(published.folder)
+        name, report = described["name"], published.folder / metadata.REPORT
+        excluded = table[table["status"] == EXCLUDED][["subject_id", "site", "reason", "detail"]]
+        create_markdown_artifact(_version_markdown(published, described), f"{name}-summary")
         create_table_artifact(
-            manifest.records(out.head(LISTED)), f"{name}-exclusions", "Subjects that are out, and why"
+            manifest.to_records(excluded.head(MAX_ROWS)), f"{name}-exclusions", "Excluded subjects, with the reason"
         )
-        create_image_artifact(_data_uri(_histogram(facts)), f"{name}-depths", "Volumes by depth")
-        create_link_artifact(_link(report), str(report), f"{name}-report", "The version's report")
-        worst = refreshed.folder / dataset.PICTURES / dataset.WORST
+        depths = depths_svg(described["histogram"], described["modal_depth"]).encode()
+        if len(depths) <= MAX_PICTURE_BYTES:
+            create_image_artifact(_svg_uri(depths), f"{name}-depths", "Volumes by depth")
+        create_link_artifact(_link(report), str(report), f"{name}-report", "Report of the version")
+        worst = published.folder / metadata.PICTURES / metadata.WORST_PAIRS
         if worst.exists():
-            create_image_artifact(_data_uri(worst.read_bytes()), f"{name}-pairs", "T1, T2, edges: the ten least alike")
+            title = "T1, T2 and edges of the ten least similar pairs"
+            create_image_artifact(_data_uri(worst.read_bytes()), f"{name}-pairs", title)
 
 
-def show_run(run: Path, split: str = "test") -> None:
-    """The measures of a run beside the baselines, its last sample sheet, and where its report lies."""
-    with _taken():
-        config, facts = read_json(run / "config.json")["config"], read_json(run / f"evaluation-{split}.json")
-        create_markdown_artifact(_run_summary(run, config, facts), "pix2pix-summary")
-        if facts:
-            create_table_artifact(facts["summary"], "pix2pix-evaluation", f"By method and mask, on {split}")
-        sheets = sorted((run / "samples").glob("*-gray.png"))
-        if sheets:
-            create_image_artifact(
-                _data_uri(sheets[-1].read_bytes()), "pix2pix-samples", "Source, target, generated, error"
-            )
-        create_link_artifact(_link(run / "report.html"), str(run / "report.html"), "pix2pix-report", "The run's report")
+def show_run(run: Path) -> None:
+    """Create artifacts of a run: evaluation beside the baselines, last sample sheet, and a link to its report."""
+    with _errors_as_warnings():
+        evaluation = summaries.evaluation_summary(run)
+        create_markdown_artifact(_run_markdown(run, evaluation), "pix2pix-summary")
+        if evaluation is not None:
+            create_table_artifact(evaluation.records, "pix2pix-evaluation", "By method and mask, on the test split")
+        sheet = summaries.last_sample_sheet(run)
+        if sheet is not None:
+            title = "Source, target, generated, error"
+            create_image_artifact(_data_uri(sheet.read_bytes()), "pix2pix-samples", title)
+        report = run / "report.html"
+        create_link_artifact(_link(report), str(report), "pix2pix-report", "Report of the run")
 
 
 def show_written(paths: Sequence[Path]) -> None:
-    """The volumes that were written."""
-    with _taken():
-        rows = [{"volume": str(path)} for path in paths[:LISTED]]
+    """Create a table of the written volumes."""
+    with _errors_as_warnings():
+        rows = [{"volume": str(path)} for path in paths[:MAX_ROWS]]
         create_table_artifact(rows, "synthesized-volumes", f"{len(paths)} volumes")
 
 
 @contextmanager
 def progress_artifacts(show: Progress) -> Iterator[Progress]:
-    """`show`, and a progress artifact of each stage, kept up to date by a thread, so that no stage waits for it."""
+    """Yield a `Progress` that calls `show` and keeps one progress artifact per stage up to date.
+
+    A thread sends the updates, so that no stage waits for the server.
+    """
     latest: dict[str, float] = {}  # stage -> percent
     ended = threading.Event()
 
-    def told(what: str, done: int, total: int, unit: str) -> None:
+    def report(what: str, done: int, total: int, unit: str) -> None:
         show(what, done, total, unit)
         latest[what] = 100 * done / max(total, 1)
 
-    def keep() -> None:
+    def update() -> None:
         posted: dict[str, tuple[Any, float]] = {}
-        with _taken():
-            while not ended.wait(EVERY_S):
+        with _errors_as_warnings():
+            while not ended.wait(UPDATE_INTERVAL_S):
                 _post(latest, posted)
             _post(latest, posted)
 
-    # The context says which flow run the artifacts belong to.
-    keeper = threading.Thread(target=contextvars.copy_context().run, args=(keep,), daemon=True)
-    keeper.start()
+    # The context tells Prefect which flow run the artifacts belong to.
+    updater = threading.Thread(target=contextvars.copy_context().run, args=(update,), daemon=True)
+    updater.start()
     try:
-        yield told
+        yield report
     finally:
         ended.set()
-        keeper.join()
+        updater.join()
 
 
 def _post(latest: Mapping[str, float], posted: dict[str, tuple[Any, float]]) -> None:
-    """`posted`: stage -> id of its artifact, and the percent that the server knows."""
+    """Send what changed. `posted`: stage -> id of its artifact, and the percent that the server has."""
     for what, percent in list(latest.items()):
         if what not in posted:
             posted[what] = create_progress_artifact(percent, description=what), percent
@@ -116,60 +126,49 @@ def _post(latest: Mapping[str, float], posted: dict[str, tuple[Any, float]]) -> 
 
 
 @contextmanager
-def _taken() -> Iterator[None]:
-    """Whatever goes wrong on the way to the server is no reason to lose what was computed."""
+def _errors_as_warnings() -> Iterator[None]:
+    """Log any error as a warning: no failure of the server may lose what was computed."""
     try:
         yield
     except Exception as error:
-        log.warning("the Prefect server was not told all (%s: %s)", type(error).__name__, error)
+        log.warning("the Prefect server did not accept all artifacts (%s: %s)", type(error).__name__, error)
 
 
-def _version_summary(refreshed: Refreshed, facts: Mapping[str, Any], table: pd.DataFrame) -> str:
-    config = facts["inputs"]["config"]
-    told = {
-        "state": "new" if refreshed.is_new else "published before",
-        "folder": f"`{refreshed.folder}`",
-        "subjects": facts["subjects"],
-        "splits": ", ".join(f"{n} {split}" for split, n in facts["splits"].items()),
-        "modal depth": ", ".join(f"{m} {depth}" for m, depth in facts["modal_depth"].items()),
-        "pairing": config["pairing"],
-        **{name: facts[name] for name in ("credit", "licence") if name in facts},
+def _version_markdown(published: PublishedVersion, described: Mapping[str, Any]) -> str:
+    items = {
+        "state": "new" if published.is_new else "published before",
+        "folder": f"`{published.folder}`",
+        "subjects": described["subjects"],
+        "splits": ", ".join(f"{count} {split}" for split, count in described["splits"].items()),
+        "modal depth": ", ".join(f"{m} {depth}" for m, depth in described["modal_depth"].items()),
+        "pairing": described["inputs"]["config"]["pairing"],
+        **{name: described[name] for name in ("credit", "licence") if name in described},
     }
-    parts = [f"# {facts['name']}@{refreshed.version}", _facts(told)]
-    parts += ["## Subjects left after each step", _markdown(flat(manifest.funnel(table)))]
-    reasons = flat(manifest.exclusions(table))
-    if len(reasons):
-        parts += ["## Why the others are out", _markdown(reasons)]
+    parts = [f"# {described['name']}@{published.version}", _markdown_list(items)]
+    for summary in (summaries.funnel_summary(published.folder), summaries.exclusions_summary(published.folder)):
+        if len(summary.shown):
+            parts += [f"## {summary.title}", _markdown_table(summary.shown)]
     return "\n\n".join(parts)
 
 
-def _run_summary(run: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    told = {"folder": f"`{run}`"} | {k: config[k] for k in ("dataset", "direction", "steps", "batch_size", "width")}
-    told |= read_json(run / "config.json").get("data") or {}
-    parts = [f"# {run.name}", _facts(told)]
-    if facts:
-        rows = pd.DataFrame(facts["summary"])
-        shown = rows[["mask", "method", "psnr_mean", "ssim_mean", "mae_mean"]].round(4)
-        title = f"## {facts['split']}: means over {rows['subjects'].iloc[0]} subjects"
-        parts += [title, _markdown(shown), f"{facts['normalisation']}; data range 1"]
+def _run_markdown(run: Path, evaluation: summaries.Summary | None) -> str:
+    record = read_json(run / "config.json")
+    config = record["config"]
+    items = {"folder": f"`{run}`"} | {k: config[k] for k in ("dataset", "direction", "steps", "batch_size", "width")}
+    parts = [f"# {run.name}", _markdown_list(items | (record.get("data") or {}))]
+    if evaluation is not None:
+        parts += [f"## {evaluation.title}", _markdown_table(evaluation.shown)]
     return "\n\n".join(parts)
 
 
-def _facts(told: Mapping[str, Any]) -> str:
-    return "\n".join(f"- **{name}**: {value}" for name, value in told.items())
+def _markdown_list(items: Mapping[str, Any]) -> str:
+    return "\n".join(f"- **{name}**: {value}" for name, value in items.items())
 
 
-def _markdown(table: pd.DataFrame) -> str:
-    """A table of GitHub's Markdown."""
+def _markdown_table(table: pd.DataFrame) -> str:
+    """A table in GitHub's Markdown."""
     rows: list[list[Any]] = [list(table), ["---"] * table.shape[1], *table.to_numpy().tolist()]
     return "\n".join(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)
-
-
-def _histogram(facts: Mapping[str, Any]) -> bytes:
-    drawn = io.BytesIO()
-    histogram = table_of_sites(facts["histogram"], ["modality", "depth"])
-    draw_histogram(histogram, facts["modal_depth"], drawn)
-    return drawn.getvalue()
 
 
 def _link(path: Path) -> str:
@@ -177,11 +176,16 @@ def _link(path: Path) -> str:
 
 
 def _data_uri(picture: bytes) -> str:
-    """The picture as a data URI in JPEG, made smaller until it is no larger than `LARGEST`."""
+    """The picture as a JPEG data URI, scaled down until it has at most `MAX_PICTURE_BYTES`."""
     image = Image.open(io.BytesIO(picture)).convert("RGB")
     while True:
         packed = io.BytesIO()
         image.save(packed, "JPEG", quality=85)
-        if packed.tell() <= LARGEST:
+        if packed.tell() <= MAX_PICTURE_BYTES:
             return f"data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}"
         image = image.resize((image.width * 3 // 4, image.height * 3 // 4))
+
+
+def _svg_uri(drawing: bytes) -> str:
+    """An SVG file as a data URI; Prefect's page shows an image artifact in an `img` element, which draws it."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(drawing).decode()}"

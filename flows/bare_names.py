@@ -1,7 +1,7 @@
-"""Let `prefect deployment run train-pix2pix` do as typed; Prefect itself wants `train-pix2pix/train-pix2pix`.
+"""Let `prefect deployment run train-pix2pix` work; Prefect itself requires `train-pix2pix/train-pix2pix`.
 
-A Prefect plugin (entry point `prefect.plugins` in pyproject.toml), on where `[plugins] enabled` says so: in this
-folder by `prefect.toml`, in the image by its environment. Prefect calls the hook when it is imported.
+A Prefect plugin (entry point `prefect.plugins` in pyproject.toml). It is enabled in this folder by `prefect.toml` and
+in the image by its environment. Prefect calls the hook when it is imported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @register_hook
 def setup_environment(*, ctx: HookContext) -> None:
-    """Give the client's look-up by name a second way: a bare name that exactly one deployment bears."""
+    """Extend the look-up by name to a bare name that exactly one deployment has."""
     from prefect.client.orchestration import PrefectClient
 
     by_full_name = PrefectClient.read_deployment_by_name
@@ -30,6 +30,6 @@ def setup_environment(*, ctx: HookContext) -> None:
             found = await client.read_deployments(deployment_filter=wanted)
             if len(found) == 1:
                 return found[0]
-        return await by_full_name(client, name)  # none, or several: what Prefect says of such a name
+        return await by_full_name(client, name)  # no or several matches: the error of Prefect
 
     PrefectClient.read_deployment_by_name = read_deployment_by_name  # type: ignore[method-assign, assignment]

@@ -1,6 +1,6 @@
-"""The presets of a training as a closed list, for the command line and the server's page.
+"""The presets of a training as a closed list, for the command line and the parameter form of the server.
 
-`model.config.PRESETS` has their settings, and needs torch.
+Their settings are in `model.config.PRESETS`.
 """
 
 from typing import Literal

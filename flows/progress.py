@@ -1,4 +1,4 @@
-"""Show how far a stage is: bars on a terminal, a line now and then elsewhere."""
+"""Show the progress of stages: bars on a terminal, otherwise a log line every few seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ixi_etl.files import Progress, silent
+from ixi_etl.core.progress import Progress, no_progress
 
 log = logging.getLogger("ixi_etl.progress")
 LINE_EVERY_S = 5.0
@@ -17,9 +17,9 @@ LINE_EVERY_S = 5.0
 
 @contextmanager
 def show_progress() -> Iterator[Progress]:
-    """A `Progress` that shows itself, with rate and time left, while the block runs; not if nobody wants to be told."""
+    """Yield a `Progress` that shows rate and time left while the block runs; nothing if logging is quiet."""
     if not log.isEnabledFor(logging.INFO):
-        yield silent
+        yield no_progress
         return
     if not sys.stderr.isatty():
         yield _Lines().show
@@ -52,7 +52,7 @@ def show_progress() -> Iterator[Progress]:
 
 
 class _Lines:
-    """A log line at the start of a stage, every few seconds, and at its end."""
+    """Logs a line at the start of a stage, every few seconds, and at its end."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -74,6 +74,6 @@ def _amount(done: int, total: int, rate: float, unit: str) -> str:
     if unit == "B":
         scale, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
         return f"{done / scale:.2f} of {total / scale:.2f} {name}, {rate / 1e6:.1f} MB/s"
-    if unit == "%":  # of something whose parts are not known beforehand
+    if unit == "%":  # the number of parts is not known in advance
         return f"{done}%"
     return f"{done} of {total} {unit}, {rate:.1f}/s"

@@ -1,6 +1,6 @@
-"""Flow `train-pix2pix`: a dataset version in, a trained and measured generator out. `model.run` has the stages.
+"""Flow `train-pix2pix`: a dataset version in, a trained and evaluated generator out. Its tasks are in `model.jobs`.
 
-Run it without a server from Python, ``train_pix2pix(preset="smoke")``; or as a deployment::
+Run it from Python, ``train_pix2pix(preset="smoke")``, or as a deployment::
 
     prefect deployment run train-pix2pix/train-pix2pix --param preset=gpu
 """
@@ -16,21 +16,13 @@ from prefect.cache_policies import NO_CACHE
 from flows.artifacts import progress_artifacts, show_run
 from flows.presets import Preset
 from flows.progress import show_progress
-from ixi_etl.files import Progress
-from model import run as runs
+from ixi_etl.errors import EmptySplitError
+from model import jobs
 from model.config import preset as preset_of
-from model.data import EmptySplitError
-from model.run import Run
+from model.devices import keep_freed_memory
 
-
-@task(task_run_name="train {run.folder.name}", cache_policy=NO_CACHE)
-def train(run: Run, resume: bool, progress: Progress) -> Path:
-    return runs.train_run(run, resume=resume, progress=progress)
-
-
-@task(task_run_name="evaluate {run.folder.name}", cache_policy=NO_CACHE)
-def evaluate(run: Run, progress: Progress) -> None:
-    runs.evaluate_run(run, progress=progress)
+train = task(task_run_name="train {run.folder.name}", cache_policy=NO_CACHE)(jobs.train_run)
+evaluate = task(task_run_name="evaluate {run.folder.name}", cache_policy=NO_CACHE)(jobs.evaluate_run)
 
 
 def _run_name() -> str:
@@ -50,32 +42,34 @@ def train_pix2pix(
     settings: dict[str, Any] | None = None,
     resume: bool = True,
 ) -> Path:
-    """Train on a dataset version and evaluate on its test split; where the run is kept.
+    """Train on a dataset version, evaluate on its test split, and return the location of the run.
 
-    The version is resolved once, here. A run is named by version and configuration unless `run` names it: one that died
-    is resumed from its newest checkpoint, one that has ended is only evaluated again.
+    The version is resolved once, here. A run is named by version and configuration unless `run` names it. A run that
+    was stopped resumes from its newest checkpoint; a finished run is only evaluated again.
 
     Args:
         dataset: NAME@VERSION; by default the latest version of the preset's dataset.
         preset: paper: as published, 49,200 steps, best on a GPU. digits: MNIST. smoke: a minute on a CPU. gpu: large
             batches.
         root: Folder, or s3://bucket/prefix, that holds datasets and runs.
-        scratch: Where the root is on S3: the folder of this machine to work in.
+        scratch: If the root is on S3: folder of this machine to work in.
         run: Name of the run; by default from version and settings.
-        settings: Fields of the configuration, over those of the preset; for example {"steps": 1000}.
-        resume: Resume a run that was stopped; if false, one that has trained already is an error.
+        settings: Fields of the configuration that override the preset, for example {"steps": 1000}.
+        resume: Resume a run that was stopped; if false, an existing run is an error.
     """
     log = get_run_logger()
     named = {"dataset": dataset} if dataset else {}
     config = preset_of(preset, **(settings or {}) | named)
-    prepared = runs.prepare(root, config, run, Path(scratch) if scratch else None)
+    prepared = jobs.prepare_run(root, config, run, Path(scratch) if scratch else None)
     log.info("run %s trains on %s", prepared.folder, prepared.config.dataset)
+    if prepared.config.device == "cpu":
+        keep_freed_memory()
     with show_progress() as shown, progress_artifacts(shown) as progress:
-        train(prepared, resume, progress)
+        train(prepared, resume=resume, progress=progress)
         try:
-            evaluate(prepared, progress)
+            evaluate(prepared, progress=progress)
         except EmptySplitError as error:
             log.warning("not evaluated: %s", error)
-    folder = prepared.kept or prepared.folder
+    folder = prepared.remote or prepared.folder
     show_run(folder)
     return folder

@@ -1,14 +1,16 @@
 """Turn the IXI brain MRI archives into a verified, versioned, paired Zarr dataset.
 
-The data walks one way through these modules::
+The sub-packages are the stages of the data's way::
 
-    catalog -> download -> archive -> nifti -> survey -> manifest -> align -> cut -> store -> report -> publish
+    sources -> scans -> pairing -> dataset -> report
 
-``refresh`` strings them together, ``digits`` does the like for MNIST, and ``dataset`` reads what was published.
-Nothing in this package imports Prefect or torch.
+``recipes`` runs the stages, one module per dataset; ``core`` has files, storage and parallel work; ``testing`` has
+simulated archives. Nothing in this package imports Prefect or torch.
 """
 
-__version__ = "0.1.0"
+__all__ = ["PIPELINE_VERSION", "__version__"]
+
+__version__ = "0.2.0.dev0"
 
 PIPELINE_VERSION = 6
 """Part of every version's name. Raise it whenever the same inputs would give other bytes."""

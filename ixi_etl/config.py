@@ -1,4 +1,7 @@
-"""What a job is told to do, as validated objects; unknown keys are refused."""
+"""The options of every job, as validated models that reject unknown fields.
+
+The command line makes its options from these fields (`flows.cli.options`), and Prefect its parameters.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +23,23 @@ from pydantic import (
     model_validator,
 )
 
+from ixi_etl.core.http_options import HttpOptions
+from ixi_etl.core.option import Option
+from ixi_etl.core.parallel import usable_cores
+from ixi_etl.core.storage import DataRoot, expand_home, reject_unusable_path, reject_url_credentials
+from ixi_etl.core.text import printable
 from ixi_etl.errors import IxiError, redacted
-from ixi_etl.places import Places, expanded, printable, refuse_secret, refuse_unusable
-from ixi_etl.spread import usable_cores
 
 SPLITS = ("train", "val", "test")
 
-NEAR = 0.6  # of 1: how alike two names must be
+MIN_SIMILARITY = 0.6  # of two names, from 0 to 1, so that one is suggested for the other
 
 MIN_NMI = 0.08
-"""Real pairs that are registered well have 0.090 to 0.209, two different people at most 0.058: docs/registration.md."""
+"""Well-registered real pairs have 0.090 to 0.209, different people at most 0.058 (docs/registration.md)."""
 
 
-class Strict(BaseModel):
-    """A configuration: an unknown field is refused, with the nearest known one."""
+class StrictModel(BaseModel):
+    """A configuration that rejects an unknown field and suggests the nearest known one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -48,14 +54,14 @@ class Strict(BaseModel):
 
 
 def _unknown_field(name: str, fields: Sequence[str]) -> str:
-    near = nearest(name, fields)
+    near = nearest_name(name, fields)
     return f"there is no field {name}; " + (f"did you mean {near}?" if near else f"the fields are {', '.join(fields)}")
 
 
-def nearest(name: str, known: Sequence[str]) -> str | None:
-    """The known name that somebody who typed `name` most probably meant, if any is near.
+def nearest_name(name: str, known: Sequence[str]) -> str | None:
+    """The known name that `name` most probably stands for; None if none is similar.
 
-    Near is a slip of the keys (`batch_sise`), a part (`batch`, `lambda`) or the initials (`learning_rate` for `lr`).
+    Similar are a typo (`batch_sise`), a part (`batch`, `lambda`) or the words of initials (`learning_rate` for `lr`).
     """
 
     def likeness(field: str) -> float:
@@ -67,37 +73,37 @@ def nearest(name: str, known: Sequence[str]) -> str | None:
         return max(SequenceMatcher(None, typed, there).ratio(), 0.9 if whole_word else 0.0)
 
     best = max(known, key=likeness, default=None)
-    return best if best is not None and likeness(best) >= NEAR else None
+    return best if best is not None and likeness(best) >= MIN_SIMILARITY else None
 
 
-def in_a_line(error: ValidationError) -> str:
-    """What is wrong with which field. What was given is repeated only where a message does, never a URL's secret."""
-    wrong = (
+def format_validation_error(error: ValidationError) -> str:
+    """One line that names each invalid field and what is wrong with it, without the secrets of URLs."""
+    problems = (
         f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}".lstrip(": ") for e in error.errors()
     )
-    return redacted("; ".join(wrong))
+    return redacted("; ".join(problems))
 
 
-def _no_password(place: str) -> str:
-    """`place`, unless it is a URL with a password."""
+def _without_credentials(place: str) -> str:
+    """Return `place`; reject a URL with credentials."""
     try:
-        refuse_secret(place)
+        reject_url_credentials(place)
     except IxiError as error:
         raise ValueError(str(error)) from None
     return place
 
 
 def _usable(place: Any) -> str:
-    """`place`, unless no store can be opened there."""
+    """Return `place` as text; reject a path at which no store can be opened."""
     try:
-        refuse_unusable(place)
+        reject_unusable_path(place)
     except IxiError as error:
         raise ValueError(str(error)) from None
     return str(place)
 
 
 def _text(place: Any) -> Any:
-    """`place`, unless pydantic cannot hold it; its own message would not name the path."""
+    """Return `place`; reject text that is not UTF-8, whose path pydantic's own message would not name."""
     try:
         str(place).encode()
     except UnicodeEncodeError:
@@ -105,33 +111,35 @@ def _text(place: Any) -> Any:
     return place
 
 
-Given = Annotated[str, BeforeValidator(_text), AfterValidator(_no_password)]
-Place = Annotated[Given, Field(min_length=1)]
+UserText = Annotated[str, BeforeValidator(_text), AfterValidator(_without_credentials)]
+UserPath = Annotated[UserText, Field(min_length=1)]
 
 
-class DatasetConfig(Strict):
-    """What the data are. Every field changes bytes of a version, so all of them go into its name."""
+class DatasetConfig(StrictModel):
+    """How a version is made from its archives. Every field changes its bytes, so all are part of its name."""
 
     pairing: Literal["anatomical", "index"] = Field(
         "anatomical",
         description="anatomical: T1 resampled onto the T2's planes; index: slice k with slice k as stored",
     )
-    window: Literal["middle"] | tuple[int, int] = Field(
+    window: Annotated[Literal["middle"] | tuple[int, int], Option(type=tuple[int, int], metavar="START STOP")] = Field(
         "middle", description="the middle slices, or an explicit [start, stop) along the slice axis"
     )
-    slices: Annotated[int, Field(gt=0)] = Field(20, description="how many slices the middle window holds")
+    slices: Annotated[int, Field(gt=0)] = Field(20, description="number of slices in the middle window")
     depth: Literal["modal", "any"] = Field(
-        "modal", description="modal: keep the commonest number of slices, as published; any: whatever fits the grid"
+        "modal",
+        description="modal: keep only volumes of the most common depth, as published; any: keep every depth that fits",
     )
     registration: Literal["none", "rigid"] = Field(
-        "rigid", description="rigid: take up the motion between the scans; none: align by headers (index: always none)"
+        "rigid",
+        description="rigid: correct the motion between the scans; none: align by headers only (always none for index)",
     )
     min_nmi: Annotated[float, Field(ge=0, le=1)] = Field(
-        MIN_NMI, description="a pair whose normalised mutual information is lower is flagged low_similarity"
+        MIN_NMI, description="a pair with less normalised mutual information has low similarity"
     )
-    low_similarity: Literal["flag", "exclude"] = Field("flag", description="what becomes of such a pair")
-    pictures: bool = Field(True, description="draw a picture of each pair, and a sheet of the worst ten")
-    split_seed: int = Field(0, description="seed of the hash that puts a person into train, val or test")
+    low_similarity: Literal["flag", "exclude"] = Field("flag", description="flag or exclude low-similarity pairs")
+    pictures: bool = Field(True, description="draw a picture of each pair, and a sheet of the ten least similar")
+    split_seed: int = Field(0, description="seed of the hash that assigns each person to train, val or test")
     split: tuple[float, float, float] = Field((0.8, 0.1, 0.1), description="shares of train, val and test")
 
     @model_validator(mode="before")
@@ -152,7 +160,7 @@ class DatasetConfig(Strict):
         return self
 
     def window_in(self, depth: int) -> tuple[int, int] | None:
-        """[start, stop) among `depth` slices, or None where it does not fit."""
+        """The window [start, stop) among `depth` slices; None if it does not fit."""
         if self.window == "middle":
             start = (depth - self.slices) // 2
             start, stop = start, start + self.slices
@@ -161,97 +169,110 @@ class DatasetConfig(Strict):
         return (start, stop) if start >= 0 and stop <= depth else None
 
     def split_of(self, person: str) -> str:
-        """Train, val or test for one person (`IXI002`): a hash, so that nobody ever moves in a refresh."""
+        """Train, val or test for one person (`IXI002`), by a hash, so that a refresh never moves a person."""
         digest = hashlib.sha256(f"{self.split_seed}:{person}".encode()).digest()
         draw = int.from_bytes(digest[:8], "big") / 2**64
         return SPLITS[0] if draw < self.split[0] else SPLITS[1] if draw < self.split[0] + self.split[1] else SPLITS[2]
 
 
 PRESETS: dict[str, dict[str, Any]] = {"paired": {}, "paper": {"pairing": "index"}}
-"""What each sets. `paired`, the defaults, is what we recommend; `paper` is the published recipe."""
+"""Preset -> fields that it sets. `paired`, the defaults, is recommended; `paper` is the published recipe."""
 
 
-class _Job(Strict):
-    """What every job that makes a dataset version must know."""
+class JobConfig(StrictModel):
+    """Fields of every job that makes a dataset version."""
 
-    root: str = Field("ixi-data", description="folder, or s3://bucket/prefix, that holds datasets")
-    scratch: Path | None = Field(
-        None, description="where root is on S3: folder for archives and what is still being made (else that is root)"
+    root: Annotated[str, Option(envvar="IXI_ROOT")] = Field(
+        "ixi-data", description="folder or s3://bucket/prefix that holds datasets and runs"
     )
-    offline: bool = Field(False, description="use the archives that are already verified; ask no server anything")
+    scratch: Annotated[Path | None, Option(envvar="IXI_SCRATCH")] = Field(
+        None, description="if the root is on S3: folder for archives and unfinished work"
+    )
+    offline: bool = Field(False, description="use verified files only; make no network request")
+
+    @property
+    def http(self) -> HttpOptions:
+        return HttpOptions(offline=self.offline)
 
     @field_validator("root", mode="before")
     @classmethod
     def _whole_root(cls, root: Any) -> str:
-        _no_password(str(root))
+        _without_credentials(str(root))
         _usable(root)
         if re.match(r"s3://[^/]", str(root)):
             return str(root).rstrip("/")
         if not str(root) or re.match(r"[a-z0-9]+:/", str(root)):
             raise ValueError(f"{str(root)!r} is neither a folder nor s3://bucket/prefix")
-        return _usable(str(expanded(root).resolve()))  # workers in other folders must find it
+        return _usable(str(expand_home(root).resolve()))  # absolute, for workers in other folders
 
     @field_validator("scratch", mode="before")
     @classmethod
     def _whole_scratch(cls, scratch: Any) -> Any:
-        _no_password(str(scratch))
+        _without_credentials(str(scratch))
         return (
-            Path(_usable(expanded(scratch).resolve())) if scratch else None
-        )  # "" is what a variable gives that is not set
+            Path(_usable(expand_home(scratch).resolve())) if scratch else None
+        )  # an unset variable of prefect.yaml gives ""
 
 
-class RefreshConfig(_Job):
-    """One refresh: where it reads and writes, how hard it works, and which data it makes."""
+class RefreshConfig(JobConfig):
+    """One refresh: its sources, where it writes, how much it works in parallel, and which dataset it makes."""
 
-    source: Place | None = Field(
-        None, description="your own archives (folder, tar file, http(s):// or s3:// URL) instead of the official ones"
+    source: UserPath | None = Field(
+        None,
+        description="your own archives instead of the official ones: a folder, a tar file, or an http, https or s3 URL",
     )
-    demographics: Given | None = Field(
-        None, description="'official' to fetch IXI.xls, or your own table (.xls, .xlsx or .csv); omit for none"
+    demographics: UserText | None = Field(
+        None, description="join age and sex from 'official' (fetches IXI.xls) or your own .xls, .xlsx or .csv"
     )
     dataset: DatasetConfig = DatasetConfig()
     max_unreadable: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.05, description="share of paired subjects that may be unreadable before the refresh fails (10 always may)"
+        0.05, description="share of paired subjects that may be unreadable (10 always may) before the refresh fails"
     )
     fetch: Literal["archives", "members"] = Field(
         "archives",
-        description="archives: whole, with their MD5s; members: over HTTP, only those of subjects that may be used",
+        description="archives: whole, checked by MD5; members: over HTTP, only usable subjects, MD5 unchecked",
     )
-    connections: Annotated[int, Field(ge=1, le=16)] = Field(4, description="parallel ranges for each archive")
+    connections: Annotated[int, Field(ge=1, le=16)] = Field(4, description="parallel requests for each archive")
     workers: Annotated[int, Field(ge=1)] = Field(
         default_factory=usable_cores,
-        description="threads that cut subjects on this machine; by default as many as cores may be used",
+        description="threads that cut subjects on this machine; by default one per available core",
     )
-    dask: Given | None = Field(None, description="address of a Dask scheduler (tcp://host:port) to cut subjects on")
-    insecure_hosts: tuple[str, ...] = Field((), description="hosts whose TLS certificate is not checked")
+    dask: UserText | None = Field(None, description="Dask scheduler to cut subjects on, tcp://host:port")
+    insecure_hosts: Annotated[tuple[str, ...], Option(flag="--insecure-host")] = Field(
+        (), description="host whose TLS certificate is not checked; may be repeated"
+    )
 
     @model_validator(mode="after")
     def _members_are_asked_for(self) -> RefreshConfig:
         if self.fetch == "members" and self.offline:
-            raise ValueError("offline asks no server, but fetch = members must: which members it needs stands there")
+            raise ValueError("fetch = members needs the network to find the members; leave out offline")
         return self
 
     @property
-    def places(self) -> Places:
-        return Places(self.root, scratch=self.scratch)
+    def data_root(self) -> DataRoot:
+        return DataRoot(self.root, scratch=self.scratch)
+
+    @property
+    def http(self) -> HttpOptions:
+        return HttpOptions(self.connections, self.insecure_hosts, self.offline)
 
 
-class DigitsDataset(Strict):
-    """Which digits. It goes into the version's name."""
+class DigitsDataset(StrictModel):
+    """Which digits a version has. Part of the name of the version."""
 
     limit: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="take the first so many of the training file and of the test file; omit for all"
+        None, description="use only the first images of the training file and of the test file"
     )
 
 
-class DigitsConfig(_Job):
-    """One making of the MNIST dataset."""
+class DigitsConfig(JobConfig):
+    """One run that makes the MNIST dataset."""
 
-    source: Place | None = Field(
-        None, description="folder or URL that holds the four original files, instead of the official host"
+    source: UserPath | None = Field(
+        None, description="folder or URL of the four original files, instead of the official host"
     )
     dataset: DigitsDataset = DigitsDataset()
 
     @property
-    def places(self) -> Places:
-        return Places(self.root, "digits", self.scratch)
+    def data_root(self) -> DataRoot:
+        return DataRoot(self.root, "digits", self.scratch)

@@ -1,8 +1,30 @@
-"""The exceptions that a person can act on. Anything else that is raised is a bug."""
+"""Every error that a user can correct, with the exit code of the command line. Any other exception is a bug.
+
+::
+
+    Exception
+    └── IxiError                1   the base class; its message says what is wrong, where, and what to do
+        ├── ConfigError         2   an option, a URL or a setting is invalid (Typer's own usage errors also exit with 2)
+        │   └── MissingExtraError   an optional dependency is not installed
+        ├── DownloadError       3   no source gave the right bytes
+        ├── LockedError         4   another process is working on the same root
+        ├── ServerError         5   the Prefect server does not answer as it should
+        ├── DeviceError         6   the requested device does not exist
+        ├── ArchiveError        1   a file is not a readable tar archive
+        ├── DatasetError        1   a dataset version is missing, damaged or cannot be made
+        │   └── EmptySplitError     a version has no subject in a split
+        ├── CheckpointError     1   a checkpoint is damaged, missing, or of another training
+        ├── TrainingError       1   a training cannot continue
+        ├── SynthesisError      1   a generator cannot be applied to a volume
+        ├── ExportError         1   a generator cannot be exported
+        ├── BadVolumeError      -   one volume is unusable: becomes an excluded row of the manifest, never an exit
+        └── StoppedError    128+n   a job was stopped by signal n, after it had saved its state
+"""
 
 from __future__ import annotations
 
 import re
+from typing import ClassVar
 
 _URL = re.compile(r"""([A-Za-z][A-Za-z0-9+.-]+:/+)([^\s'"<>]+)""")
 
@@ -26,21 +48,38 @@ def _redacted_rest(scheme: str, rest: str) -> str:
 
 
 class IxiError(Exception):
-    """Something a person can mend; the message is one line that says what, where and what to do.
+    """A user-correctable error. The message is one line that says what is wrong, where, and what to do.
 
-    URLs in the message are redacted, as others' errors, which it may quote, hold links that are signed.
+    URLs in the message are redacted, because a quoted error of a library may contain signed links.
+
+    Attributes:
+        exit_code: of the command line when this error ends it.
     """
+
+    exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str) -> None:
         super().__init__(redacted(message))
+
+
+class ConfigError(IxiError):
+    """An option, a URL or a setting is invalid."""
+
+    exit_code = 2
+
+
+class MissingExtraError(ConfigError):
+    """An optional dependency is not installed."""
 
 
 class DownloadError(IxiError):
     """No source gave the right bytes.
 
     Attributes:
-        transient: whether the same might work later (a time-out, a 503), so that a scheduler does well to try again.
+        transient: whether a later attempt may succeed (a timeout, a 503), so that a scheduler should retry.
     """
+
+    exit_code = 3
 
     def __init__(self, message: str, transient: bool = False) -> None:
         super().__init__(message)
@@ -48,19 +87,53 @@ class DownloadError(IxiError):
 
 
 class ArchiveError(IxiError):
-    """A file is not a tar archive that can be read."""
+    """A file is not a readable tar archive."""
 
 
 class DatasetError(IxiError):
     """A dataset version is missing, damaged or cannot be made."""
 
 
+class EmptySplitError(DatasetError):
+    """A version has no subject in a split."""
+
+
 class LockedError(IxiError):
-    """Another process works on the same root."""
+    """Another process is working on the same root."""
+
+    exit_code = 4
+
+
+class ServerError(IxiError):
+    """The Prefect server does not answer as it should."""
+
+    exit_code = 5
+
+
+class DeviceError(IxiError):
+    """The requested device does not exist."""
+
+    exit_code = 6
+
+
+class CheckpointError(IxiError):
+    """A checkpoint is damaged, missing, or of another training."""
+
+
+class TrainingError(IxiError):
+    """A training cannot continue."""
+
+
+class SynthesisError(IxiError):
+    """A generator cannot be applied to a volume."""
+
+
+class ExportError(IxiError):
+    """A generator cannot be exported, or the export does not compute what the generator computes."""
 
 
 class StoppedError(IxiError):
-    """Somebody asked a job to stop; it has saved all that it needs to go on.
+    """A job was stopped by a signal, after it had saved its state.
 
     Attributes:
         number: of the signal.
@@ -69,13 +142,14 @@ class StoppedError(IxiError):
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.number = number
+        self.exit_code = 128 + number  # type: ignore[misc]  # of each instance
 
 
 class BadVolumeError(IxiError):
-    """One volume cannot be used: becomes a manifest row, never the end of a run.
+    """One volume is unusable: it becomes an excluded row of the manifest and never ends a run.
 
     Attributes:
-        reason: one of `ixi_etl.schema.REASONS`.
+        reason: one of `ixi_etl.dataset.schema.REASONS`.
         detail: the same in words.
     """
 

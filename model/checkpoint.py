@@ -1,7 +1,7 @@
-"""Checkpoints: one safetensors file each, written whole, that carries its own digest. Nothing is ever unpickled.
+"""Read and write checkpoints: one safetensors file each, written atomically, with a digest. Nothing is unpickled.
 
-`<run>/checkpoints/step-00001000.safetensors` holds the tensors of the learner (both networks, both optimisers, the
-moving average, random states), and in its header, as JSON: step, configuration, validation and digest.
+`<run>/checkpoints/step-00001000.safetensors` holds the state of the trainer (both networks, both optimisers, the moving
+average, random states). Its header holds, as JSON, the metadata: step, configuration and validation; and a SHA-256.
 """
 
 from __future__ import annotations
@@ -22,20 +22,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ixi_etl.config import in_a_line
-from ixi_etl.errors import IxiError
-from ixi_etl.files import sync_path
+from ixi_etl.config import format_validation_error
+from ixi_etl.core.files import fsync_path
+from ixi_etl.errors import CheckpointError
 from model.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
 
-class CheckpointError(IxiError):
-    """A checkpoint is damaged, missing, or of another training."""
-
-
-class _Facts(BaseModel):
-    """What every header must say; a generator's says more."""
+class _Metadata(BaseModel):
+    """The metadata that every file must have; a generator's file has more."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -47,10 +43,10 @@ class _Facts(BaseModel):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the header says.
+    """A checkpoint file and its metadata.
 
-    `validation` is empty where there was nothing to validate on. `processes` is how many trained together; a
-    checkpoint that does not say so was written before that was recorded: its random states tell (`newest_whole`).
+    `validation` is empty if the version has no validation split. `processes` is the number of processes that trained
+    together. Files of older versions do not record it; `latest_valid` counts their random states instead.
     """
 
     path: Path
@@ -60,119 +56,121 @@ class Checkpoint:
     processes: int | None = None
 
 
-def path_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies among the others in `folder`."""
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """The file of the checkpoint of a step in `folder`."""
     return folder / f"step-{step:08d}.safetensors"
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write a safetensors file with `facts` and the digest of all in its header, whole or not at all.
-
-    It is on the disk when this returns.
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write `tensors` and `metadata` to a safetensors file, atomically, and sync it to the disk.
 
     Raises:
-        CheckpointError: the disk is full, or has another fault; what was there before is still there.
+        CheckpointError: the disk is full or fails; an earlier file at `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     part = path.with_name(f".{path.name}.part")
-    said = json.dumps(facts)
+    text = json.dumps(metadata)
     try:
         part.unlink(missing_ok=True)
         part.touch()
-        mode = part.stat().st_mode  # by the umask; safetensors would leave it readable to its owner alone
-        save_file(plain, part, metadata={"facts": said, "sha256": _digest(plain, said)})
+        mode = part.stat().st_mode  # follows the umask; safetensors makes files readable by their owner only
+        save_file(contiguous, part, metadata={"facts": text, "sha256": _digest(contiguous, text)})
         part.chmod(mode)
-        sync_path(part)
+        fsync_path(part)
     except (SafetensorError, OSError) as error:
         part.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error}; mend that, and --resume goes on from the last") from error
+        raise CheckpointError(f"cannot write {path}: {error}; fix that, then continue with --resume") from error
     os.replace(part, path)
-    sync_path(path.parent)
+    fsync_path(path.parent)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file that `save` wrote, and its facts.
+    """The tensors and the metadata of a file that `save` wrote.
 
     Raises:
-        CheckpointError: it is missing, cut short, or not what was written.
+        CheckpointError: the file is missing, truncated or damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        said = metadata["facts"]
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        text = header["facts"]
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is not there") from None
+        raise CheckpointError(f"{path} does not exist") from None
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint of this project ({error})") from error
-    facts = _parsed(path, said)
-    if _digest(tensors, said) != metadata.get("sha256"):
-        raise CheckpointError(f"{path} is damaged: it has not the SHA-256 in its header")
-    return tensors, facts
+        raise CheckpointError(f"{path} is damaged or not a checkpoint of this project ({error})") from error
+    metadata = _parse_metadata(path, text)
+    if _digest(tensors, text) != header.get("sha256"):
+        raise CheckpointError(f"{path} is damaged: its contents do not match the SHA-256 in its header")
+    return tensors, metadata
 
 
-def read_facts(path: Path) -> dict[str, Any]:
-    """The facts of a file that `save` wrote, from its header alone.
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a file that `save` wrote, read from its header alone.
 
     Raises:
-        CheckpointError: it is missing, or has no such header.
+        CheckpointError: the file is missing, or has no such header.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            said = (file.metadata() or {})["facts"]
+            text = (file.metadata() or {})["facts"]
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is not there") from None
+        raise CheckpointError(f"{path} does not exist") from None
     except (SafetensorError, OSError, KeyError) as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint of this project ({error})") from error
-    return _parsed(path, said)
+        raise CheckpointError(f"{path} is damaged or not a checkpoint of this project ({error})") from error
+    return _parse_metadata(path, text)
 
 
-def digest_of(path: Path) -> str:
-    """The SHA-256 in the header of a file that `save` wrote: of its tensors and facts."""
+def read_digest(path: Path) -> str:
+    """The SHA-256, in hexadecimal, in the header of a file that `save` wrote: of its tensors and metadata."""
     with safe_open(path, framework="pt") as file:
         return str((file.metadata() or {})["sha256"])
 
 
-def _parsed(path: Path, said: str) -> dict[str, Any]:
+def _parse_metadata(path: Path, text: str) -> dict[str, Any]:
     try:
-        return _Facts.model_validate_json(said).model_dump()
+        return _Metadata.model_validate_json(text).model_dump()
     except ValidationError as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint of this project ({in_a_line(error)})") from error
+        raise CheckpointError(
+            f"{path} is damaged or not a checkpoint of this project ({format_validation_error(error)})"
+        ) from error
 
 
-def config_of(path: Path, said: dict[str, Any]) -> TrainConfig:
-    """The resolved configuration that a file's facts have as `said`.
+def parse_config(path: Path, fields: dict[str, Any]) -> TrainConfig:
+    """The resolved configuration from the metadata field `config` of the file `path`.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: it is invalid or not resolved.
     """
     try:
-        config = TrainConfig.model_validate(said)
+        config = TrainConfig.model_validate(fields)
     except ValidationError as error:
-        raise CheckpointError(f"the configuration in {path} cannot be used: {in_a_line(error)}") from error
+        raise CheckpointError(
+            f"the configuration in {path} cannot be used: {format_validation_error(error)}"
+        ) from error
     if config.side is None:
         raise CheckpointError(f"the configuration in {path} cannot be used: it has no side")
     return config
 
 
-def require(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raise `CheckpointError` unless the file's tensors have the names, shapes and types of `wanted`, and no others.
+def require_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` unless the file's tensors have exactly the names, shapes and types of `wanted`.
 
-    The fused optimiser trusts the shapes of its moments: it would read and write beyond the end of shorter ones.
+    The fused optimiser does not check the shapes of its moments: it would read and write past the end of shorter ones.
     """
     for name in sorted(tensors.keys() | wanted.keys()):
-        there, need = (
+        found, expected = (
             "none" if t is None else f"{t.dtype} {list(t.shape)}" for t in (tensors.get(name), wanted.get(name))
         )
-        if there != need:
+        if found != expected:
             raise CheckpointError(
-                f"{path} does not fit its configuration: of {name} it has {there}, not {need}; remove it"
+                f"{path} does not fit its configuration: {name} is {found}, expected {expected}; remove the file"
             )
 
 
-def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
-    digest = hashlib.sha256(facts.encode())
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -180,47 +178,79 @@ def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
     return digest.hexdigest()
 
 
-# -- which there are --------------------------------------------------------------------------------------------------
-
-
-def found(folder: Path) -> list[Checkpoint]:
-    """The checkpoints whose header can be read, oldest first; of the others a warning says so."""
-    good = []
+def list_checkpoints(folder: Path) -> list[Checkpoint]:
+    """The checkpoints with a readable header, oldest first; the others are logged and skipped."""
+    readable = []
     for path in sorted(folder.glob("step-*.safetensors")):
         try:
-            facts = read_facts(path)
-            good.append(Checkpoint(path, facts["step"], facts["config"], facts["validation"], facts["processes"]))
+            metadata = read_metadata(path)
         except CheckpointError as error:
-            log.warning("%s; it is passed over", error)
-    return good
+            log.warning("%s; skipped", error)
+            continue
+        fields = (metadata[name] for name in ("step", "config", "validation", "processes"))
+        readable.append(Checkpoint(path, *fields))
+    return readable
 
 
-def newest_whole(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | None:
-    """The newest checkpoint that is whole, and its tensors; None if there is none."""
-    for checkpoint in reversed(found(folder)):
+def latest_valid(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | None:
+    """The newest checkpoint whose digest matches, and its tensors; None if there is none."""
+    for checkpoint in reversed(list_checkpoints(folder)):
         try:
             tensors = load(checkpoint.path)[0]
             processes = sum(name.startswith("random.cpu.") for name in tensors)
             return replace(checkpoint, processes=checkpoint.processes or processes), tensors
         except CheckpointError as error:
-            log.warning("%s; an older one is used", error)
+            log.warning("%s; trying an older checkpoint", error)
     return None
 
 
-def best(folder: Path) -> Checkpoint | None:
-    """The one with the lowest validated MAE (the newer of equals); where nothing was validated, the newest."""
+def best_checkpoint(folder: Path) -> Checkpoint | None:
+    """The checkpoint with the lowest validation MAE (the newest of equals); without validation, the newest."""
 
     def rank(checkpoint: Checkpoint) -> tuple[float, int]:
         mae = checkpoint.validation.get("mae", math.inf)
         return (math.inf if math.isnan(mae) else mae), -checkpoint.step
 
-    there = found(folder)
-    return min([c for c in there if c.validation] or there, key=rank, default=None)
+    existing = list_checkpoints(folder)
+    return min([c for c in existing if c.validation] or existing, key=rank, default=None)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` and the best."""
-    there, good = found(folder), best(folder)
-    for checkpoint in there[:-keep]:
-        if good is None or checkpoint.step != good.step:
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all checkpoints except the newest `keep` and the best."""
+    best = best_checkpoint(folder)
+    for checkpoint in list_checkpoints(folder)[:-keep]:
+        if best is None or checkpoint.step != best.step:
             checkpoint.path.unlink()
+
+
+def find_resume_point(
+    folder: Path, config: TrainConfig, processes: int, resume: bool
+) -> tuple[Checkpoint, dict[str, Tensor]] | None:
+    """The newest valid checkpoint in `folder` and its tensors, to resume from; None if there is none.
+
+    Raises:
+        CheckpointError: there is one and `resume` is not set; or it does not fit `config` or `processes`.
+    """
+    newest = latest_valid(folder)
+    if newest is None:
+        return None
+    if not resume:
+        trained = f"{folder.parent} has trained to step {newest[0].step}"
+        raise CheckpointError(f"{trained}; continue with --resume, or start a new run with another --run-id")
+    check_resumable(newest[0], config, processes)
+    return newest
+
+
+def check_resumable(checkpoint: Checkpoint, config: TrainConfig, processes: int = 1) -> None:
+    """Raise `CheckpointError` unless `processes` processes with `config` may resume from `checkpoint`.
+
+    Another number of processes would use other pairs at each step, and other random numbers.
+    """
+    difference = config.difference(parse_config(checkpoint.path, checkpoint.config))
+    if checkpoint.processes != processes:
+        count = f"{checkpoint.processes} processes, not {processes} (torchrun --nproc-per-node)"
+        difference = ", ".join(filter(None, [difference, count]))
+    if difference:
+        raise CheckpointError(
+            f"{checkpoint.path} has another configuration ({difference}); use the same, or give another --run-id"
+        )

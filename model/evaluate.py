@@ -1,15 +1,17 @@
-"""Measure a generator by subject, next to baselines that any generator should beat.
+"""Measure a generator per subject, next to baselines that any generator should beat.
 
-Every number is of images normalised by the manifest's percentiles to [0, 1] (data range 1), over whole slices
-(mask `whole`) and over the head alone (mask `head`: pixels over Otsu's threshold in the source or in the target, of
-each subject's slab). Whole slices are mostly background, which flatters everybody.
+All measures are of images normalised by the manifest's percentiles to [0, 1] (data range 1), over whole slices (mask
+`whole`) and over the head (mask `head`: pixels above Otsu's threshold of the subject's slab in the source or in the
+target). Whole slices are mostly background, which inflates every score.
+
+Legend: N slices of S subjects with Z slices each; B, H, W are batch, height, width.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,66 +20,47 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ixi_etl.files import Progress, silent, to_json, write_atomic
-from ixi_etl.intensity import otsu_threshold
-from model import checkpoint, data, metrics
-from model.checkpoint import CheckpointError
+from ixi_etl.core.files import to_json, write_atomic
+from ixi_etl.core.progress import Progress, no_progress
+from ixi_etl.scans.intensity import otsu_threshold
+from model import checkpoint, data
 from model.config import TrainConfig
 from model.data import Pairs
-from model.learner import build_generator, generator_weights
-from model.networks import UNetGenerator, place
-
-Method = Callable[[Tensor, Tensor], Tensor]
-"""From sources (B, 1, H, W) in [-1, 1] and their positions in the slab (B,) to what they say the targets are."""
+from model.generator import BATCH, Predictor, as_predictor, check_same_dataset, load_generator
 
 GENERATED, SOURCE, MEAN_TARGET, MAPPING = "generated", "source as it is", "mean training target", "intensity mapping"
 MEASURES = ("psnr", "ssim", "mae")
 NORMALISATION = "slab percentiles 0.1 and 99.9 to [0, 1], clipped"
-BINS = 256
-BATCH = 16  # slices at a time
-MUST_AGREE = ("dataset", "direction", "side")
-"""Of a run and of weights that are evaluated in it: other weights may have been trained on its test subjects."""
+BINS = 256  # of source intensities, for the intensity mapping
+DATA_RANGE = 1.0
 
 
 class Evaluation(NamedTuple):
-    """What was measured: see `summarise` and `compare`; `name` is that of the files in the run, without suffix."""
+    """The results of `summarize` and `compare`; `name` is that of the files in the run, without suffix."""
 
     summary: pd.DataFrame
     comparison: pd.DataFrame
     name: str
 
 
-def generated_by(generator: UNetGenerator, *, dropout: bool = False) -> Method:
-    """The generator as in synthesis; `dropout` leaves its noise on, as the publication does at test time."""
+def baselines(train: Pairs) -> dict[str, Predictor]:
+    """Baseline predictors from the training split: source, mean target, and intensity mapping.
 
-    def method(source: Tensor, _position: Tensor) -> Tensor:
-        training = generator.training
-        generator.train(dropout)
-        generated = generator.whole(source).float()
-        generator.train(training)
-        return generated
-
-    return method
-
-
-def baselines(train: Pairs) -> dict[str, Method]:
-    """The source as it is; the training targets' mean; and the best function of the source's intensity alone.
-
-    The latter is the mean training target at each of 256 source intensities: no function of one intensity has a smaller
-    mean squared error on the training split.
+    The last is the mean training target at each of 256 source intensities: no function of the intensity alone has a
+    smaller mean squared error on the training split.
     """
     slices = int(train.position.max()) + 1
     total = torch.zeros(slices, *train.target.shape[1:], dtype=torch.float64)
-    count, weight = torch.zeros(BINS, dtype=torch.float64), torch.zeros(BINS, dtype=torch.float64)
+    counts, sums = torch.zeros(BINS, dtype=torch.float64), torch.zeros(BINS, dtype=torch.float64)
     for index in torch.arange(len(train), device=train.source.device).split(BATCH):
         source, target = (image.cpu() for image in train.normalised(index))
         total.index_add_(0, train.position[index].cpu(), target[:, 0].double())
         bins = _bins(source).flatten()
-        count += torch.bincount(bins, minlength=BINS)
-        weight += torch.bincount(bins, target.flatten().double(), minlength=BINS)
+        counts += torch.bincount(bins, minlength=BINS)
+        sums += torch.bincount(bins, target.flatten().double(), minlength=BINS)
     mean = (total / len(train.subjects)).float().unsqueeze(1)
-    met = (count > 0).numpy()
-    curve = np.interp(np.arange(BINS), np.flatnonzero(met), (weight / count).numpy()[met])
+    seen = (counts > 0).numpy()
+    curve = np.interp(np.arange(BINS), np.flatnonzero(seen), (sums / counts).numpy()[seen])
     table = torch.from_numpy(curve).float()
     return {
         SOURCE: lambda source, _: source,
@@ -91,63 +74,61 @@ def _bins(image: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(pairs: Pairs, methods: Mapping[str, Method], progress: Progress = silent) -> pd.DataFrame:
-    """A row for each method, mask and subject: subject_id, method, mask, psnr (dB), ssim, mae, pixels."""
-    thresholds = _thresholds(pairs)
-    found: dict[tuple[str, str], list[dict[str, Tensor]]] = {}
+def measure(pairs: Pairs, methods: Mapping[str, Predictor], progress: Progress = no_progress) -> pd.DataFrame:
+    """Score each method on `pairs`: a row per method, mask and subject, with `MEASURES`; psnr is in dB."""
+    thresholds = _otsu_thresholds(pairs)
+    scores: dict[tuple[str, str], list[dict[str, Tensor]]] = {}
     for index in torch.arange(len(pairs), device=pairs.source.device).split(BATCH):
         source, target = pairs.normalised(index)
-        mask = _head(source, target, thresholds.to(source.device)[pairs.subject[index]])
-        for name, method in methods.items():
-            generated = (method(source, pairs.position[index]).clamp(-1, 1) + 1) / 2
-            for where, inside in (("whole", None), ("head", mask)):
-                by_slice = metrics.by_slice(generated, (target + 1) / 2, inside)
-                found.setdefault((name, where), []).append({k: v.cpu() for k, v in by_slice.items()})
+        head = _head_mask(source, target, thresholds.to(source.device)[pairs.subject[index]])
+        for name, predict in methods.items():
+            generated = (predict(source, pairs.position[index]).clamp(-1, 1) + 1) / 2
+            for mask_name, mask in (("whole", None), ("head", head)):
+                by_slice = score_slices(generated, (target + 1) / 2, mask)
+                scores.setdefault((name, mask_name), []).append({k: v.cpu() for k, v in by_slice.items()})
         progress("evaluate", int(index[-1]) + 1, len(pairs), "slices")
     tables = []
-    for (name, where), batches in found.items():
+    for (name, mask_name), batches in scores.items():
         slices = {k: torch.cat([b[k] for b in batches]) for k in batches[0]}
-        of = metrics.over_subjects(slices, pairs.subject.cpu(), len(pairs.subjects))
-        columns = {"subject_id": list(pairs.subjects), "method": name, "mask": where}
-        tables.append(pd.DataFrame(columns | {m: of[m].numpy() for m in MEASURES}))
+        by_subject = average_over_subjects(slices, pairs.subject.cpu(), len(pairs.subjects))
+        columns = {"subject_id": list(pairs.subjects), "method": name, "mask": mask_name}
+        tables.append(pd.DataFrame(columns | {m: by_subject[m].numpy() for m in MEASURES}))
     return pd.concat(tables, ignore_index=True)
 
 
-def _thresholds(pairs: Pairs) -> Tensor:
-    """(S, 2): Otsu's threshold of each subject's source and target slab, in [-1, 1]."""
-    everywhere = []
+def _otsu_thresholds(pairs: Pairs) -> Tensor:
+    """Otsu's thresholds (S, 2) of each subject's source and target slab, in [-1, 1]."""
+    thresholds = []
     for subject in range(len(pairs.subjects)):
         slabs = pairs.normalised(torch.nonzero(pairs.subject == subject).flatten())
-        everywhere.append([otsu_threshold(slab.cpu().numpy()) for slab in slabs])
-    return torch.tensor(everywhere)
+        thresholds.append([otsu_threshold(slab.cpu().numpy()) for slab in slabs])
+    return torch.tensor(thresholds)
 
 
-def _head(source: Tensor, target: Tensor, thresholds: Tensor) -> Tensor:
+def _head_mask(source: Tensor, target: Tensor, thresholds: Tensor) -> Tensor:
+    """Mask (B, 1, H, W) of the pixels above `thresholds` (B, 2) in the source or in the target."""
     low = thresholds[:, :, None, None, None]
     return (source > low[:, 0]) | (target > low[:, 1])
 
 
-# -- tables -----------------------------------------------------------------------------------------------------------
-
-
-def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard deviation over subjects of each measure: a row for each method and mask."""
+def summarize(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard deviation of each measure over the subjects of `measure`: a row per method and mask."""
     groups = table.groupby(["mask", "method"], sort=False)[list(MEASURES)]
     summary = groups.agg(["mean", "std"])
-    summary.columns = pd.Index([f"{measure}_{what}" for measure in MEASURES for what in ("mean", "std")])
+    summary.columns = pd.Index([f"{measure}_{statistic}" for measure in MEASURES for statistic in ("mean", "std")])
     return summary.assign(subjects=groups.size()).reset_index()
 
 
 def compare(table: pd.DataFrame) -> pd.DataFrame:
-    """By how much the generator is better than each baseline, in pairs of the same subject.
+    """Differences between the generator and each baseline, paired by subject.
 
-    A row for each mask, baseline and measure: mean difference, and its 95% interval by Student's t (NaN for a single
-    subject). Above 0 the generator is better, for `mae` too.
+    A row per mask, baseline and measure: the mean difference `better_by`, and its 95% interval by Student's t (NaN for
+    a single subject). Above 0 the generator is better, for `mae` too.
     """
     from scipy.stats import t
 
     rows = []
-    for where, part in table.groupby("mask", sort=False):
+    for mask, part in table.groupby("mask", sort=False):
         ours = part[part["method"] == GENERATED].set_index("subject_id")
         for name, theirs in part[part["method"] != GENERATED].groupby("method", sort=False):
             for measure in MEASURES:
@@ -156,42 +137,19 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
                 n = len(better)
                 half = t.ppf(0.975, n - 1) * better.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
                 mean = better.mean()
-                row = {"mask": where, "baseline": name, "measure": measure, "subjects": n, "better_by": mean}
+                row = {"mask": mask, "baseline": name, "measure": measure, "subjects": n, "better_by": mean}
                 rows.append(row | {"low_95": mean - half, "high_95": mean + half})
     return pd.DataFrame(rows)
 
 
-def load_generator(path: Path, device: str | torch.device = "cpu") -> tuple[UNetGenerator, TrainConfig, int]:
-    """The generator of a checkpoint, or of `generator.safetensors`, its configuration, and the step it is of.
+def evaluation_name(split: str, weights: Path | None, dropout: bool) -> str:
+    """The name of the files of an evaluation; `weights` is None for the run's own generator.
 
-    Raises:
-        CheckpointError: the file is missing or damaged, or holds no generator of its configuration.
-    """
-    tensors, facts = checkpoint.load(path)
-    config, weights = checkpoint.config_of(path, facts["config"]), generator_weights(tensors)
-    with torch.device("meta"):  # no memory yet for a configuration that the weights do not bear out
-        checkpoint.require(path, weights, build_generator(config).state_dict())
-    generator = build_generator(config)
-    generator.load_state_dict(weights)
-    return place(generator, device).eval(), config, facts["step"]
-
-
-def check_same_data(weights: Path, config: TrainConfig, run: TrainConfig) -> None:
-    """Raise `CheckpointError` unless the weights were trained, with `config`, on the data of the run."""
-    unlike = [name for name in MUST_AGREE if getattr(config, name) != getattr(run, name)]
-    if unlike:
-        said = ", ".join(f"{name} {getattr(config, name)}, not {getattr(run, name)}" for name in unlike)
-        raise CheckpointError(f"{weights} is of another training ({said}); evaluate it in a run of its own")
-
-
-def name_of(split: str, weights: Path | None, dropout: bool) -> str:
-    """What the files of an evaluation are called; `weights` are None where they are the run's own generator.
-
-    All others have their digest in the name, so that no evaluation replaces one of something else.
+    For other weights it contains their digest, so that evaluations of different weights never overwrite each other.
     """
     parts = ["evaluation", split]
     if weights is not None:
-        parts += [weights.stem, checkpoint.digest_of(weights)[:8]]
+        parts += [weights.stem, checkpoint.read_digest(weights)[:8]]
     return "-".join(parts + (["dropout"] if dropout else []))
 
 
@@ -205,44 +163,81 @@ def evaluate(
     split: str = "test",
     device: str = "cpu",
     dropout: bool = False,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Evaluation:
     """Measure `generator`, or the one in `weights`, on a split; write `<name>.csv` and `.json` into `run`.
 
-    The CSV has a row for each subject, method and mask; the JSON the means, standard deviations and paired differences.
-    `config` is the run's. The name is `evaluation-<split>` for the run's own generator, see `name_of` for others.
+    The CSV has a row per subject, method and mask; the JSON has means, standard deviations and paired differences.
+    `config` is the run's. `evaluation_name` gives the name.
 
     Raises:
         CheckpointError: the weights are missing or damaged, or were trained on other data than the run.
-        DatasetError: the version is damaged, or has nobody in the split.
+        EmptySplitError: the split has no subjects.
+        DatasetError: the version is damaged.
     """
     if weights is not None and weights.resolve() == generator.resolve():
         weights = None
     measured = weights or generator
     network, trained, step = load_generator(measured, device)
-    check_same_data(measured, trained, config)
-    name = name_of(split, weights, dropout)
-    pairs = data.load(version, split, config.direction, device)
-    methods = {GENERATED: generated_by(network, dropout=dropout)}
-    methods |= baselines(data.load(version, "train", config.direction, device))
+    check_same_dataset(measured, trained, config)
+    name = evaluation_name(split, weights, dropout)
+    pairs = data.load_pairs(version, split, config.direction, device)
+    methods = {GENERATED: as_predictor(network, dropout=dropout)}
+    methods |= baselines(data.load_pairs(version, "train", config.direction, device))
     table = measure(pairs, methods, progress)
     table.insert(1, "split", split)
-    table = table.assign(normalisation=NORMALISATION, data_range=metrics.DATA_RANGE)
-    summary, comparison = summarise(table), compare(table)
+    table = table.assign(normalisation=NORMALISATION, data_range=DATA_RANGE)
+    summary, comparison = summarize(table), compare(table)
     write_atomic(run / f"{name}.csv", table.to_csv(index=False))
-    facts: dict[str, Any] = {
+    record: dict[str, Any] = {
         "split": split,
         "weights": measured.name,
-        "weights_sha256": checkpoint.digest_of(measured),
+        "weights_sha256": checkpoint.read_digest(measured),
         "step": step,
         "dropout": dropout,
         "dataset": config.dataset,
         "direction": config.direction,
         "normalisation": NORMALISATION,
-        "data_range": metrics.DATA_RANGE,
+        "data_range": DATA_RANGE,
         "masks": {"whole": "every pixel", "head": "over Otsu's threshold in source or target"},
         "summary": json.loads(summary.to_json(orient="records")),
         "comparison": json.loads(comparison.to_json(orient="records")),
     }
-    write_atomic(run / f"{name}.json", to_json(facts))
+    write_atomic(run / f"{name}.json", to_json(record))
     return Evaluation(summary, comparison, name)
+
+
+def score_slices(generated: Tensor, target: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """Scores (B,) of slices (B, 1, H, W) in [0, 1]: `mae`, `mse` and `ssim` over the mask, and `pixels`, its size.
+
+    SSIM is that of Wang et al. (2004), with a Gaussian window of sigma 1.5. A slice with an empty mask scores 0.
+    """
+    # Imported here since it also imports scipy.signal, which takes more than a second.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    inside = torch.ones_like(target) if mask is None else mask.to(target.dtype)
+    pixels = inside.sum((1, 2, 3))
+
+    def mean(values: Tensor) -> Tensor:
+        return (values * inside).sum((1, 2, 3)) / pixels.clamp(min=1)
+
+    _, similarity = structural_similarity_index_measure(
+        generated, target, data_range=DATA_RANGE, sigma=1.5, reduction="none", return_full_image=True
+    )
+    error = generated - target
+    return {"mae": mean(error.abs()), "mse": mean(error**2), "ssim": mean(similarity), "pixels": pixels}
+
+
+def average_over_subjects(slices: dict[str, Tensor], subject: Tensor, subjects: int) -> dict[str, Tensor]:
+    """Scores (S,) of subjects from those of slices (N,): `mae`, `ssim`, and `psnr` in dB from the mean MSE.
+
+    `subject` (N,) is the subject of each slice. Slices are weighted by their `pixels`.
+    """
+    weight = slices["pixels"].double()
+
+    def pooled(values: Tensor) -> Tensor:
+        total = torch.zeros(subjects, dtype=torch.float64).index_add_(0, subject, values.double() * weight)
+        return total / torch.zeros(subjects, dtype=torch.float64).index_add_(0, subject, weight)
+
+    mse = pooled(slices["mse"])
+    return {"mae": pooled(slices["mae"]), "psnr": 10 * torch.log10(DATA_RANGE**2 / mse), "ssim": pooled(slices["ssim"])}

@@ -1,6 +1,6 @@
-"""The generator, to be used elsewhere: as safetensors or as ONNX, with a config.json that says what it takes and gives.
+"""Export a generator for use elsewhere, as safetensors or ONNX, with a config.json that describes input and output.
 
-What was written is read back and compared with the original before it gets its name.
+Each file is read back and its output compared with the original's before it gets its final name.
 """
 
 from __future__ import annotations
@@ -17,62 +17,63 @@ import torch
 from torch import Tensor, nn
 
 from ixi_etl import __version__
-from ixi_etl.errors import IxiError
-from ixi_etl.extras import require_extra
-from ixi_etl.files import to_json, write_atomic
+from ixi_etl.core.extras import require_extra
+from ixi_etl.core.files import to_json, write_atomic
+from ixi_etl.errors import ExportError
 from model import checkpoint, planes
 from model.config import TrainConfig
-from model.evaluate import load_generator
+from model.generator import GENERATOR_FILE, load_generator
 from model.networks import UNetGenerator
-from model.planes import Planes
-from model.train import GENERATOR
+from model.planes import PlaneSummary
 
 Format = Literal["safetensors", "onnx"]
 ONNX = "generator.onnx"
 NORMALISATION = "percentiles 0.1 and 99.9 of the subject's slab become -1 and 1; clipped"
 TOLERANCE = 1e-4
-"""Of outputs in [-1, 1]: torch and ONNX Runtime add up in another order, and differ by some 1e-6."""
-
-
-class ExportError(IxiError):
-    """A generator cannot be exported, or what was exported is not the generator."""
+"""Largest difference of outputs in [-1, 1]: torch and ONNX Runtime sum in another order and differ by about 1e-6."""
 
 
 def export(generator: Path, form: Format, out: Path) -> tuple[Path, float]:
-    """Write the generator of the file `generator` and config.json into the folder `out`.
+    """Write the generator in the file `generator`, and config.json, into the folder `out`.
 
     Returns:
-        The file, and the largest difference to the original's output, over batches of 1 and 3 slices of noise.
+        The file, and the largest difference from the original's output, over batches of 1 and 3 slices of noise.
 
     Raises:
-        ExportError: something is missing, or what was written differs by more than `TOLERANCE`.
+        CheckpointError: the generator is missing or damaged.
+        ExportError: `out` would overwrite the generator, or the outputs differ by more than `TOLERANCE`.
     """
     if form == "onnx":
         require_extra("export")
     network, config, step = load_generator(generator)
-    facts = checkpoint.read_facts(generator)
-    trained_on = planes.of(generator, facts)
+    metadata = checkpoint.read_metadata(generator)
+    trained_on = planes.parse(generator, metadata)
     shape = trained_on.shape if trained_on else (network.side, network.side)
     out.mkdir(parents=True, exist_ok=True)
-    path, write = (out / GENERATOR, _write_safetensors) if form == "safetensors" else (out / ONNX, _write_onnx)
+    path, write = (out / GENERATOR_FILE, _write_safetensors) if form == "safetensors" else (out / ONNX, _write_onnx)
     if path.resolve() == generator.resolve():
         raise ExportError(f"{path} is the generator itself; give another -o")
     part = path.with_name(f".part-{path.name}")
-    said = _describe(config, step, trained_on, shape) | {k: facts[k] for k in ("licence", "credit") if k in facts}
+    description = _describe(config, step, trained_on, shape)
+    description |= {k: metadata[k] for k in ("licence", "credit") if k in metadata}
     try:
-        generate = write(generator, network, shape, said, part)
-        difference = _difference(network, generate, shape)
+        predict = write(generator, network, shape, description, part)
+        difference = _difference(network, predict, shape)
         if not difference <= TOLERANCE:
-            raise ExportError(f"{path} would give other slices than {generator}, by up to {difference:g}: not written")
+            raise ExportError(
+                f"{path} not written: its output differs from that of {generator} by up to {difference:g}"
+            )
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    write_atomic(out / "config.json", to_json(said))
+    write_atomic(out / "config.json", to_json(description))
     return path, difference
 
 
-def _describe(config: TrainConfig, step: int, trained_on: Planes | None, shape: tuple[int, int]) -> dict[str, Any]:
-    """What somebody who has only the exported file must know to use it."""
+def _describe(
+    config: TrainConfig, step: int, trained_on: PlaneSummary | None, shape: tuple[int, int]
+) -> dict[str, Any]:
+    """The contents of config.json: what a user of the exported file needs to know."""
     return {
         "config": config.model_dump(mode="json"),
         "step": step,
@@ -88,66 +89,69 @@ def _describe(config: TrainConfig, step: int, trained_on: Planes | None, shape: 
     }
 
 
-def _metadata(said: Mapping[str, Any]) -> dict[str, str]:
-    """The same as ONNX holds it: names and texts. What is no text is JSON."""
-    config = said["config"]
-    source, target = said["input"], said["output"]
+def _onnx_metadata(description: Mapping[str, Any]) -> dict[str, str]:
+    """The description as the string properties of an ONNX model; other values than strings become JSON."""
+    config = description["config"]
+    source, target = description["input"], description["output"]
     texts = {
         "direction": config["direction"],
         "dataset": config["dataset"],
-        "step": said["step"],
+        "step": description["step"],
         "input_range": source["range"],
         "output_range": target["range"],
-        "axes": "[batch, 1, y, x]; y to the Anterior, x to the Right" if said["planes"] else "[batch, 1, y, x]",
+        "axes": "[batch, 1, y, x]; y to the Anterior, x to the Right" if description["planes"] else "[batch, 1, y, x]",
         "normalisation": source["normalisation"],
-        "planes": said["planes"],
-        "licence": said.get("licence", f"not recorded; that of {config['dataset']}"),
-        "credit": said.get("credit", f"not recorded; that of {config['dataset']}"),
+        "planes": description["planes"],
+        "licence": description.get("licence", f"not recorded; that of {config['dataset']}"),
+        "credit": description.get("credit", f"not recorded; that of {config['dataset']}"),
         "config": config,
     }
     return {name: text if isinstance(text, str) else json.dumps(text, sort_keys=True) for name, text in texts.items()}
 
 
-def _doc(metadata: Mapping[str, str]) -> str:
+def _onnx_doc(metadata: Mapping[str, str]) -> str:
+    """The doc string of the ONNX model."""
     return (
-        f"pix2pix generator, {metadata['direction']}, trained on {metadata['dataset']}. Takes and gives float32 slices "
-        f"{metadata['axes']}, in {metadata['input_range']}: {metadata['normalisation']}. "
+        f"pix2pix generator, {metadata['direction']}, trained on {metadata['dataset']}. Input and output are float32 "
+        f"slices {metadata['axes']}, in {metadata['input_range']}: {metadata['normalisation']}. "
         f"Licence: {metadata['licence']}. Credit: {metadata['credit']}. "
-        "Its output is drawn by a network: no measurement, and nothing to diagnose from."
+        "Its output is generated by a neural network: it is not a measurement and must not be used for diagnosis."
     )
 
 
 def _write_safetensors(
-    generator: Path, _network: UNetGenerator, _shape: tuple[int, int], _said: Mapping[str, Any], path: Path
+    generator: Path, _network: UNetGenerator, _shape: tuple[int, int], _description: Mapping[str, Any], path: Path
 ) -> Callable[[Tensor], Tensor]:
+    """Copy the generator's file to `path`; return the function that the copy computes."""
     checkpoint.save(path, *checkpoint.load(generator))
-    return load_generator(path)[0].whole
+    return load_generator(path)[0].forward_padded
 
 
-class _Whole(nn.Module):
-    """The generator as it is used in synthesis: on whole slices."""
+class _PaddedGenerator(nn.Module):
+    """The generator on slices of any size, as synthesis uses it."""
 
     def __init__(self, generator: UNetGenerator) -> None:
         super().__init__()
         self.generator = generator
 
     def forward(self, source: Tensor) -> Tensor:
-        return self.generator.whole(source)
+        return self.generator.forward_padded(source)
 
 
 def _write_onnx(
-    _generator: Path, network: UNetGenerator, shape: tuple[int, int], said: Mapping[str, Any], path: Path
+    _generator: Path, network: UNetGenerator, shape: tuple[int, int], description: Mapping[str, Any], path: Path
 ) -> Callable[[Tensor], Tensor]:
+    """Write the ONNX model to `path`; return the function that ONNX Runtime computes from it."""
     import onnx
     import onnxruntime
 
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():  # torch's exporter warns of itself
+    with warnings.catch_warnings():  # torch.onnx.export warns about its own code
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            _Whole(network).eval(),
-            (torch.zeros(2, 1, *shape),),  # two, since a one would be taken for a constant
+            _PaddedGenerator(network).eval(),
+            (torch.zeros(2, 1, *shape),),  # a batch of 1 would be exported as a constant
             dynamo=True,
             input_names=["source"],
             output_names=["generated"],
@@ -155,9 +159,9 @@ def _write_onnx(
             verbose=False,
         )
     assert program is not None
-    metadata = _metadata(said)
+    metadata = _onnx_metadata(description)
     program.model.metadata_props.update(metadata)
-    program.model.doc_string = _doc(metadata)
+    program.model.doc_string = _onnx_doc(metadata)
     program.model.producer_name, program.model.producer_version = "ixi-etl", __version__
     program.save(path)
     onnx.checker.check_model(path)
@@ -166,10 +170,11 @@ def _write_onnx(
 
 
 @torch.no_grad()
-def _difference(network: UNetGenerator, generate: Callable[[Tensor], Tensor], shape: tuple[int, int]) -> float:
+def _difference(network: UNetGenerator, exported: Callable[[Tensor], Tensor], shape: tuple[int, int]) -> float:
+    """Largest difference between the outputs of both, over batches of 1 and 3 slices of noise."""
     noise = torch.Generator().manual_seed(0)
     furthest = 0.0
     for batch in (1, 3):
         source = torch.rand((batch, 1, *shape), generator=noise) * 2 - 1
-        furthest = max(furthest, float((generate(source) - network.whole(source)).abs().max()))
+        furthest = max(furthest, float((exported(source) - network.forward_padded(source)).abs().max()))
     return furthest

@@ -13,26 +13,30 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.config import SIDES, Norm, Upsampling
-from model.cpu import Conv2d, DoublingConv2d, InstanceNorm2d
+from model.cpu_layers import Conv2d, DoublingConv2d, InstanceNorm2d
 
 Network = TypeVar("Network", bound=nn.Module)
 
 DROPOUT_LEVELS = 3  # of the decoder, from the innermost
-WIDEST = 8  # times the width, however deep
+MAX_WIDTH_FACTOR = 8  # channels of the inner levels, in multiples of the width
 
 
 class UNetGenerator(nn.Module):
-    """A U-Net whose only noise is dropout: stride-2 convolutions down to 1 x 1, and back up, with skip connections.
+    """A U-Net with skip connections: stride-2 convolutions down to 1 x 1, and transposed convolutions back up.
 
-    Takes and gives (B, 1, side, side). The defaults are the published network: 8 levels at 256, 54.4 M parameters.
+    From and to (B, 1, side, side). Its only noise is dropout. The defaults are the published network: 8 levels for 256
+    pixels, 54.4 M parameters.
 
     Args:
-        side: of the square image, a power of two from 32 to 512; it fixes the number of levels.
-        width: channels of the outermost level; doubled at each level down to 8 x.
-        dropout: probability in the first three decoder levels.
-        upsampling: `transpose` (published), or `nearest`: resize and convolve, which leaves no checkerboard.
-        norm: `instance` (affine), `batch`, or `none`. At batch size 1 the published batch norm, which uses the batch's
-            statistics at test time too, is the same function as instance norm.
+        side: pixels of the square image, a power of two from 32 to 512; it determines the number of levels.
+        width: channels of the outermost level; doubled at each inner level, up to 8 times the width.
+        dropout: probability in the decoder's three innermost levels.
+        upsampling: `transpose` (published), or `nearest`: resize and convolve, which avoids checkerboard artifacts.
+        norm: `instance` (affine), `batch`, or `none`. The published batch norm uses the statistics of the batch at test
+            time too; at batch size 1 that is instance norm.
+
+    Raises:
+        ValueError: `side` is not supported.
     """
 
     def __init__(
@@ -48,7 +52,7 @@ class UNetGenerator(nn.Module):
             raise ValueError(f"side is {side}; the generator takes a power of two from 32 to 512")
         self.side = side
         levels = side.bit_length() - 1
-        channels = [width * min(2**level, WIDEST) for level in range(levels)]
+        channels = [width * min(2**level, MAX_WIDTH_FACTOR) for level in range(levels)]
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         for level, wide in enumerate(channels):
@@ -57,13 +61,13 @@ class UNetGenerator(nn.Module):
                 nn.Sequential(
                     *([] if outermost else [nn.LeakyReLU(0.2)]),
                     Conv2d(1 if outermost else channels[level - 1], wide, 4, 2, 1),
-                    # A norm of the 1 x 1 image would leave nothing of it.
+                    # A norm of the 1 x 1 image would set it to 0.
                     *([] if outermost or innermost else [_norm(norm, wide)]),
                 )
             )
         for level in reversed(range(levels)):
             outermost, innermost = level == 0, level == levels - 1
-            inside = channels[level] * (1 if innermost else 2)  # what came up, and the skip connection
+            inside = channels[level] * (1 if innermost else 2)  # the inner level's output, and the skip connection
             outside = 1 if outermost else channels[level - 1]
             from_inside = levels - 1 - level
             self.up.append(
@@ -74,7 +78,7 @@ class UNetGenerator(nn.Module):
                     *([nn.Dropout(dropout)] if from_inside < DROPOUT_LEVELS and not outermost else []),
                 )
             )
-        self.apply(_draw_weights)
+        self.apply(_initialise)
 
     def forward(self, source: Tensor) -> Tensor:
         skips = []
@@ -87,8 +91,8 @@ class UNetGenerator(nn.Module):
             x = up(torch.cat([skips.pop(), x], dim=1))
         return x
 
-    def whole(self, source: Tensor) -> Tensor:
-        """Generate from (B, 1, H, W) of any size: up to the next multiples of `side`, background (-1) is put around."""
+    def forward_padded(self, source: Tensor) -> Tensor:
+        """Generate from (B, 1, H, W) of any size, padded with background (-1) to the next multiples of `side`."""
         height, width = source.shape[-2:]
         padded = functional.pad(source, (0, -width % self.side, 0, -height % self.side), value=-1.0)
         generated: Tensor = self(padded)
@@ -96,16 +100,16 @@ class UNetGenerator(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Scores overlapping patches of a pair, real or not: from source and target (B, 1, H, W) to logits (B, 1, h, w).
+    """Classify overlapping patches of a pair as real or generated: (B, 1, H, W), twice, to logits (B, 1, h, w).
 
-    Each score sees `receptive_field` x `receptive_field` pixels: 70 at three layers (published), 34 at two, 16 at one,
-    the latter for small images.
+    Each logit sees `receptive_field` x `receptive_field` pixels: 70 with three layers (published), 34 with two, 16 with
+    one, for small images.
     """
 
     def __init__(self, width: int = 64, layers: int = 3, norm: Norm = "instance") -> None:
         super().__init__()
         strides = [2] * layers + [1, 1]
-        channels = [2, *(width * min(2**n, WIDEST) for n in range(layers + 1)), 1]
+        channels = [2, *(width * min(2**n, MAX_WIDTH_FACTOR) for n in range(layers + 1)), 1]
         blocks: list[nn.Module] = []
         for n, stride in enumerate(strides):
             first, last = n == 0, n == len(strides) - 1
@@ -114,20 +118,20 @@ class PatchDiscriminator(nn.Module):
                 blocks += [*([] if first else [_norm(norm, channels[n + 1])]), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*blocks)
         self.receptive_field = receptive_field([(4, stride) for stride in strides])
-        self.apply(_draw_weights)
+        self.apply(_initialise)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         scores: Tensor = self.layers(torch.cat([source, target], dim=1))
         return scores
 
 
-def place(network: Network, device: str | torch.device) -> Network:
-    """Move a network to a device, with channels last in memory: how convolutions run fastest."""
+def to_device(network: Network, device: str | torch.device) -> Network:
+    """Move a network to a device, in channels-last memory format, in which convolutions run fastest."""
     return network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def receptive_field(layers: list[tuple[int, int]]) -> int:
-    """Pixels along a side that one output sees, for convolutions given as (kernel, stride), first to last."""
+    """Pixels along a side that one output depends on, for convolutions given as (kernel, stride), first to last."""
     pixels = 1
     for kernel, stride in reversed(layers):
         pixels = (pixels - 1) * stride + kernel
@@ -149,8 +153,8 @@ def _norm(kind: Norm, channels: int) -> nn.Module:
     return kinds[kind]()
 
 
-def _draw_weights(module: nn.Module) -> None:
-    """N(0, 0.02) for convolutions, N(1, 0.02) for norms, 0 for biases, as published."""
+def _initialise(module: nn.Module) -> None:
+    """Draw weights as published: N(0, 0.02) for convolutions, N(1, 0.02) for norms, 0 for biases."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
         if module.bias is not None:

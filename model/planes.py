@@ -1,8 +1,8 @@
-"""The planes that a generator was trained on, and the same planes laid through another volume.
+"""Summarise the planes that a generator was trained on, and lay the same planes through another volume.
 
-Legend: volumes are [k, j, i] as stored, planes [z, y, x] with x to the Right, y to the Anterior, z to the Superior,
-along the volume's own axes; matrices are 4 x 4 to RAS mm. `Planes` is written into `generator.safetensors`, so that a
-run needs no dataset to be used.
+Legend: volumes are [k, j, i] as stored; planes are [z, y, x] with x to the Right, y to the Anterior and z to the
+Superior, along the volume's own axes; matrices are 4 x 4, to RAS mm. `PlaneSummary` is stored in
+`generator.safetensors`, so a generator can be used without its dataset.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ixi_etl import dataset, manifest
-from ixi_etl.align import Matrix
-from ixi_etl.config import in_a_line
-from ixi_etl.intensity import LARGEST, Counts, otsu_threshold
-from ixi_etl.store import open_arrays
-from model.checkpoint import CheckpointError
+from ixi_etl.config import format_validation_error
+from ixi_etl.dataset import manifest, metadata
+from ixi_etl.dataset.store import open_arrays
+from ixi_etl.errors import CheckpointError
+from ixi_etl.pairing.geometry import Matrix
+from ixi_etl.scans.intensity import LARGEST, Counts, otsu_threshold
 from model.data import Pairs
 
 BINS = 32  # of the histograms
-SHOWN = 32  # training subjects that the histograms are of, at most
-SAME_SPACING = 1e-3  # scanners write spacings with noise in the last digits
+HISTOGRAM_SUBJECTS = 32  # training subjects that the histograms average over, at most
+SAME_SPACING = 1e-3  # relative; scanners write spacings with noise in the last digits
 _AXES = ("RL", "AP", "SI")
 
-# A generator's file may come from anywhere: sizes that no head has would fill all memory with planes.
+# A generator's file may come from an untrusted source: unlimited sizes could fill all memory.
 Pixels = Annotated[int, Field(ge=1, le=4096)]
 Millimetres = Annotated[float, Field(ge=1e-3, le=1e3)]
 Intensity = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 Shares = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=BINS, max_length=BINS)]
 
 
-class Planes(BaseModel):
-    """What volumes must become before a generator sees them, and what its output becomes.
+class PlaneSummary(BaseModel):
+    """Geometry and intensities of the training planes: how to prepare a volume and how to scale the output.
 
     Attributes:
         shape: height (y) and width (x) of a training slice.
-        spacing_mm: of its pixels along x and y; the median over the training subjects, as all below.
-        slab_mm: how thick the slab was that was trained on, and whose percentiles became -1 and 1.
-        slab_offset_mm: how far its middle was above the middle of the stack that it was cut from.
-        source_spacing_mm: voxels of the source along x, y, z as it was scanned.
+        spacing_mm: pixel size along x and y. This and all fields below are medians over the training subjects.
+        slab_mm: thickness of the slab that was trained on, and whose percentiles were mapped to -1 and 1.
+        slab_offset_mm: distance of its middle above the middle of the stack that it was cut from.
+        source_spacing_mm: voxel size of the source scan along x, y, z.
         target_low_high: percentiles 0.1 and 99.9 of the target's slab, in the scanner's units.
-        source_histogram, target_histogram: shares of the head's pixels at intensities from -1 to 1, see `histogram`.
+        source_histogram, target_histogram: means of `histogram` over the training subjects.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -64,60 +64,60 @@ class Planes(BaseModel):
     target_histogram: Shares
 
 
-def of(path: Path, facts: dict[str, Any]) -> Planes | None:
-    """The planes in the facts of the generator in `path`; None where it was trained on none, or does not say.
+def parse(path: Path, generator: dict[str, Any]) -> PlaneSummary | None:
+    """The field `planes` in the metadata of the generator in `path`; None if it is missing or null.
 
     Raises:
-        CheckpointError: they are no planes.
+        CheckpointError: the field is invalid.
     """
-    if facts.get("planes") is None:
+    if generator.get("planes") is None:
         return None
     try:
-        return Planes.model_validate(facts["planes"])
+        return PlaneSummary.model_validate(generator["planes"])
     except ValidationError as error:
-        raise CheckpointError(f"the planes in {path} cannot be used: {in_a_line(error)}") from error
+        raise CheckpointError(f"the planes in {path} cannot be used: {format_validation_error(error)}") from error
 
 
-def describe(version: Path, pairs: Pairs) -> Planes | None:
-    """The planes of the training split `pairs` of a version; None where slices are no axial planes of a head.
+def summarize(version: Path, pairs: Pairs) -> PlaneSummary | None:
+    """Summarise the training split `pairs` of a version; None if its slices are not axial planes of a head.
 
-    That is so for pairs by index, whose source and target show different planes, and for digits.
+    That is the case for pairs by index, whose source and target show different planes, and for digits.
     """
-    if dataset.read_facts(version)["inputs"]["config"].get("pairing") != "anatomical":
+    if metadata.read_metadata(version)["inputs"]["config"].get("pairing") != "anatomical":
         return None
     source, target = pairs.direction
-    table = manifest.used(dataset.read_manifest(version)).set_index("subject_id").loc[list(pairs.subjects)]
+    table = manifest.used_rows(metadata.read_manifest(version)).set_index("subject_id").loc[list(pairs.subjects)]
     affines = np.asarray(open_arrays(version)[f"{target}_affine"])[table["store_row"].to_numpy(np.int64)]
     x, y, z = np.median(np.linalg.norm(affines[:, :3, :3], axis=1), axis=0).round(6).tolist()
-    above = [
-        (row["t2_window_start"] + row["t2_window_stop"] - _upright(row, "t2", "shape")[2]) / 2
-        for row in manifest.records(table)
+    offsets = [
+        (row["t2_window_start"] + row["t2_window_stop"] - _along_xyz(row, "t2", "shape")[2]) / 2
+        for row in manifest.to_records(table)
     ]
-    spacings = [_upright(row, source, "spacing_mm") for row in manifest.records(table)]
+    spacings = [_along_xyz(row, source, "spacing_mm") for row in manifest.to_records(table)]
     scale, offset = (torch.tensor(table[f"{target}_{c}"].to_numpy("float32"))[:, None] for c in ("scale", "offset"))
     low, high = (pairs.target_range.cpu() * scale + offset).quantile(0.5, dim=0).tolist()
-    return Planes(
+    return PlaneSummary(
         shape=(pairs.source.shape[-2], pairs.source.shape[-1]),
         spacing_mm=(x, y),
         slab_mm=(int(pairs.position.max()) + 1) * z,
-        slab_offset_mm=float(np.median(above)) * z,
+        slab_offset_mm=float(np.median(offsets)) * z,
         source_spacing_mm=tuple(np.median(spacings, axis=0).tolist()),
         target_low_high=(low, high),
         **_histograms(pairs),
     )
 
 
-def _upright(row: dict[str, Any], name: str, column: str) -> list[float]:
-    """A manifest's `shape` or `spacing_mm`, given along the axes as stored, along x, y, z."""
+def _along_xyz(row: dict[str, Any], name: str, column: str) -> list[float]:
+    """A manifest's `shape` or `spacing_mm`, which are in the order of the stored axes, in the order x, y, z."""
     values, letters = json.loads(row[f"{name}_{column}"]), row[f"{name}_orientation"]
     return [values[next(n for n, letter in enumerate(letters) if letter in axis)] for axis in _AXES]
 
 
 def _histograms(pairs: Pairs) -> dict[str, tuple[float, ...]]:
-    """Means over up to `SHOWN` subjects, evenly spread."""
+    """Mean histograms over up to `HISTOGRAM_SUBJECTS` subjects, evenly spread."""
     count = len(pairs.subjects)
     sums = np.zeros((2, BINS))
-    chosen = np.unique(np.linspace(0, count - 1, min(count, SHOWN)).round().astype(int))
+    chosen = np.unique(np.linspace(0, count - 1, min(count, HISTOGRAM_SUBJECTS)).round().astype(int))
     for subject in chosen.tolist():
         slabs = pairs.normalised(torch.nonzero(pairs.subject == subject).flatten())
         sums += [histogram(slab.cpu().numpy()) for slab in slabs]
@@ -126,47 +126,44 @@ def _histograms(pairs: Pairs) -> dict[str, tuple[float, ...]]:
 
 
 def histogram(slab: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Shares of a normalised slab's head (above Otsu's threshold) in `BINS` equal bins from -1 to 1."""
+    """Shares (BINS,) of the pixels above Otsu's threshold in a normalised slab, in equal bins from -1 to 1."""
     counts, _ = np.histogram(slab[slab > otsu_threshold(slab)], BINS, (-1, 1))
     shares: NDArray[np.float64] = counts / max(counts.sum(), 1)
     return shares
 
 
-def distance(a: Any, b: Any) -> float:
-    """Wasserstein's distance between two histograms: by how much intensities, from -1 to 1, must move on average."""
+def histogram_distance(a: Any, b: Any) -> float:
+    """Wasserstein-1 distance of two histograms (BINS,): the mean shift between their intensities in [-1, 1]."""
     return float(np.abs(np.cumsum(np.subtract(a, b))).sum() * 2 / BINS)
 
 
-# -- through a volume -------------------------------------------------------------------------------------------------
-
-
 def spacing_of(affine: Matrix) -> NDArray[np.float64]:
-    """Voxel size (mm) along x, y, z of a volume stored in any orientation."""
+    """Voxel size in mm along x, y, z (3,) of a volume stored in any orientation."""
     to_xyz: NDArray[np.intp] = np.argsort(nib.io_orientation(affine)[:, 0])
     spacing: NDArray[np.float64] = np.linalg.norm(affine[:3, to_xyz], axis=0)
     return spacing
 
 
 def axial_axis(affine: Matrix) -> tuple[int, bool]:
-    """Which axis of a volume [k, j, i] is nearest to inferior-superior, and whether it runs to the inferior."""
+    """The axis of a volume [k, j, i] nearest to inferior-superior, and whether its indices increase to the inferior."""
     orientation = nib.io_orientation(affine)
     stored = int(np.argmax(orientation[:, 0]))
     return 2 - stored, bool(orientation[stored, 1] < 0)
 
 
-def through(
-    planes: Planes, shape_kji: tuple[int, ...], affine: Matrix, head: Sequence[NDArray[np.intp]]
+def resampling_grid(
+    planes: PlaneSummary, shape_kji: tuple[int, ...], affine: Matrix, head: Sequence[NDArray[np.intp]]
 ) -> tuple[Matrix, tuple[int, int, int]]:
-    """The grid of `planes` through a whole volume: its affine, (x, y, z, 1) to RAS mm, and shape (z, y, x).
+    """The grid of `planes` through a whole volume: its affine, from (x, y, z, 1) to RAS mm, and its shape (z, y, x).
 
-    It lies along the volume's axes, nearest to R, A, S, as the training's planes lie along their scan's axes and not
-    the scanner's. Along z there is a plane at each of the volume's own voxels, so nothing is interpolated there, either
-    way. Along x and y pixels have the training's size and number, and one lies on the volume's first voxel, so equal
-    spacing means equal positions. Where the volume is wider than a training slice, pixels are centred on the head:
-    `head` says how many of its voxels there are at each index along k, j and i.
+    The grid is aligned with the volume's axes, ordered nearest to R, A, S: training planes too are aligned with the
+    axes of their scan, not of the scanner. Along z it has one plane per voxel of the volume, so nothing is interpolated
+    along z in either direction. Along x and y pixels have the training's size and number, and one pixel is at the
+    volume's first voxel, so equal spacing gives equal positions. If the volume is wider than a training slice, the grid
+    is centred on the head. `head` has the number of head voxels at each index along k, j and i.
     """
     orientation = nib.io_orientation(affine)
-    upright = affine @ nib.orientations.inv_ornt_aff(orientation, shape_kji[::-1])
+    reoriented = affine @ nib.orientations.inv_ornt_aff(orientation, shape_kji[::-1])
     size = spacing_of(affine)
     step = np.array([*planes.spacing_mm, size[2]])
     step = np.where(np.abs(step / size - 1) < SAME_SPACING, size, step)
@@ -183,11 +180,11 @@ def through(
             before[axis] = min(0, max(centred, count[axis] - need[axis]))
     scale = np.diag([*step / size, 1])
     scale[:3, 3] = -np.array(before) * step / size
-    return upright @ scale, (count[2], count[1], count[0])
+    return reoriented @ scale, (count[2], count[1], count[0])
 
 
-def slab_of(planes: Planes, depth: int, spacing_mm: float) -> slice:
-    """Which of `depth` planes, `spacing_mm` apart, are the part of the head that the generator was trained on."""
+def trained_slab(planes: PlaneSummary, depth: int, spacing_mm: float) -> slice:
+    """The planes, of `depth` with `spacing_mm` between them, that correspond to the slab that was trained on."""
     thick = min(depth, max(1, round(planes.slab_mm / spacing_mm)))
     start = math.floor((depth - thick) / 2 + planes.slab_offset_mm / spacing_mm + 1e-4)
     start = min(max(start, 0), depth - thick)

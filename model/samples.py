@@ -1,4 +1,4 @@
-"""Sample sheets: source, target, generated and absolute error, in gray and in colour, for fixed subjects."""
+"""Draw sample sheets: source, target, generated and absolute error of fixed subjects, in gray and in colour."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ixi_etl.files import to_json, write_atomic
+from ixi_etl.core.files import to_json, write_atomic
 from model.data import Pairs
-from model.evaluate import generated_by
+from model.generator import as_predictor
 from model.networks import UNetGenerator
 from model.report import SAMPLED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHOWN = 6  # subjects
+SUBJECTS_SHOWN = 6
 COLUMNS = ("source", "target", "generated", "error")
-MAPS = {"gray": ("gray", "gray"), "colour": ("viridis", "inferno")}  # of images, of errors
-ERROR_SHOWN = 0.5  # of the data range: where the error's scale ends
+COLOUR_MAPS = {"gray": ("gray", "gray"), "colour": ("viridis", "inferno")}  # for images, for errors
+ERROR_SHOWN = 0.5  # upper end of the error's scale, as a share of the data range
 
 
-def choose(pairs: Pairs, shown: int = SHOWN) -> Tensor:
-    """(n,) indices of the middle slices of up to `shown` subjects, evenly spread over the split: always the same."""
+def choose_slices(pairs: Pairs, shown: int = SUBJECTS_SHOWN) -> Tensor:
+    """Indices (n,) of the middle slices of up to `shown` subjects, evenly spread over the split; deterministic."""
     middle = torch.nonzero(pairs.position == (pairs.position.max() + 1) // 2).flatten()
     return middle[torch.linspace(0, len(middle) - 1, min(shown, len(middle))).round().long().to(middle.device)]
 
 
 @torch.no_grad()
-def draw(generator: UNetGenerator, pairs: Pairs, folder: Path, name: str) -> list[Path]:
-    """Write `<name>-gray.png` and `<name>-colour.png`, and single images under `<name>/`; the paths of the sheets.
+def draw_samples(generator: UNetGenerator, pairs: Pairs, folder: Path, name: str) -> list[Path]:
+    """Write the sheets `<name>-gray.png` and `<name>-colour.png`, and single images into `<name>/`; return the sheets.
 
-    The generator is used as it is in synthesis: without dropout. Images are shown from -1 (black) to 1.
+    The generator runs as in synthesis, without dropout. Images are shown from -1 (black) to 1 (white).
     """
-    index = choose(pairs)
+    index = choose_slices(pairs)
     source, target = pairs.normalised(index)
-    generated = generated_by(generator)(source, pairs.position[index])
+    generated = as_predictor(generator)(source, pairs.position[index])
     rows = {"source": source, "target": target, "generated": generated, "error": (generated - target).abs() / 2}
-    up = -1 if pairs.origin == "lower" else 1  # a picture has its first row on top
-    images = {what: values[:, 0].cpu().numpy()[:, ::up] for what, values in rows.items()}
+    flip = -1 if pairs.origin == "lower" else 1  # the first row of a PNG is its top
+    images = {kind: values[:, 0].cpu().numpy()[:, ::flip] for kind, values in rows.items()}
     labels = [f"{pairs.subjects[int(pairs.subject[i])]} slice {int(pairs.position[i])}" for i in index]
     singles = folder / name
     singles.mkdir(parents=True, exist_ok=True)
-    for what, values in images.items():
-        scale = (0.0, ERROR_SHOWN) if what == "error" else (-1.0, 1.0)
+    for kind, values in images.items():
+        scale = (0.0, ERROR_SHOWN) if kind == "error" else (-1.0, 1.0)
         for label, image in zip(labels, values, strict=True):
-            _save_gray(image, scale, singles / f"{label.replace(' slice ', '-')}-{what}.png")
+            _save_gray(image, scale, singles / f"{label.replace(' slice ', '-')}-{kind}.png")
     write_atomic(folder / SAMPLED, to_json({"split": pairs.split, "direction": list(pairs.direction)}))
     paths = []
-    for kind, maps in MAPS.items():
+    for kind, maps in COLOUR_MAPS.items():
         figure = _sheet(
             images, labels, pairs.direction, maps, f"{name}, {' -> '.join(pairs.direction)}, split {pairs.split}"
         )
@@ -75,15 +75,15 @@ def _sheet(
 
     figure = Figure(figsize=(2.2 * len(COLUMNS) + 0.8, 2.35 * len(labels) + 0.5), dpi=110, layout="constrained")
     axes = figure.subplots(len(labels), len(COLUMNS), squeeze=False)
-    heads = dict(
+    titles = dict(
         zip(COLUMNS, (f"source ({direction[0]})", f"target ({direction[1]})", "generated", "|error|"), strict=True)
     )
     for row, label in enumerate(labels):
-        for column, what in enumerate(COLUMNS):
+        for column, kind in enumerate(COLUMNS):
             axis = axes[row, column]
-            error = what == "error"
+            error = kind == "error"
             shown = axis.imshow(
-                images[what][row],
+                images[kind][row],
                 cmap=maps[error],
                 vmin=0 if error else -1,
                 vmax=ERROR_SHOWN if error else 1,
@@ -91,7 +91,7 @@ def _sheet(
             )
             axis.set(xticks=[], yticks=[])
             if row == 0:
-                axis.set_title(heads[what], fontsize=9)
+                axis.set_title(titles[kind], fontsize=9)
             if column == 0:
                 axis.set_ylabel(label, fontsize=7)
     figure.colorbar(shown, ax=axes[:, -1], label="|error| as a share of the data range", fraction=0.1)

@@ -1,4 +1,4 @@
-"""Fixtures made once: small phantom archives, and a version refreshed from them."""
+"""Shared fixtures: small phantom archives, and a version refreshed from them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import trustme
 from faults_table import pytest_terminal_summary, row  # noqa: F401 - a hook and a fixture
 
 from ixi_etl.config import DatasetConfig, RefreshConfig
-from ixi_etl.phantom import write_phantom
-from ixi_etl.places import place
-from ixi_etl.publish import Refreshed
-from ixi_etl.refresh import refresh
+from ixi_etl.core.storage import to_path
+from ixi_etl.dataset.publish import PublishedVersion
+from ixi_etl.recipes.ixi import refresh
+from ixi_etl.testing.phantom import write_phantom
 
-# Networks of a few channels wait for each other more than they compute; and processes that tests start inherit it.
+# Threads cost more than they save on networks of a few channels. Processes that tests start inherit the variable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHRINK = 4  # of the phantom's grids: IXI's shapes, a quarter of the voxels along each axis
@@ -52,8 +52,10 @@ TRAINED = SMALL_NETWORKS | {
 
 
 GROUPS = {
-    "trained": "train evaluate synthesize export run_report docs digits learner graph networks losses data",
-    "s3": "s3 mirror strays odd_filesystems security prune",
+    "trained": (
+        "train evaluate synthesize synthesize_files export run_report docs examples digits trainer networks losses data"
+    ),
+    "s3": "s3 remote_runs strays odd_filesystems security prune",
 }
 """Files that share what takes long to make: trained runs, versions on S3. A worker makes it once."""
 
@@ -76,7 +78,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported out of the garbage collections to come, which took a seventh of the tests' time."""
+    """Exclude imported modules from later garbage collections, which took a seventh of the time."""
     gc.collect()
     gc.freeze()
 
@@ -115,46 +117,46 @@ def config_for(root: Path | str, source: Path | str, scratch: Path | None = None
 
 
 @pytest.fixture(scope="session")
-def published(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Refreshed:
+def published(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> PublishedVersion:
     """The version that `paired` makes of the phantom; tests only read it."""
     return refresh(config_for(tmp_path_factory.mktemp("root"), archives))
 
 
 @pytest.fixture
-def refreshed(published: Refreshed, tmp_path: Path) -> Refreshed:
+def refreshed(published: PublishedVersion, tmp_path: Path) -> PublishedVersion:
     """The same version in a root of its own, `tmp_path`, as `refresh(config_for(tmp_path, archives))` leaves it."""
     shutil.copytree(published.folder.parents[2], tmp_path, dirs_exist_ok=True)
     return replace(published, folder=tmp_path / published.folder.relative_to(published.folder.parents[2]))
 
 
 @pytest.fixture(scope="session")
-def every_split(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Refreshed:
+def every_split(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> PublishedVersion:
     """A version with subjects in every split; tests only read it."""
     return refresh(config_for(tmp_path_factory.mktemp("every_split"), archives, split=(0.4, 0.3, 0.3)))
 
 
 @pytest.fixture(scope="session")
-def whole_run(every_split: Refreshed) -> Any:
+def whole_run(every_split: PublishedVersion) -> Any:
     """A `model.run.Run` of 6 steps on `every_split`, with samples, validated and evaluated; tests only read it."""
     from model.config import TrainConfig
-    from model.run import evaluate_run, prepare, train_run
+    from model.jobs import evaluate_run, prepare_run, train_run
 
     settings = TRAINED | {"samples": 3}
-    run = prepare(every_split.folder.parents[2], TrainConfig.model_validate(settings), "a")
+    run = prepare_run(every_split.folder.parents[2], TrainConfig.model_validate(settings), "a")
     train_run(run)
     evaluate_run(run)
     return run
 
 
 @pytest.fixture(scope="session")
-def trained(published: Refreshed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(published: PublishedVersion, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with the published version and a run `a` of 6 steps (`TRAINED`) on it; tests only read it."""
     from model.config import TrainConfig
-    from model.run import prepare, train_run
+    from model.jobs import prepare_run, train_run
 
     root = tmp_path_factory.mktemp("trained")
     (root / "datasets").symlink_to(published.folder.parents[1])
-    train_run(prepare(root, TrainConfig.model_validate(TRAINED), "a"))
+    train_run(prepare_run(root, TrainConfig.model_validate(TRAINED), "a"))
     return root
 
 
@@ -211,7 +213,7 @@ def s3() -> Iterator[None]:
 def new_s3_root() -> str:
     """A prefix in a bucket of its own."""
     bucket = f"bucket-{uuid.uuid4().hex}"
-    place(f"s3://{bucket}").mkdir()
+    to_path(f"s3://{bucket}").mkdir()
     return f"s3://{bucket}/some/prefix"
 
 
@@ -225,7 +227,7 @@ class OnS3:
     """A refresh onto S3: its config, what it made, what was logged meanwhile, and the requests that the server got."""
 
     config: RefreshConfig
-    made: Refreshed
+    made: PublishedVersion
     log: list[str]
     requests: list[list[str]]  # each a method, a URL, and a protocol
 

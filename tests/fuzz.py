@@ -1,7 +1,7 @@
-"""Run the property tests once for each seed with many more examples, and list what failed: `make fuzz`.
+"""Run the property tests once for each seed with many more examples, and list the failures: `make fuzz`.
 
-A failure does not end it: each seed runs, and the end lists the tests that failed, the seeds, and how to repeat each.
-What Hypothesis found is kept in `.hypothesis/`, and tried first by the next run, until it is fixed.
+A failure does not stop the search. The summary lists the failed tests, their seeds, and the command that repeats each.
+Hypothesis keeps failing examples in `.hypothesis/`, and the next run tries them first.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 TOP = Path(__file__).parent.parent
-NO_TEST = 5  # pytest's exit code
+NO_TEST = 5  # pytest's exit code if no test was collected
 
 
-def run(seed: int, only: str, more: list[str]) -> tuple[int, list[str], str]:
-    """pytest's exit code, the tests that failed, and what pytest printed."""
+def run_seed(seed: int, only: str, more: list[str]) -> tuple[int, list[str], str]:
+    """Run pytest with a seed: its exit code, the failed tests, and its output."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
         marks = "hypothesis and not standin and not stack and not faults"
@@ -37,23 +37,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10, help="how many seeds to draw")
     parser.add_argument("--seed", type=int, nargs="*", default=[], help="these seeds instead")
-    parser.add_argument("--only", default="", help="the tests to run, as pytest's -k takes them")
+    parser.add_argument("--only", default="", help="the tests to run, as for pytest -k")
     chosen, more = parser.parse_known_args()
     seeds = chosen.seed or [random.SystemRandom().randrange(1 << 32) for _ in range(chosen.seeds)]
     found: dict[str, list[int]] = {}
     broken = []
     for number, seed in enumerate(seeds, 1):
-        code, failed, said = run(seed, chosen.only, more)
+        code, failed, output = run_seed(seed, chosen.only, more)
         if code == NO_TEST:
-            print(said)
+            print(output)
             return code
         if code and not failed:
             broken.append(seed)
-        if code and (not failed or not found.keys() >= set(failed)):  # the first time that a test fails
-            print(said)
+        if code and (not failed or not found.keys() >= set(failed)):  # a test fails for the first time
+            print(output)
         for name in failed:
             found.setdefault(name, []).append(seed)
-        last = said.strip().splitlines()[-1:] or [f"no output, exit code {code}"]  # a signal can end it at any time
+        last = output.strip().splitlines()[-1:] or [
+            f"no output, exit code {code}"
+        ]  # a signal can end pytest at any time
         print(f"seed {seed} ({number} of {len(seeds)}): {last[0]}", flush=True)
     for name, at in found.items():
         print(

@@ -1,4 +1,4 @@
-"""Pages and charts as trees of elements, so that no test takes drawn text for a coordinate, or a cell for a tag."""
+"""Parse pages and charts into element trees, so that no test confuses drawn text with coordinates or tags."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ VOID = {"br", "hr", "img", "input", "link", "meta"}
 
 
 def svg_of(text: str) -> Element:
-    """A chart, which must be well-formed XML."""
+    """The element tree of a chart, which must be well-formed XML."""
     return fromstring(text)
 
 
@@ -35,24 +35,24 @@ class _Page(HTMLParser):
 
 
 def page_of(text: str) -> Element:
-    """A page of ours, all of whose elements but the void ones are closed."""
+    """The element tree of a report page, in which all elements except void ones must be closed."""
     parser = _Page()
     parser.feed(text.removeprefix("<!doctype html>").strip())
     parser.close()
     return parser.tree.close()
 
 
-def said(element: Element) -> str:
-    """All text in an element, with single spaces."""
+def text_of(element: Element) -> str:
+    """The text in an element, with single spaces."""
     return " ".join("".join(element.itertext()).split())
 
 
 def rows_of(table: Element) -> list[list[str]]:
-    """The cells of the rows of a table's body."""
-    return [[said(cell) for cell in row] for row in table.findall("tbody/tr")]
+    """The text of the cells of a table's body, row by row."""
+    return [[text_of(cell) for cell in row] for row in table.findall("tbody/tr")]
 
 
 def table_of(page: Element, caption: str) -> list[list[str]]:
-    """The rows of the one table whose caption begins so."""
-    (found,) = (t for t in page.iter("table") if said(t.find("caption")).startswith(caption))  # type: ignore[arg-type]
+    """The rows of the only table with a caption that starts with `caption`."""
+    (found,) = (t for t in page.iter("table") if text_of(t.find("caption")).startswith(caption))  # type: ignore[arg-type]
     return rows_of(found)

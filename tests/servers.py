@@ -1,4 +1,4 @@
-"""HTTP servers on loopback that do whatever a test tells them to, and a log of what was asked and sent."""
+"""HTTP servers on loopback with programmable responses, which log their requests."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PROBE = "bytes=0-511"
 
 
 @dataclass
-class Asked:
-    """One request, and what was sent in answer."""
+class LoggedRequest:
+    """A request, and the size of its response."""
 
     method: str
     path: str
@@ -31,12 +31,12 @@ class Asked:
 
 
 class Call(BaseHTTPRequestHandler):
-    """One request in progress, with the ways there are to answer it."""
+    """A request in progress, with methods to answer it."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else a body waits until its header is acknowledged, which may take 40 ms
+    disable_nagle_algorithm = True  # otherwise a body waits for the acknowledgement of its headers, up to 40 ms
     server: _Server
-    asked: Asked
+    logged: LoggedRequest
 
     @property
     def host(self) -> Host:
@@ -45,13 +45,13 @@ class Call(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         try:
             super().handle_one_request()
-        except OSError:  # the client has gone
+        except OSError:  # the client disconnected
             self.close_connection = True
 
     def do_GET(self) -> None:
         get = self.headers.get
-        self.asked = Asked(self.command, self.path, get("range"), get("if-range"), self.client_address[1])
-        self.host.asked.append(self.asked)
+        self.logged = LoggedRequest(self.command, self.path, get("range"), get("if-range"), self.client_address[1])
+        self.host.requests.append(self.logged)
         self.host.answer(self)
 
     do_HEAD = do_GET  # noqa: N815
@@ -60,7 +60,7 @@ class Call(BaseHTTPRequestHandler):
         pass
 
     def head(self, status: int, headers: dict[str, str]) -> None:
-        self.asked.status = status
+        self.logged.status = status
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -68,7 +68,7 @@ class Call(BaseHTTPRequestHandler):
 
     def send(self, data: bytes) -> None:
         if self.command != "HEAD":
-            self.asked.sent += len(data)
+            self.logged.sent += len(data)
             self.wfile.write(data)
 
     def plain(self, status: int, body: bytes = b"", **headers: str) -> None:
@@ -76,15 +76,15 @@ class Call(BaseHTTPRequestHandler):
         self.send(body)
 
     def start(self) -> bytes:
-        """Send the right headers, keep back the right bytes: what an honest server would send now."""
+        """Send the headers of a correct response; return its body, which is not sent yet."""
         host, body = self.host, self.host.files.get(self.path, self.host.body)
         headers = {"etag": host.etag} if host.etag else {}
-        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.asked.range or "")
-        current = not host.honours_if_range or self.asked.if_range in (None, host.etag)
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.logged.range or "")
+        current = not host.honours_if_range or self.logged.if_range in (None, host.etag)
         if not (found and host.ranges and current):
-            if not host.says_length:
+            if not host.sends_length:
                 headers["connection"] = "close"
-            self.head(200, headers | ({"content-length": str(len(body))} if host.says_length else {}))
+            self.head(200, headers | ({"content-length": str(len(body))} if host.sends_length else {}))
             return body
         start, stop = int(found[1]), min(int(found[2]) + 1, len(body))
         if start >= len(body):
@@ -94,9 +94,9 @@ class Call(BaseHTTPRequestHandler):
         self.head(206, headers)
         return body[start:stop]
 
-    def honest(self) -> None:
+    def correct(self) -> None:
         self.send(self.start())
-        if not self.host.says_length:
+        if not self.host.sends_length:
             self.close_connection = True
 
     def reset(self) -> None:
@@ -106,7 +106,7 @@ class Call(BaseHTTPRequestHandler):
         self.connection.close()
 
     def stall(self) -> None:
-        """Send nothing more for as long as the server runs."""
+        """Send nothing more while the server runs."""
         self.host.closing.wait()
         self.close_connection = True
 
@@ -116,28 +116,28 @@ Answer = Callable[[Call], None]
 
 @dataclass
 class Host:
-    """A server of one file under every path, but for those in `files`. `answer` may be changed while it runs."""
+    """A server of one file at every path except those of `files`. Tests may change its attributes while it runs."""
 
     body: bytes
-    answer: Answer = Call.honest
+    answer: Answer = Call.correct
     etag: str | None = '"first"'
     ranges: bool = True
-    says_length: bool = True
+    sends_length: bool = True
     honours_if_range: bool = True
     files: dict[str, bytes] = field(default_factory=dict)
     url: str = ""
-    asked: list[Asked] = field(default_factory=list)
+    requests: list[LoggedRequest] = field(default_factory=list)
     closing: threading.Event = field(default_factory=threading.Event)
-    lock: threading.Lock = field(default_factory=threading.Lock)  # for answers that change the host
+    lock: threading.Lock = field(default_factory=threading.Lock)  # for answers that modify the host
 
     @property
-    def fetches(self) -> list[Asked]:
+    def fetches(self) -> list[LoggedRequest]:
         """The requests for more than the first block."""
-        return [a for a in self.asked if a.method == "GET" and a.range != PROBE]
+        return [a for a in self.requests if a.method == "GET" and a.range != PROBE]
 
     @property
     def sent(self) -> int:
-        """Bytes of the file that were sent, but for the first block that every download asks for."""
+        """Bytes of the file that were sent, except for the first block, which every download requests."""
         return sum(a.sent for a in self.fetches)
 
 

@@ -1,4 +1,4 @@
-"""An unknown field of any configuration is refused with the field that was probably meant."""
+"""An unknown field of a configuration is refused, with the most similar known field."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ixi_etl.config import DatasetConfig, RefreshConfig, in_a_line, nearest
+from ixi_etl.config import DatasetConfig, RefreshConfig, format_validation_error, nearest_name
 from model.config import TrainConfig
 
 
@@ -29,12 +29,12 @@ from model.config import TrainConfig
         ("", None),
     ],
 )
-def test_the_nearest_field_is_found(typed: str, meant: str | None) -> None:
-    assert nearest(typed, list(TrainConfig.model_fields)) == meant
+def test_nearest_name_finds_the_field(typed: str, meant: str | None) -> None:
+    assert nearest_name(typed, list(TrainConfig.model_fields)) == meant
 
 
 @pytest.mark.parametrize(
-    ("model", "given", "said"),
+    ("model", "given", "expected"),
     [
         (TrainConfig, {"stpes": 1}, "there is no field stpes; did you mean steps?"),
         (DatasetConfig, {"slice": 1}, "there is no field slice; did you mean slices?"),
@@ -44,11 +44,11 @@ def test_the_nearest_field_is_found(typed: str, meant: str | None) -> None:
         (DatasetConfig, {"zzz": 1}, "there is no field zzz; the fields are pairing, window, slices, depth,"),
     ],
 )
-def test_the_message_names_it_in_one_line(model: Any, given: dict[str, Any], said: str) -> None:
+def test_the_error_names_the_nearest_field_in_one_line(model: Any, given: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValidationError) as error:
         model.model_validate(given)
-    line = in_a_line(error.value)
-    assert said in line
+    line = format_validation_error(error.value)
+    assert expected in line
     assert "\n" not in line
     assert "Extra inputs" not in line
     assert "Value error" not in line

@@ -1,7 +1,8 @@
-"""What the README and the pages in `docs/` say is so: tables agree with the code, commands parse, and Python runs."""
+"""The README and the pages in `docs/` agree with the code: tables match, commands parse, and Python runs."""
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -12,21 +13,23 @@ import nibabel as nib
 import numpy as np
 import pytest
 import typer
+from api_page import PUBLIC, api_page, definition_of, first_line
 from conftest import SMALL_NETWORKS, config_for
 
 from flows.cli import app
-from ixi_etl import dataset
-from ixi_etl.publish import Refreshed
-from ixi_etl.refresh import refresh
-from ixi_etl.schema import IXI, REASONS
-from ixi_etl.store import open_arrays
+from ixi_etl import __version__, errors
+from ixi_etl.dataset import metadata
+from ixi_etl.dataset.publish import PublishedVersion
+from ixi_etl.dataset.schema import IXI, REASONS
+from ixi_etl.dataset.store import open_arrays
+from ixi_etl.recipes.ixi import refresh
 
 TOP = Path(__file__).parent.parent
-PAGES = [TOP / "README.md", TOP / "CHANGELOG.md", *sorted((TOP / "docs").rglob("*.md"))]
+PAGES = [*sorted(TOP.glob("*.md")), *sorted((TOP / "docs").rglob("*.md"))]
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 TARGETS = re.findall(r"^([a-z-]+):", (TOP / "Makefile").read_text(), re.MULTILINE)
-NOT_OURS = {"python3", "pip", ".venv/bin/pip", "tensorboard", "napari"}
-NOT_OURS |= {"docker", "cp", "export", "cd", "aws", "curl", "git", "ssh", "gzip"}
+OTHER_PROGRAMS = {"python3", "pip", ".venv/bin/pip", ".venv/bin/pre-commit", "tensorboard", "napari"}
+OTHER_PROGRAMS |= {"docker", "cp", "export", "cd", "aws", "curl", "git", "ssh", "gzip"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -34,41 +37,128 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def rows(page: str, head: str) -> list[list[str]]:
-    """The cells of the table under the line `head` of a page in `docs/`."""
+    """The cells of the table with the header line `head` on a page in `docs/`."""
     table = (TOP / "docs" / page).read_text().partition(f"\n{head}\n")[2].partition("\n\n")[0]
     assert table, f"docs/{page} has no table {head}"
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[1:]]
 
 
 def names(cell: str) -> list[str]:
+    """The names in backticks in a cell."""
     return re.findall(r"`([^`]+)`", cell)
 
 
-def test_the_page_of_the_format_has_the_columns_of_the_manifest() -> None:
+def test_dataset_page_lists_the_columns_of_the_manifest() -> None:
     kinds = {"text": "str", "JSON": "str", "integer": "Int64", "number": "Float64", "`": "str"}
-    told = {}
+    documented = {}
     for cell, kind, _ in rows("dataset.md", "| column | type | what it holds |"):
-        told |= dict.fromkeys(names(cell), next(kinds[k] for k in kinds if kind.startswith(k)))
-    assert told == dict(IXI.dtypes)
-    for modality in ("t1_", "t2_", ""):  # both modalities share a row; otherwise the order is that of the file
-        of = [[c for c in columns if c.startswith(modality)] for columns in (told, IXI.columns)]
-        assert of[0] == of[1] or not modality
+        documented |= dict.fromkeys(names(cell), next(kinds[k] for k in kinds if kind.startswith(k)))
+    assert documented == dict(IXI.dtypes)
+    for modality in ("t1_", "t2_"):  # both modalities share a row; within one the order is that of the file
+        page, schema = ([c for c in columns if c.startswith(modality)] for columns in (documented, IXI.columns))
+        assert page == schema
 
 
-def test_the_page_of_the_format_has_the_reasons_in_their_order() -> None:
-    told = [name for cell, _ in rows("dataset.md", "| reason | what it means |") for name in names(cell)]
-    assert told == list(REASONS)
+def test_dataset_page_lists_the_reasons_in_the_order_of_the_checks() -> None:
+    documented = [name for cell, _ in rows("dataset.md", "| reason | what it means |") for name in names(cell)]
+    assert documented == list(REASONS)
 
 
-def test_the_page_of_the_format_has_the_files_and_the_arrays(published: Refreshed) -> None:
+def test_dataset_page_lists_the_files_and_the_arrays(published: PublishedVersion) -> None:
     files = [name for cell, _ in rows("dataset.md", "| file | what it is |") for name in names(cell)]
-    there = {p.name for p in published.folder.iterdir()}
-    assert there <= {name.partition("/")[0] for name in files}
+    existing = {p.name for p in published.folder.iterdir()}
+    assert existing <= {name.partition("/")[0] for name in files}
     arrays = open_arrays(published.folder)
     for cell, dimensions, dtype, _ in rows("dataset.md", "| array | dimensions | dtype | what it holds |"):
         for name in names(cell):
             array = arrays[name]
             assert (", ".join(array.metadata.dimension_names), str(array.dtype)) == (dimensions, dtype)
+
+
+def test_operations_page_lists_the_exit_codes() -> None:
+    documented = {
+        name: cell
+        for cell, classes, _ in rows("operations.md", "| exit code | error | what it means |")
+        for name in names(classes)
+    }
+    defined = {name: error for name, error in vars(errors).items() if str(name).endswith("Error")}
+    assert documented.pop("StoppedError") == "128 + n"
+    assert documented == {
+        name: str(error.exit_code) for name, error in defined.items() if name not in ("StoppedError", "BadVolumeError")
+    }
+
+
+def test_api_page_is_up_to_date() -> None:
+    assert (TOP / "docs/api.md").read_text() == api_page(), "run `make api`"
+
+
+@pytest.mark.parametrize("name", [name for public in PUBLIC.values() for name in public])
+def test_public_names_exist_and_have_a_docstring(name: str) -> None:
+    assert first_line(definition_of(name))
+    module, _, attribute = name.rpartition(".")
+    if not name.startswith("flows."):  # importing Prefect takes seconds; `test_flow` imports the flows
+        assert getattr(importlib.import_module(module), attribute)
+
+
+def test_files_named_on_the_pages_exist() -> None:
+    missing = [
+        f"{page.name}: {path}"
+        for page in PAGES
+        for path in re.findall(
+            r"`((?:ixi_etl|model|flows|tests|benchmarks|examples|docs)/[\w./-]+\.(?:py|md))`", page.read_text()
+        )
+        if not (TOP / path).exists()
+    ]
+    assert not missing
+
+
+def test_modules_and_functions_named_on_the_pages_exist() -> None:
+    """Dotted names in backticks, such as `ixi_etl.core.storage.DataRoot`."""
+    unknown = [
+        f"{page.name}: {name}"
+        for page in PAGES
+        if page.name != "CHANGELOG.md"  # it names what was removed too
+        for name in re.findall(r"`((?:ixi_etl|model|flows|benchmarks)(?:\.\w+)+)", page.read_text())
+        if not name.endswith(".py") and not is_defined(name)
+    ]
+    assert not unknown
+
+
+def is_defined(name: str) -> bool:
+    """Whether a module has this dotted name, or defines it at its top level."""
+    path = TOP / name.replace(".", "/")
+    if path.is_dir() or path.with_suffix(".py").exists():
+        return True
+    module, attribute = path.parent.with_suffix(".py"), path.name
+    return module.exists() and bool(re.search(rf"^(def|class) {attribute}\b|^{attribute}\b", module.read_text(), re.M))
+
+
+def test_the_tree_on_the_architecture_page_lists_every_module() -> None:
+    tree = (TOP / "docs/architecture.md").read_text().partition("## The tree")[2].partition("## Layers")[0]
+    modules = [path for package in ("ixi_etl", "model", "flows") for path in (TOP / package).rglob("*.py")]
+    listed = set(re.findall(r"\w+", tree))
+    missing = [path for path in modules if not path.stem.startswith("__") and path.stem not in listed]
+    assert not missing, "add a line to the tree"
+
+
+def test_citation_names_the_version() -> None:
+    assert f"\nversion: {__version__}\n" in (TOP / "CITATION.cff").read_text()
+
+
+def test_links_between_the_pages_lead_to_files_and_headings() -> None:
+    broken = []
+    for page in PAGES:
+        for target, _, heading in re.findall(r"\]\(((?!https?:)[^)#]*)(#([^)]*))?\)", page.read_text()):
+            file = (page.parent / target) if target else page
+            if not file.exists() or (heading and heading not in anchors_of(file)):
+                broken.append(f"{page.name}: {target}#{heading}")
+    assert not broken
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 WITH_PYTHON = [page for page in PAGES if page.name != "README.md" and blocks(page, "python")]
@@ -86,11 +176,11 @@ def shell_lines() -> Iterator[tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize(("page", "words"), list(shell_lines()), ids=lambda v: v if isinstance(v, str) else " ".join(v))
-def test_every_command_in_the_docs_is_one_that_there_is(page: str, words: list[str]) -> None:
-    while words and "=" in words[0]:  # variables that are set for it
+def test_every_command_in_the_docs_exists_and_parses(page: str, words: list[str]) -> None:
+    while words and "=" in words[0]:  # environment variables
         words = words[1:]
     if words[:1] == ["torchrun"]:
-        assert "$(which" in words  # no module's name, which a folder of the user's may have too
+        assert "$(which" in words  # not a module name: the working folder may have a module of the same name
         words = words[words.index("ixi-etl)") :]
         words[0] = "ixi-etl"
     match words:
@@ -101,31 +191,31 @@ def test_every_command_in_the_docs_is_one_that_there_is(page: str, words: list[s
         case ["prefect", *_]:
             pass  # tests/stack runs these
         case [program, *_]:
-            assert program in NOT_OURS, f"{page}: is `{' '.join(words)}` checked by any test?"
+            assert program in OTHER_PROGRAMS, f"{page}: is `{' '.join(words)}` checked by any test?"
 
 
 @pytest.fixture(scope="module")
 def folder(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a reader would be: `ixi-data` with a version that has every split, and an exported generator."""
+    """The working folder of a reader: `ixi-data` with a version that has every split, and an exported generator."""
     from model.config import TrainConfig
     from model.export import export
-    from model.run import prepare, train_run
+    from model.jobs import prepare_run, train_run
 
     here = tmp_path_factory.mktemp("reader")
     root = here / "ixi-data"
     version = refresh(config_for(root, archives, split=(0.4, 0.3, 0.3), pictures=False))
-    assert set(dataset.read_facts(version.folder)["splits"]) == {"train", "val", "test"}
+    assert set(metadata.read_metadata(version.folder)["splits"]) == {"train", "val", "test"}
     config = TrainConfig.model_validate(SMALL_NETWORKS | {"steps": 1, "samples": 0, "checkpoint_every": 1})
-    export(train_run(prepare(root, config, "a")), "onnx", here / "exported")
+    export(train_run(prepare_run(root, config, "a")), "onnx", here / "exported")
     return here
 
 
-@pytest.mark.stack  # half a minute with what it imports and exports
+@pytest.mark.stack  # half a minute for imports and the export
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
 def test_the_python_of_a_page_runs_from_top_to_bottom(
     page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That of the README is run by `test_flow`, where there is a Prefect server."""
+    """`test_flow` runs that of the README, which needs a Prefect server."""
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {}
     for block in blocks(page, "python"):
@@ -134,8 +224,8 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(
         check_loaded(names)
 
 
-def test_the_napari_line_names_arrays_that_its_reader_takes(published: Refreshed) -> None:
-    """Of a group that reader takes all arrays for the scales of one image. There is no display to open any."""
+def test_the_napari_line_names_arrays_that_its_reader_takes(published: PublishedVersion) -> None:
+    """For a group, that reader takes all arrays as scales of one image. The test opens no display."""
     import zarr
 
     [line] = [
@@ -147,7 +237,7 @@ def test_the_napari_line_names_arrays_that_its_reader_takes(published: Refreshed
 
 
 def check_loaded(names: dict[str, Any]) -> None:
-    """That the ways of loading agree with each other."""
+    """The ways of loading on the page give the same values."""
     store = open_arrays(names["version"])
     row = int(names["used"]["store_row"].iloc[0])
     assert np.array_equal(names["one"].to_numpy(), store["t2"][row])

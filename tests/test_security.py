@@ -22,15 +22,17 @@ from conftest import S3_SECRET, OnS3
 from pydantic import ValidationError
 from servers import Call, Host, serve, served_as
 
-from ixi_etl import dataset
-from ixi_etl.archive import index_archive
-from ixi_etl.catalog import Source, mnist, own_archives
-from ixi_etl.config import DigitsConfig, RefreshConfig, in_a_line
-from ixi_etl.download import acquire, own_sources
+from ixi_etl.config import DigitsConfig, RefreshConfig, format_validation_error
+from ixi_etl.core.http_options import HttpOptions
+from ixi_etl.core.storage import check_reachable, file_sizes, reject_url_credentials, to_path
+from ixi_etl.dataset import metadata
+from ixi_etl.dataset.store import open_arrays
 from ixi_etl.errors import BadVolumeError, DatasetError, DownloadError, IxiError
-from ixi_etl.places import check_reachable, file_sizes, place, refuse_secret
-from ixi_etl.store import open_arrays
-from ixi_etl.transfer import UnusableError
+from ixi_etl.scans.tar import index_archive
+from ixi_etl.sources.cache import acquire
+from ixi_etl.sources.catalog import Source, mnist
+from ixi_etl.sources.retries import UnusableError
+from ixi_etl.sources.user_source import find_archives, user_sources
 
 PROJECT = Path(__file__).parent.parent
 SOURCES = [p for folder in ("ixi_etl", "model", "flows") for p in sorted((PROJECT / folder).rglob("*.py"))]
@@ -118,7 +120,7 @@ def test_a_process_that_is_given_a_secret_does_not_repeat_it() -> None:
         text=True,
         check=False,
     )
-    assert (done.returncode, SECRET in done.stdout + done.stderr) == (1, False)
+    assert (done.returncode, SECRET in done.stdout + done.stderr) == (2, False)
     assert "~/.netrc" in done.stderr
 
 
@@ -165,7 +167,7 @@ def test_a_secret_is_refused_wherever_a_person_can_give_it(
     with pytest.raises(SystemExit) as ended:
         main(command)
     said = capsys.readouterr()
-    assert (ended.value.code, said.out) == (1, "")
+    assert (ended.value.code, said.out) == (2, "")
     assert re.fullmatch(r"error: .*a URL with a password or a key in it; put those into ~/\.netrc.*\n", said.err)
 
 
@@ -203,8 +205,8 @@ SECRET_URLS = [
 @pytest.mark.parametrize("url", SECRET_URLS)
 def test_a_secret_is_refused_however_it_is_written(url: str) -> None:
     attempts: list[Any] = [
-        lambda: refuse_secret(url),
-        lambda: own_archives(url),
+        lambda: reject_url_credentials(url),
+        lambda: find_archives(url),
         lambda: mnist(url),
         lambda: Source(NAME, (url,), None),
         lambda: RefreshConfig(source=url),
@@ -219,7 +221,7 @@ def test_a_secret_is_refused_however_it_is_written(url: str) -> None:
             attempt()
         assert SECRET not in str(caught.value)
         if isinstance(caught.value, ValidationError):
-            assert SECRET not in in_a_line(caught.value)
+            assert SECRET not in format_validation_error(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +245,7 @@ def test_a_secret_is_refused_however_it_is_written(url: str) -> None:
     ],
 )
 def test_an_at_sign_in_a_path_is_no_secret(place: str) -> None:
-    refuse_secret(place)
+    reject_url_credentials(place)
     assert str(IxiError(f"cannot read {place}: 403")) == f"cannot read {place}: 403"
 
 
@@ -261,7 +263,7 @@ def test_what_others_say_is_repeated_without_the_secrets_of_its_urls() -> None:
 def test_the_signature_of_a_link_that_a_server_leads_to_comes_out_nowhere(
     over_tls: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tar, authority = make_tar(tmp_path, 4, 200_000), trustme.CA()
+    tar, authority, once = make_tar(tmp_path, 4, 200_000), trustme.CA(), HttpOptions(tries=1)
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
     caplog.set_level(logging.DEBUG)
@@ -278,11 +280,10 @@ def test_the_signature_of_a_link_that_a_server_leads_to_comes_out_nowhere(
                 said.append(repr(acquire(source, tmp_path / "got")))
             for answer in (lambda call: call.plain(403), lambda call: call.plain(200, b"x" * 600), Call.reset):
                 store.answer = answer
-                monkeypatch.setattr("ixi_etl.transfer.TRIES", 1)
                 for attempt in (
-                    lambda: acquire(source, tmp_path / "other"),
+                    lambda: acquire(source, tmp_path / "other", http=once),
                     lambda: index_archive(host.url),
-                    lambda: own_sources(host.url),
+                    lambda: user_sources(host.url, once),
                 ):
                     with pytest.raises(IxiError) as caught:
                         attempt()
@@ -318,7 +319,7 @@ def test_a_password_in_netrc_is_used_and_told_to_nobody_else(
 
     def answer(call: Call) -> None:
         said.append(call.headers.get("authorization"))
-        call.honest() if said[-1] else call.plain(401)
+        call.correct() if said[-1] else call.plain(401)
 
     caplog.set_level(logging.DEBUG)
     with serve(Host(tar, answer)) as host, serve(Host(tar, answer), name="localhost") as elsewhere:
@@ -339,7 +340,7 @@ def test_s3_keys_come_out_nowhere(on_s3: OnS3) -> None:
     assert config.scratch
     assert len(on_s3.log) > 100
     assert S3_SECRET not in "\n".join(on_s3.log) + repr(config) + repr(on_s3.made) + config.model_dump_json()
-    for top in (place(config.root), config.scratch):
+    for top in (to_path(config.root), config.scratch):
         for name in file_sizes(top):
             assert S3_SECRET.encode() not in (top / name).read_bytes()
 
@@ -360,8 +361,8 @@ def test_a_manifest_cannot_lead_out_of_its_run(published: Any, tmp_path: Path) -
     import shutil
 
     copy = Path(shutil.copytree(published.folder, tmp_path / published.version))
-    path = copy / dataset.MANIFEST
-    first = dataset.read_manifest(copy)["subject_id"].iloc[0]
+    path = copy / metadata.MANIFEST
+    first = metadata.read_manifest(copy)["subject_id"].iloc[0]
     path.write_text(path.read_text().replace(first, "../../../../evil"))
-    with pytest.raises(DatasetError, match="subject_leads_nowhere"):
-        dataset.read_manifest(copy)
+    with pytest.raises(DatasetError, match="subject_is_a_safe_file_name"):
+        metadata.read_manifest(copy)

@@ -26,7 +26,7 @@ TRAINING = (
     "torch.utils.tensorboard",
     "torchmetrics.functional.image",
     "matplotlib.figure",
-    "model.run",
+    "model.jobs",
     "model.report",
     "flows.cli",
     "flows.progress",

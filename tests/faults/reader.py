@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ixi_etl import dataset
-from ixi_etl.places import Places
-from ixi_etl.store import open_arrays
+from ixi_etl.core.storage import DataRoot
+from ixi_etl.dataset import verify, versions
+from ixi_etl.dataset.store import open_arrays
 from model import checkpoint
 
 
@@ -51,18 +51,18 @@ def latest_of(root: Path, pruned: bool = False) -> Callable[[], object]:
 
     `pruned`: what is no longer the latest may be removed while it is read; a run's version may not.
     """
-    places = Places(root)
+    data_root = DataRoot(root)
 
     def look() -> None:
-        version = dataset.resolve(places)
+        version = versions.resolve_version(data_root)
         try:
-            problems = dataset.verify(places.version(version))
+            problems = verify.verify(data_root.version(version))
             if problems:
                 raise ValueError(problems[0])
-            for array in open_arrays(places.version(version)).values():
+            for array in open_arrays(data_root.version(version)).values():
                 np.asarray(array[-1])
         except Exception:
-            if not pruned or dataset.resolve(places) == version:
+            if not pruned or versions.resolve_version(data_root) == version:
                 raise
 
     return look
@@ -73,7 +73,7 @@ def checkpoints_of(run: Path) -> Callable[[], object]:
     seen = [0]
 
     def look() -> None:
-        newest = checkpoint.newest_whole(run / "checkpoints")
+        newest = checkpoint.latest_valid(run / "checkpoints")
         step = newest[0].step if newest else 0
         assert step >= seen[0]
         seen[0] = step

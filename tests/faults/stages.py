@@ -1,12 +1,14 @@
-"""The jobs as they run in processes that are killed: they tell where they are through a pipe.
+"""The jobs that run in processes to be killed: they report their stage through a pipe.
 
 Processes are forked from one that has imported all this (`multiprocessing`'s fork server), so that hundreds of kills
-take minutes; `flow` runs in a fresh process, since Prefect starts threads.
+take minutes; flows run in a fresh process, since Prefect starts threads.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import functools
+import json
 import os
 import resource
 import signal
@@ -29,29 +31,34 @@ import pandera.pandas
 import PIL.Image
 import SimpleITK
 import zarrs
+from answers import SegmentedConfig
 
-from ixi_etl import catalog, dataset, refresh, report, transfer
+from ixi_etl import modalities
 from ixi_etl.config import RefreshConfig
+from ixi_etl.core.storage import DataRoot
+from ixi_etl.dataset import versions
+from ixi_etl.dataset.prune import prune_versions
 from ixi_etl.errors import IxiError, LockedError
-from ixi_etl.places import Places
-from ixi_etl.prune import prune
+from ixi_etl.recipes import ixi, ixi_inputs, ixi_version
+from ixi_etl.report import dataset_report
 
-PRELOADED = (dask, distributed, fsspec, isal, pandera, SimpleITK, zarrs, report)
+PRELOADED = (dask, distributed, fsspec, isal, pandera, SimpleITK, zarrs, dataset_report)
 PIL.Image.init()
-faulthandler.enable()  # who hangs is ended with SIGABRT, and tells where
+faulthandler.enable()  # a job that hangs gets SIGABRT, and prints its stack
 
 STAGES = ("download", "name", "cut", "publish", "train", "done")
-"""In their order; a job is in the one that it has told last."""
+"""In order; a job is in the stage that it reported last."""
 
 
-def _tell(pipe: Connection, module: Any, name: str, stage: str, leave: Callable[[], Any] = lambda: None) -> None:
-    """Have `module.name` tell `stage` before it runs the first time, and what `leave` gives when it has run."""
-    function, lock, told = getattr(module, name), threading.Lock(), []
+def _report(pipe: Connection, module: Any, name: str, stage: str, leave: Callable[[], Any] = lambda: None) -> None:
+    """Make `module.name` report `stage` before its first call, and the result of `leave` after each call."""
+    function, lock, reported = getattr(module, name), threading.Lock(), []
 
-    def telling(*args: Any, **more: Any) -> Any:
+    @functools.wraps(function)  # Prefect reads the signature
+    def reporting(*args: Any, **more: Any) -> Any:
         with lock:
-            if not told:
-                told.append(stage)
+            if not reported:
+                reported.append(stage)
                 pipe.send((stage, None))
         result = function(*args, **more)
         if (left := leave()) is not None:
@@ -59,31 +66,35 @@ def _tell(pipe: Connection, module: Any, name: str, stage: str, leave: Callable[
                 pipe.send((f"{stage} left", left))
         return result
 
-    setattr(module, name, telling)
+    setattr(module, name, reporting)
 
 
-def _tell_refresh(pipe: Connection, config: RefreshConfig, segment: int) -> None:
-    transfer.SEGMENT = segment
-    work = config.places.unfinished
+def _report_refresh(pipe: Connection, config: RefreshConfig) -> None:
+    work = config.data_root.unfinished
 
     def made() -> dict[str, int]:
         """When each record and shard was written."""
         return {p.name: p.stat().st_mtime_ns for p in [*work.glob("*/*/IXI*.json"), *work.glob("*/*/IXI*.shard")]}
 
-    _tell(pipe, refresh, "acquire_file", "download")
-    _tell(pipe, refresh, "name_version", "name")
-    _tell(pipe, refresh, "cut_subjects", "cut", made)
-    _tell(pipe, refresh, "publish_version", "publish")
+    _report(pipe, ixi_inputs, "acquire_file", "download")
+    _report(pipe, ixi_inputs, "name_version", "name")
+    _report(pipe, ixi, "cut_subjects", "cut", made)
+    for module in (ixi, ixi_version):  # used by the plain refresh and by the flow
+        _report(pipe, module, "publish_version", "publish")
+
+
+def _with_segments(config: str, segment: int) -> SegmentedConfig:
+    return SegmentedConfig.model_validate(json.loads(config) | {"segment_bytes": segment})
 
 
 def do_refresh(pipe: Connection, config: str, segment: int) -> None:
-    chosen = RefreshConfig.model_validate_json(config)
-    _tell_refresh(pipe, chosen, segment)
-    pipe.send(("done", refresh.refresh(chosen).version))
+    chosen = _with_segments(config, segment)
+    _report_refresh(pipe, chosen)
+    pipe.send(("done", ixi.refresh(chosen).version))
 
 
 def kill_itself_when(folder: Path, pattern: str, count: int) -> None:
-    """SIGKILL this process as soon as so many paths match and it is about to touch another file.
+    """SIGKILL this process when `count` paths match and it is about to touch another file.
 
     The moment is the same on every run, however busy the machine is.
     """
@@ -96,23 +107,23 @@ def kill_itself_when(folder: Path, pattern: str, count: int) -> None:
     sys.addaudithook(hook)
 
 
-def do_command(pipe: Connection, arguments: list[str], said: str, memory: int | None = None) -> None:
-    """`ixi-etl` with these arguments, and what it prints in the file `said`. `memory`: bytes of address space."""
+def do_command(pipe: Connection, arguments: list[str], output: str, memory: int | None = None) -> None:
+    """Run `ixi-etl` with its output in the file `output`, and `memory` bytes of address space."""
     from flows.cli import main
 
     if memory:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    file = os.open(said, os.O_WRONLY | os.O_CREAT)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(file, stream)
     main(arguments)
 
 
 def do_refresh_killed(pipe: Connection, config: str, pattern: str, count: int) -> None:
-    """A refresh that is killed when so many paths of its unfinished work match."""
+    """A refresh that is killed when `count` paths of its unfinished work match."""
     chosen = RefreshConfig.model_validate_json(config)
-    kill_itself_when(chosen.places.unfinished, pattern, count)
-    refresh.refresh(chosen)
+    kill_itself_when(chosen.data_root.unfinished, pattern, count)
+    ixi.refresh(chosen)
 
 
 def do_training_killed(pipe: Connection, root: str, settings: dict[str, Any], run: str, pattern: str) -> None:
@@ -122,41 +133,41 @@ def do_training_killed(pipe: Connection, root: str, settings: dict[str, Any], ru
 
 
 def do_training(pipe: Connection, root: str, settings: dict[str, Any], run: str) -> None:
-    from model import run as runs
+    from model import jobs
     from model.config import TrainConfig
 
-    _tell(pipe, runs, "train", "train")
-    runs.train_run(runs.prepare(root, TrainConfig.model_validate(settings), run), resume=True)
+    _report(pipe, jobs, "train", "train")
+    jobs.train_run(jobs.prepare_run(root, TrainConfig.model_validate(settings), run), resume=True)
     pipe.send(("done", run))
 
 
 def do_refresh_flow(pipe: Connection, config: str, segment: int, api: str) -> None:
     os.environ["PREFECT_API_URL"] = api
+    chosen = _with_segments(config, segment)
+    _report_refresh(pipe, chosen)  # before the flow makes tasks of the functions
     from flows.refresh_dataset import refresh_dataset
 
-    chosen = RefreshConfig.model_validate_json(config)
-    _tell_refresh(pipe, chosen, segment)
     pipe.send(("done", refresh_dataset(chosen).version))
 
 
 def do_training_flow(pipe: Connection, root: str, settings: dict[str, Any], run: str, api: str) -> None:
     os.environ["PREFECT_API_URL"] = api
     from flows.train_pix2pix import train_pix2pix
-    from model import run as runs
+    from model import jobs
 
-    _tell(pipe, runs, "train", "train")
+    _report(pipe, jobs, "train", "train")
     pipe.send(("done", train_pix2pix(root=root, run=run, settings=settings).name))
 
 
 def fetched(folder: Path) -> dict[str, list[int]]:
-    """Archive -> the segments of it that are done, of those that are not whole yet."""
-    records = {m: folder / f"{catalog.archive_name(m)}.part.json" for m in catalog.MODALITIES}
-    return {m: (dataset.read_json(path) or {}).get("done", []) for m, path in records.items()}
+    """Archive -> its finished segments, for archives that are not complete."""
+    records = {m: folder / f"{modalities.archive_name(m)}.part.json" for m in modalities.MODALITIES}
+    return {m: (versions.read_json(path) or {}).get("done", []) for m, path in records.items()}
 
 
 def do_volumes(pipe: Connection, config: str) -> None:
-    """A refresh that tells the slowest volume, in seconds, and the most memory it took, in bytes."""
-    from ixi_etl import survey
+    """A refresh that reports its slowest volume, in seconds, and its peak memory, in bytes."""
+    from ixi_etl.scans import survey
 
     slowest = {"": 0.0}
 
@@ -164,10 +175,10 @@ def do_volumes(pipe: Connection, config: str) -> None:
         function = getattr(module, name)
 
         def timing(*args: Any, **more: Any) -> Any:
-            begun = time.monotonic()
-            pipe.send((f"{name} of", what(*args)))  # if it crashes or hangs, this is what did it
+            start = time.monotonic()
+            pipe.send((f"{name} of", what(*args)))  # so that a crash or a hang can be attributed
             result = function(*args, **more)
-            took = time.monotonic() - begun
+            took = time.monotonic() - start
             if took > max(slowest.values()):
                 slowest.clear()
                 slowest[what(*args)] = took
@@ -176,14 +187,14 @@ def do_volumes(pipe: Connection, config: str) -> None:
         setattr(module, name, timing)
 
     timed(survey, "_row", lambda modality, member: str(member.name))
-    timed(refresh, "cut_subject", lambda job, *_: str(job.subject_id))
-    made = refresh.refresh(RefreshConfig.model_validate_json(config))
+    timed(ixi, "cut_subject", lambda job, *_: str(job.subject_id))
+    made = ixi.refresh(RefreshConfig.model_validate_json(config))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     pipe.send(("done", {"version": made.version, "slowest": slowest, "peak": peak}))
 
 
-def _said(pipe: Connection, job: Callable[[], str]) -> None:
-    """Tell what a job gives, or the one line that it ends in."""
+def _send_result(pipe: Connection, job: Callable[[], str]) -> None:
+    """Report the result of a job, or its error message."""
     try:
         pipe.send(("done", job()))
     except IxiError as error:
@@ -191,45 +202,45 @@ def _said(pipe: Connection, job: Callable[[], str]) -> None:
 
 
 def do_refresh_or_say(pipe: Connection, config: str) -> None:
-    _said(pipe, lambda: refresh.refresh(RefreshConfig.model_validate_json(config)).version)
+    _send_result(pipe, lambda: ixi.refresh(RefreshConfig.model_validate_json(config)).version)
 
 
 def do_refresh_or_wait(pipe: Connection, config: str) -> None:
-    """Try again for as long as somebody else holds the root."""
+    """Repeat while another process holds the root."""
     while True:
         try:
-            pipe.send(("done", refresh.refresh(RefreshConfig.model_validate_json(config)).version))
+            pipe.send(("done", ixi.refresh(RefreshConfig.model_validate_json(config)).version))
         except LockedError:
             continue
         return
 
 
 def do_training_or_say(pipe: Connection, root: str, settings: dict[str, Any], run: str) -> None:
-    from model import run as runs
+    from model import jobs
     from model.config import TrainConfig
 
-    _tell(pipe, runs, "train", "train")
+    _report(pipe, jobs, "train", "train")
 
     def job() -> str:
-        runs.train_run(runs.prepare(root, TrainConfig.model_validate(settings), run))
+        jobs.train_run(jobs.prepare_run(root, TrainConfig.model_validate(settings), run))
         return run
 
-    _said(pipe, job)
+    _send_result(pipe, job)
 
 
 def do_prune(pipe: Connection, root: str) -> None:
     pipe.send(("prune", None))
-    prune(Places(root), 1)
+    prune_versions(DataRoot(root), 1)
     pipe.send(("done", None))
 
 
 def do_prunes(pipe: Connection, root: str) -> None:
     """Remove old versions again and again, until four are gone or a refresh has made its version."""
-    places, removed = Places(root), 0
-    there = set(dataset.published(places))
-    while not set(dataset.published(places)) - there:
+    data_root, removed = DataRoot(root), 0
+    existing = set(versions.published_versions(data_root))
+    while not set(versions.published_versions(data_root)) - existing:
         try:
-            removed += sum(verdict.removed for verdict in prune(places, 1))
+            removed += sum(verdict.removed for verdict in prune_versions(data_root, 1))
         except LockedError:
             continue
     pipe.send(("done", removed))

@@ -1,4 +1,4 @@
-"""Bad servers: each ends in the right archive or in one clear line, never in a wrong archive under the final name."""
+"""Faulty servers: each ends in the right archive or in one clear line, never in a wrong archive with the final name."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from pathlib import Path
 
 import pytest
 from answers import (
-    LASTING,
     NAME,
+    PERMANENT_FAULTS,
     Fault,
+    acquire,
     after_probe,
     assert_one_clear_line,
     close,
+    crop,
     first,
+    isolate_network,
     make_tar,
     md5,
-    small,
     status,
 )
 from faults_table import Row
 from servers import Answer, Call, Host, serve
 
-from ixi_etl.catalog import Source
-from ixi_etl.download import acquire
 from ixi_etl.errors import DownloadError
+from ixi_etl.sources.catalog import Source
 
 pytestmark = pytest.mark.faults
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch, stranger: str) -> None:
-    small(monkeypatch, stranger)
+def _isolated_network(monkeypatch: pytest.MonkeyPatch, stranger: str) -> None:
+    isolate_network(monkeypatch, stranger)
 
 
 @pytest.fixture(scope="module")
@@ -42,30 +43,18 @@ def tar(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return make_tar(tmp_path_factory.mktemp("tar"), 11)
 
 
-def every(length: int, end: Answer) -> Answer:
-    """Right bytes, but no more than so many to a connection."""
-
-    def answer(call: Call) -> None:
-        data = call.start()
-        call.send(data[:length])
-        if len(data) > length:
-            end(call)
-
-    return after_probe(answer)
-
-
 def no_ranges(call: Call) -> None:
     call.plain(200, call.host.body)
 
 
 PASSING: dict[str, Callable[[], Answer]] = {
-    "reset every 40 KiB": lambda: every(40 << 10, Call.reset),
-    "cut short every 40 KiB": lambda: every(40 << 10, close),
+    "reset every 40 KiB": lambda: after_probe(crop(40 << 10, Call.reset)),
+    "cut short every 40 KiB": lambda: after_probe(crop(40 << 10, close)),
     "500s for a while": lambda: after_probe(first(2, status(500))),
     "503 and a reset for a while": lambda: first(1, status(503), first(1, Call.reset)),
     "no ranges": lambda: no_ranges,
 }
-"""What is got over without a mirror."""
+"""Faults that a download overcomes without a mirror."""
 
 ISSUE: dict[str, str] = {
     "403, then mirror": "403",
@@ -75,7 +64,7 @@ ISSUE: dict[str, str] = {
     "a wrong Content-Range": "another range",
     "a wrong size in Content-Range": "another size",
     "a truncated body with 200": "stream cut short",
-    "a truncated body with 200 of no said length": "short, length not said",
+    "a truncated body with 200 of unknown length": "short, unknown length",
     "an HTML page": "HTML page",
     "an HTML page midway": "HTML page midway",
     "a redirect loop": "redirect loop",
@@ -83,11 +72,11 @@ ISSUE: dict[str, str] = {
     "wrong length": "wrong length",
     "right length with a flipped byte": "wrong byte",
 }
-"""What does not pass -> its name in `answers.LASTING`."""
+"""Permanent fault -> its name in `answers.PERMANENT_FAULTS`."""
 
 
 class Watch(threading.Thread):
-    """Looks at the final name all the time: what stands there is right, or nothing does."""
+    """Check continuously that only the right file ever has the final name."""
 
     def __init__(self, path: Path, right: str) -> None:
         super().__init__(daemon=True)
@@ -108,17 +97,17 @@ def watched(tmp_path: Path, tar: bytes) -> Iterator[Watch]:
     yield watch
     watch.stop.set()
     watch.join()
-    assert watch.wrong == 0, "a wrong archive stood under the final name"
+    assert watch.wrong == 0, "a wrong archive had the final name"
 
 
 @pytest.mark.parametrize("what", PASSING)
-def test_bad_server_passing(what: str, watched: Watch, tar: bytes, monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
+def test_bad_server_passing(what: str, watched: Watch, tar: bytes, row: Row) -> None:
     count = 20
-    monkeypatch.setattr("ixi_etl.transfer.TRIES", 10)  # a reset can cost what had come, and was not read yet
     for n in range(count):
         with serve(Host(tar, PASSING[what]())) as host:
             source = Source(NAME, (host.url,), md5(tar) if n % 2 else None)
-            acquire(source, watched.path.parent, connections=1 + n % 4)
+            # 10 tries, because a reset can discard bytes that were not read yet.
+            acquire(source, watched.path.parent, connections=1 + n % 4, tries=10)
         assert watched.path.read_bytes() == tar
         for path in watched.path.parent.iterdir():
             path.unlink()
@@ -126,22 +115,22 @@ def test_bad_server_passing(what: str, watched: Watch, tar: bytes, monkeypatch: 
 
 
 @pytest.mark.parametrize("what", ISSUE)
-def test_bad_server(what: str, watched: Watch, tar: bytes, monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
+def test_bad_server(what: str, watched: Watch, tar: bytes, row: Row) -> None:
     """With a mirror and without, from the first request or from a later one."""
-    fault: Fault = LASTING[ISSUE[what]]
-    for name, value in fault.constants.items():
-        monkeypatch.setattr(f"ixi_etl.transfer.{name}", value)
+    fault: Fault = PERMANENT_FAULTS[ISSUE[what]]
     rng, count, outcomes = random.Random(what), 10, Counter[str]()
     for n in range(count):
-        answer = first(rng.randrange(8), Call.honest, fault.answer) if fault.answer is not Call.honest else Call.honest
+        answer = (
+            first(rng.randrange(8), Call.correct, fault.answer) if fault.answer is not Call.correct else Call.correct
+        )
         with serve(Host(fault.spoil(tar), answer, **fault.host)) as host, serve(Host(tar, etag='"m"')) as mirror:
             urls = (host.url, mirror.url) if n % 2 else (host.url,)
             try:
-                found = acquire(Source(NAME, urls, md5(tar)), watched.path.parent)
+                found = acquire(Source(NAME, urls, md5(tar)), watched.path.parent, **fault.options)
                 assert Path(found.location).read_bytes() == tar
                 outcomes["the right archive"] += 1
             except DownloadError as error:
-                assert n % 2 == 0, "the mirror was not asked"
+                assert n % 2 == 0, "the mirror got no request"
                 assert_one_clear_line(str(error), watched.path.parent, host.url)
                 outcomes["one line"] += 1
         for path in watched.path.parent.iterdir():
@@ -150,23 +139,24 @@ def test_bad_server(what: str, watched: Watch, tar: bytes, monkeypatch: pytest.M
 
 
 def test_bad_server_mirror(watched: Watch, tar: bytes, row: Row) -> None:
-    """Whatever a server does from the first request on, the mirror gives the file, and nothing else is left."""
-    for fault in LASTING.values():
-        with pytest.MonkeyPatch.context() as patch, serve(Host(tar, etag='"m"')) as mirror:
-            for name, value in fault.constants.items():
-                patch.setattr(f"ixi_etl.transfer.{name}", value)
-            with serve(Host(fault.spoil(tar), fault.answer, **fault.host)) as host:
-                found = acquire(Source(NAME, (host.url, mirror.url), md5(tar)), watched.path.parent)
+    """Whatever the first server does, the mirror provides the file, and nothing else remains."""
+    for fault in PERMANENT_FAULTS.values():
+        with (
+            serve(Host(tar, etag='"m"')) as mirror,
+            serve(Host(fault.spoil(tar), fault.answer, **fault.host)) as host,
+        ):
+            source = Source(NAME, (host.url, mirror.url), md5(tar))
+            found = acquire(source, watched.path.parent, **fault.options)
         assert (found.origin, watched.path.read_bytes()) == (mirror.url, tar)
         assert {p.name for p in watched.path.parent.iterdir()} == {NAME, f"{NAME}.json"}
         for path in watched.path.parent.iterdir():
             path.unlink()
-    row("server: whatever lasts, and a mirror", len(LASTING), "the right archive", "none")
+    row("server: any permanent fault, and a mirror", len(PERMANENT_FAULTS), "the right archive", "none")
 
 
 @pytest.mark.parametrize("length", ["the same", "another"])
 def test_bad_server_changes(length: str, watched: Watch, tar: bytes, tmp_path: Path, row: Row) -> None:
-    """The file changes between ranges: with an ETag and without a known MD5, it is one or the other, never a mix."""
+    """The file changes between ranges: with an ETag and without an MD5, the result is one of the files, never a mix."""
     (tmp_path / "other").mkdir()
     new = make_tar(tmp_path / "other", 12, 600_000 if length == "the same" else 700_000)
     count, outcomes = 20, Counter[str]()
@@ -189,5 +179,5 @@ def test_bad_server_changes(length: str, watched: Watch, tar: bytes, tmp_path: P
             except DownloadError as error:
                 assert_one_clear_line(str(error), folder, host.url)
                 outcomes["one line"] += 1
-    said = ", ".join(f"{n} {what}" for what, n in sorted(outcomes.items()))
-    row(f"server: the file changes to {length} length", count, said, "none")
+    text = ", ".join(f"{n} {what}" for what, n in sorted(outcomes.items()))
+    row(f"server: the file changes to {length} length", count, text, "none")

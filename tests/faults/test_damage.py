@@ -13,30 +13,31 @@ import pytest
 from conftest import SMALL_NETWORKS
 from faults_table import Row
 
-from ixi_etl import dataset, manifest
+from ixi_etl.core.files import to_json
+from ixi_etl.core.storage import DEFAULT_DATASET, DataRoot
+from ixi_etl.dataset import manifest, metadata, verify, versions
+from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.errors import DatasetError
-from ixi_etl.files import to_json
-from ixi_etl.publish import Refreshed
-
-torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
-
-from model import data  # noqa: E402
-from model.config import TrainConfig  # noqa: E402
-from model.run import prepare, train_run  # noqa: E402
+from model import data
+from model.config import TrainConfig
+from model.jobs import (
+    prepare_run,
+    train_run,
+)
 
 pytestmark = pytest.mark.faults
 
 
 @pytest.fixture
-def copy(published: Refreshed, tmp_path: Path) -> Path:
+def copy(published: PublishedVersion, tmp_path: Path) -> Path:
     """The version in a root of its own, in which files may be damaged."""
     shutil.copytree(published.folder.parents[2], tmp_path / "root")
-    return tmp_path / "root/datasets" / dataset.NAME / published.version
+    return tmp_path / "root/datasets" / DEFAULT_DATASET / published.version
 
 
 def refused_by_training(folder: Path) -> str:
     with pytest.raises(DatasetError) as caught:
-        data.load(folder, "train")
+        data.load_pairs(folder, "train")
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -45,7 +46,7 @@ def test_damage_flip(copy: Path, row: Row) -> None:
     """Any one byte of any shard: evenly spread over all of them, and those of their ends, where their indices lie."""
     count = 400
     rng = np.random.default_rng(1)
-    table = manifest.used(dataset.read_manifest(copy))
+    table = manifest.used_rows(metadata.read_manifest(copy))
     rows = table.loc[table["split"] == "train", "store_row"].tolist()
     shards = [copy / f"slices.zarr/{name}/c/{row}/0/0/0" for name in ("t1", "t2") for row in rows]
     for n in range(count):
@@ -53,15 +54,15 @@ def test_damage_flip(copy: Path, row: Row) -> None:
         whole = shard.read_bytes()
         at = len(whole) - 1 - int(rng.integers(250)) if n % 4 == 0 else int((n + 0.5) / count * len(whole))
         shard.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << int(rng.integers(8)))]) + whole[at + 1 :])
-        assert any(str(shard) in problem for problem in dataset.verify(copy, deep=True))
+        assert any(str(shard) in problem for problem in verify.verify(copy, deep=True))
         assert str(shard) in refused_by_training(copy)
         shard.write_bytes(whole)
-    data.load(copy, "train")
+    data.load_pairs(copy, "train")
     row("one bit flipped in a shard", count, "verify --deep and the training name the file", "none unseen")
 
 
 def edit_manifest(copy: Path) -> Path:
-    path = copy / dataset.MANIFEST
+    path = copy / metadata.MANIFEST
     text = path.read_text()
     path.write_text(text.replace("Guys", "Guyz", 1) if "Guys" in text else text.replace("HH", "HG", 1))
     return path
@@ -69,7 +70,7 @@ def edit_manifest(copy: Path) -> Path:
 
 def mend_split(copy: Path) -> Path:
     """Somebody moves a subject to another split, and the file keeps its size."""
-    path = copy / dataset.MANIFEST
+    path = copy / metadata.MANIFEST
     path.write_text(path.read_text().replace(",train,0,", ",train,1,", 1).replace(",train,1,", ",train,0,", 1) + " ")
     return path
 
@@ -107,23 +108,23 @@ def delete_metadata(copy: Path) -> Path:
 
 
 def cut_facts(copy: Path) -> Path:
-    path = copy / dataset.FACTS
+    path = copy / metadata.METADATA
     os.truncate(path, 200)
     return path
 
 
 def edit_facts(copy: Path) -> Path:
-    path = copy / dataset.FACTS
+    path = copy / metadata.METADATA
     path.write_text(path.read_text().replace('"anatomical"', '"index"'))
     return path
 
 
 def lead_out(copy: Path) -> Path:
     """A list of files that points outside of the version."""
-    path = copy / dataset.FACTS
+    path = copy / metadata.METADATA
     facts = json.loads(path.read_text())
     facts["files"]["../../../../etc/hostname"] = {"size": 1, "sha256": "0" * 64}
-    path.write_text(to_json(dataset.with_digest(facts)))
+    path.write_text(to_json(metadata.with_digest(facts)))
     return copy / "../../../../etc/hostname"
 
 
@@ -144,7 +145,7 @@ DAMAGE: dict[str, Callable[[Path], Path]] = {
 @pytest.mark.parametrize("what", DAMAGE)
 def test_damage(what: str, copy: Path, row: Row) -> None:
     path = DAMAGE[what](copy)
-    assert any(str(path) in problem for problem in dataset.verify(copy, deep=True))
+    assert any(str(path) in problem for problem in verify.verify(copy, deep=True))
     assert str(path) in refused_by_training(copy)
     row(what, 1, "verify --deep and the training name the file", "none unseen")
 
@@ -152,15 +153,15 @@ def test_damage(what: str, copy: Path, row: Row) -> None:
 def test_damage_facts_fuzzed(copy: Path, row: Row) -> None:
     """Whatever is in `dataset.json`, verification ends in lines, and not in a trace."""
     count, found = 300, 0
-    path, rng = copy / dataset.FACTS, np.random.default_rng(3)
+    path, rng = copy / metadata.METADATA, np.random.default_rng(3)
     facts = json.loads(path.read_text())
     for _ in range(count):
         broken = json.loads(json.dumps(facts))
         where = broken if rng.random() < 0.5 else broken[("files", "inputs", "funnel", "splits")[rng.integers(4)]]
         key = list(where)[rng.integers(len(where))]
         where[key] = (None, [], {}, "x", -1, {"size": "x"}, [1], {"../x": 1})[rng.integers(8)]
-        path.write_text(to_json(dataset.with_digest(broken)))
-        found += bool(problems := dataset.verify(copy))
+        path.write_text(to_json(metadata.with_digest(broken)))
+        found += bool(problems := verify.verify(copy))
         assert all("\n" not in problem for problem in problems)
     row("facts with other values", count, f"{found} found at once, no trace", "none")
 
@@ -169,26 +170,26 @@ def test_damage_metadata_fuzzed(copy: Path, row: Row) -> None:
     """Whatever is in the metadata of the store, or in the manifest, verification ends in lines that name the file."""
     count, rng = 300, np.random.default_rng(4)
     kinds = [None, [], {}, "x", -1, 10**30, [1], {"a": 1}, True, 1.5]
-    paths = [copy / "slices.zarr/zarr.json", copy / "slices.zarr/t1/zarr.json", copy / dataset.MANIFEST]
+    paths = [copy / "slices.zarr/zarr.json", copy / "slices.zarr/t1/zarr.json", copy / metadata.MANIFEST]
     for path in paths:
         whole = path.read_bytes()
         broken = bytearray(whole)
         for _ in range(count):
             if path.suffix == ".json" and rng.random() < 0.5:
-                metadata = where = json.loads(whole)
+                edited = where = json.loads(whole)
                 while True:
                     key = list(where)[rng.integers(len(where))]
                     if not isinstance(where[key], dict) or not where[key] or rng.random() < 0.2:
                         break
                     where = where[key]
                 where[key] = kinds[rng.integers(len(kinds))]
-                path.write_text(json.dumps(metadata))
+                path.write_text(json.dumps(edited))
             else:
                 at = int(rng.integers(len(broken)))
                 broken[:] = whole
                 broken[at] ^= int(rng.integers(1, 256))
                 path.write_bytes(broken)
-            problems = dataset.verify(copy)
+            problems = verify.verify(copy)
             assert any(str(path) in problem for problem in problems)
             assert all("\n" not in problem for problem in problems)
         path.write_bytes(whole)
@@ -198,12 +199,15 @@ def test_damage_metadata_fuzzed(copy: Path, row: Row) -> None:
 
 
 def test_damage_pointer(copy: Path, row: Row) -> None:
-    places = dataset.Places(copy.parents[2])
-    pointer = places.datasets / dataset.POINTER
+    data_root = DataRoot(copy.parents[2])
+    pointer = data_root.datasets / metadata.POINTER
     for name in ("0123456789ab", "../../runs", "..", "/etc"):
         pointer.write_text(json.dumps({"version": name, "history": []}))
-        for run in (lambda: dataset.resolve(places), lambda: prepare(places.root, TrainConfig(), "a")):
-            with pytest.raises(DatasetError, match=f"latest.json names version {name}, which is not there"):
+        for run in (
+            lambda: versions.resolve_version(data_root),
+            lambda: prepare_run(data_root.root, TrainConfig(), "a"),
+        ):
+            with pytest.raises(DatasetError, match=f"latest.json names version {name}, which does not exist"):
                 run()
     row("a pointer to a missing version", 4, "one line that names it", "none")
 
@@ -211,4 +215,4 @@ def test_damage_pointer(copy: Path, row: Row) -> None:
 def test_a_version_that_is_damaged_is_not_trained_on(copy: Path) -> None:
     delete_shard(copy)  # which Zarr reads as zeros
     with pytest.raises(DatasetError, match=r"t2/c/3/0/0/0 is missing; `ixi-etl refresh` makes the version again"):
-        train_run(prepare(copy.parents[2], TrainConfig.model_validate(SMALL_NETWORKS | {"steps": 1}), "a"))
+        train_run(prepare_run(copy.parents[2], TrainConfig.model_validate(SMALL_NETWORKS | {"steps": 1}), "a"))

@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from answers import SegmentedConfig
 from conftest import SMALL_NETWORKS, config_for
 from faults_table import Row
 from processes import Job, preload
 from reader import latest_of, reading
 from servers import Host, serve
 
-from ixi_etl import dataset, refresh, transfer
+from ixi_etl.core.storage import DataRoot
+from ixi_etl.dataset import metadata, verify, versions
+from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.errors import IxiError
-from ixi_etl.publish import Refreshed
+from ixi_etl.recipes import ixi, ixi_inputs
+from ixi_etl.sources import partial
 
 pytestmark = pytest.mark.faults
 
@@ -47,8 +51,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def same(a: Path, b: Path) -> bool:
-    facts = [dataset.read_facts(folder) for folder in (a, b)]  # with the SHA-256 of every file
-    return facts[0] == facts[1] and dataset.verify(a, deep=True) == []
+    facts = [metadata.read_metadata(folder) for folder in (a, b)]  # with the SHA-256 of every file
+    return facts[0] == facts[1] and verify.verify(a, deep=True) == []
 
 
 def one_line(error: BaseException, *said: str) -> None:
@@ -68,26 +72,30 @@ def fill(folder: Path, leave: int) -> None:
 
 
 def at(monkeypatch: pytest.MonkeyPatch, name: str, do: Callable[[], None]) -> None:
-    """Have `do` happen when a stage begins."""
-    stage = getattr(refresh, name)
+    """Call `do` when a stage starts."""
+    module, function = STAGES[name]
+    stage = getattr(module, function)
 
     def then(*args: Any, **more: Any) -> Any:
         do()
         return stage(*args, **more)
 
-    monkeypatch.setattr(refresh, name, then)
+    monkeypatch.setattr(module, function, then)
 
 
-STAGES = {"download": "acquire_file", "cut": "cut_subjects", "publish": "publish_version"}
+STAGES = {
+    "download": (ixi_inputs, "acquire_file"),
+    "cut": (ixi, "cut_subjects"),
+    "publish": (ixi, "publish_version"),
+}
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_disk_full(
-    stage: str, disk: Path, archives: Path, published: Refreshed, monkeypatch: pytest.MonkeyPatch, row: Row
+    stage: str, disk: Path, archives: Path, published: PublishedVersion, monkeypatch: pytest.MonkeyPatch, row: Row
 ) -> None:
-    monkeypatch.setattr(transfer, "SPARE_BYTES", 0)
-    monkeypatch.setattr(transfer, "SEGMENT", 1 << 16)
-    refresh.refresh(config_for(disk / "before", archives, split_seed=1, pictures=False))
+    monkeypatch.setattr(partial, "SPARE_BYTES", 0)
+    ixi.refresh(config_for(disk / "before", archives, split_seed=1, pictures=False))
     files = {f"/{name}": (archives / name).read_bytes() for name in ("IXI-T1.tar", "IXI-T2.tar", "MD5SUMS")}
     need = {"download": sum(map(len, files.values())), "cut": 1 << 20, "publish": 200_000}[stage]
     count, full = 20, 0
@@ -95,20 +103,20 @@ def test_disk_full(
         source = host.url.rpartition("/")[0] if stage == "download" else str(archives)
         for n in range(count):
             root = Path(shutil.copytree(disk / "before", disk / "root"))
-            config = config_for(root, source)
+            config = SegmentedConfig.model_validate(config_for(root, source).model_dump())
             leave = int(need * (n + 0.5) / count)
             with monkeypatch.context() as patch, reading(latest_of(root)):
                 # Somebody else fills the disk, after it was asked whether there is room.
                 patch.setattr(shutil, "disk_usage", lambda path, ask=shutil.disk_usage: ask("/"))
-                at(patch, STAGES[stage], lambda leave=leave: fill(disk, leave))
+                at(patch, stage, lambda leave=leave: fill(disk, leave))
                 try:
-                    refresh.refresh(config)
+                    ixi.refresh(config)
                 except IxiError as error:
                     one_line(error, "No space left on device")
                     full += 1
             (disk / "filler").unlink(missing_ok=True)
             with reading(latest_of(root)):
-                done = refresh.refresh(config)
+                done = ixi.refresh(config)
             assert same(done.folder, published.folder)
             shutil.rmtree(root)
     assert full >= count // 2
@@ -118,19 +126,19 @@ def test_disk_full(
 def test_disk_room_is_asked_for_first(disk: Path, archives: Path, row: Row) -> None:
     fill(disk, 100_000)
     with pytest.raises(IxiError) as caught:
-        refresh.refresh(config_for(disk / "root", archives))
+        ixi.refresh(config_for(disk / "root", archives))
     one_line(caught.value, "GB free, but the slabs need")
     row("disk too small from the first", 1, "said before the work begins", "none")
 
 
-def test_disk_read_only(disk: Path, archives: Path, published: Refreshed, row: Row) -> None:
-    refresh.refresh(config_for(disk / "root", archives))
+def test_disk_read_only(disk: Path, archives: Path, published: PublishedVersion, row: Row) -> None:
+    ixi.refresh(config_for(disk / "root", archives))
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     with pytest.raises(IxiError) as caught:
-        refresh.refresh(config_for(disk / "root", archives, split_seed=5))
+        ixi.refresh(config_for(disk / "root", archives, split_seed=5))
     one_line(caught.value, "Read-only file system", "choose another --root")
-    places = dataset.Places(disk / "root")
-    assert same(places.version(dataset.resolve(places)), published.folder)  # reading it needs no writing
+    data_root = DataRoot(disk / "root")
+    assert same(data_root.version(versions.resolve_version(data_root)), published.folder)  # reading it needs no writing
     row("read-only root", 1, "one line; versions in it are read and verified", "none")
 
 
@@ -142,7 +150,7 @@ def as_nobody(pipe: Any, config: str) -> None:
         os.setgid(65534)
         os.setuid(65534)
     try:
-        refresh.refresh(RefreshConfig.model_validate_json(config))
+        ixi.refresh(RefreshConfig.model_validate_json(config))
         pipe.send(("done", ["", "it may write"]))
     except Exception as error:
         pipe.send(("done", [type(error).__name__, str(error)]))
@@ -170,24 +178,24 @@ def test_disk_forbidden(what: str, archives: Path, row: Row) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_disk_taken_away(
-    stage: str, archives: Path, published: Refreshed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Row
+    stage: str, archives: Path, published: PublishedVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Row
 ) -> None:
     root = tmp_path / "root"
     config = config_for(root, archives)
     with monkeypatch.context() as patch:
-        at(patch, STAGES[stage], lambda: shutil.rmtree(root, ignore_errors=True))
+        at(patch, stage, lambda: shutil.rmtree(root, ignore_errors=True))
         try:
-            refresh.refresh(config)
+            ixi.refresh(config)
             outcome = "nothing that was gone was needed"
         except IxiError as error:
             one_line(error, str(root))
             outcome = "one line"
-    assert same(refresh.refresh(config).folder, published.folder)
+    assert same(ixi.refresh(config).folder, published.folder)
     row(f"root removed before {stage}", 1, f"{outcome}; then the same version", "none")
 
 
 def test_disk_no_rename_over_a_folder(
-    archives: Path, published: Refreshed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Row
+    archives: Path, published: PublishedVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Row
 ) -> None:
     """Some file systems refuse to rename over a folder even where it is empty."""
     rename = os.rename
@@ -198,40 +206,40 @@ def test_disk_no_rename_over_a_folder(
         rename(source, target, **more)
 
     monkeypatch.setattr(os, "rename", strict)
-    places = dataset.Places(tmp_path)
+    data_root = DataRoot(tmp_path)
     count = 0
     for left in ("nothing", "an empty folder", "half a version", "a damaged version"):
-        target = places.version(published.version)
+        target = data_root.version(published.version)
         if left == "an empty folder":
             shutil.rmtree(target)
             target.mkdir()
         elif left == "half a version":
-            (target / dataset.FACTS).unlink()
+            (target / metadata.METADATA).unlink()
         elif left == "a damaged version":
             (target / "slices.zarr/t1/c/0/0/0/0").unlink()
-        assert same(refresh.refresh(config_for(tmp_path, archives)).folder, published.folder)
+        assert same(ixi.refresh(config_for(tmp_path, archives)).folder, published.folder)
         count += 1
     row("rename over a folder fails", count, "the same version, whatever lay in its place", "none")
 
 
-def test_disk_full_in_training(disk: Path, published: Refreshed, row: Row) -> None:
+def test_disk_full_in_training(disk: Path, published: PublishedVersion, row: Row) -> None:
     pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
     from model import checkpoint
     from model.config import TrainConfig
-    from model.run import prepare, train_run
+    from model.jobs import prepare_run, train_run
 
     (disk / "datasets").symlink_to(published.folder.parents[1])
     small = SMALL_NETWORKS | {"batch_size": 2, "steps": 6, "checkpoint_every": 2, "log_every": 2, "samples": 0}
     count = 10
     for n in range(count):
-        run = prepare(disk, TrainConfig.model_validate(small | {"seed": n}), f"{n}")
-        train_run(prepare(disk, TrainConfig.model_validate(small | {"seed": n, "steps": 2}), f"{n}"))
+        run = prepare_run(disk, TrainConfig.model_validate(small | {"seed": n}), f"{n}")
+        train_run(prepare_run(disk, TrainConfig.model_validate(small | {"seed": n, "steps": 2}), f"{n}"))
         fill(disk, 20_000 * (n + 1))
         with pytest.raises(IxiError) as caught:
             train_run(run, resume=True)
         one_line(caught.value, "No space left on device")
         (disk / "filler").unlink()
-        newest = checkpoint.newest_whole(run.folder / "checkpoints")
+        newest = checkpoint.latest_valid(run.folder / "checkpoints")
         assert newest is not None
         assert newest[0].step >= 2
         train_run(run, resume=True)

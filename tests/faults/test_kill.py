@@ -11,20 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stages
+import torch
+from conftest import SMALL_NETWORKS, config_for
+from faults_table import Row
+from processes import Job, preload
+from reader import checkpoints_of, latest_of, reading
+from servers import PROBE, Call, Host, serve
 
-torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
-
-import stages  # noqa: E402
-from conftest import SMALL_NETWORKS, config_for  # noqa: E402
-from faults_table import Row  # noqa: E402
-from processes import Job, preload  # noqa: E402
-from reader import checkpoints_of, latest_of, reading  # noqa: E402
-from servers import PROBE, Call, Host, serve  # noqa: E402
-
-from ixi_etl.config import RefreshConfig  # noqa: E402
-from ixi_etl.publish import Refreshed  # noqa: E402
-from ixi_etl.refresh import refresh  # noqa: E402
-from model import checkpoint  # noqa: E402
+from ixi_etl.config import RefreshConfig
+from ixi_etl.dataset.publish import PublishedVersion
+from ixi_etl.recipes.ixi import refresh
+from model import checkpoint
 
 pytestmark = pytest.mark.faults
 
@@ -72,7 +70,7 @@ class Site:
     def sent(self) -> dict[str, int]:
         """Archive -> bytes of it that were sent, but for the probes."""
         count: Counter[str] = Counter()
-        for asked in self.host.asked:
+        for asked in self.host.requests:
             if asked.method == "GET" and asked.range != PROBE and asked.path.endswith(".tar"):
                 count[asked.path] += asked.sent
         return count
@@ -88,7 +86,7 @@ def slowly(call: Call) -> None:
 
 
 @pytest.fixture(scope="module")
-def site(published: Refreshed, archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(published: PublishedVersion, archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     before = tmp_path_factory.mktemp("kill") / "root"
     refresh(config_for(before, archives, split_seed=1, pictures=False))
     files = {f"/{name}": (archives / name).read_bytes() for name in ("IXI-T1.tar", "IXI-T2.tar", "MD5SUMS")}
@@ -138,15 +136,15 @@ def refresh_killed(site: Site, root: Path, stage: str, after_s: float, toll: Tol
     target = stages.do_refresh_flow if flow else stages.do_refresh
     arguments = (config.model_dump_json(), SEGMENT, *flow)
     with reading(latest_of(root)) as reader:
-        site.host.asked.clear()
+        site.host.requests.clear()
         site.host.answer = slowly
         toll.hits[Job(target, *arguments, fresh=bool(flow)).kill_after(stage, after_s)] += 1
-        made = {p.name: p.stat().st_mtime_ns for p in config.places.unfinished.glob("*/*/IXI*.json")}
-        site.host.answer = Call.honest
+        made = {p.name: p.stat().st_mtime_ns for p in config.data_root.unfinished.glob("*/*/IXI*.json")}
+        site.host.answer = Call.correct
         again = Job(target, *arguments, fresh=bool(flow))
         assert again.end() == site.version
     toll.looks += reader.looks
-    assert digests(config.places.version(site.version)) == site.result
+    assert digests(config.data_root.version(site.version)) == site.result
     left = again.left("cut") or {}  # nothing, where the kill came after all was published
     assert {name: left.get(name) for name in made if left} == (made if left else {}), "what was cut was cut again"
     toll.kept += len(made) if left else 0
@@ -192,7 +190,7 @@ def test_kill(stage: str, site: Site, request: pytest.FixtureRequest, tmp_path: 
 
 
 @pytest.fixture(scope="module")
-def trained(published: Refreshed, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Job]]:
+def trained(published: PublishedVersion, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Job]]:
     """A training that nobody disturbed, and how it went."""
     root = tmp_path_factory.mktemp("trained")
     (root / "datasets").symlink_to(published.folder.parents[1])

@@ -12,9 +12,9 @@ import psutil
 import pytest
 from faults_table import Row
 
-from ixi_etl.catalog import MODALITIES, archive_name
 from ixi_etl.config import RefreshConfig
-from ixi_etl.phantom import Scan, simulate, write_tar
+from ixi_etl.modalities import MODALITIES, archive_name
+from ixi_etl.testing.phantom import PhantomSubject, simulate, write_tar
 
 pytestmark = pytest.mark.faults
 
@@ -22,7 +22,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from ixi_etl.config import RefreshConfig
-from ixi_etl.refresh import refresh
+from ixi_etl.recipes.ixi import refresh
 refresh(RefreshConfig.model_validate_json(sys.argv[1]))
 print([line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")][0].split()[1])
 """
@@ -47,7 +47,9 @@ def peak_of(config: RefreshConfig) -> int:
 
 def test_memory(tmp_path: Path, row: Row) -> None:
     """Scans of the full size, registered, on two workers: 8, 16 and 32 subjects."""
-    made = [simulate(Scan(n, "Guys", 1, moved=bool(n % 2)))[0] for n in range(4)]  # then the same under other names
+    made = [
+        simulate(PhantomSubject(n, "Guys", 1, moved=bool(n % 2)))[0] for n in range(4)
+    ]  # then the same under other names
     peaks = {}
     for subjects in (8, 16, 32):
         source = tmp_path / f"source{subjects}"

@@ -10,18 +10,17 @@ from typing import Any
 
 import pytest
 import stages
+import torch
 from conftest import SMALL_NETWORKS, config_for
 from faults_table import Row
 from processes import GIVE_UP_S, Job, preload
 from reader import latest_of, reading
 
-from ixi_etl import dataset
-from ixi_etl.publish import Refreshed
-from ixi_etl.refresh import refresh
-
-torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
-
-from model import checkpoint  # noqa: E402
+from ixi_etl.core.storage import DEFAULT_DATASET, DataRoot
+from ixi_etl.dataset import metadata, verify, versions
+from ixi_etl.dataset.publish import PublishedVersion
+from ixi_etl.recipes.ixi import refresh
+from model import checkpoint
 
 pytestmark = pytest.mark.faults
 
@@ -40,12 +39,14 @@ def before(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in (1, 2, 3):
         made = refresh(config_for(root, archives, split_seed=seed, pictures=False))
         if seed == 2:
-            settings = SMALL | {"dataset": f"{dataset.NAME}@{made.version}", "steps": 1}
+            settings = SMALL | {"dataset": f"{DEFAULT_DATASET}@{made.version}", "steps": 1}
             Job(stages.do_training, str(root), settings, "old").end()
     return root
 
 
-def test_together_refreshes(before: Path, archives: Path, published: Refreshed, tmp_path: Path, row: Row) -> None:
+def test_together_refreshes(
+    before: Path, archives: Path, published: PublishedVersion, tmp_path: Path, row: Row
+) -> None:
     count, waited = 10, 0
     for n in range(count):
         root = Path(shutil.copytree(before, tmp_path / f"{n}"))
@@ -59,20 +60,20 @@ def test_together_refreshes(before: Path, archives: Path, published: Refreshed, 
                 assert "is in use by" in line
                 assert "\n" not in line
                 waited += 1
-        made = dataset.Places(root).version(published.version)
-        assert dataset.read_facts(made) == dataset.read_facts(published.folder)
-        assert dataset.verify(made, deep=True) == []
+        made = DataRoot(root).version(published.version)
+        assert metadata.read_metadata(made) == metadata.read_metadata(published.folder)
+        assert verify.verify(made, deep=True) == []
         shutil.rmtree(root)
     row("two refreshes at once", count, f"one version; {waited} of the second said who holds the root", "none")
 
 
-def test_together_training(before: Path, archives: Path, published: Refreshed, tmp_path: Path, row: Row) -> None:
+def test_together_training(before: Path, archives: Path, published: PublishedVersion, tmp_path: Path, row: Row) -> None:
     count, weights = 5, []
     for n in range(count):
         root = Path(shutil.copytree(before, tmp_path / f"{n}"))
-        older = dataset.resolve(dataset.Places(root))
+        older = versions.resolve_version(DataRoot(root))
         with reading(latest_of(root)):
-            training = Job(stages.do_training, str(root), SMALL | {"dataset": f"{dataset.NAME}@{older}"}, "a")
+            training = Job(stages.do_training, str(root), SMALL | {"dataset": f"{DEFAULT_DATASET}@{older}"}, "a")
             refreshing = Job(stages.do_refresh_or_say, config_for(root, archives).model_dump_json())
             assert refreshing.end() == published.version
             training.end()
@@ -82,14 +83,16 @@ def test_together_training(before: Path, archives: Path, published: Refreshed, t
     row("a refresh and a training at once", count, "both end; the same weights each time", "none")
 
 
-def test_together_prune(before: Path, archives: Path, published: Refreshed, tmp_path: Path, row: Row) -> None:
+def test_together_prune(before: Path, archives: Path, published: PublishedVersion, tmp_path: Path, row: Row) -> None:
     """A removal in a loop, while a refresh publishes and a training starts on an old version, or has just begun."""
     count, removals, kept = 10, 0, []
     for n in range(count):
         root = Path(shutil.copytree(before, tmp_path / f"{n}"))
-        places = dataset.Places(root)
-        first, second, _ = dataset.published(places)
-        start = partial(Job, stages.do_training_or_say, str(root), SMALL | {"dataset": f"{dataset.NAME}@{first}"}, "a")
+        data_root = DataRoot(root)
+        first, second, _ = versions.published_versions(data_root)
+        start = partial(
+            Job, stages.do_training_or_say, str(root), SMALL | {"dataset": f"{DEFAULT_DATASET}@{first}"}, "a"
+        )
         begun = start() if n % 2 else None
         with reading(latest_of(root, pruned=True)):
             if begun:
@@ -100,10 +103,10 @@ def test_together_prune(before: Path, archives: Path, published: Refreshed, tmp_
             assert refreshing.end() == published.version
             said = str(training.end())
             removals += int(pruning.end())
-        there = dataset.published(places)
+        there = versions.published_versions(data_root)
         assert published.version in there, "the newest was removed"
         assert second in there, "a run's version was removed"
-        assert all(dataset.verify(places.version(v), deep=True) == [] for v in there)
+        assert all(verify.verify(data_root.version(v), deep=True) == [] for v in there)
         if said == "a":  # the training began before the removal saw its version
             assert first in there
         else:
@@ -124,17 +127,17 @@ def test_together_prune_killed(before: Path, tmp_path: Path, row: Row) -> None:
     lasts = job.lasted("prune", "done")
     for n in range(count):
         root = Path(shutil.copytree(before, tmp_path / f"{n}"))
-        places = dataset.Places(root)
-        names = dataset.published(places)
+        data_root = DataRoot(root)
+        names = versions.published_versions(data_root)
         with reading(latest_of(root)):
             job = Job(stages.do_prune, str(root))
             job.kill_after("prune", (n + 0.5) / count * lasts)
-            there = dataset.published(places)
-            halves += there != names and places.version(names[0]).exists()
-            assert all(dataset.verify(places.version(v), deep=True) == [] for v in there)
+            there = versions.published_versions(data_root)
+            halves += there != names and data_root.version(names[0]).exists()
+            assert all(verify.verify(data_root.version(v), deep=True) == [] for v in there)
             Job(stages.do_prune, str(root)).end()
-        assert dataset.published(places) == names[1:]
-        assert not places.version(names[0]).exists()
+        assert versions.published_versions(data_root) == names[1:]
+        assert not data_root.version(names[0]).exists()
         shutil.rmtree(root)
     said = f"whole versions only ({halves} removals half done, ended by the next)"
     row("kill in prune", count, said, "none that anybody uses")

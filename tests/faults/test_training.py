@@ -1,4 +1,4 @@
-"""What ends a training: one line with what to do next, and all that it had saved."""
+"""A training that fails ends in one line with advice, and keeps what it had saved."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from typing import Any
 
 import pytest
 import stages
+import torch
 from conftest import SMALL_NETWORKS
 from faults_table import Row
 from processes import GIVE_UP_S, Job, preload
 
-from ixi_etl.publish import Refreshed
-
-torch = pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
-
-from model import checkpoint  # noqa: E402
-from model import train as module  # noqa: E402
-from model.config import TrainConfig  # noqa: E402
-from model.run import prepare, train_run  # noqa: E402
-from model.train import TrainingError  # noqa: E402
+from ixi_etl.dataset.publish import PublishedVersion
+from ixi_etl.errors import TrainingError
+from model import checkpoint, generator
+from model import train as module
+from model.config import TrainConfig
+from model.jobs import prepare_run, train_run
 
 pytestmark = pytest.mark.faults
 
@@ -37,32 +35,34 @@ def _jobs() -> None:
 
 
 @pytest.fixture
-def root(published: Refreshed, tmp_path: Path) -> Path:
+def root(published: PublishedVersion, tmp_path: Path) -> Path:
     (tmp_path / "datasets").symlink_to(published.folder.parents[1])
     return tmp_path
 
 
 def run_of(root: Path, name: str, **settings: Any) -> Any:
-    return prepare(root, TrainConfig.model_validate(SMALL | settings), name)
+    return prepare_run(root, TrainConfig.model_validate(SMALL | settings), name)
 
 
 def test_training_nan(root: Path, monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
-    """From any step on; the checkpoints before it are whole, and none is made of what came after."""
+    """At any step. Earlier checkpoints stay valid, and no later one is saved."""
     count = 12
     for n in range(count):
         step, last = 1 + n * 12 // count, n * 12 // count // 3 * 3
-        learn, steps = module.Learner.step, iter(range(1, 100))
+        original, steps = module.Trainer.step, iter(range(1, 100))
 
-        def breaks(self: Any, *batch: Any, learn: Any = learn, steps: Any = steps, step: int = step) -> Any:
-            losses = learn(self, *batch)
+        def breaks(self: Any, *batch: Any, original: Any = original, steps: Any = steps, step: int = step) -> Any:
+            losses = original(self, *batch)
             return losses * float("nan") if next(steps) >= step else losses
 
         with monkeypatch.context() as patch:
-            patch.setattr(module.Learner, "step", breaks)
+            patch.setattr(module.Trainer, "step", breaks)
             named = rf"the last good checkpoint is .*step-{last:08d}" if last else "there is no checkpoint yet"
             with pytest.raises(TrainingError, match=rf"the loss is not finite at step \d+; {named}.*; try a lower lr"):
                 train_run(run_of(root, f"{n}"))
-        assert [c.step for c in checkpoint.found(root / f"runs/{n}/checkpoints")] == list(range(3, last + 1, 3))
+        assert [c.step for c in checkpoint.list_checkpoints(root / f"runs/{n}/checkpoints")] == list(
+            range(3, last + 1, 3)
+        )
     row("a loss that is not finite", count, "stops, and names the last good checkpoint", "steps since that")
 
 
@@ -81,12 +81,12 @@ def test_training_sigterm(root: Path, row: Row) -> None:
         while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3 * n):
             time.sleep(0.005)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=GIVE_UP_S)
-        assert process.returncode == 128 + signal.SIGTERM, said
-        (saved,) = checkpoint.found(root / f"runs/{n}/checkpoints")
-        assert f"stopped at step {saved.step} of 1000000 and saved" in said.decode().splitlines()[-1]
+        _, stderr = process.communicate(timeout=GIVE_UP_S)
+        assert process.returncode == 128 + signal.SIGTERM, stderr
+        (saved,) = checkpoint.list_checkpoints(root / f"runs/{n}/checkpoints")
+        assert f"stopped at step {saved.step} of 1000000 and saved" in stderr.decode().splitlines()[-1]
         steps.append(saved.step)
-    row("SIGTERM in training", count, f"saves the step it is at ({', '.join(map(str, steps))}) and says so", "none")
+    row("SIGTERM in training", count, f"saves the current step ({', '.join(map(str, steps))}) and reports it", "none")
 
 
 @pytest.mark.parametrize(
@@ -97,29 +97,29 @@ def test_training_sigterm(root: Path, row: Row) -> None:
     ],
 )
 def test_training_out_of_memory(wants: dict[str, int], line: str, root: Path, row: Row) -> None:
-    """A batch of 25 GB, or weights, with no more address space than 16 GiB: the allocator itself refuses, at once."""
-    job = Job(stages.do_command, command(root, "a", **wants)[3:], str(root / "said"), 16 << 30)
+    """A batch of 25 GB, or large weights, in 16 GiB of address space: the allocator fails at once."""
+    job = Job(stages.do_command, command(root, "a", **wants)[3:], str(root / "output"), 16 << 30)
     assert job.exit_code() == 1
-    text = (root / "said").read_text()
+    text = (root / "output").read_text()
     assert text.strip().splitlines()[-1] == f"error: out of memory {line}", text
     assert "Traceback" not in text
     when, _, advice = line.partition("; ")
     row(f"out of memory in training, {when}", 1, f"one line: {advice}", "steps since the last checkpoint")
 
 
-def test_training_checkpoint_cut(root: Path, row: Row) -> None:
-    """Cut anywhere, the newest is passed over for the one before, and the training ends in the same weights."""
+def test_training_checkpoint_truncated(root: Path, row: Row) -> None:
+    """Truncated anywhere, the newest is skipped for the one before, and training ends with the same weights."""
     count = 25
     whole = train_run(run_of(root, "whole"))
     wanted, _ = checkpoint.load(whole)
     for n in range(count):
         run = run_of(root, f"{n}")
         shutil.copytree(root / "runs/whole", run.folder)
-        (run.folder / module.GENERATOR).unlink()
-        newest = checkpoint.path_of(run.folder / "checkpoints", 12)
+        (run.folder / generator.GENERATOR_FILE).unlink()
+        newest = checkpoint.checkpoint_path(run.folder / "checkpoints", 12)
         size = newest.stat().st_size
         newest.write_bytes(newest.read_bytes()[: int((n + 0.5) / count * size)])
         found, _ = checkpoint.load(train_run(run, resume=True))
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
         shutil.rmtree(run.folder)
-    row("a checkpoint cut short", count, "the one before is used; the same weights in the end", "steps since that")
+    row("a truncated checkpoint", count, "the previous one is used; equal final weights", "steps since that")

@@ -17,11 +17,11 @@ import volumes
 from faults_table import Row
 from processes import Job, preload
 
-from ixi_etl import dataset
-from ixi_etl.archive import index_archive
 from ixi_etl.config import DatasetConfig, RefreshConfig
+from ixi_etl.dataset import metadata
+from ixi_etl.dataset.schema import REASONS
 from ixi_etl.errors import ArchiveError
-from ixi_etl.schema import REASONS
+from ixi_etl.scans.tar import index_archive
 
 pytestmark = pytest.mark.faults
 
@@ -79,8 +79,8 @@ def refreshed(tmp_path: Path, source: Path) -> tuple[pd.DataFrame, dict[str, Any
     assert max(took["slowest"].values()) < WITHIN_S, took["slowest"]
     assert took["peak"] < WITHIN_BYTES, took["peak"]
     assert {p.name for p in (tmp_path / "root").iterdir()} <= {"archives", "datasets", ".lock"}
-    places = config.places
-    return dataset.read_manifest(places.version(took["version"])), took
+    places = config.data_root
+    return metadata.read_manifest(places.version(took["version"])), took
 
 
 def say(took: dict[str, Any]) -> str:

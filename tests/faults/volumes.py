@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 
-from ixi_etl.phantom import grid_affine, pack
+from ixi_etl.testing.phantom import grid_affine, pack_nifti
 
 SHAPE_IJK = {"T1": (32, 32, 24), "T2": (32, 32, 24)}
 STORED_AS = {"T1": "PSR", "T2": "LAS"}
@@ -29,7 +29,7 @@ def voxels_of(modality: str) -> np.ndarray:
     return np.round(np.clip(1 - radius, 0, 1) * 2000 + rng.uniform(0, 400, shape)).astype("<i2")
 
 
-GOOD = {m: pack(voxels_of(m), affine_of(m)) for m in ("T1", "T2")}
+GOOD = {m: pack_nifti(voxels_of(m), affine_of(m)) for m in ("T1", "T2")}
 RAW = {m: gzip.decompress(packed) for m, packed in GOOD.items()}
 
 
@@ -71,7 +71,7 @@ def claiming(modality: str, shape_ijk: tuple[int, ...], dtype: tuple[int, int], 
 def with_voxel(modality: str, value: float) -> bytes:
     stored = voxels_of(modality).astype("<f4")
     stored[12, 16, 16] = value
-    return pack(stored, affine_of(modality))
+    return pack_nifti(stored, affine_of(modality))
 
 
 @cache

@@ -16,12 +16,12 @@ import yaml
 from conftest import config_for, s3_at
 from services import PROJECT, SERVICES, Stack, wait_until
 
-from ixi_etl import dataset
-from ixi_etl.phantom import write_phantom
-from ixi_etl.places import Places, place
-from ixi_etl.publish import Refreshed
-from ixi_etl.refresh import refresh
-from ixi_etl.serve import serve_folder
+from ixi_etl.core.storage import DataRoot, to_path
+from ixi_etl.dataset import metadata, verify, versions
+from ixi_etl.dataset.publish import PublishedVersion
+from ixi_etl.recipes.ixi import refresh
+from ixi_etl.testing.loopback import serve_folder
+from ixi_etl.testing.phantom import write_phantom
 
 pytestmark = pytest.mark.stack
 
@@ -40,7 +40,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def local(source: str, tmp_path_factory: pytest.TempPathFactory) -> Refreshed:
+def local(source: str, tmp_path_factory: pytest.TempPathFactory) -> PublishedVersion:
     """The version that one process on threads makes of the same archives; with registration, so that a cut lasts."""
     return refresh(config_for(tmp_path_factory.mktemp("local"), source, registration="rigid"))
 
@@ -109,17 +109,17 @@ def end_of(stack: Stack, run: str) -> str:
     return wait_until("the end of the run", lambda: (state := stack.state_of(run)) in final and state)
 
 
-def assert_same_bytes(root: str, local: Refreshed) -> None:
+def assert_same_bytes(root: str, local: PublishedVersion) -> None:
     """What `local` is, is in the bucket, the latest there, and sound to the last byte."""
-    places = Places(root)
-    assert dataset.resolve(places) == local.version
-    assert dataset.read_facts(places.version(local.version)) == dataset.read_facts(local.folder)
-    assert dataset.verify(places.version(local.version), deep=True) == []
+    data_root = DataRoot(root)
+    assert versions.resolve_version(data_root) == local.version
+    assert metadata.read_metadata(data_root.version(local.version)) == metadata.read_metadata(local.folder)
+    assert verify.verify(data_root.version(local.version), deep=True) == []
 
 
 def trained() -> list[str]:
     """The runs that are kept in the bucket."""
-    return [folder.name for folder in (place(ROOT) / "runs").iterdir()]
+    return [folder.name for folder in (to_path(ROOT) / "runs").iterdir()]
 
 
 # -- deployed ---------------------------------------------------------------------------------------------------------
@@ -142,19 +142,19 @@ def test_who_does_not_say_the_password_is_refused(stack: Stack) -> None:
 # -- refreshed and trained --------------------------------------------------------------------------------------------
 
 
-def test_a_refresh_onto_s3_cut_on_dask_makes_the_same_bytes(stack: Stack, source: str, local: Refreshed) -> None:
+def test_a_refresh_onto_s3_cut_on_dask_makes_the_same_bytes(stack: Stack, source: str, local: PublishedVersion) -> None:
     config = json.dumps(refresh_into(stack, source, ROOT))
     assert end_of(stack, type_run(stack, "refresh-dataset", "--param", f"config={config}")) == "COMPLETED"
     assert_same_bytes(ROOT, local)
 
 
-def test_the_new_version_is_handed_over_to_the_gpu_pool(stack: Stack, local: Refreshed) -> None:
+def test_the_new_version_is_handed_over_to_the_gpu_pool(stack: Stack, local: PublishedVersion) -> None:
     [started] = wait_until("a run of the training", lambda: stack.runs_of("train-pix2pix"))
     assert started["parameters"]["dataset"] == f"ixi-t1-t2@{local.version}"
     assert started["work_pool_name"] == "gpu"
     assert end_of(stack, started["id"]) == "COMPLETED"
     [name] = trained()
-    assert (place(ROOT) / "runs" / name / "generator.safetensors").is_file()
+    assert (to_path(ROOT) / "runs" / name / "generator.safetensors").is_file()
 
 
 def test_a_refresh_that_changes_nothing_starts_nothing(stack: Stack, source: str) -> None:
@@ -202,7 +202,7 @@ def test_a_training_started_by_hand_is_not_done_twice(stack: Stack) -> None:
 
 
 def test_after_the_death_of_a_worker_the_next_run_ends_the_same(
-    stack: Stack, lost: str, source: str, local: Refreshed
+    stack: Stack, lost: str, source: str, local: PublishedVersion
 ) -> None:
     stack.stop("worker-no-gpu")  # the versions that are published from here on need not be trained on
     assert end_of(stack, lost) == "CRASHED"  # by the automation: nobody else can say so
@@ -212,7 +212,7 @@ def test_after_the_death_of_a_worker_the_next_run_ends_the_same(
     assert_same_bytes(root, local)
 
 
-def test_a_dask_worker_that_dies_costs_nothing(stack: Stack, source: str, local: Refreshed) -> None:
+def test_a_dask_worker_that_dies_costs_nothing(stack: Stack, source: str, local: PublishedVersion) -> None:
     started = cut_under_way(stack, source, f"s3://{BUCKET}/dask-worker-killed")
     stack.kill("dask-worker-1")
     assert end_of(stack, started) == "COMPLETED"
@@ -220,7 +220,9 @@ def test_a_dask_worker_that_dies_costs_nothing(stack: Stack, source: str, local:
     stack.start("dask-worker", "dask-worker-1")
 
 
-def test_after_a_restart_of_the_server_the_next_run_ends_the_same(stack: Stack, source: str, local: Refreshed) -> None:
+def test_after_a_restart_of_the_server_the_next_run_ends_the_same(
+    stack: Stack, source: str, local: PublishedVersion
+) -> None:
     root = f"s3://{BUCKET}/server-restarted"
     started = cut_under_way(stack, source, root)
     stack.stop("server")

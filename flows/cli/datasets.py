@@ -1,0 +1,162 @@
+"""Commands that make a dataset: survey, refresh, digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from flows.cli.app import DEFAULT_ROOT, Root, app
+from flows.cli.options import options_from
+from flows.cli.output import Json, Output, Quiet
+from flows.cli.show import show_run, show_version
+from flows.presets import Preset
+from ixi_etl.config import PRESETS, DatasetConfig, DigitsConfig, DigitsDataset, RefreshConfig
+from ixi_etl.core.extras import require_extra
+from ixi_etl.errors import ArchiveError
+
+if TYPE_CHECKING:
+    from ixi_etl.dataset.publish import PublishedVersion
+
+
+@app.command()
+@options_from(("source", "insecure_hosts"), config=RefreshConfig)
+def survey(
+    config: dict[str, Any],
+    root: Root = DEFAULT_ROOT,
+    out: Annotated[
+        Path | None,
+        typer.Option(help=r"Folder for survey.csv and depths.svg.  \[default: ROOT/survey]", show_default=False),
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Histogram the slice counts from the headers alone; nothing is unpacked.
+
+    Prints the depths by modality and site, and writes survey.csv (one row per member) and depths.svg.
+    """
+    from flows.progress import show_progress
+    from ixi_etl.core.http_options import HttpOptions
+    from ixi_etl.core.storage import DataRoot
+    from ixi_etl.dataset.schema import without_formulas
+    from ixi_etl.report.depth_chart import depths_svg
+    from ixi_etl.scans.site_tables import flatten, site_table_to_records
+    from ixi_etl.scans.survey import depth_histogram, describe_skipped_members, modal_depths
+    from ixi_etl.scans.survey import survey as survey_archives
+
+    output = Output(quiet, as_json)
+    locations = _archives_to_survey(root, config.get("source"))
+    http = HttpOptions(insecure_hosts=tuple(config.get("insecure_hosts", ())))
+    with show_progress() as progress:
+        table = survey_archives(locations, progress, http)
+    out = out or DataRoot(root).local / "survey"
+    out.mkdir(parents=True, exist_ok=True)
+    without_formulas(table).to_csv(out / "survey.csv", index=False)
+    histogram, modal = depth_histogram(table), modal_depths(table)
+    if histogram.empty:
+        reasons = [*describe_skipped_members(table, locations), f"{out / 'survey.csv'} has the reason for each member"]
+        raise ArchiveError(f"no volume can be read in {', '.join(locations.values())}: {'; '.join(reasons)}")
+    counts = site_table_to_records(histogram)
+    (out / "depths.svg").write_text(depths_svg(counts, modal), encoding="utf-8")
+    shown = flatten(histogram)
+    shown["depth"] = [f"{depth} (modal)" if modal[m] == depth else f"{depth}" for m, depth in histogram.index]
+    output.table("depths", shown, "Volumes by depth (slices as stored)", counts)
+    broken = table[table["problem"] != ""]
+    if len(broken):
+        output.table("broken", broken[["modality", "member", "reason", "problem"]], "Unusable members")
+    noted = table[table["note"] != ""]
+    if len(noted):
+        output.table("noted", noted[["modality", "member", "note"]], "Headers with contradictions")
+    output.fields({"members": len(table), "survey": out / "survey.csv", "picture": out / "depths.svg"})
+    output.end()
+
+
+def _archives_to_survey(root: str, source: str | None) -> dict[str, str]:
+    """Modality -> archive: those of `source`, or those that an earlier refresh downloaded."""
+    from ixi_etl.core.storage import DataRoot
+    from ixi_etl.modalities import MODALITIES, archive_name, modality_of
+    from ixi_etl.sources.user_source import find_archives
+
+    if source is None:
+        archives = DataRoot(root).archives
+        locations = {m: str(archives / archive_name(m)) for m in MODALITIES}
+        if not all(Path(location).exists() for location in locations.values()):
+            raise ArchiveError(f"{archives} has no archives yet; run `ixi-etl refresh`, or give --source")
+        return locations
+    locations = find_archives(source)
+    if source.endswith(".tar"):
+        modality = str(modality_of(Path(source).name))
+        return {modality: locations[modality]}
+    return locations
+
+
+@app.command()
+@options_from(config=RefreshConfig, dataset=DatasetConfig)
+def refresh(
+    config: dict[str, Any],
+    dataset: dict[str, Any],
+    preset: Annotated[
+        Literal["paired", "paper"],
+        typer.Option(help="paired: T1 resampled onto the T2's planes. paper: slices by index, as published."),
+    ] = "paired",
+    then_train: Annotated[
+        Preset | None,
+        typer.Option(help="Train pix2pix on the version with this preset; resume a training that was stopped."),
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Make a dataset version: download, verify, survey, select, cut, publish.
+
+    Work that was finished before is not repeated: a run that was stopped resumes.
+    """
+    if then_train:
+        require_extra("train")
+    chosen = DatasetConfig.model_validate(PRESETS[preset] | dataset)
+    refresh_config = RefreshConfig.model_validate(config | {"dataset": chosen})
+    output = Output(quiet, as_json)
+    refreshed = run_refresh(refresh_config)
+    show_version(output, refreshed)
+    if then_train:
+        from flows.cli.runs import run_training
+
+        settings = {"dataset": f"{refresh_config.data_root.name}@{refreshed.version}"}
+        root, scratch = refresh_config.root, refresh_config.scratch
+        folder = run_training(then_train, settings, root, scratch, resume=True)
+        if folder is not None:
+            show_run(output, folder)
+    output.end()
+
+
+def run_refresh(config: RefreshConfig) -> PublishedVersion:
+    """Refresh as a flow if a Prefect server is configured, otherwise as a plain function."""
+    from flows.server import is_configured, run_flow
+    from ixi_etl.core.storage import is_url
+    from ixi_etl.recipes.ixi_inputs import find_sources
+
+    if is_configured():
+        if not is_url(config.source or ""):
+            find_sources(config)  # report a mistake at once, before Prefect is imported
+        refreshed: PublishedVersion = run_flow("refresh_dataset", config)
+        return refreshed
+    from flows.progress import show_progress
+    from ixi_etl.recipes import ixi
+
+    with show_progress() as progress:
+        return ixi.refresh(config, progress)
+
+
+@app.command()
+@options_from(config=DigitsConfig, dataset=DigitsDataset)
+def digits(config: dict[str, Any], dataset: dict[str, Any], quiet: Quiet = False, as_json: Json = False) -> None:
+    """Make a version of MNIST (outlines and digits) to try the training on: download, verify, publish."""
+    from flows.progress import show_progress
+    from ixi_etl.recipes.digits import make_digits
+
+    output = Output(quiet, as_json)
+    digits_config = DigitsConfig.model_validate(config | {"dataset": dataset})
+    with show_progress() as progress:
+        made = make_digits(digits_config, progress)
+    show_version(output, made)
+    output.end()

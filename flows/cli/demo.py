@@ -1,0 +1,49 @@
+"""The demo: the whole job on a small simulated IXI."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flows.cli.app import app
+from flows.cli.output import Json, Output, Quiet
+from flows.cli.show import show_run, show_version
+from ixi_etl.core.extras import require_extra
+from ixi_etl.errors import ConfigError
+
+SPLIT_SEED = 6  # puts one of the six subjects into validation and one into test
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Folder to work in; its earlier demo is replaced.")] = Path("demo"),
+    subjects: Annotated[int, typer.Option(min=4, help="Number of valid subjects to simulate.")] = 6,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run the whole job on a small simulated IXI served over HTTP on this machine: refresh, then a smoke training."""
+    output = Output(quiet, as_json)
+    require_extra("train")
+    from flows.progress import show_progress
+    from flows.server import run_flow, start_server
+    from ixi_etl.config import DatasetConfig, RefreshConfig
+    from ixi_etl.core.parallel import usable_cores
+    from ixi_etl.testing.loopback import serve_folder
+    from ixi_etl.testing.phantom import write_phantom
+
+    if folder.exists() and not (folder / "archives-served").is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and not an earlier demo; give another --folder")
+    shutil.rmtree(folder, ignore_errors=True)
+    with show_progress() as progress:
+        write_phantom(folder / "archives-served", subjects, workers=usable_cores(), progress=progress)
+    root = str(folder / "ixi-data")
+    start_server(folder / "prefect")
+    with serve_folder(folder / "archives-served") as url:
+        dataset = DatasetConfig(split_seed=SPLIT_SEED)
+        refreshed = run_flow("refresh_dataset", RefreshConfig(root=root, source=url, dataset=dataset))
+    show_version(output, refreshed)
+    show_run(output, run_flow("train_pix2pix", preset="smoke", root=root))
+    output.end()

@@ -1,0 +1,140 @@
+"""Command-line options made from the fields of pydantic models, so that a new field is a new option.
+
+::
+
+    @app.command()
+    @options_from(config=RefreshConfig, dataset=DatasetConfig)
+    def refresh(config: dict[str, Any], dataset: dict[str, Any], quiet: Quiet = False) -> None: ...
+
+The help, bounds and default of an option are those of its `Field`. A group receives only the fields that the user gave:
+what is missing keeps the default of the model, or the value of a preset.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import annotated_types
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from ixi_etl.core.option import Option
+
+Command = Callable[..., None]
+
+
+def options_from(only: Sequence[str] = (), **models: type[BaseModel]) -> Callable[[Command], Command]:
+    """Replace each parameter named in `models` by one option for each field of that model.
+
+    Fields that are models themselves get no option; give them as a group of their own. `only` restricts the fields.
+    """
+
+    def decorate(command: Command) -> Command:
+        hints = get_type_hints(command, include_extras=True)
+        own = [
+            parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, parameter in inspect.signature(command).parameters.items()
+            if name not in models
+        ]
+        groups = {group: dict(_options_of(model, only)) for group, model in models.items()}
+
+        @wraps(command)
+        def run(**arguments: Any) -> None:
+            given = {group: _taken(arguments, options) for group, options in groups.items()}
+            command(**arguments, **given)
+
+        made = [option for options in groups.values() for option in options.values()]
+        run.__signature__ = inspect.Signature([*made, *own])  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*made, *own)}
+        return run
+
+    return decorate
+
+
+def _taken(arguments: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove the options of one group from `arguments`, and return those that the user gave."""
+    values = {name: arguments.pop(name) for name in options}
+    return {name: value for name, value in values.items() if value not in (None, [])}
+
+
+def _options_of(model: type[BaseModel], only: Sequence[str]) -> Iterator[tuple[str, inspect.Parameter]]:
+    for name, field in model.model_fields.items():
+        if not isinstance(field.default, BaseModel) and (not only or name in only):
+            yield name, _parameter(name, field)
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    metadata = [*field.metadata, *_nested_metadata(field.annotation)]
+    special = next((item for item in metadata if isinstance(item, Option)), Option())
+    value_type = special.type or _plain_type(field.annotation)
+    flag = special.flag or f"--{name.replace('_', '-')}"
+    option = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if value_type is bool else flag,
+        help=_help(field),
+        metavar=special.metavar,
+        envvar=special.envvar,
+        show_default=False,  # that is None: not given
+        **_bounds(metadata, value_type),
+    )
+    annotation = Annotated[value_type | None, option]  # type: ignore[valid-type]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _plain_type(annotation: Any) -> Any:
+    """The type of a value on the command line: without None, constraints and, for several values, as a list."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _plain_type(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        (kept,) = [part for part in get_args(annotation) if part is not type(None)]
+        return _plain_type(kept)
+    if origin is tuple and get_args(annotation)[-1] is Ellipsis:
+        return list[_plain_type(get_args(annotation)[0])]  # type: ignore[misc]
+    if origin is tuple:
+        return tuple[tuple(_plain_type(part) for part in get_args(annotation))]  # type: ignore[misc]
+    return annotation
+
+
+def _nested_metadata(annotation: Any) -> Iterator[Any]:
+    """Metadata of the parts of a union, as in `Annotated[int, Field(ge=2)] | None`."""
+    for part in get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ():
+        if get_origin(part) is Annotated:
+            for item in get_args(part)[1:]:
+                yield from item.metadata if isinstance(item, FieldInfo) else [item]
+
+
+def _help(field: FieldInfo) -> str:
+    """The description as a sentence; what begins with a value (`auto: ...`) begins as it is written."""
+    text = field.description or ""
+    is_value = text.partition(" ")[0].endswith(":")
+    return f"{text if is_value else text[:1].upper() + text[1:]}.{_shown_default(field)}"
+
+
+def _shown_default(field: FieldInfo) -> str:
+    default = field.default
+    if field.default_factory is not None or default in (None, "", ()) or default is False:
+        return ""
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else "yes" if default is True else str(default)
+    return rf"  \[default: {shown}]"  # escaped, as Rich reads brackets as markup
+
+
+def _bounds(metadata: Sequence[Any], value_type: Any) -> dict[str, Any]:
+    """Inclusive bounds, which Typer shows and checks; pydantic checks the exclusive ones of floats."""
+    if value_type not in (int, float):
+        return {}
+    bounds: dict[str, Any] = {}
+    for item in metadata:
+        if isinstance(item, annotated_types.Ge):
+            bounds["min"] = item.ge
+        elif isinstance(item, annotated_types.Gt) and value_type is int:
+            bounds["min"] = item.gt + 1  # type: ignore[operator]
+        elif isinstance(item, annotated_types.Le):
+            bounds["max"] = item.le
+        elif isinstance(item, annotated_types.Lt) and value_type is int:
+            bounds["max"] = item.lt - 1  # type: ignore[operator]
+    return bounds

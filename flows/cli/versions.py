@@ -1,0 +1,163 @@
+"""Commands that inspect and remove published versions: verify, versions, prune."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from flows.cli.app import DEFAULT_ROOT, VERSION_HELP, Root, Scratch, app
+from flows.cli.output import Json, Output, Quiet
+from ixi_etl.errors import ConfigError, DatasetError
+
+
+@app.command()
+def verify(
+    version: Annotated[str, typer.Argument(help=f"Version to check: {VERSION_HELP}; or its folder.")] = "latest",
+    root: Root = DEFAULT_ROOT,
+    deep: Annotated[bool, typer.Option("--deep", help="Check every hash, chunk and value.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Check a published version: files, schema and counts; with --deep, every byte."""
+    from flows.progress import show_progress
+    from ixi_etl.core.files import read_json
+    from ixi_etl.dataset import metadata, verify, versions
+
+    output = Output(quiet, as_json)
+    folder = versions.find_version(root, version)
+    described = metadata.read_metadata(folder)
+    with show_progress() as progress:
+        # A copied folder may have any name; in a root the folder's name must be the version's.
+        name = described["version"] if versions.folder_from(version) else None
+        problems = verify.verify(folder, version=name, deep=deep, progress=progress)
+    for problem in problems:
+        typer.echo(problem, err=True)
+    if problems:
+        output.data(folder=folder, sound=False, problems=problems)
+        raise DatasetError(
+            f"{folder} is damaged: {len(problems)} problem(s); copy it again from an intact copy, "
+            f"or make it again with `{metadata.COMMANDS[described['name']]}`"
+        )
+    checked = "every byte" if deep else "files, schema and counts"
+    named = f"{described['name']}@{described['version']}"
+    output.text(f"{folder} is sound ({checked} checked)", folder=folder, sound=True, checked=checked, version=named)
+    if folder.name != described["version"]:
+        output.text(f"it is a copy of {named}")
+    made_by = read_json(folder / metadata.SOFTWARE) or {}
+    if made_by:
+        code = f"commit {made_by.get('commit') or 'unknown'}, {made_by.get('python')}, {made_by.get('platform')}"
+        output.text(f"{named}, made by ixi-etl {made_by.get('ixi-etl')} ({code})", software=made_by)
+    output.end()
+
+
+@app.command()
+def versions(
+    old: Annotated[str | None, typer.Argument(help=f"Compare this version ({VERSION_HELP}) ...")] = None,
+    new: Annotated[str | None, typer.Argument(help="... with this one, by default the latest.")] = None,
+    root: Root = DEFAULT_ROOT,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """List the published versions, or compare two: inputs, configuration, libraries, software and each subject.
+
+    Versions to compare can also be given as folders.
+    """
+    import pandas as pd
+
+    from ixi_etl.core.storage import DataRoot
+    from ixi_etl.dataset import metadata, versions
+
+    output = Output(quiet, as_json)
+    if old is not None:
+        _compare(output, root, old, new)
+        return
+    roots = [DataRoot(root, name) for name in metadata.COMMANDS]
+    for data_root in [r for r in roots if versions.published_versions(r)] or roots[:1]:
+        listed = versions.list_versions(data_root)
+        latest = versions.find_latest(data_root) if listed else versions.resolve_version(data_root)
+        rows = [_version_row(data_root.name, name, described, name == latest) for name, described in listed]
+        table = pd.DataFrame([_shown_version(row) for row in rows]).fillna("")
+        output.table(data_root.name, table, str(data_root.datasets), rows)
+    output.end()
+
+
+def _version_row(dataset: str, version: str, described: Mapping[str, Any] | None, is_latest: bool) -> dict[str, Any]:
+    """The JSON row of a version; `described` is None if its metadata are damaged."""
+    row: dict[str, Any] = {"version": f"{dataset}@{version}", "latest": is_latest, "damaged": described is None}
+    if described is None:
+        return row
+    config = described["inputs"]["config"]
+    row |= {"subjects": described["subjects"], "splits": described["splits"]}
+    return row | {key: config[key] for key in ("pairing", "window", "limit") if key in config}
+
+
+def _shown_version(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The same row for people."""
+    shown = {key: value for key, value in row.items() if key not in ("latest", "damaged")}
+    shown["version"] += " (latest)" if row["latest"] else ""
+    shown["subjects"] = row.get("subjects", "damaged")
+    shown["splits"] = ", ".join(f"{count} {split}" for split, count in row.get("splits", {}).items())
+    if "limit" in row:
+        shown["limit"] = row["limit"] or "all"
+    return shown
+
+
+def _compare(output: Output, root: str, old: str, new: str | None) -> None:
+    from ixi_etl.dataset import compare, metadata, versions
+
+    if new is None:
+        new = f"{versions.dataset_of(old)}@latest"
+    if versions.dataset_of(old) != versions.dataset_of(new):
+        raise ConfigError(f"{old} and {new} are versions of different datasets; give two versions of one dataset")
+    folders = versions.find_version(root, old), versions.find_version(root, new)
+    names = [metadata.read_metadata(folder)["version"] for folder in folders]
+    inputs = compare.compare_inputs(*folders)
+    if inputs.empty:
+        output.text(f"{names[0]} and {names[1]} have the same inputs, configuration and software", inputs=[])
+    else:
+        title = f"Inputs, configuration and software that differ: {names[0]} (old), {names[1]} (new)"
+        output.table("inputs", inputs, title)
+    changes = compare.compare_manifests(*(metadata.read_manifest(folder) for folder in folders))
+    if changes.empty:
+        same = f"{names[0]} and {names[1]} have the same subjects, cut from the same bytes in the same way"
+        output.text(same, changes=[])
+    else:
+        output.table("changes", changes, f"{len(changes)} subjects differ: {names[0]} (old), {names[1]} (new)")
+    output.end()
+
+
+@app.command()
+def prune(
+    keep: Annotated[int, typer.Option(min=1, help="Number of newest versions of each dataset to keep.")],
+    dataset: Annotated[
+        str | None,
+        typer.Option(help=r"Only this dataset, ixi-t1-t2 or digits.  \[default: each]", show_default=False),
+    ] = None,
+    root: Root = DEFAULT_ROOT,
+    scratch: Scratch = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed; remove nothing.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Remove old versions, except the latest and those that a run uses.
+
+    Prints for each version whether it is kept or removed, and why.
+    """
+    from ixi_etl.core.storage import DataRoot
+    from ixi_etl.dataset.metadata import COMMANDS
+    from ixi_etl.dataset.prune import prune_versions
+    from ixi_etl.dataset.versions import parse_version
+
+    output = Output(quiet, as_json)
+    removed = "would remove" if dry_run else "removed"
+    rows = []
+    for name in [parse_version(f"{dataset}@latest")[0]] if dataset else COMMANDS:
+        for decision in prune_versions(DataRoot(root, name, scratch), keep, dry_run=dry_run):
+            version = f"{name}@{decision.version}"
+            rows.append({"version": version, "removed": decision.removed, "why": decision.why, "bytes": decision.size})
+            action = removed if decision.removed else "kept"
+            output.text(f"{action} {version}: {decision.why} ({decision.size / 1e6:.1f} MB)")
+    output.data(dry_run=dry_run, versions=rows)
+    output.end()

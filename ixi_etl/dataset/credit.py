@@ -1,0 +1,69 @@
+"""Determine the source, credit and licence of the data in a version.
+
+The MD5 of an archive and the descriptions of its volumes decide, never a file name or URL. So the same inputs give the
+same result, which can be part of the version:
+
+====================  =========================================================================================
+``ixi``               the archive has the published MD5 of IXI's archive
+``ixi_unverified``    single members were fetched from a host of IXI, so the archive's MD5 is unknown
+``simulated``         descriptions of volumes mark them as simulated or generated (`SIMULATION_MARKS`)
+``own``               everything else: the user's own files; an `MD5SUMS` beside them proves only integrity
+====================  =========================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ixi_etl.sources.catalog import CREDIT, LICENCE, is_published
+
+IXI, UNVERIFIED, SIMULATED, OWN = "ixi", "ixi_unverified", "simulated", "own"
+
+SOURCE_LABELS = {
+    IXI: "IXI, MD5 as published",
+    UNVERIFIED: "IXI's host, not verified",
+    SIMULATED: "simulated",
+    OWN: "own source",
+}
+
+_CREDIT_AND_LICENCE = {
+    IXI: (CREDIT, LICENCE),
+    UNVERIFIED: (f"{CREDIT}; not verified: members were fetched alone, so no MD5 was checked", LICENCE),
+    SIMULATED: ("simulated or generated volumes, no scans of people", "none stated (no scans)"),
+    OWN: ("own source, not the published archives of IXI", "unknown; ask whoever the files came from"),
+}
+
+
+def describe_source(
+    name: str, md5: str | None, *, from_ixi: bool = False, volumes: int = 0, simulated: int = 0
+) -> dict[str, Any]:
+    """The entry in `dataset.json` for one source file of a version.
+
+    Args:
+        name: of the corresponding published file, for example `IXI-T1.tar`.
+        md5: of the file; None if single members were fetched.
+        from_ixi: whether single members came from a host of IXI.
+        volumes, simulated: number of readable volumes, and of those marked as simulated or generated.
+    """
+    published = md5 is not None and is_published(name, md5)
+    kind = IXI if published else SIMULATED if simulated else UNVERIFIED if md5 is None and from_ixi else OWN
+    source: dict[str, Any] = {"file": name, "source": kind, "md5": md5, "md5_is_published": published}
+    return source | ({"simulated_volumes": f"{simulated} of {volumes}"} if kind == SIMULATED else {})
+
+
+def credit_and_licence(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """`credit` and `licence` of a version made from `sources` (label -> result of `describe_source`)."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for label, source in sources.items():
+        credit, licence = _CREDIT_AND_LICENCE[source["source"]]
+        simulated = source.get("simulated_volumes", "")  # "2 of 5"
+        if simulated and len(set(simulated.split(" of "))) > 1:
+            credit, licence = f"own source, {simulated} volumes simulated or generated", _CREDIT_AND_LICENCE[OWN][1]
+        groups.setdefault((credit, licence), []).append(label)
+    if len(groups) == 1:
+        return dict(zip(("credit", "licence"), next(iter(groups)), strict=True))
+    return {
+        key: "; ".join(f"{' and '.join(labels)}: {words[n]}" for words, labels in groups.items())
+        for n, key in enumerate(("credit", "licence"))
+    }

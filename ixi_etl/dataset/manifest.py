@@ -1,0 +1,118 @@
+"""The manifest: one row per subject of the union of both archives, used or excluded with a reason.
+
+`selection.screen_headers` makes the rows from headers alone; `finalize` adds the results of the cut. `schema` defines
+the columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from ixi_etl.config import SPLITS, DatasetConfig
+from ixi_etl.dataset.schema import CANDIDATE, EXCLUDED, IXI, REASONS, USED, Schema
+from ixi_etl.scans.site_tables import count_by_site, site_table, site_table_to_records
+
+DUPLICATE = "duplicate_scan"
+FLAGS = {
+    "unlike_spaces": "the T1's affine is in scanner space and the T2's is aligned to something, or the reverse",
+    "template_space": "both affines are in a template space, so voxel sizes are those of the template",
+    "affine_not_pixdim": "an affine has other voxel sizes or angles than the pixdim; the affine's are used",
+    DUPLICATE: "the same voxels are in the archives more than once; persons who share them are in one split",
+}
+"""Flags set from headers and from the comparison of scans. The cut has further flags."""
+
+
+def person_of(subject_id: str) -> str:
+    """The person of a subject, for example `IXI002` of `IXI002-Guys-0828`; two scans of one person share it."""
+    return subject_id.partition("-")[0]
+
+
+def finalize(manifest: pd.DataFrame, records: Mapping[str, Mapping[str, Any]], config: DatasetConfig) -> pd.DataFrame:
+    """The final manifest, with the cut's `records` (subject_id -> record), splits, and dense store rows."""
+    rows = []
+    for row in to_records(manifest):
+        record = records[row["subject_id"]]
+        flags = join_flags(row["flags"], record.get("flags"))
+        row |= {column: value for column, value in record.items() if column in IXI.dtypes} | {"flags": flags}
+        if row["status"] == CANDIDATE:
+            row["status"] = EXCLUDED if row["reason"] else USED
+        rows.append(row)
+    used = [row for row in rows if row["status"] == USED]
+    duplicates = find_equal_scans({row["subject_id"]: records[row["subject_id"]] for row in used})
+    splits = _splits({person_of(row["subject_id"]) for row in used}, duplicates, config)
+    duplicated = {subject for group in duplicates for subject, _ in group}
+    for store_row, row in enumerate(used):
+        row |= {"store_row": store_row, "split": splits[person_of(row["subject_id"])]}
+        if row["subject_id"] in duplicated:
+            row["flags"] = join_flags(row["flags"], DUPLICATE)
+    return IXI.typed(pd.DataFrame(rows, columns=IXI.columns))
+
+
+def join_flags(*flags: str | None) -> str:
+    """Join flags with commas; empty ones and None are left out."""
+    return ",".join(flag for flag in flags if flag)
+
+
+def find_equal_scans(records: Mapping[str, Mapping[str, Any]]) -> list[list[tuple[str, str]]]:
+    """Groups of (subject_id, modality) with equal stored voxels, whatever their compression or description."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for subject, record in sorted(records.items()):
+        for modality, digest in record.get("voxels_sha256", {}).items():
+            groups.setdefault(digest, []).append((subject, modality))
+    return sorted(group for group in groups.values() if len(group) > 1)
+
+
+def _splits(
+    persons: Iterable[str], duplicates: Iterable[list[tuple[str, str]]], config: DatasetConfig
+) -> dict[str, str]:
+    """Person -> split. Persons who share a scan get one split: the first of train, val, test that any of them has.
+
+    So a person in train never moves to test because a copy of a scan appears.
+    """
+    groups = {person: {person} for person in persons}
+    for scans in duplicates:
+        merged = set().union(*(groups[person_of(subject)] for subject, _ in scans))
+        groups |= dict.fromkeys(merged, merged)
+    return {p: min((config.split_of(other) for other in group), key=SPLITS.index) for p, group in groups.items()}
+
+
+def used_rows(manifest: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the subjects in the store, in store order."""
+    return manifest[manifest["status"] == USED].sort_values("store_row")
+
+
+def funnel(manifest: pd.DataFrame, schema: Schema = IXI) -> pd.DataFrame:
+    """Number of subjects left after each step of the schema: one row per step, columns as of `site_table`."""
+    remaining = manifest
+    steps = []
+    sites = sorted(set(manifest["site"]) - {""})
+    for reasons in schema.steps.values():
+        remaining = remaining[~remaining["reason"].isin(reasons)]
+        steps.append([int((remaining["site"] == site).sum()) for site in sites] + [len(remaining)])
+    counts = pd.DataFrame(steps, pd.Index(schema.steps, name="step"), [*sites, ""])
+    return site_table(counts.iloc[:, :-1], counts.iloc[:, -1])
+
+
+def counts(manifest: pd.DataFrame, schema: Schema = IXI) -> dict[str, Any]:
+    """The counts in `dataset.json`: used subjects, subjects of each split, and the funnel."""
+    rows = used_rows(manifest)
+    steps = site_table_to_records(funnel(manifest, schema))
+    return {
+        "subjects": len(rows),
+        "splits": {str(split): int(n) for split, n in rows["split"].value_counts().sort_index().items()},
+        "funnel": {row["step"]: {"all": row["all"], "sites": row["sites"]} for row in steps},
+    }
+
+
+def exclusions(manifest: pd.DataFrame) -> pd.DataFrame:
+    """Number of excluded subjects by reason, in the order of the checks; columns as of `site_table`."""
+    excluded = manifest[manifest["status"] == EXCLUDED]
+    return count_by_site(excluded, ["reason"]).reindex([r for r in REASONS if r in set(excluded["reason"])])
+
+
+def to_records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table as dictionaries."""
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]

@@ -1,0 +1,188 @@
+"""Publish a version of any dataset: verify it in staging, move it into place, and update the pointer last."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ixi_etl.config import SPLITS
+from ixi_etl.core import software
+from ixi_etl.core.files import fsync_path, sha256_file, to_json, write_atomic
+from ixi_etl.core.progress import Progress, no_progress
+from ixi_etl.core.storage import DataRoot, is_local, upload_folder
+from ixi_etl.dataset.metadata import (
+    COMMANDS,
+    FILE_DIGEST,
+    METADATA,
+    POINTER,
+    SOFTWARE,
+    published_digest,
+    read_pointer,
+    with_digest,
+)
+from ixi_etl.dataset.verify import verify
+from ixi_etl.dataset.versions import published_versions
+from ixi_etl.errors import DatasetError
+from ixi_etl.sources.cache import VerifiedFile
+
+log = logging.getLogger(__name__)
+
+LIBRARIES = ("deflate", "isal", "nibabel", "numpy", "pandas", "pillow", "simpleitk", "zarr", "zarrs")
+"""Libraries listed in `software.json`: all that contribute to the bytes of a version."""
+
+
+@dataclass(frozen=True)
+class PublishedVersion:
+    """A published version. `is_new` is False if it was published before."""
+
+    version: str
+    folder: Path
+    is_new: bool
+
+
+def origins_of(files: Mapping[str, VerifiedFile]) -> dict[str, Any]:
+    """The entry of the pointer's history for each file: where it came from, its MD5, and whether that was checked."""
+    return {a.name: {"from": a.origin, "md5": a.md5, "checked": a.checked} for a in files.values()}
+
+
+def find_published(data_root: DataRoot, version: str, origins: Mapping[str, Any]) -> PublishedVersion | None:
+    """The version if it is published and intact, made the latest again; otherwise None.
+
+    A damaged version stays in place for the runs that use it until `publish` replaces it.
+    """
+    _restore_quarantined(data_root)
+    if version not in published_versions(data_root):
+        return None
+    problems = verify(data_root.version(version))
+    if problems:
+        log.warning("version %s is damaged and will be made again: %s", version, problems[0])
+        return None
+    _update_pointer(data_root, version, origins)
+    _clear_staging(data_root)
+    return PublishedVersion(version, data_root.version(version), is_new=False)
+
+
+def start_staging(data_root: DataRoot, version: str) -> Path:
+    """Create an empty folder for all files of the version; leftovers of a killed run are removed."""
+    staged = data_root.staging(version) / "version"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    return staged
+
+
+def publish(
+    data_root: DataRoot,
+    staged: Path,
+    summary: Mapping[str, Any],
+    origins: Mapping[str, Any],
+    progress: Progress = no_progress,
+) -> PublishedVersion:
+    """Write `dataset.json` into a staged folder, verify the folder, move it into place, and update the pointer.
+
+    Args:
+        summary: the content of `dataset.json`, without the list of files.
+        origins: as of `origins_of`; they go into the pointer's history.
+
+    Raises:
+        DatasetError: the staged version does not verify.
+    """
+    version = str(summary["version"])
+    write_atomic(staged / SOFTWARE, to_json(with_digest(software.describe(LIBRARIES))))
+    write_atomic(staged / METADATA, to_json(with_digest({**summary, "files": list_files(staged, progress)})))
+    problems = verify(staged, version=version)
+    if problems:
+        raise DatasetError(f"the staged version does not verify: {problems[0]}; run `{COMMANDS[data_root.name]}` again")
+    target = data_root.version(version)
+    if is_local(target):
+        for path in (staged, *staged.rglob("*")):
+            fsync_path(path)
+        _quarantine(data_root, version)
+        staged.rename(target)
+        fsync_path(target.parent)
+    else:  # overwrites existing files, which have the same names and bytes
+        upload_folder(staged, target, last=METADATA, progress=progress)
+    _update_pointer(data_root, version, origins)
+    _clear_staging(data_root)
+    _warn_of_empty_splits(summary["splits"])
+    return PublishedVersion(version, target, is_new=True)
+
+
+def _warn_of_empty_splits(splits: Mapping[str, int]) -> None:
+    """Warn now, because a training would fail hours later."""
+    consequences = {"train": "no training", "val": "no validation during a training", "test": "no evaluation after it"}
+    empty = [name for name in SPLITS if not splits.get(name)]
+    if empty:
+        existing = ", ".join(f"{count} {name}" for name, count in splits.items())
+        log.warning(
+            "no subject is in split %s (the version has %s): %s; give more subjects, or another split seed",
+            *(" or ".join(empty), existing, ", ".join(consequences[name] for name in empty)),
+        )
+
+
+def list_files(folder: Path, progress: Progress = no_progress) -> dict[str, dict[str, Any]]:
+    """Relative path -> size and SHA-256 of every file of a version.
+
+    Excludes `dataset.json`, which holds this list, and `software.json`, which may differ between equal versions.
+    """
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p not in (folder / METADATA, folder / SOFTWARE))
+    files = {}
+    for done, path in enumerate(paths, 1):
+        files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+        progress("hash files", done, len(paths), "files")
+    return files
+
+
+def _quarantine_folder(data_root: DataRoot, version: str) -> Path:
+    return data_root.staging(version) / "damaged"
+
+
+def _quarantine(data_root: DataRoot, version: str) -> None:
+    """Move a damaged or incomplete version out of the way, now that its replacement is ready."""
+    if os.path.lexists(data_root.version(version)):
+        shutil.rmtree(_quarantine_folder(data_root, version), ignore_errors=True)
+        data_root.version(version).rename(_quarantine_folder(data_root, version))
+
+
+def _restore_quarantined(data_root: DataRoot) -> None:
+    """Return versions to their place that an interrupted `publish` had quarantined but not yet replaced."""
+    for quarantined in data_root.unfinished.glob("*/damaged"):
+        target = data_root.version(quarantined.parent.name)
+        if is_local(target) and not os.path.lexists(target):
+            quarantined.rename(target)
+
+
+def _update_pointer(data_root: DataRoot, version: str, origins: Mapping[str, Any]) -> None:
+    """Write `version` and the SHA-256 of its `dataset.json` into `latest.json`, unless they are there already."""
+    pointer = read_pointer(data_root)
+    if pointer is None:
+        _back_up_damaged_pointer(data_root)
+        pointer = {"version": None, "history": []}
+    digest = sha256_file(data_root.version(version) / METADATA)
+    if pointer["version"] == version and published_digest(data_root.version(version)) in (digest, None):
+        return
+    published_at = datetime.now(UTC).isoformat(timespec="seconds")
+    entry = {"version": version, FILE_DIGEST: digest, "published": published_at, "origins": origins}
+    write_atomic(data_root.datasets / POINTER, to_json({**entry, "history": [*pointer["history"], entry]}))
+
+
+def _back_up_damaged_pointer(data_root: DataRoot) -> None:
+    """Keep a damaged `latest.json`, because its history exists nowhere else."""
+    path = data_root.datasets / POINTER
+    if path.exists():
+        kept = path.with_name(f"{POINTER}.damaged")
+        if is_local(path):
+            os.replace(path, kept)
+        else:
+            kept.write_bytes(path.read_bytes())
+        log.warning("%s was damaged: it is kept as %s, and a new history of versions starts", path, kept.name)
+
+
+def _clear_staging(data_root: DataRoot) -> None:
+    """Remove leftovers of interrupted jobs. The caller must hold the lock of the root."""
+    shutil.rmtree(data_root.unfinished, ignore_errors=True)

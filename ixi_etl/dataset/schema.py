@@ -1,0 +1,258 @@
+"""The schema of each dataset's manifest: columns, allowed values and rules, checked on every write and read.
+
+All manifests begin with the same columns and have percentiles of both slabs of a pair, named after the arrays.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pandas.api.types import pandas_dtype
+
+from ixi_etl.config import SPLITS
+from ixi_etl.errors import DatasetError
+from ixi_etl.modalities import MODALITIES
+
+USED, EXCLUDED, CANDIDATE = "used", "excluded", "candidate"
+
+REASONS = {
+    "missing_t1": "no T1 of this subject in the archive",
+    "missing_t2": "no T2 of this subject in the archive",
+    "duplicate_member": "several members of the archive bear this subject's name",
+    "unreadable": "the member is no NIfTI file, or its header makes no sense",
+    "not_3d": "the volume has not three dimensions",
+    "unsupported_dtype": "voxels are complex, colours, or wider than 64 bits",
+    "bad_affine": "sform, qform or spacing cannot be used or contradict each other, or T1 and T2 share no space",
+    "depth_not_modal": "the number of slices is not the commonest of its modality",
+    "grid_not_modal": "the slices have not the commonest size and spacing, or the window does not fit",
+    "corrupt_voxels": "the voxels are cut short, damaged, or not finite",
+    "outside_fov": "over 5% of the T2's foreground lies outside the T1's grid",
+    "empty_image": "percentiles 0.1 and 99.9 of the cut slices are the same: one value, or next to nothing else",
+    "intensity_range": "the values spread too far to be stored in 16 bits, or cannot be interpolated in float32",
+    "low_similarity": "the pair's similarity is under the threshold",
+}
+"""Reasons for exclusion, in the order of the checks (T1 before T2). The first failed check gives the reason."""
+
+_HEAD = dict.fromkeys(("subject_id", "site", "status", "reason", "detail", "split"), "str") | {"store_row": "Int64"}
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The manifest of one dataset.
+
+    Attributes:
+        dtypes: column -> `str`, `Int64` or `Float64`, in the order of the CSV.
+        steps: steps of the funnel, each with the reasons that exclude a subject there.
+        arrays: names of the two arrays of the store; a used row has `_p_low` and `_p_high` of both.
+        allowed: column -> allowed values; for a number, minimum and maximum.
+        complete: given the manifest, the mask of rows with everything else that a used row must have.
+    """
+
+    dtypes: Mapping[str, str]
+    steps: Mapping[str, tuple[str, ...]]
+    arrays: tuple[str, str]
+    allowed: Mapping[str, tuple[Any, ...]]
+    complete: Callable[[pd.DataFrame], Any]
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.dtypes)
+
+    def to_csv(self, manifest: pd.DataFrame) -> str:
+        """Validate a manifest and return its CSV text, in which no cell is a spreadsheet formula."""
+        return without_formulas(self.validate(manifest)).to_csv(index=False, lineterminator="\n")
+
+    def from_csv(self, text: str, name: str) -> pd.DataFrame:
+        """Parse and validate a manifest written by `to_csv`.
+
+        Raises:
+            DatasetError: the text is not a valid manifest; the message calls it `name`.
+        """
+        try:
+            # A member's name may contain a carriage return, which pandas does not quote.
+            raw = pd.read_csv(io.StringIO(text), dtype="str", keep_default_na=False, lineterminator="\n")
+            if list(raw.columns) != self.columns:
+                wrong = sorted(set(raw.columns) ^ set(self.columns)) or "their order"
+                raise ValueError(f"its columns are not those of a manifest: {wrong}")
+            return self.validate(self.typed(_with_formulas(raw)))
+        except Exception as error:  # pandas and pandera raise many kinds on damaged text
+            raise DatasetError(f"{name} is not a manifest: {' '.join(str(error).split())[:300]}") from error
+
+    def typed(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Convert a table to the manifest's dtypes. Empty values become "" in text columns and missing in numbers."""
+        columns = {}
+        for name, dtype in self.dtypes.items():
+            column = table[name]
+            if dtype == "str":
+                columns[name] = column.where(column.notna(), "").astype("str")
+            else:
+                columns[name] = (
+                    column.mask(column.astype("object").isin(["", None]), None)
+                    .astype("Float64")
+                    .astype(pandas_dtype(dtype))
+                )
+        return pd.DataFrame(columns)
+
+    def validate(self, manifest: pd.DataFrame) -> pd.DataFrame:
+        """Return the manifest if it is valid.
+
+        Raises:
+            ValueError: names the column or rule that is violated.
+        """
+        import pandera.errors
+
+        dtypes = [(str(name), str(dtype)) for name, dtype in manifest.dtypes.items()]
+        if dtypes != list(self.dtypes.items()):
+            wrong = sorted(dict(set(dtypes) ^ set(self.dtypes.items()))) or "their order or number"
+            raise ValueError(f"its columns are not those of a manifest, or have other types: {wrong}")
+        try:
+            checked: pd.DataFrame = self._contract.validate(manifest)
+            return checked
+        except pandera.errors.SchemaError as error:
+            raise ValueError(str(error)) from error
+
+    @cached_property
+    def _contract(self) -> Any:
+        """The allowed values and rules as a pandera schema.
+
+        `validate` compares names and types of columns itself, because pandera takes a millisecond for each. Built on
+        first use, because importing pandera takes a second.
+        """
+        import pandera.pandas as pa
+
+        allowed = {"status": (USED, EXCLUDED), "reason": ("", *REASONS), "split": ("", *SPLITS)} | dict(self.allowed)
+        texts = [name for name, dtype in self.dtypes.items() if dtype == "str"]
+        columns = {"subject_id": pa.Column(unique=True)}
+        for name, values in allowed.items():
+            check = pa.Check.isin(values) if name in texts else pa.Check.in_range(*values)
+            columns[name] = pa.Column(checks=check, nullable=True)
+
+        def text_is_never_missing(table: pd.DataFrame) -> Any:
+            return table[texts].notna().all(axis=1)
+
+        def subject_is_a_safe_file_name(table: pd.DataFrame) -> Any:
+            return table["subject_id"].str.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it becomes part of file names
+
+        def used_has_no_reason(table: pd.DataFrame) -> Any:
+            return (table["status"] == USED) == (table["reason"] == "")
+
+        def used_has_a_split(table: pd.DataFrame) -> Any:
+            return (table["status"] == USED) == (table["split"] != "")
+
+        def rows_are_dense(table: pd.DataFrame) -> bool:
+            rows = table.loc[table["status"] == USED, "store_row"]
+            return rows.tolist() == list(range(len(rows))) and int(table["store_row"].notna().sum()) == len(rows)
+
+        def sorted_by_subject(table: pd.DataFrame) -> bool:
+            return bool(table["subject_id"].is_monotonic_increasing)
+
+        def excluded_has_a_detail(table: pd.DataFrame) -> Any:
+            return (table["status"] == EXCLUDED) == (table["detail"] != "")
+
+        def used_is_complete(table: pd.DataFrame) -> Any:
+            complete = self.complete(table)
+            for name in self.arrays:
+                complete &= (table[f"{name}_p_low"] < table[f"{name}_p_high"]).fillna(False)
+            return (table["status"] != USED) | complete
+
+        rules = (
+            text_is_never_missing,
+            subject_is_a_safe_file_name,
+            used_has_no_reason,
+            used_has_a_split,
+            rows_are_dense,
+            sorted_by_subject,
+            excluded_has_a_detail,
+            used_is_complete,
+        )
+        return pa.DataFrameSchema(columns, [pa.Check(rule) for rule in rules])
+
+
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")  # some spreadsheets also accept full-width signs
+
+
+def without_formulas(table: pd.DataFrame) -> pd.DataFrame:
+    """Prefix each text that a spreadsheet would read as a formula with a quote. Member names may be formulas.
+
+    `_with_formulas` removes that quote again, also from texts that began with quotes themselves.
+    """
+    return _map_texts(table, lambda text: f"'{text}" if _FORMULA.match(text) else text)
+
+
+def _with_formulas(table: pd.DataFrame) -> pd.DataFrame:
+    return _map_texts(table, lambda text: text[1:] if text.startswith("'") and _FORMULA.match(text) else text)
+
+
+def _map_texts(table: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
+    texts = [name for name in table.columns if pd.api.types.is_string_dtype(table[name])]
+    return table.assign(**{name: table[name].map(change, na_action="ignore") for name in texts})
+
+
+_VOLUME = dict.fromkeys(("member", "sha256"), "str") | {"depth": "Int64"}
+_VOLUME |= dict.fromkeys(("shape", "spacing_mm", "orientation"), "str")
+_VOLUME |= {"window_start": "Int64", "window_stop": "Int64", "p_low": "Float64", "p_high": "Float64"}
+_PAIR = {"t2_to_t1_ras_mm": "str"}
+_PAIR |= dict.fromkeys(("motion_mm", "motion_deg", "nmi_before", "nmi_after"), "Float64") | {"flags": "str"}
+
+
+def _is_matrix(text: str) -> bool:
+    """Whether `text` is a 4 x 4 matrix in JSON, or empty, as for index pairing."""
+    try:
+        return text == "" or np.shape(json.loads(text)) == (4, 4)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _has_volumes_and_motion(table: pd.DataFrame) -> Any:
+    complete = table["t2_to_t1_ras_mm"].map(_is_matrix)
+    for name in ("t1", "t2"):
+        complete &= table[f"{name}_member"] != ""
+        complete &= table[f"{name}_sha256"].str.fullmatch("[0-9a-f]{64}")
+        scale, offset = (table[f"{name}_{c}"].to_numpy("float64", na_value=np.nan) for c in ("scale", "offset"))
+        complete &= np.isfinite(scale) & (scale > 0) & np.isfinite(offset)
+    return complete & table["t2_window_start"].notna() & table["t2_window_stop"].notna()
+
+
+IXI = Schema(
+    dtypes=_HEAD
+    | {"age": "Float64", "sex": "str"}
+    | {f"{m.lower()}_{column}": dtype for m in MODALITIES for column, dtype in _VOLUME.items()}
+    | _PAIR
+    | dict.fromkeys(("t1_gzip_crc32", "t2_gzip_crc32"), "str")
+    | dict.fromkeys(("t1_scale", "t1_offset", "t2_scale", "t2_offset"), "Float64"),
+    steps={
+        "found": (),
+        "paired": ("missing_t1", "missing_t2", "duplicate_member"),
+        "readable": ("unreadable", "not_3d", "unsupported_dtype", "bad_affine"),
+        "modal depth": ("depth_not_modal",),
+        "modal grid": ("grid_not_modal",),
+        "cut": ("corrupt_voxels", "outside_fov", "empty_image", "intensity_range"),
+        "used": ("low_similarity",),
+    },
+    arrays=("t1", "t2"),
+    allowed={"sex": ("", "m", "f"), "nmi_before": (0, 1), "nmi_after": (0, 1)},
+    complete=_has_volumes_and_motion,
+)
+
+
+def _has_label(table: pd.DataFrame) -> Any:
+    return table["label"].notna()
+
+
+DIGITS = Schema(
+    dtypes=_HEAD
+    | {"label": "Int64"}
+    | {f"{name}_{column}": "Float64" for name in ("sketch", "digit") for column in ("p_low", "p_high")},
+    steps={"found": (), "used": ("empty_image",)},
+    arrays=("sketch", "digit"),
+    allowed={"label": (0, 9)},
+    complete=_has_label,
+)

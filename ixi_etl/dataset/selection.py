@@ -1,0 +1,175 @@
+"""Screen subjects by their headers, with the exclusion rules that need no voxels."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import pandas as pd
+
+from ixi_etl.config import DatasetConfig
+from ixi_etl.dataset.manifest import person_of, to_records
+from ixi_etl.dataset.schema import CANDIDATE, EXCLUDED, IXI, REASONS
+from ixi_etl.modalities import MODALITIES
+from ixi_etl.scans.affines import ALIGNED, Form, choose_spaces, space_name
+from ixi_etl.scans.demographics import canonical_person
+from ixi_etl.scans.survey import modal_depths
+
+T = TypeVar("T")
+
+SPACING_TOLERANCE = 0.1
+"""Relative to the modal spacing. IXI's T2s have slices of 1.20 to 1.28 mm, within 4% of the modal 1.25 mm, and its T1s
+pixels of 0.9375 or 0.9766 mm, 4% apart. The next spacing that occurs, 4.98 mm of IXI014, gives no slab of 25 mm."""
+
+
+def screen_headers(
+    table: pd.DataFrame, config: DatasetConfig, demographics: Mapping[str, Mapping[str, Any]] | None = None
+) -> pd.DataFrame:
+    """One manifest row per subject of the survey `table`: `excluded` by its headers, or a `candidate` to be cut.
+
+    `demographics` is person (`IXI002`) -> {"age", "sex"}; both stay empty for persons without an entry.
+    """
+    volumes = table[table["subject_id"] != ""]
+    subjects: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for record in to_records(volumes):
+        subjects.setdefault(record["subject_id"], {m: [] for m in MODALITIES})[record["modality"]].append(record)
+    flags = {subject: _use_common_space(scans) for subject, scans in subjects.items()}
+    records = [record for scans in subjects.values() for members in scans.values() for record in members]
+    checks = HeaderChecks(modal_depths(volumes), records, config)
+    rows = []
+    for subject, scans in sorted(subjects.items()):
+        failures = checks.check(scans)
+        reason, detail = min(failures, key=lambda failure: list(REASONS).index(failure[0]), default=("", ""))
+        row: dict[str, Any] = {
+            "subject_id": subject,
+            "site": next(record["site"] for members in scans.values() for record in members),
+            "status": EXCLUDED if reason else CANDIDATE,
+            "reason": reason,
+            "detail": detail,
+            "flags": ",".join(flags[subject]),
+            **((demographics or {}).get(canonical_person(person_of(subject)), {})),
+        }
+        for modality, members in scans.items():
+            if members:
+                columns = ("member", "depth", "shape", "spacing_mm", "orientation")
+                row |= {f"{modality.lower()}_{c}": members[0][c] for c in columns}
+        rows.append(row)
+    return IXI.typed(pd.DataFrame(rows, columns=IXI.columns))
+
+
+def _use_common_space(scans: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """Set spacing and orientation in the records of a subject's scans to those in a common space; returns flags.
+
+    The cut uses the same `choose_spaces`. Without a common space, the T2's record gets the reason `bad_affine`.
+    """
+    first = [scans[m][0] for m in MODALITIES if scans[m]]
+    if len(first) < len(MODALITIES) or any(record["reason"] for record in first):
+        return []
+    forms = [{int(code): Form.from_record(f) for code, f in json.loads(r["forms"]).items()} for r in first]
+    spaces = choose_spaces(*forms)
+    if spaces is None:
+        names = [" or ".join(f"{space_name(c)} (code {c})" for c in sorted(of_scan)) for of_scan in forms]
+        notes = "".join(f"; {form.note}" for of_scan in forms for form in of_scan.values() if form.note)
+        problem = f"its affine is in another space than the T1's, {names[1]} instead of {names[0]}{notes}"
+        first[1] |= {"reason": "bad_affine", "problem": problem}
+        return []
+    chosen = [of_scan[space] for of_scan, space in zip(forms, spaces, strict=True)]
+    for record, form in zip(first, chosen, strict=True):
+        record |= {"spacing_mm": json.dumps(form.spacing_mm), "orientation": form.orientation}
+    conditions = {
+        "unlike_spaces": spaces[0] != spaces[1],
+        "template_space": max(spaces) > ALIGNED,
+        "affine_not_pixdim": any(form.note for form in chosen),
+    }
+    return [flag for flag, holds in conditions.items() if holds]
+
+
+class HeaderChecks:
+    """Checks that need headers only, against the modal depth and grid of all volumes."""
+
+    def __init__(self, depth: Mapping[str, int], volumes: list[dict[str, Any]], config: DatasetConfig) -> None:
+        self.config = config
+        self.depth = depth
+        self.grid: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {}
+        for modality in MODALITIES:
+            sound = [record for record in volumes if record["modality"] == modality and record["reason"] == ""]
+            grids = [self._grid(record) for record in sound]
+            # Rounded to hundredths of a millimetre, because scanners write spacings with noise in the last digits.
+            spacings = [tuple(round(mm, 2) for mm in spacing) for _, spacing in grids]
+            self.grid[modality] = (_mode(shape[:2] for shape, _ in grids) or (), _mode(spacings) or ())
+
+    def _grid(self, record: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Shape and spacing (mm) along the axes of the slab: I, J, K (index pairing) or x, y, z (anatomical)."""
+        shape, spacing = json.loads(record["shape"]), json.loads(record["spacing_mm"])
+        axes = [0, 1, 2]
+        if self.config.pairing == "anatomical":
+            axes.sort(key=lambda axis: "RLAPSI".index(record["orientation"][axis]))
+        return tuple(shape[a] for a in axes), tuple(spacing[a] for a in axes)
+
+    def check(self, scans: Mapping[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
+        """(reason, detail) of every failed check, T1 before T2."""
+        failures = [(f"missing_{m.lower()}", f"no {m} in IXI-{m}.tar") for m in MODALITIES if not scans[m]]
+        for modality in MODALITIES:
+            if len(scans[modality]) > 1:
+                names = ", ".join(record["member"] for record in scans[modality])
+                failures.append(("duplicate_member", f"{len(scans[modality])} members in IXI-{modality}.tar: {names}"))
+            for record in scans[modality][:1]:
+                if record["reason"] in (
+                    "",
+                    "grid_not_modal",
+                ):  # the latter: too large a volume
+                    failures += self._depth(modality, record)
+                if record["reason"]:
+                    failures.append((record["reason"], f"{modality}: {record['problem']}"))
+                else:
+                    failures += self._geometry(modality, record)
+        return failures
+
+    def _depth(self, modality: str, record: Mapping[str, Any]) -> list[tuple[str, str]]:
+        depth, modal = int(record["depth"]), self.depth[modality]
+        if depth == modal or self.config.depth != "modal":
+            return []
+        return [("depth_not_modal", f"{modality} has {depth} slices; the commonest is {modal}")]
+
+    def _geometry(self, modality: str, record: Mapping[str, Any]) -> list[tuple[str, str]]:
+        failures: list[tuple[str, str]] = []
+        if modality == "T1" and self.config.pairing == "anatomical":
+            return failures  # the T1 is resampled, whatever its grid
+        plane, spacing = self.grid[modality]
+        shape, size_mm = self._grid(record)
+        if shape[:2] != plane:
+            failures.append(
+                (
+                    "grid_not_modal",
+                    f"{modality} slices have {_sizes(shape[:2])} voxels; the commonest: {_sizes(plane)}",
+                )
+            )
+        elif any(abs(a - b) > SPACING_TOLERANCE * b for a, b in zip(size_mm, spacing, strict=True)):
+            failures.append(
+                (
+                    "grid_not_modal",
+                    f"{modality} voxels have {_sizes(size_mm)} mm; the commonest: {_sizes(spacing)}",
+                )
+            )
+        elif self.config.pairing == "index" and plane != self.grid["T1"][0]:
+            t1 = _sizes(self.grid["T1"][0])
+            failures.append(
+                ("grid_not_modal", f"T2 slices have {_sizes(plane)} voxels, T1 slices {t1}: no pairs by index")
+            )
+        if self.config.window_in(shape[2]) is None:
+            window = self.config.window
+            slices = f"the middle {self.config.slices}" if window == "middle" else f"[{window[0]}, {window[1]})"
+            failures.append(("grid_not_modal", f"{modality} has {shape[2]} slices: {slices} cannot be cut"))
+        return failures
+
+
+def _mode(values: Iterable[T]) -> T | None:
+    """The most common value; the largest if several are equally common."""
+    counts = Counter(values)
+    return max(counts, key=lambda value: (counts[value], value), default=None)
+
+
+def _sizes(numbers: Iterable[float]) -> str:
+    return " x ".join(f"{n:g}" for n in numbers)

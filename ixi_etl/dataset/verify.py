@@ -1,0 +1,150 @@
+"""Verify a version: files, hashes, schema, counts, and optionally every voxel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ixi_etl.core.files import sha256_file
+from ixi_etl.core.progress import Progress, no_progress
+from ixi_etl.core.storage import file_sizes
+from ixi_etl.core.text import printable
+from ixi_etl.dataset import manifest
+from ixi_etl.dataset.metadata import (
+    COMMANDS,
+    MANIFEST,
+    METADATA,
+    POINTER,
+    SCHEMAS,
+    SOFTWARE,
+    has_own_digest,
+    published_digest,
+    read_manifest,
+    read_metadata,
+    version_name,
+)
+from ixi_etl.dataset.store import open_arrays
+from ixi_etl.dataset.versions import log
+from ixi_etl.errors import DatasetError
+from ixi_etl.scans.intensity import percentiles
+
+ALWAYS_HASHED = (MANIFEST, "zarr.json")  # small files that describe all others
+
+
+def verify(
+    folder: Path, *, version: str | None = None, deep: bool = False, progress: Progress = no_progress
+) -> list[str]:
+    """The problems of a version, one line each; an empty list if it is intact.
+
+    The default checks are that every file exists with its size, that the manifest and the store's metadata have their
+    SHA-256, that the manifest is valid, and that counts agree. `dataset.json` is checked against its own SHA-256, and
+    against that in `latest.json` beside the version, if any. Foreign files, such as those of a file manager, cause a
+    warning, not a problem.
+
+    Args:
+        version: its name, if the folder has another one.
+        deep: also check the SHA-256 of every file, decode every chunk (which checks its CRC-32C), and compare the
+            percentiles of every slab with the manifest.
+    """
+    return _verify(folder, version or folder.name, deep, progress)[0]
+
+
+def read_verified(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Read the metadata and manifest of a version, and check that `verify` finds no problem.
+
+    Raises:
+        DatasetError: the first problem, with the command that repairs it.
+    """
+    metadata = read_metadata(folder)
+    problems, table = _verify(folder, folder.name)
+    if problems or table is None:
+        raise DatasetError(f"{problems[0]}; `{COMMANDS[metadata['name']]}` makes the version again")
+    return metadata, table
+
+
+def _verify(
+    folder: Path, version: str, deep: bool = False, progress: Progress = no_progress
+) -> tuple[list[str], pd.DataFrame | None]:
+    """The problems, and the manifest if it could be read."""
+    try:
+        metadata = read_metadata(folder)
+    except DatasetError as error:
+        return [str(error)], None
+    problems = []
+    sizes = file_sizes(folder)
+    for done, (name, known) in enumerate(metadata["files"].items(), 1):
+        if name not in sizes:
+            problems.append(f"{folder / name} is missing")
+        elif sizes[name] != known["size"]:
+            problems.append(f"{folder / name} has {sizes[name]} bytes, not {known['size']}")
+        elif (deep or name.endswith(ALWAYS_HASHED)) and sha256_file(folder / name) != known["sha256"]:
+            problems.append(f"{folder / name} is damaged: its SHA-256 is not the one in {METADATA}")
+        progress("verify files", done, len(metadata["files"]), "files")
+    _warn_of_foreign_files(folder, sizes.keys() - metadata["files"].keys() - {METADATA, SOFTWARE})
+    if SOFTWARE in sizes and not has_own_digest((folder / SOFTWARE).read_bytes()):
+        problems.append(f"{folder / SOFTWARE} is damaged: it does not have the SHA-256 that it holds")
+    known_digest = published_digest(folder)
+    if known_digest and known_digest != sha256_file(folder / METADATA):
+        problems.append(f"{folder / METADATA} is not the file that was published: {POINTER} has another SHA-256 of it")
+    if not version_name(metadata["inputs"]) == metadata["version"] == version:
+        problems.append(
+            f"{folder / METADATA} is damaged: its version is not its folder's name, or not the hash of its inputs"
+        )
+    names, schema = (metadata["source"], metadata["target"]), SCHEMAS[metadata["name"]]
+    if set(names) != set(schema.arrays):
+        problems.append(
+            f"{folder / METADATA} is damaged: {names[0]} and {names[1]} are not arrays of {metadata['name']}"
+        )
+        return problems, None
+    table = None
+    try:
+        table = read_manifest(folder)
+        problems += _verify_store(folder, names, manifest.used_rows(table), deep, progress)
+        if not manifest.counts(table, schema).items() <= metadata.items():
+            problems.append(f"{folder / MANIFEST} does not give the counts in {METADATA}")
+    except DatasetError as error:
+        problems.append(str(error))
+    return problems, table
+
+
+def _warn_of_foreign_files(folder: Path, names: Iterable[str]) -> None:
+    foreign = sorted(map(printable, names))
+    if foreign:
+        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        log.warning("%s: ignored files that do not belong to the version: %s", folder, shown)
+
+
+def _verify_store(
+    folder: Path, names: tuple[str, str], used: pd.DataFrame, deep: bool, progress: Progress
+) -> list[str]:
+    problems = []
+    arrays = open_arrays(folder)
+    for column in (f"{name}_{kind}" for name in names for kind in ("scale", "offset") if f"{name}_{kind}" in used):
+        array = arrays.get(column)
+        if array is None or not np.array_equal(np.asarray(array), used[column].to_numpy("float64")):
+            problems.append(f"{folder}: array {column} differs from the manifest's column")
+    for name in names:
+        array = arrays.get(name)
+        if array is None or len(array.shape) != 4 or array.shape[0] != len(used):
+            problems.append(f"{folder}: array {name} does not hold the {len(used)} used subjects of the manifest")
+            continue
+        shards = range(0, array.shape[0], (array.shards or array.chunks)[0]) if deep else range(0)
+        for start in shards:
+            rows = used.iloc[start : start + shards.step]
+            stop = start + len(rows)
+            subjects = rows["subject_id"].tolist()
+            try:
+                low_high = percentiles(np.asarray(array[start:stop]))
+            except Exception as error:  # codecs raise many kinds on damaged bytes
+                affected = subjects[0] if len(rows) == 1 else f"{subjects[0]} to {subjects[-1]}"
+                problems.append(f"{folder}: {name} of {affected} cannot be decoded ({error})")
+                continue
+            differs = (low_high != rows[[f"{name}_p_low", f"{name}_p_high"]].to_numpy("float64")).any(axis=1)
+            wrong = [subject for subject, differ in zip(subjects, differs, strict=True) if differ]
+            problems += [f"{folder}: {name} of {s} does not have the manifest's percentiles" for s in wrong]
+            progress(f"verify {name}", stop, array.shape[0], "subjects")
+    return problems

@@ -1,0 +1,207 @@
+"""Cut the slabs of a pair from two volumes, by index as stored or in anatomical space on the T2's planes.
+
+Legend: volumes are [k, j, i] as stored; slabs are [z, y, x], z to the Superior, y to the Anterior, x to the Right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ixi_etl.config import DatasetConfig
+from ixi_etl.errors import BadVolumeError
+from ixi_etl.pairing import geometry, register
+from ixi_etl.scans import affines, nifti
+from ixi_etl.scans.intensity import Quantisation, StoredSlab, clip_spikes, otsu_threshold, to_int16
+
+MAX_OUTSIDE = 0.05  # share of the T2 slab's foreground. The real pairs in docs/registration.md have 0.
+MIN_COMMON_FOREGROUND = 0.5  # share of the T2 slab's foreground below which NMIs are not comparable
+MAX_OFFSET_RATIO = 4096  # offset / range of a volume; leaves 12 of float32's 24 bits for the differences
+UNCERTAIN_MOTION_MM = 1.0  # between two alignments: twice the largest error of the search on real pairs, 0.52 mm
+
+
+@dataclass
+class Slab:
+    """The part of a volume that is stored.
+
+    Attributes:
+        stored: its voxels [z, y, x] (`index`: [k, j, i]) as they are stored.
+        affine: slab voxel to RAS mm.
+        window: [start, stop) along the slice axis; None if the slab was resampled.
+    """
+
+    stored: StoredSlab
+    affine: geometry.Matrix
+    window: tuple[int, int] | None
+
+
+class ScanVolume:
+    """An inflated volume: its header, and its voxels as stored [k, j, i]."""
+
+    def __init__(self, modality: str, packed: bytes) -> None:
+        self.modality = modality
+        try:
+            self.header, self.stored = nifti.read_volume(packed)
+        except BadVolumeError as error:
+            raise BadVolumeError(error.reason, f"{modality}: {error.detail}") from error
+        self.voxels_sha256 = hashlib.sha256(self.stored.view(np.uint8).data).hexdigest()
+        self._remove_offset()
+
+    @property
+    def affine(self) -> geometry.Matrix:
+        assert self.header.affine is not None
+        return geometry.rounded(self.header.affine)
+
+    def _remove_offset(self) -> None:
+        """Move a large common offset from the voxels to the intercept, because float32 would lose their differences."""
+        if self.stored.dtype.itemsize < 4:
+            return
+        low, high = float(self.stored.min()), float(self.stored.max())
+        if max(abs(low), abs(high)) / MAX_OFFSET_RATIO > high - low > 0:
+            self.stored = (self.stored - self.stored.min()).astype(np.float64)
+            self.header.intercept += self.header.slope * low
+
+    @cached_property
+    def steps(self) -> Quantisation:
+        """The possible values of the volume: multiples of its slope if all stored voxels are integers."""
+        is_integer = self.stored.dtype.kind != "f" or bool((np.rint(self.stored) == self.stored).all())
+        return Quantisation(abs(self.header.slope) if is_integer else 0.0, self.header.intercept)
+
+    def store(self, stored: NDArray[Any], inside: NDArray[np.bool_] | None = None) -> StoredSlab:
+        """Convert a part of the volume, or samples of it, for the store; samples not `inside` the volume become 0."""
+        values = self.header.scaled(stored)
+        if inside is not None:
+            values[~inside] = 0
+        return to_int16(values, self.steps, inside)
+
+
+def use_common_space(volumes: Mapping[str, ScanVolume]) -> None:
+    """Use the forms that `selection` chose, by the same rule."""
+    spaces = affines.choose_spaces(*(volume.header.forms for volume in volumes.values()))
+    assert spaces is not None, "selection accepted a pair without a common space"
+    for volume, space in zip(volumes.values(), spaces, strict=True):
+        volume.header.use(space)
+
+
+def index_slab(volume: ScanVolume, config: DatasetConfig) -> Slab:
+    """The window of slices as stored, whatever their plane: the published recipe."""
+    window = config.window_in(len(volume.stored))
+    assert window is not None, "selection accepted a window that does not fit"
+    stored, affine = geometry.stored_slab(volume.stored, volume.affine, window)
+    return Slab(volume.store(stored), affine, window)
+
+
+def _axial_slab(t2: ScanVolume, config: DatasetConfig) -> Slab:
+    """The window of the T2's axial slices, never resampled."""
+    window = config.window_in(geometry.axial_depth(t2.header.shape, t2.affine))
+    assert window is not None, "selection accepted a window that does not fit"
+    stored, affine = geometry.axial_slab(t2.stored, t2.affine, window)
+    # Copied, because a flipped view is read repeatedly at half the speed and keeps the whole volume in memory.
+    return Slab(t2.store(stored.copy()), affine, window)
+
+
+def anatomical_slabs(t1: ScanVolume, t2: ScanVolume, config: DatasetConfig, record: dict[str, Any]) -> dict[str, Slab]:
+    """Both slabs on the T2's planes, the T1 interpolated once from its stored voxels.
+
+    NMI, motion, matrix and flags go into `record`.
+
+    Raises:
+        BadVolumeError: `outside_fov`.
+    """
+    target = _axial_slab(t2, config)
+    rigid = config.registration == "rigid"
+    if not rigid:
+        del t2  # free volumes early: each worker holds its own
+    foreground = foreground_mask(target)
+    t2_to_t1 = np.eye(4)
+    chosen, inside = _resampled_slab(t1, target, t2_to_t1)
+    if not rigid:
+        del t1
+    similarity = nmi_within(foreground & inside, chosen, target)
+    record["nmi_before"] = similarity
+    if rigid:
+        points = geometry.world_points(foreground, target.affine)
+        try:
+            estimate = register.register(register.Volume(t1.stored, t1.affine), register.Volume(t2.stored, t2.affine))
+        except register.RegistrationError:
+            flags = ["registration_failed"]
+        else:
+            candidate, candidate_inside = _resampled_slab(t1, target, estimate)
+            common = foreground & inside & candidate_inside
+            outside_before, outside_after = (_fraction_outside(foreground, mask) for mask in (inside, candidate_inside))
+            # NMIs are comparable only on the same voxels.
+            if 1 - _fraction_outside(foreground, common) >= MIN_COMMON_FOREGROUND:
+                before, after = (nmi_within(common, slab, target) for slab in (chosen, candidate))
+                is_better = after > before
+            else:
+                before, after = similarity, nmi_within(foreground & candidate_inside, candidate, target)
+                is_better = outside_after < outside_before
+            flags = _registration_flags(is_better, *register.measure_motion(estimate, points))
+            if is_better:
+                if outside_after > MAX_OUTSIDE >= outside_before:
+                    flags.append("registration_leaves_fov")
+                chosen, inside, t2_to_t1, similarity = candidate, candidate_inside, estimate, after
+                record["nmi_before"] = before
+        motion_mm, motion_deg = register.measure_motion(t2_to_t1, points)
+        record |= {"motion_mm": motion_mm, "motion_deg": motion_deg, "flags": ",".join(flags)}
+    record |= {"t2_to_t1_ras_mm": json.dumps(t2_to_t1.tolist()), "nmi_after": similarity}
+    outside = _fraction_outside(foreground, inside)
+    if outside > MAX_OUTSIDE:
+        raise BadVolumeError("outside_fov", f"{outside:.1%} of the T2 slab's foreground lies outside the T1's grid")
+    return {"T1": chosen, "T2": target}
+
+
+def _registration_flags(is_applied: bool, motion_mm: float, motion_deg: float) -> list[str]:
+    """The manifest's flags for an estimated motion, applied or not."""
+    if is_applied:
+        is_large = motion_mm > register.MAX_MOTION_MM or motion_deg > register.MAX_MOTION_DEG
+        return ["large_motion"] if is_large else []
+    return ["registration_no_gain"] + ["alignment_uncertain"] * (motion_mm > UNCERTAIN_MOTION_MM)
+
+
+def foreground_mask(slab: Slab) -> NDArray[np.bool_]:
+    """Mask of the head by Otsu's threshold. Artefacts are clipped, as bright ones would raise the threshold."""
+    stored = slab.stored
+    threshold = otsu_threshold(clip_spikes(stored.voxels, stored.p_low, stored.p_high))
+    mask: NDArray[np.bool_] = stored.voxels > math.floor(threshold)
+    return mask
+
+
+def _fraction_outside(foreground: NDArray[np.bool_], inside: NDArray[np.bool_]) -> float:
+    return float(np.count_nonzero(foreground & ~inside)) / max(int(np.count_nonzero(foreground)), 1)
+
+
+def nmi_within(mask: NDArray[np.bool_], a: Slab, b: Slab) -> float:
+    """NMI of two slabs as stored, over the voxels in `mask`."""
+    return register.nmi(*(slab.stored.voxels[mask].astype(np.int32) for slab in (a, b)))
+
+
+def _resampled_slab(t1: ScanVolume, target: Slab, t2_to_t1: geometry.Matrix) -> tuple[Slab, NDArray[np.bool_]]:
+    """The T1 interpolated on exactly the target's planes, 0 outside its grid; and the mask of voxels inside it."""
+    matrix = geometry.sampling_matrix(target.affine, t1.affine, t2_to_t1)
+    samples, inside = geometry.resample(t1.stored, matrix, target.stored.voxels.shape)
+    return Slab(t1.store(samples, inside), target.affine, None), inside
+
+
+def usable_voxels(slabs: Mapping[str, Slab], record: dict[str, Any]) -> dict[str, NDArray[np.int16]]:
+    """The voxels of both slabs; their scales and percentiles go into `record`.
+
+    Raises:
+        BadVolumeError: a slab cannot be used, in the order of the reasons, T1 before T2.
+    """
+    for reason in ("empty_image", "intensity_range"):
+        for modality, slab in slabs.items():
+            if slab.stored.reason == reason:
+                raise BadVolumeError(reason, f"{modality}: {slab.stored.problem}")
+    for modality, slab in slabs.items():
+        for column in ("p_low", "p_high", "scale", "offset"):
+            record[f"{modality.lower()}_{column}"] = getattr(slab.stored, column)
+    return {modality: slab.stored.voxels for modality, slab in slabs.items()}

@@ -1,0 +1,240 @@
+"""The refresh: IXI archives in, a published version out. The flow runs the same stages as Prefect tasks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ixi_etl.config import RefreshConfig
+from ixi_etl.core.files import lock_root, os_errors_as_user_errors, write_atomic
+from ixi_etl.core.parallel import parallel_map
+from ixi_etl.core.progress import Progress, no_progress
+from ixi_etl.core.storage import fingerprint
+from ixi_etl.dataset import manifest, metadata, publish, selection
+from ixi_etl.dataset.publish import PublishedVersion
+from ixi_etl.dataset.schema import CANDIDATE, IXI
+from ixi_etl.errors import DatasetError
+from ixi_etl.modalities import MODALITIES
+from ixi_etl.pairing.cut import CutJob, archive_changed, cut_subject, read_member_checked, record_path
+from ixi_etl.recipes.ixi_inputs import (
+    VOXEL_LIBRARIES,
+    DemographicsFile,
+    Inputs,
+    RefreshJob,
+    cut_jobs,
+    start_job,
+)
+from ixi_etl.recipes.ixi_version import publish_version
+from ixi_etl.scans.demographics import read_demographics
+from ixi_etl.scans.survey import describe_skipped_members, modal_planes, survey
+
+log = logging.getLogger(__name__)
+
+ALWAYS_ALLOWED_UNREADABLE = 10  # subjects
+MAX_SUBJECTS_SHOWN = 5  # in a warning
+UNREADABLE_REASONS = ("unreadable", "corrupt_voxels")
+
+UNCHECKED = "archive_unchecked"
+"""Flag of subjects whose members were fetched singly, so that the MD5 of their archive was not checked."""
+
+
+def refresh(config: RefreshConfig, progress: Progress = no_progress) -> PublishedVersion:
+    """Make and publish the version of `config` and its archives, unless it is published already.
+
+    Raises:
+        IxiError: with a message that says what to do. Finished work is kept, and the next call continues from there.
+    """
+    with lock_root(config.data_root.local):
+        job = start_job(config, progress)
+        published = find_published(job)
+        if published:
+            return published
+        table = survey_archives(job)
+        candidates = select_subjects(job, table)
+        final, records = cut_subjects(job, table, candidates)
+        return publish_version(job, table, final, records)
+
+
+@os_errors_as_user_errors()
+def survey_archives(job: RefreshJob) -> pd.DataFrame:
+    """The survey table of all members, unless it was made already to fetch some of them.
+
+    Raises:
+        DatasetError: an archive changed after it was hashed.
+    """
+    inputs = job.inputs
+    if inputs.surveyed is not None:
+        return inputs.surveyed
+    _check_unchanged(inputs)
+    try:
+        return survey(inputs.locations, job.progress)
+    finally:  # also if the survey fails, which may be because an archive is being replaced
+        _check_unchanged(inputs)
+
+
+@os_errors_as_user_errors()
+def find_published(job: RefreshJob) -> PublishedVersion | None:
+    """The version if it is published and intact, made the latest again; otherwise None."""
+    return publish.find_published(job.config.data_root, job.version, job.inputs.origins)
+
+
+def select_subjects(job: RefreshJob, table: pd.DataFrame) -> pd.DataFrame:
+    """Candidates and exclusions, from headers alone.
+
+    Raises:
+        DatasetError: the demographics match no person in the archives.
+    """
+    config, inputs = job.config.dataset, job.inputs
+    for sentence in describe_skipped_members(table, inputs.archives):
+        log.warning("%s", sentence)
+    people = _read_people(inputs.demographics, table) if inputs.demographics else None
+    planes = modal_planes(table)
+    if config.pairing == "index" and len(set(planes.values())) > 1:
+        slices = " and ".join(f"{m} slices are {plane}" for m, plane in planes.items())
+        log.warning("index pairing: %s, so the two pictures of a pair show different planes of the head", slices)
+    selected = selection.screen_headers(table, config, people)
+    _warn_of_flags(selected, ("unlike_spaces", "template_space", "affine_not_pixdim"))
+    return selected
+
+
+def _read_people(file: DemographicsFile, table: pd.DataFrame) -> dict[str, dict[str, float | str]]:
+    path, demographics = file.path, read_demographics(file.path, file.data)
+    persons = {manifest.person_of(subject) for subject in table["subject_id"] if subject}
+    wanted, matched, message = demographics.match(persons)
+    if not matched:
+        raise DatasetError(f"{path}: {message}; give the table of these people, or omit --demographics")
+    level = logging.INFO if matched == wanted and not demographics.unread else logging.WARNING
+    log.log(level, "%s: %s", path, message)
+    return demographics.people
+
+
+def _warn_of_flags(table: pd.DataFrame, flags: Sequence[str]) -> None:
+    for flag in flags:
+        has_flag = table["flags"].str.split(",").map(lambda flags, flag=flag: flag in flags)
+        subjects = table.loc[has_flag, "subject_id"].tolist()
+        if subjects:
+            shown = ", ".join(subjects[:MAX_SUBJECTS_SHOWN]) + (", ..." if len(subjects) > MAX_SUBJECTS_SHOWN else "")
+            log.warning("%d flagged %s (%s): %s", len(subjects), flag, manifest.FLAGS[flag], shown)
+
+
+@os_errors_as_user_errors()
+def cut_subjects(job: RefreshJob, table: pd.DataFrame, candidates: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Cut every candidate and hash every member.
+
+    Returns:
+        The final manifest, and subject_id -> record of `cut_subject`.
+
+    Raises:
+        DatasetError: too many subjects are unreadable or none is used, an archive changed, or Dask's workers write to
+            another folder.
+    """
+    config, inputs, work = job.config, job.inputs, job.work
+    work.mkdir(parents=True, exist_ok=True)
+    cuts = cut_jobs(table, candidates, inputs, job.version)
+    _check_disk(work, candidates, config.dataset.slices)
+    results = parallel_map(
+        partial(cut_subject, config=config.dataset, work=work.resolve()),
+        [_without_fingerprints(cut) for cut in cuts] if config.dask else cuts,
+        workers=config.workers,
+        address=config.dask,
+        libraries=("ixi-etl", *VOXEL_LIBRARIES),
+        on_done=lambda done: job.progress("cut", done, len(cuts), "subjects"),
+    )
+    _check_members(cuts, results, work)
+    _check_unchanged(inputs)
+    records = {cut.subject_id: result for cut, result in zip(cuts, results, strict=True)}
+    if inputs.surveyed is not None:
+        for cut in cuts:
+            if cut.cut:
+                records[cut.subject_id] = _with_unchecked_flag(records[cut.subject_id])
+    _check_files_exist(work, records)
+    final = manifest.finalize(candidates, records, config.dataset)
+    _warn_of_flags(final, (manifest.DUPLICATE,))
+    audit = job.staging / metadata.MANIFEST
+    write_atomic(audit, IXI.to_csv(final))
+    _check_enough_subjects(final, config.max_unreadable, audit, describe_skipped_members(table, inputs.archives))
+    return final, records
+
+
+def _with_unchecked_flag(record: dict[str, Any]) -> dict[str, Any]:
+    return record | {"flags": manifest.join_flags(record.get("flags"), UNCHECKED)}
+
+
+def _without_fingerprints(job: CutJob) -> CutJob:
+    """The job for a worker that may see the archives with other fingerprints, on another mount."""
+    return replace(job, members={m: replace(member, fingerprint="") for m, member in job.members.items()})
+
+
+def _check_members(jobs: Sequence[CutJob], records: Sequence[Mapping[str, Any]], work: Path) -> None:
+    """Check that remote workers read what was hashed here: the same fingerprint, or else the same SHA-256.
+
+    Raises:
+        DatasetError: a worker read other bytes. Its records are removed.
+    """
+    differing = ""
+    for job, record in zip(jobs, records, strict=True):
+        for modality, worker_fingerprint in record["fingerprints"].items():
+            member = job.members[modality]
+            if worker_fingerprint != member.fingerprint:
+                data, _ = read_member_checked(member)
+                if hashlib.sha256(data).hexdigest() != record[f"{modality.lower()}_sha256"]:
+                    record_path(work, job.subject_id).unlink(missing_ok=True)
+                    differing = member.archive
+    if differing:
+        raise DatasetError(
+            f"Dask's workers read other bytes in {differing} than this machine; make the copies equal and run again"
+        )
+
+
+def _check_disk(work: Path, candidates: pd.DataFrame, slices: int) -> None:
+    """Check that two uncompressed int16 slabs per candidate fit on the disk, less the existing shards."""
+    to_cut = candidates[candidates["status"] == CANDIDATE]
+    voxels = sum(math.prod(json.loads(shape)[:2]) for shape in to_cut["t2_shape"])
+    existing = sum(path.stat().st_size for path in work.glob("*.shard"))
+    need, free = len(MODALITIES) * 2 * slices * voxels - existing, shutil.disk_usage(work).free
+    if need > free:
+        raise DatasetError(f"{work} has {free / 1e9:.2f} GB free, but the slabs need {need / 1e9:.2f} GB; free some")
+
+
+def _check_unchanged(inputs: Inputs) -> None:
+    """Check that the archives are those that were hashed, because their MD5s are part of the version's name."""
+    for archive in inputs.archives.values():
+        try:
+            unchanged = fingerprint(archive.location) == archive.fingerprint
+        except FileNotFoundError:
+            unchanged = False
+        if not unchanged:
+            raise archive_changed(archive.location)
+
+
+def _check_files_exist(work: Path, records: Mapping[str, Any]) -> None:
+    """Check that the files written by remote workers are in the shared folder."""
+    missing = [name for r in records.values() for name in r.get("files", ()) if not (work / name).is_file()]
+    if missing:
+        raise DatasetError(f"{missing[0]} was cut, but is not in {work}; Dask's workers must share that folder")
+
+
+def _check_enough_subjects(final: pd.DataFrame, max_unreadable: float, audit: Path, skipped: Sequence[str]) -> None:
+    paired = final[~final["reason"].isin(IXI.steps["paired"])]
+    unreadable = paired[paired["reason"].isin(UNREADABLE_REASONS)]
+    if len(unreadable) > max(max_unreadable * len(paired), ALWAYS_ALLOWED_UNREADABLE):
+        raise DatasetError(
+            f"{len(unreadable)} of {len(paired)} paired subjects are unreadable "
+            f"({', '.join(unreadable['subject_id'])}); "
+            f"{audit} lists the reasons; fetch the archives again, or raise max_unreadable"
+        )
+    if manifest.used_rows(final).empty:
+        if final.empty:
+            raise DatasetError(f"the archives contain no subject: {'; '.join(skipped)}")
+        reasons = ", ".join(f"{n} {reason}" for reason, n in final["reason"].value_counts().items())
+        raise DatasetError("; ".join([f"no subject is left ({reasons})", *skipped, f"{audit} lists the reasons"]))

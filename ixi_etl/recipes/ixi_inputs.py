@@ -1,0 +1,228 @@
+"""Find, fetch and verify the inputs of a refresh, and name the version that they make."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ixi_etl import modalities
+from ixi_etl.config import RefreshConfig
+from ixi_etl.core.files import os_errors_as_user_errors
+from ixi_etl.core.progress import Progress, no_progress
+from ixi_etl.core.storage import check_reachable, expand_home, naming_file
+from ixi_etl.dataset import metadata, publish, selection
+from ixi_etl.dataset.schema import CANDIDATE
+from ixi_etl.errors import ConfigError
+from ixi_etl.modalities import MODALITIES
+from ixi_etl.pairing.cut import CutJob, MemberRef, archive_changed, read_member_checked
+from ixi_etl.scans.survey import survey
+from ixi_etl.sources import catalog
+from ixi_etl.sources.cache import VerifiedFile, acquire
+from ixi_etl.sources.members import fetch_members, find_remote
+from ixi_etl.sources.user_source import user_sources
+
+OFFICIAL, DEMOGRAPHICS = "official", "IXI.xls"
+
+VOXEL_LIBRARIES = ("nibabel", "numpy", "simpleitk", "zarr", "zarrs")
+"""Their versions are part of a version's name, because they may change its voxels or bytes."""
+
+
+@dataclass(frozen=True)
+class DemographicsFile:
+    """A file of age and sex, and its content, read once so that the hashed and the used content are the same."""
+
+    path: Path
+    data: bytes
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The input files of a version.
+
+    Attributes:
+        archives: modality -> archive.
+        demographics: the file of age and sex, if any.
+        surveyed: the survey of the whole remote archives, if only single members were fetched.
+    """
+
+    archives: Mapping[str, VerifiedFile]
+    demographics: DemographicsFile | None
+    surveyed: pd.DataFrame | None = None
+
+    @property
+    def locations(self) -> dict[str, str]:
+        return {m: a.location for m, a in self.archives.items()}
+
+    @property
+    def origins(self) -> dict[str, Any]:
+        return publish.origins_of(self.archives)
+
+
+@dataclass(frozen=True)
+class RefreshJob:
+    """One refresh: the data that its stages share.
+
+    Attributes:
+        config: options of the refresh.
+        inputs: the verified files that the version is made from.
+        version: the name of the version.
+        version_inputs: everything that decides the bytes of the version; its name is the hash of them.
+        progress: called by the stages as they advance.
+    """
+
+    config: RefreshConfig
+    inputs: Inputs
+    version: str
+    version_inputs: Mapping[str, Any]
+    progress: Progress = field(default=no_progress, compare=False)
+
+    @property
+    def staging(self) -> Path:
+        """The folder in which the version is made."""
+        return self.config.data_root.staging(self.version)
+
+    @property
+    def work(self) -> Path:
+        """The folder of the finished subjects."""
+        return self.staging / "work"
+
+
+def start_job(config: RefreshConfig, progress: Progress = no_progress) -> RefreshJob:
+    """Fetch and verify all inputs, and compute the version's name."""
+    acquire_all = acquire_members if config.fetch == "members" else acquire_inputs
+    return create_job(config, acquire_all(config, progress), progress)
+
+
+def create_job(config: RefreshConfig, inputs: Inputs, progress: Progress = no_progress) -> RefreshJob:
+    """The job for verified inputs."""
+    version, version_inputs = name_version(config, inputs)
+    return RefreshJob(config, inputs, version, version_inputs, progress)
+
+
+def find_sources(config: RefreshConfig) -> dict[str, catalog.Source]:
+    """Modality -> source of its archive; also `IXI.xls` -> source if the official demographics are requested.
+
+    Raises:
+        IxiError: the demographics file or the bucket of the root does not exist; checked before the download.
+    """
+    check_reachable(config.root)
+    if config.demographics not in (None, OFFICIAL) and not expand_home(str(config.demographics)).is_file():
+        raise ConfigError(f"{config.demographics} does not exist; give IXI.xls, '{OFFICIAL}', or omit the option")
+    official = {DEMOGRAPHICS: catalog.official(DEMOGRAPHICS)} if config.demographics == OFFICIAL else {}
+    if config.source is not None:
+        return user_sources(config.source, config.http) | official
+    return {m: catalog.official(modalities.archive_name(m)) for m in MODALITIES} | official
+
+
+def acquire_file(config: RefreshConfig, source: catalog.Source, progress: Progress = no_progress) -> VerifiedFile:
+    """Fetch and verify one file into the root's archives."""
+    return acquire(
+        source,
+        config.data_root.archives,
+        http=config.http,
+        progress=progress,
+    )
+
+
+def acquire_inputs(config: RefreshConfig, progress: Progress = no_progress) -> Inputs:
+    """Fetch and verify all files concurrently."""
+    sources = find_sources(config)
+    with ThreadPoolExecutor(len(sources)) as pool:
+        jobs = {key: pool.submit(acquire_file, config, source, progress) for key, source in sources.items()}
+        return collect_inputs(config, {key: job.result() for key, job in jobs.items()})
+
+
+def acquire_members(config: RefreshConfig, progress: Progress = no_progress) -> Inputs:
+    """Survey the remote archives, and fetch only the members of subjects whose headers pass the screening."""
+    sources = find_sources(config)
+    remotes = {m: find_remote(sources[m], config.http) for m in MODALITIES}
+    table = survey({m: remote.url for m, remote in remotes.items()}, progress, config.http)
+    candidates = selection.screen_headers(table, config.dataset)
+    wanted = set(candidates.loc[candidates["status"] == CANDIDATE, "subject_id"])
+
+    def fetch(modality: str) -> VerifiedFile:
+        members = table[table["modality"] == modality]
+        return fetch_members(
+            remotes[modality],
+            config.data_root.archives,
+            [(offset, offset + size) for offset, size in zip(members["offset"], members["size"], strict=True)],
+            [index for index, subject in enumerate(members["subject_id"]) if subject in wanted],
+            http=config.http,
+            progress=progress,
+        )
+
+    with ThreadPoolExecutor(len(MODALITIES)) as pool:
+        acquired = dict(zip(MODALITIES, pool.map(fetch, MODALITIES), strict=True))
+    acquired |= {key: acquire_file(config, s, progress) for key, s in sources.items() if key not in MODALITIES}
+    return replace(collect_inputs(config, acquired), surveyed=table)
+
+
+@os_errors_as_user_errors()
+def collect_inputs(config: RefreshConfig, acquired: Mapping[str, VerifiedFile]) -> Inputs:
+    """The inputs of the version, from the files that `find_sources` requested.
+
+    Raises:
+        DatasetError: the official demographics file changed after it was verified.
+    """
+    archives = {m: acquired[m] for m in MODALITIES}
+    if config.demographics is None:
+        return Inputs(archives, None)
+    official = acquired[DEMOGRAPHICS] if config.demographics == OFFICIAL else None
+    path = Path(official.location) if official else expand_home(str(config.demographics))
+    with naming_file(path):
+        demographics = DemographicsFile(path, path.read_bytes())
+    if official and hashlib.md5(demographics.data, usedforsecurity=False).hexdigest() != official.md5:
+        raise archive_changed(official.location)
+    return Inputs(archives, demographics)
+
+
+def name_version(config: RefreshConfig, inputs: Inputs) -> tuple[str, dict[str, Any]]:
+    """The version's name, and the inputs whose hash it is."""
+    others = {"demographics_sha256": inputs.demographics.sha256 if inputs.demographics else None}
+    if inputs.surveyed is None:
+        md5s = {m: a.md5 for m, a in inputs.archives.items()}
+    else:
+        md5s = {}
+        others |= _members_inputs(config, inputs)
+    version_inputs = metadata.version_inputs(md5s, config.dataset, VOXEL_LIBRARIES, **others)
+    return metadata.version_name(version_inputs), version_inputs
+
+
+def _members_inputs(config: RefreshConfig, inputs: Inputs) -> dict[str, Any]:
+    """Replacements for the MD5s of archives: hashes of the fetched members, and of the survey for all other members."""
+    assert inputs.surveyed is not None
+    jobs = cut_jobs(inputs.surveyed, selection.screen_headers(inputs.surveyed, config.dataset), inputs)
+    members = [member for job in jobs for member in job.members.values()]
+    digests = sorted(hashlib.sha256(read_member_checked(member)[0]).hexdigest() for member in members)
+    surveyed = inputs.surveyed.drop(columns="offset").to_csv(index=False)  # independent of the order in the archive
+    texts = {"members_sha256": "".join(digests), "survey_sha256": surveyed}
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    # Without MD5s, the host decides the credit, and so a byte of the version.
+    return hashes | {"members_of_ixi": [m for m, archive in inputs.archives.items() if is_from_ixi(m, archive)]}
+
+
+def cut_jobs(table: pd.DataFrame, candidates: pd.DataFrame, inputs: Inputs, version: str = "") -> list[CutJob]:
+    """A job for each subject, with the members that are available locally."""
+    first = table[table["subject_id"] != ""].drop_duplicates(["subject_id", "modality"])
+    members: dict[str, dict[str, MemberRef]] = {}
+    for row in first.to_dict("records"):
+        archive = inputs.archives[row["modality"]]
+        member = MemberRef(archive.location, row["offset"], row["size"], archive.fingerprint)
+        members.setdefault(row["subject_id"], {})[row["modality"]] = member
+    wanted = set(candidates.loc[candidates["status"] == CANDIDATE, "subject_id"])
+    available = set(candidates["subject_id"]) if inputs.surveyed is None else wanted
+    return [CutJob(s, members[s] if s in available else {}, s in wanted, version) for s in candidates["subject_id"]]
+
+
+def is_from_ixi(modality: str, archive: VerifiedFile) -> bool:
+    return archive.origin in catalog.official(modalities.archive_name(modality)).urls

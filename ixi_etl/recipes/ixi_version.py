@@ -1,0 +1,113 @@
+"""Assemble and publish the version of a refresh: shards, manifest, metadata, report and pictures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ixi_etl import modalities
+from ixi_etl.core.files import os_errors_as_user_errors, write_atomic
+from ixi_etl.dataset import credit, manifest, metadata, publish, store
+from ixi_etl.dataset.publish import PublishedVersion
+from ixi_etl.dataset.schema import IXI
+from ixi_etl.modalities import MODALITIES
+from ixi_etl.pairing import pictures
+from ixi_etl.pairing.cut import picture_path, shard_path
+from ixi_etl.recipes.ixi_inputs import DEMOGRAPHICS, Inputs, RefreshJob, is_from_ixi
+from ixi_etl.report import dataset_report
+from ixi_etl.scans.site_tables import site_table_to_records
+from ixi_etl.scans.survey import depth_histogram, modal_depths, modal_planes
+
+
+@os_errors_as_user_errors()
+def publish_version(
+    job: RefreshJob, table: pd.DataFrame, final: pd.DataFrame, records: Mapping[str, Any]
+) -> PublishedVersion:
+    """Assemble the store, write manifest, report and pictures beside it, and publish the version.
+
+    Raises:
+        DatasetError: the staged version does not verify.
+    """
+    config, data_root = job.config.dataset, job.config.data_root
+    work, staged = job.work, publish.start_staging(data_root, job.version)
+    subjects = manifest.used_rows(final)["subject_id"].tolist()
+    sources = _sources(table, job.inputs)
+    summary = {
+        "name": data_root.name,
+        "version": job.version,
+        "source": "t1",
+        "target": "t2",
+        "inputs": job.version_inputs,
+        **manifest.counts(final),
+        "modal_depth": modal_depths(table),
+        "planes": modal_planes(table),
+        "histogram": site_table_to_records(depth_histogram(table)),
+        "not_volumes": table.loc[table["subject_id"] == "", "member"].tolist(),
+        "sources": sources,
+        **credit.credit_and_licence(sources),
+    }
+    store.assemble(
+        staged / store.STORE,
+        shards=[{m.lower(): shard_path(work, s, m) for m in MODALITIES} for s in subjects],
+        affines=[{name: np.array(matrix) for name, matrix in records[s]["affines"].items()} for s in subjects],
+        slab_shape=tuple(records[subjects[0]]["slab_shape"]),
+        pairing=config.pairing,
+        attributes={"subject_id": subjects, **{k: summary[k] for k in ("name", "version", "licence", "credit")}},
+        scales=[
+            {m.lower(): (records[s][f"{m.lower()}_scale"], records[s][f"{m.lower()}_offset"]) for m in MODALITIES}
+            for s in subjects
+        ],
+        subjects=subjects,
+    )
+    if config.pictures:
+        _write_pictures(work, staged / metadata.PICTURES, final)
+    write_atomic(staged / metadata.MANIFEST, IXI.to_csv(final))
+    layers = _middle_layers(staged, final) if config.pictures else {}
+    write_atomic(staged / metadata.REPORT, dataset_report.dataset_report(summary, final, layers))
+    return publish.publish(data_root, staged, summary, job.inputs.origins, job.progress)
+
+
+def _sources(table: pd.DataFrame, inputs: Inputs) -> dict[str, Any]:
+    """The source of each input file; see `credit`."""
+    volumes = table[(table["subject_id"] != "") & table["readable"]]
+    sources = {}
+    for modality, archive in inputs.archives.items():
+        marked = volumes.loc[volumes["modality"] == modality, "simulated"]
+        sources[modality] = credit.describe_source(
+            modalities.archive_name(modality),
+            archive.md5 if inputs.surveyed is None else None,
+            from_ixi=is_from_ixi(modality, archive),
+            volumes=len(marked),
+            simulated=int(marked.sum()),
+        )
+    if inputs.demographics:
+        sources["demographics"] = credit.describe_source(
+            DEMOGRAPHICS, hashlib.md5(inputs.demographics.data, usedforsecurity=False).hexdigest()
+        )
+    return sources
+
+
+def _write_pictures(work: Path, folder: Path, final: pd.DataFrame) -> None:
+    """Write one picture per used subject, and a contact sheet of the least similar pairs."""
+    folder.mkdir()
+    for subject in manifest.used_rows(final)["subject_id"]:
+        store.link(picture_path(work, subject), folder / f"{subject}.jpg")
+    worst = manifest.to_records(dataset_report.worst_pairs(final))
+    captions = [f"{row['subject_id']}   NMI {row['nmi_before']:.3f} -> {row['nmi_after']:.3f}" for row in worst]
+    paths = [picture_path(work, row["subject_id"]) for row in worst]
+    pictures.save_picture(pictures.contact_sheet(paths, captions), folder / metadata.WORST_PAIRS)
+
+
+def _middle_layers(version: Path, final: pd.DataFrame) -> dict[str, pictures.PairLayers]:
+    """The middle slices of the pairs shown in the report, from the store."""
+    arrays, rows = store.open_arrays(version), final.set_index("subject_id")["store_row"]
+    pair = [arrays[m.lower()] for m in MODALITIES]
+    return {
+        subject: pictures.pair_layers(*(np.asarray(array[int(rows[subject]), array.shape[1] // 2]) for array in pair))
+        for subject in dataset_report.drawn_subjects(final)
+    }

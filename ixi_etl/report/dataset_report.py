@@ -1,0 +1,198 @@
+"""Render `report.html` of a version: funnel, histograms, exclusions, and pictures of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ixi_etl.config import SPLITS
+from ixi_etl.dataset import manifest
+from ixi_etl.dataset.credit import SOURCE_LABELS
+from ixi_etl.dataset.schema import EXCLUDED, REASONS
+from ixi_etl.pairing.pictures import PairLayers
+from ixi_etl.report import charts, page
+from ixi_etl.report.depth_chart import depth_bars
+from ixi_etl.scans.site_tables import flatten, flatten_row, site_table_to_records, sites_of
+
+PAIRS_SHOWN = 24  # pairs spread over the sites
+WORST_SHOWN = 10  # least similar pairs
+
+MEASURES = {
+    "NMI by headers": "nmi_before",
+    "NMI as stored": "nmi_after",
+    "motion taken up, mm": "motion_mm",
+    "motion taken up, degrees": "motion_deg",
+}
+QUARTILES = {"least": 0.0, "25%": 0.25, "median": 0.5, "75%": 0.75, "most": 1.0}
+
+
+def worst_pairs(final: pd.DataFrame) -> pd.DataFrame:
+    """The used rows with the lowest NMI, lowest first."""
+    return manifest.used_rows(final).sort_values(["nmi_after", "subject_id"]).head(WORST_SHOWN)
+
+
+def sample_across_sites(final: pd.DataFrame) -> pd.DataFrame:
+    """Up to `PAIRS_SHOWN` used rows, balanced over the sites and evenly spread over the subjects of each site."""
+    used = manifest.used_rows(final)
+    sites = [rows for _, rows in used.groupby("site")]
+    share = [0] * len(sites)
+    for _ in range(min(PAIRS_SHOWN, len(used))):
+        share[min((n, i) for i, n in enumerate(share) if n < len(sites[i]))[1]] += 1
+    chosen = [
+        rows.iloc[np.linspace(0, len(rows) - 1, n).round().astype(int)] for rows, n in zip(sites, share, strict=True)
+    ]
+    return pd.concat(chosen)
+
+
+def drawn_subjects(final: pd.DataFrame) -> list[str]:
+    """The subjects whose pairs the page shows."""
+    return sorted({*worst_pairs(final)["subject_id"], *sample_across_sites(final)["subject_id"]})
+
+
+def dataset_report(summary: Mapping[str, Any], final: pd.DataFrame, layers: Mapping[str, PairLayers]) -> str:
+    """The page of a version. Equal arguments give equal text.
+
+    Args:
+        summary: the content of `dataset.json`.
+        final: the final manifest.
+        layers: subject_id -> picture layers of the `drawn_subjects`; if empty, the page shows no pairs.
+    """
+    used, excluded = manifest.used_rows(final), final[final["status"] == EXCLUDED]
+    funnel, reasons = manifest.funnel(final), manifest.exclusions(final)
+    sites = sites_of(funnel)
+    flags = used["flags"].str.split(",").explode()
+    return page.render_page(
+        "dataset.html",
+        summary=summary,
+        whose=SOURCE_LABELS,
+        sites=sites,
+        charts={
+            "funnel": charts.bars(_counts(funnel, sites), "Subjects left after each step"),
+            "depths": {
+                m: depth_bars(summary["histogram"], m, depth, sites) for m, depth in summary["modal_depth"].items()
+            },
+            "reasons": charts.bars(_counts(reasons, sites), "Subjects that are out, by reason"),
+            "age": charts.strips(_by_split(used, "age"), "Age in years"),
+            "intensities": {
+                m: charts.strips(_by_site(_in_units(used, m), "high"), f"{m}, percentile 99.9 of each slab")
+                for m in summary["modal_depth"]
+            },
+        },
+        funnel=manifest.to_records(flatten(funnel)),
+        depths={m: _depth_rows(summary, m, sites) for m in summary["modal_depth"]},
+        rule=_modal_rule(funnel, sites) if summary["inputs"]["config"]["depth"] == "modal" else [],
+        measures=[
+            {"": name} | _quartiles(used[column], 3) for name, column in MEASURES.items() if used[column].notna().any()
+        ],
+        flags=flags[flags != ""].value_counts().sort_index().to_dict(),
+        pairs=_cards(sample_across_sites(final), layers),
+        worst=_cards(worst_pairs(final), layers),
+        reasons=manifest.to_records(flatten(reasons)),
+        meanings={name: REASONS[name] for name in reasons.index},
+        excluded=manifest.to_records(
+            excluded[["subject_id", "site", "reason", "detail"]].rename(columns={"subject_id": "subject"})
+        ),
+        splits=_splits(used, sites),
+        people=_people(used),
+        intensities=[
+            {"": f"{m}, percentile {percentile}"} | _quartiles(_in_units(used, m)[which], None)
+            for m in summary["modal_depth"]
+            for which, percentile in (("low", "0.1"), ("high", "99.9"))
+        ],
+    )
+
+
+def _counts(table: pd.DataFrame, sites: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Row -> site -> count, from a `site_table`."""
+    label = str(table.index.name)
+    return {str(row[label]): {s: row["sites"].get(s, 0) for s in sites} for row in site_table_to_records(table)}
+
+
+def _depth_rows(summary: Mapping[str, Any], modality: str, sites: Sequence[str]) -> list[dict[str, Any]]:
+    rows = [row for row in summary["histogram"] if row["modality"] == modality]
+    return [
+        flatten_row({"slices": row["depth"]}, {s: row["sites"].get(s, 0) for s in sites}, {"all": row["all"]})
+        for row in rows
+    ]
+
+
+def _modal_rule(funnel: pd.DataFrame, sites: Sequence[str]) -> list[dict[str, Any]]:
+    """Readable pairs lost by keeping only the modal depth, by site."""
+    readable, kept = (list(funnel.loc[step]) for step in ("readable", "modal depth"))
+    names = flatten_row({}, dict.fromkeys(sites), {"all": None})
+    return [
+        {
+            "site": name,
+            "readable pairs": before,
+            "of another depth": before - after,
+            "share": f"{(before - after) / before:.0%}" if before else "-",
+        }
+        for name, before, after in zip(names, readable, kept, strict=True)
+    ]
+
+
+def _in_units(used: pd.DataFrame, modality: str) -> pd.DataFrame:
+    """Site, and percentiles `low` and `high` of each slab in scanner units."""
+    name = modality.lower()
+    scale, offset = used[f"{name}_scale"], used[f"{name}_offset"]
+    return used[["site"]].assign(**{end: used[f"{name}_p_{end}"] * scale + offset for end in ("low", "high")})
+
+
+def _quartiles(values: pd.Series, digits: int | None) -> dict[str, str]:
+    """Quartiles as text with `digits` decimals; None means integers, with three significant digits below 100."""
+
+    def text(value: float) -> str:
+        if digits is None:
+            return f"{value:.0f}" if abs(value) >= 100 or value == round(value) else f"{value:.3g}"
+        return f"{value:.{digits}f}"
+
+    return {name: text(float(values.quantile(q))) for name, q in QUARTILES.items()}
+
+
+def _by_site(used: pd.DataFrame, column: str) -> dict[str, list[float]]:
+    return {str(site): rows[column].dropna().tolist() for site, rows in used.groupby("site")}
+
+
+def _by_split(used: pd.DataFrame, column: str) -> dict[str, list[float]]:
+    return {split: used.loc[used["split"] == split, column].dropna().tolist() for split in SPLITS}
+
+
+def _splits(used: pd.DataFrame, sites: Sequence[str]) -> list[dict[str, Any]]:
+    rows = []
+    for split in SPLITS:
+        part = used[used["split"] == split]
+        labels = {"split": split, "subjects": len(part), "share": f"{len(part) / len(used):.0%}"}
+        rows.append(flatten_row(labels, {site: int((part["site"] == site).sum()) for site in sites}, {}))
+    return rows
+
+
+def _people(used: pd.DataFrame) -> list[dict[str, Any]]:
+    """Age and sex by split; empty if no demographics were joined."""
+    if used["age"].isna().all() and (used["sex"] == "").all():
+        return []
+    rows = []
+    for split in SPLITS:
+        part = used[used["split"] == split]
+        sexes = {name: int((part["sex"] == sex).sum()) for name, sex in (("women", "f"), ("men", "m"), ("unknown", ""))}
+        age = f"{part['age'].mean():.1f} ({part['age'].min():.0f} to {part['age'].max():.0f})"
+        known = part["age"].notna().any()
+        rows.append({"split": split, **sexes, "mean age (range)": age if known else "-"})
+    return rows
+
+
+def _cards(rows: pd.DataFrame, layers: Mapping[str, PairLayers]) -> list[dict[str, Any]]:
+    """Caption and pictures of each drawn pair."""
+    return [
+        {
+            "subject": row["subject_id"],
+            "note": f"{row['split']}, NMI {row['nmi_after']:.3f}",
+            "t1": page.jpeg_uri(layers[row["subject_id"]].t1),
+            "t2": page.jpeg_uri(layers[row["subject_id"]].t2),
+            "edges": page.png_uri(layers[row["subject_id"]].edges),
+        }
+        for row in manifest.to_records(rows)
+        if row["subject_id"] in layers
+    ]

@@ -1,0 +1,219 @@
+"""Read the sform and qform of a NIfTI header, and check them against each other and against the pixdim.
+
+Legend: I, J, K are the voxel axes as stored (I fastest). An affine maps (i, j, k, 1) to RAS+ world points in mm.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from ixi_etl.errors import BadVolumeError
+
+SCANNER, ALIGNED = 1, 2
+SPACES = {1: "scanner", 2: "aligned", 3: "Talairach", 4: "MNI152", 5: "template"}  # meaning of a form's code
+
+MAX_FORM_ERROR_MM = 0.5
+"""Largest accepted distance between the positions of a voxel by sform, qform and pixdim.
+
+In 16 real scans that have both forms, one of them an original IXI T1, the largest distance is 0.004 mm. Float32
+quaternions can displace the far corner of such a grid by 0.3 mm. Half a voxel of IXI is 0.47 mm.
+"""
+
+MAX_QUATERNION_EXCESS = 1e-3  # squared length above 1; four decimals give 2e-4, real scans 2e-8
+SPACING_LIMITS_MM = 0.01, 100.0  # real scans of a head: 0.5 to 5; a factor of 1,000 is a wrong unit
+LENGTH_UNITS = {1: ("metres", 1e3), 3: ("micrometres", 1e-3)}  # in mm; like other tools, read other codes as mm
+
+
+@dataclass(frozen=True)
+class Form:
+    """The position of a header's voxels in one space.
+
+    Attributes:
+        affine: 4 x 4, voxel to RAS mm.
+        spacing_mm: voxel size along I, J, K: the lengths of the affine's columns.
+        orientation: axis codes as stored, for example `PSR`: I increases towards Posterior, J Superior, K Right.
+        note: what is unusual about the form, in words.
+    """
+
+    affine: NDArray[np.float64]
+    spacing_mm: tuple[float, ...]
+    orientation: str
+    note: str = ""
+
+    def to_record(self) -> dict[str, Any]:
+        """The form as a JSON-serialisable dictionary."""
+        return asdict(self) | {"affine": self.affine.tolist()}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Form:
+        fields = {"affine": np.array(record["affine"]), "spacing_mm": tuple(record["spacing_mm"])}
+        return cls(**{**record, **fields})
+
+
+def read_forms(raw: nib.Nifti1Header, shape: tuple[int, ...], pixdim_mm: tuple[float, ...]) -> dict[int, Form]:
+    """The forms that are set, keyed by the code of their space.
+
+    A contradictory header is rejected because it is unknown which form is right, and tools differ: nibabel and FSL use
+    the sform, ITK and ANTs often the qform and the pixdim. Forms with different codes may differ because they describe
+    two spaces, but neither may mirror the other.
+
+    Raises:
+        BadVolumeError: `bad_affine`, with a description.
+    """
+    unit, unit_mm = LENGTH_UNITS.get(int(raw["xyzt_units"]) & 7, ("mm", 1.0))
+    _check_spacing("the spacing" if unit == "mm" else f"the spacing, given in {unit},", pixdim_mm)
+    affines: dict[str, tuple[int, NDArray[np.float64]]] = {}  # kind -> code, affine
+    for kind, read_form in (("sform", _sform), ("qform", _qform)):
+        code = int(raw[f"{kind}_code"])
+        if code > 0:
+            affine = read_form(raw)
+            affine[:3] *= unit_mm
+            if not np.isfinite(affine).all():
+                raise BadVolumeError("bad_affine", f"the {kind} has values that are not finite")
+            affines[kind] = code, affine
+    if not affines:
+        raise BadVolumeError("bad_affine", "neither sform nor qform is set, so its orientation is unknown")
+    apart = _max_displacement_mm(affines["sform"][1] - affines["qform"][1], shape) if len(affines) == 2 else math.inf
+    if apart <= MAX_FORM_ERROR_MM:  # equal except for rounding; a qform always agrees with the pixdim
+        form = _form("sform", affines["sform"][1], pixdim_mm)
+        return {code: form for code, _ in affines.values()}
+    forms = {}
+    for kind, (code, affine) in affines.items():
+        form = _form(kind, affine, pixdim_mm)
+        note = ""
+        if _max_distortion_mm(affine, shape, pixdim_mm) > MAX_FORM_ERROR_MM:
+            note = f"the {kind} ({space_name(code)} space, code {code}) has voxels of {_describe_voxel(affine)}"
+            note += f"; the pixdim says {join_sizes(pixdim_mm)} mm, at right angles"
+            if code == SCANNER:  # a rigid space, so either this form or the pixdim is wrong
+                raise BadVolumeError("bad_affine", note)
+        forms[kind] = code, replace(form, note=note)
+    if len(affines) == 2:
+        (s_code, sform), (q_code, qform) = affines["sform"], affines["qform"]
+        if np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0:
+            raise BadVolumeError("bad_affine", "sform and qform contradict each other: one is the other's mirror image")
+        if s_code == q_code:
+            problem = f"sform and qform contradict each other: both are in {space_name(s_code)} space (code {s_code})"
+            raise BadVolumeError("bad_affine", f"{problem}, but put a voxel {apart:.3g} mm apart")
+    return dict(forms.values())
+
+
+def _sform(raw: nib.Nifti1Header) -> NDArray[np.float64]:
+    return np.asarray(raw.get_sform(), np.float64)
+
+
+def _qform(raw: nib.Nifti1Header) -> NDArray[np.float64]:
+    """The qform as the NIfTI standard defines it. nibabel rejects a qfac (pixdim[0]) of 0, which means 1."""
+    vector = np.array([raw["quatern_b"], raw["quatern_c"], raw["quatern_d"]], np.float64)
+    square = float(vector @ vector)
+    if not square <= 1 + MAX_QUATERNION_EXCESS:
+        raise BadVolumeError("bad_affine", f"the qform's quaternion is {square**0.5:g} long, 1 is the most")
+    affine = np.eye(4)
+    affine[:3, :3] = nib.quaternions.quat2mat([math.sqrt(max(0.0, 1 - square)), *vector])
+    affine[:3, :3] *= np.asarray(raw["pixdim"][1:4], np.float64)
+    if raw["pixdim"][0] < 0:
+        affine[:3, 2] *= -1
+    affine[:3, 3] = raw["qoffset_x"], raw["qoffset_y"], raw["qoffset_z"]
+    return affine
+
+
+def _check_spacing(name: str, spacing_mm: Iterable[float]) -> None:
+    low, high = SPACING_LIMITS_MM
+    if not all(low < mm < high for mm in spacing_mm):
+        raise BadVolumeError("bad_affine", f"{name} is {join_sizes(spacing_mm)} mm; is the header's spacing in mm?")
+
+
+def _form(kind: str, affine: NDArray[np.float64], pixdim_mm: tuple[float, ...]) -> Form:
+    lengths = np.sqrt((affine[:3, :3] ** 2).sum(axis=0)).tolist()
+    # Ratio of a voxel's volume to the product of its edge lengths: 1 for right angles, 0 for a flat voxel.
+    if min(lengths) == 0 or abs(np.linalg.det(affine[:3, :3])) < 0.1 * math.prod(lengths):
+        raise BadVolumeError("bad_affine", f"the {kind} is singular: {json.dumps(affine[:3, :3].round(4).tolist())}")
+    _check_spacing(f"the {kind}'s spacing", lengths)
+    directions = axis_codes(affine)
+    if None in directions:
+        raise BadVolumeError("bad_affine", f"the {kind} leaves an axis without direction")
+    is_pixdim = all(abs(a / b - 1) < 1e-5 for a, b in zip(lengths, pixdim_mm, strict=True))  # except for rounding
+    spacing = pixdim_mm if is_pixdim else tuple(round_to_six_digits(mm) for mm in lengths)
+    return Form(affine, spacing, "".join(directions))
+
+
+def _describe_voxel(affine: NDArray[np.float64]) -> str:
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    cosines = (affine[:3, :3] / lengths).T @ (affine[:3, :3] / lengths)
+    angles = [math.degrees(math.acos(float(np.clip(cosines[a, b], -1, 1)))) for a, b in ((0, 1), (0, 2), (1, 2))]
+    return f"{join_sizes(lengths)} mm, at angles of {', '.join(f'{angle:.1f}' for angle in angles)} degrees"
+
+
+def _max_displacement_mm(difference: NDArray[np.float64], shape: tuple[int, ...]) -> float:
+    """The largest distance between two affines' images of a voxel; it occurs at a corner of the volume.
+
+    `difference` is the difference of the two affines.
+    """
+    displacements = (_CORNERS * np.subtract(shape, 1)) @ difference[:3, :3].T + difference[:3, 3]
+    return math.sqrt(float((displacements**2).sum(axis=1).max()))
+
+
+_CORNERS = np.array([*product((0.0, 1.0), repeat=3)])
+
+
+def _max_distortion_mm(affine: NDArray[np.float64], shape: tuple[int, ...], pixdim_mm: tuple[float, ...]) -> float:
+    """Largest distance between an affine and the nearest rotation of the pixdim's grid about the volume's centre."""
+    u, _, vt = np.linalg.svd(affine[:3, :3] @ np.diag(1 / np.array(pixdim_mm)))
+    difference = np.zeros((4, 4))
+    difference[:3, :3] = affine[:3, :3] - u @ vt @ np.diag(pixdim_mm)
+    difference[:3, 3] = -difference[:3, :3] @ ((np.array(shape) - 1) / 2)
+    return _max_displacement_mm(difference, shape)
+
+
+def space_name(code: int) -> str:
+    return SPACES.get(code, "unknown")
+
+
+def choose_spaces(t1: Mapping[int, Form], t2: Mapping[int, Form]) -> tuple[int, int] | None:
+    """The spaces in which two scans of a person can be compared (T1, T2), by their forms; None if there are none.
+
+    The first space that both have, scanner space first. `Aligned` may replace scanner space if it agrees with the
+    pixdim, because nibabel writes that code for any affine. No other spaces replace each other.
+    """
+    shared = set(t1) & set(t2)
+    if shared:
+        return min(shared), min(shared)
+    first, second = min(t1), min(t2)
+    near = max(first, second) <= ALIGNED and not (t1[first].note or t2[second].note)
+    return (first, second) if near else None
+
+
+def axis_codes(affine: NDArray[np.float64]) -> tuple[str, ...]:
+    """The axis codes of a non-singular affine, equal to those of `nibabel.aff2axcodes`.
+
+    Read from the nearest rotation (polar decomposition). Falls back to nibabel if two voxel axes share their nearest
+    world axis.
+    """
+    # With aff2axcodes alone, a survey of 1,000 headers takes 20% longer (0.47 s instead of 0.39 s).
+    u, _, vt = np.linalg.svd(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))
+    rotation = u @ vt
+    axes = np.abs(rotation).argmax(axis=0).tolist()
+    if len(set(axes)) < 3:
+        return tuple(nib.aff2axcodes(affine))
+    return tuple("LPIRAS"[world + 3 * (rotation[world, voxel] > 0)] for voxel, world in enumerate(axes))
+
+
+def shortest_double(value: np.floating) -> float:
+    """The shortest double that rounds to float32 `value`: 1.2 instead of 1.2000000476837158."""
+    return float(str(value))
+
+
+def round_to_six_digits(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def join_sizes(numbers: Iterable[float]) -> str:
+    return " x ".join(f"{n:.4g}" for n in numbers)

@@ -1,0 +1,142 @@
+"""Set up, train and evaluate a run, as plain functions::
+
+    <root>/runs/<run id>/config.json            the resolved configuration, software and hardware; no paths, no times
+                        /checkpoints/ /samples/ /tensorboard/ /metrics.csv /validation.csv
+                        /generator.safetensors  the best generator, written when training ends
+                        /evaluation-test.csv /evaluation-test.json
+                        /report.html            all of it as one page
+
+If the root is on S3, a run works in the scratch folder and is uploaded: see `model.run`.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+
+from torch import distributed
+
+from ixi_etl.core import software
+from ixi_etl.core.files import lock_root, os_errors_as_user_errors, to_json, write_atomic
+from ixi_etl.core.progress import Progress, no_progress
+from ixi_etl.core.storage import DataRoot
+from ixi_etl.dataset import metadata, versions
+from ixi_etl.dataset.store import open_arrays
+from ixi_etl.errors import ConfigError, DatasetError
+from model import evaluate
+from model.config import SIDES, TrainConfig
+from model.data import check_side, parse_direction
+from model.devices import default_precision, describe_hardware, pick_device, under_torchrun
+from model.evaluate import Evaluation
+from model.report import write_report
+from model.run import CONFIG_FILE, RUN_ID, Run, new_run, pull, push_if_possible
+from model.train import do_nothing, train
+
+log = logging.getLogger(__name__)
+SOFTWARE = ("torch", "numpy", "zarr")
+
+
+def prepare_run(root: str | Path, config: TrainConfig, run: str | None = None, scratch: Path | None = None) -> Run:
+    """Resolve the configuration (version, direction, side, precision, device) and name the run.
+
+    `root` and `scratch` are as in `DataRoot`.
+
+    Raises:
+        DatasetError: the version does not exist or is damaged.
+        ConfigError: the configuration does not fit the version, or `run` is not a valid name.
+        DeviceError: the device is not available.
+    """
+    if run is not None and (run == "latest" or not RUN_ID.fullmatch(run)):  # no path to outside of runs/
+        raise ConfigError(f"--run-id {run!r} is not a valid name; use letters, digits, '.', '_' and '-' (not latest)")
+    name, wanted = versions.parse_version(config.dataset)
+    data_root = DataRoot(root, name, scratch)
+    version = versions.resolve_version(data_root, wanted)
+    folder = data_root.version(version)
+    version_metadata = metadata.read_metadata(folder)
+    names = (version_metadata["source"], version_metadata["target"])
+    source, target = parse_direction(config.direction, names)
+    arrays = open_arrays(folder)
+    if source not in arrays:
+        raise DatasetError(f"{folder / metadata.METADATA} is damaged: it names an array {source} that does not exist")
+    height, width = arrays[source].shape[-2:]
+    device = pick_device(config.device)
+    resolved_fields = {
+        "dataset": f"{name}@{version}",
+        "direction": f"{source}->{target}",
+        "side": config.side or _largest_side(height, width),
+        "precision": default_precision(device) if config.precision == "auto" else config.precision,
+        "device": device,
+    }
+    resolved = config.model_copy(update=resolved_fields)
+    assert resolved.side is not None
+    check_side(resolved.side, height, width)
+    return new_run(data_root, run or resolved.run_id, resolved, folder)
+
+
+def _largest_side(height: int, width: int) -> int:
+    if height != width or height not in SIDES:
+        raise ConfigError(f"the generator does not support slices of {height} x {width}; set side to one of {SIDES}")
+    return height
+
+
+@os_errors_as_user_errors()
+def train_run(run: Run, *, resume: bool = False, progress: Progress = no_progress) -> Path:
+    """Train, write the report, and return the best generator's file. A lock allows one training per folder.
+
+    Raises:
+        IxiError: as `model.train.train`; or another process trains in this folder.
+    """
+    with under_torchrun(run.config.device) as device:
+        config = run.config.model_copy(update={"device": device})
+        if distributed.is_initialized() and distributed.get_rank() > 0:
+            distributed.barrier()  # until process 0 has pulled the run
+            return train(run.folder, config, run.version, resume=resume, progress=no_progress)
+        with lock_root(run.folder, "--run-id"):
+            if run.remote:
+                pull(run.remote, run.folder)
+            if distributed.is_initialized():
+                distributed.barrier()
+            record = {
+                "config": run.config.model_dump(mode="json"),
+                "software": software.describe(SOFTWARE),
+                "hardware": describe_hardware(config.device),
+                "data": metadata.licence_of(run.version),
+            }
+            upload = partial(push_if_possible, run.folder, run.remote) if run.remote else do_nothing
+
+            def write_config() -> None:  # only for a new training: a resumed one keeps its record
+                write_atomic(run.folder / CONFIG_FILE, to_json(record))
+                upload()  # now, since this is what prevents `ixi-etl prune` from removing the version
+
+            callbacks = {"on_start": write_config, "on_saved": upload}
+            generator = train(run.folder, config, run.version, resume=resume, progress=progress, **callbacks)
+            write_report(run.folder)
+            run.push()
+            return generator
+
+
+@os_errors_as_user_errors()
+def evaluate_run(
+    run: Run,
+    *,
+    split: str = "test",
+    weights: Path | None = None,
+    dropout: bool = False,
+    progress: Progress = no_progress,
+) -> Evaluation:
+    """Evaluate the best generator or the one in `weights`, and update the report: see `model.evaluate.evaluate`."""
+    evaluation = evaluate.evaluate(
+        run.folder,
+        run.version,
+        run.config,
+        run.generator,
+        weights=weights,
+        split=split,
+        device=run.config.device,
+        dropout=dropout,
+        progress=progress,
+    )
+    write_report(run.folder)
+    run.push()
+    return evaluation

@@ -1,0 +1,112 @@
+"""`dataset.json` is compared with its own SHA-256 and with the one in the pointer: every change is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import config_for
+
+from ixi_etl.core.files import to_json
+from ixi_etl.core.storage import DataRoot
+from ixi_etl.dataset import metadata, verify
+from ixi_etl.dataset.publish import PublishedVersion
+from ixi_etl.errors import DatasetError
+from ixi_etl.recipes.ixi import refresh
+
+
+@pytest.fixture
+def copy(published: PublishedVersion, tmp_path: Path) -> Path:
+    """A copy of the version without a pointer."""
+    return Path(shutil.copytree(published.folder, tmp_path / published.version))
+
+
+def test_copy_without_a_pointer_is_verified(copy: Path) -> None:
+    assert not (copy.parent / metadata.POINTER).exists()
+    assert verify.verify(copy, deep=True) == []
+
+
+def test_any_flipped_bit_is_found(copy: Path) -> None:
+    path = copy / metadata.METADATA
+    whole = path.read_bytes()
+    keys = [whole.index(f'"{key}"'.encode()) + 1 for key in json.loads(whole)]
+    for n, at in enumerate([*keys, *range(0, len(whole), len(whole) // 100)]):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << n % 8)]) + whole[at + 1 :])
+        with pytest.raises(DatasetError, match=r"dataset\.json is (damaged|missing, damaged)"):
+            metadata.read_metadata(copy)
+
+
+def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str]:
+    def text(whole: str) -> str:
+        record = json.loads(whole)
+        change(record)
+        return to_json(record)
+
+    return text
+
+
+EDITS: dict[str, Callable[[str], str]] = {
+    "source and target exchanged": edited(lambda f: f.update(source=f["target"], target=f["source"])),
+    "another credit": edited(lambda f: f.update(credit="mine")),
+    "another histogram": edited(lambda f: f["histogram"].pop()),
+    "a field more": edited(lambda f: f.update(more=1)),
+    "a field less": edited(lambda f: f.pop("not_volumes")),
+    "no digest": edited(lambda f: f.pop(metadata.DIGEST)),
+    "another digest": edited(lambda f: f.update({metadata.DIGEST: "0" * 64})),
+    "a space more": lambda whole: whole + " ",
+    "a line less": lambda whole: whole.rstrip("\n"),
+    "other line ends": lambda whole: whole.replace("\n", "\r\n"),
+    "other indentation": lambda whole: json.dumps(json.loads(whole), sort_keys=True),
+    "other order": lambda whole: json.dumps(dict(reversed(json.loads(whole).items())), indent=1) + "\n",
+    "a byte order mark": lambda whole: "\ufeff" + whole,
+    "a key twice": lambda whole: whole.replace('{\n "', '{\n "credit": "mine",\n "', 1),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edit_is_found_by_the_cheap_verification(edit: str, copy: Path) -> None:
+    path = copy / metadata.METADATA
+    path.write_bytes(EDITS[edit](path.read_text()).encode())
+    (problem,) = verify.verify(copy)
+    assert str(path) in problem
+
+
+def test_edit_with_a_matching_digest_is_found_by_the_pointer(published: PublishedVersion, tmp_path: Path) -> None:
+    data_root = DataRoot(shutil.copytree(published.folder.parents[2], tmp_path / "root"))
+    folder = data_root.version(published.version)
+    assert verify.verify(folder) == []
+    record = metadata.read_metadata(folder)
+    (folder / metadata.METADATA).write_text(to_json(metadata.with_digest(record | {"credit": "mine"})))
+    assert verify.verify(folder) == [
+        f"{folder / metadata.METADATA} is not the file that was published: latest.json has another SHA-256 of it"
+    ]
+
+
+def test_old_version_without_digests_is_read(copy: Path) -> None:
+    """Runs that were trained on such a version need it."""
+    record = json.loads((copy / metadata.METADATA).read_text())
+    del record[metadata.DIGEST]
+    record["inputs"]["pipeline_version"] = metadata.DIGEST_SINCE - 1
+    record["version"] = metadata.version_name(record["inputs"])
+    old = copy.rename(copy.with_name(record["version"]))
+    (old / metadata.METADATA).write_text(to_json(record))
+    assert verify.verify(old) == []
+
+
+def test_version_made_again_has_its_new_digest_in_the_pointer(
+    archives: Path, published: PublishedVersion, tmp_path: Path
+) -> None:
+    data_root = DataRoot(shutil.copytree(published.folder.parents[2], tmp_path / "root"))
+    folder = data_root.version(published.version)
+    pointer = json.loads((data_root.datasets / metadata.POINTER).read_text())
+    for entry in (pointer, pointer["history"][-1]):  # as if made by code that computes other bytes
+        entry[metadata.FILE_DIGEST] = "0" * 64
+    (data_root.datasets / metadata.POINTER).write_text(to_json(pointer))
+    assert verify.verify(folder)
+    assert refresh(config_for(data_root.root, archives)).is_new
+    assert verify.verify(folder) == []
+    assert len(json.loads((data_root.datasets / metadata.POINTER).read_text())["history"]) == 2

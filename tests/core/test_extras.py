@@ -1,0 +1,95 @@
+"""A command without its optional packages names the missing extra before any other work."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import tomllib
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+
+from flows.cli import main
+from ixi_etl.core import extras
+
+PROJECT = Path(__file__).parents[2]
+COMMANDS = {
+    "train": [],
+    "evaluate": [],
+    "synthesize": ["latest", "x.nii", "-o", "y.nii"],
+    "export": ["latest", "-o", "out"],
+    "demo": ["--folder", "demo"],
+    "refresh": ["--then-train", "smoke", "--source", "nowhere"],
+}
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
+    """Simulate that modules are not installed."""
+    find = importlib.util.find_spec
+
+    def found(name: str, package: str | None = None) -> ModuleSpec | None:
+        return None if name in modules else find(name, package)
+
+    monkeypatch.setattr(extras, "find_spec", found)
+
+
+def command(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    output = capsys.readouterr()
+    return int(ended.value.code or 0), output.out, output.err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_missing_extra_is_named_before_any_work(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    without(monkeypatch, *extras.EXTRAS["train"])
+    code, out, err = command(name, *COMMANDS[name], capsys=capsys)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: this needs packages that are not installed (torch, ")
+    assert 'pip install "ixi-etl[train]"' in err
+    assert 'pip install -c constraints.txt -e ".[train]"' in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_onnx_names_the_export_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
+    without(monkeypatch, "onnxscript")
+    code, _, err = command("export", "latest", "-o", str(tmp_path / "out"), capsys=capsys)
+    assert (code, 'not installed (onnxscript); run: pip install "ixi-etl[export]"' in err) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_command_that_needs_torch_checks_the_extra() -> None:
+    """Every command whose code imports the training calls `require_extra`."""
+    source = "\n".join((PROJECT / "flows" / "cli" / name).read_text() for name in ("datasets.py", "runs.py", "demo.py"))
+    for body in source.split("@app.command()")[1:]:
+        name = body.split("def ")[1].split("(")[0]
+        if "from model" in body or "train_pix2pix" in body or "run_training(" in body:
+            assert "require_extra" in body, name
+
+
+def test_extras_match_pyproject() -> None:
+    declared = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra, modules in extras.EXTRAS.items():
+        names = {requirement.split(">")[0].split("=")[0] for requirement in declared[extra]}
+        assert set(modules) == names
+
+
+def test_configuration_is_validated_without_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import model.config; model.config.preset('smoke')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("target", "installed"), [("deploy", '"."'), ("demo", '".[train]"')])
+def test_make_installs_only_what_a_target_needs(target: str, installed: str) -> None:
+    line = ["make", "--dry-run", target, "VENV=no-environment"]
+    shown = subprocess.run(line, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    assert f"--editable {installed}" in shown

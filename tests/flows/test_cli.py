@@ -1,0 +1,318 @@
+"""Every command has help and stands in the README; mistakes are one line; nothing heavy is imported for nothing."""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import typer
+from conftest import SMALL_NETWORKS
+from typer.testing import CliRunner
+
+import ixi_etl
+from flows.cli import app, main
+from flows.presets import Preset
+from ixi_etl import __version__
+from ixi_etl.config import PRESETS, DatasetConfig
+from ixi_etl.dataset import versions
+from ixi_etl.dataset.publish import PublishedVersion
+
+TOP = Path(__file__).parents[2]
+README = (TOP / "README.md").read_text()
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    said = capsys.readouterr()
+    return int(ended.value.code or 0), said.out, said.err
+
+
+def root_of(published: PublishedVersion) -> str:
+    return str(published.folder.parents[2])
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_help_and_stands_in_the_readme(name: str) -> None:
+    assert COMMANDS[name].help
+    for parameter in COMMANDS[name].params:
+        assert getattr(parameter, "help", None) or parameter.name == "help", f"{name} {parameter.name} has no help"
+    assert {"--quiet", "--json"} <= {option for parameter in COMMANDS[name].params for option in parameter.opts}
+    assert f"ixi-etl {name}" in README
+    assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
+
+
+def test_every_command_in_the_readme_exists() -> None:
+    import re
+
+    assert set(re.findall(r"ixi-etl ([a-z]+)", README)) == set(COMMANDS)
+
+
+def test_survey_prints_writes_and_draws(archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run("survey", "--source", str(archives), "--out", str(tmp_path / "s"), capsys=capsys)
+    assert code == 0
+    assert "38 (modal)" in out
+    assert "README.txt" in out
+    assert "38 (modal)" in (tmp_path / "s/depths.svg").read_text()
+    assert (tmp_path / "s/survey.csv").read_text().count("\n") >= 36
+
+
+def test_survey_of_one_tar_is_of_that_one(archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run("survey", "--source", str(archives / "IXI-T2.tar"), "--out", str(tmp_path), capsys=capsys)
+    assert code == 0
+    assert "T2" in out
+    assert "T1 " not in out
+
+
+def test_verify_and_versions(published: PublishedVersion, capsys: pytest.CaptureFixture[str]) -> None:
+    root = root_of(published)
+    code, out, _ = run("verify", "--deep", "--root", root, capsys=capsys)
+    assert (code, "is sound (every byte checked)" in out) == (0, True)
+    code, out, _ = run("versions", "--root", root, capsys=capsys)
+    assert (code, f"{published.version} (latest)" in out) == (0, True)
+    for old_new in ((published.version[:5], "latest"), (f"ixi-t1-t2@{published.version[:5]}",)):
+        code, out, _ = run("versions", *old_new, "--root", root, capsys=capsys)
+        assert (code, "have the same subjects" in out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["survey", "--source", "foo://x"], "cannot read 'foo://x': give a folder, or a URL of http, https or s3"),
+        (["survey", "--source", "github://a/b"], "cannot read 'github://a/b': give a folder, or a URL of http, https"),
+        (["survey", "--source", "~nobody-here/x"], "~nobody-here/x: this machine knows no home folder of that name"),
+        (["refresh", "--source", "~nobody-here/x"], "~nobody-here/x: this machine knows no home folder of that name"),
+        (["refresh", "--root", "~nobody-here/x"], "~nobody-here/x: this machine knows no home folder of that name"),
+        (["refresh", "--scratch", "~nobody-here/x"], "~nobody-here/x: this machine knows no home folder of that name"),
+        (["refresh", "--demographics", "~nobody-here/x"], "~nobody-here/x: this machine knows no home folder of that"),
+        (["digits", "--root", "/tmp/a::b"], "/tmp/a::b has :: in it, which no store can be opened by"),
+        (["verify", "--root", "/tmp/a::b"], "/tmp/a::b has :: in it, which no store can be opened by"),
+        (["refresh", "--root", "gs://bucket/x"], "neither a folder nor s3://bucket/prefix"),
+        (["refresh", "--preset", "paper", "--registration", "rigid"], "registration must be none"),
+        (["survey", "--source", "/nowhere"], "/nowhere/IXI-T1.tar is not there"),
+        (["survey", "--source", "/nowhere/brains.tar"], "cannot tell T1 from T2"),
+        (["survey", "--root", "/nowhere"], "no archives yet"),
+        (["verify", "--root", "/nowhere"], "no published version"),
+        (["versions", "--root", "/nowhere"], "no published version"),
+        (["verify", "abc", "--root", "/nowhere"], "there is no version abc"),
+        (["verify", "digits@latest", "--root", "/nowhere"], "run `ixi-etl digits` first"),
+        (["verify", "brains@latest"], "there is no dataset brains; give one of ixi-t1-t2@latest, digits@latest"),
+        (["verify", "digits@"], "digits@ names no version"),
+        (["versions", "digits@3f2a", "latest"], "are versions of different datasets"),
+        (["refresh", "--window", "20", "10"], "window"),
+        (["refresh", "--window", "-5", "10"], "window"),
+    ],
+)
+def test_a_mistake_is_one_line_and_no_trace(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(*arguments, capsys=capsys)
+    assert code in (1, 2, 3)  # which one: test_each_class_of_error_has_its_exit_code
+    assert out == ""
+    assert err.startswith("error: ")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("inputs", ["{}", '{"config": 5}', '{"config": {}, "x": NaN}'])
+def test_facts_of_which_no_version_can_be_are_one_line(
+    inputs: str, published: PublishedVersion, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(published.folder.parents[2], tmp_path / "root")
+    facts = tmp_path / "root/datasets/ixi-t1-t2" / published.version / "dataset.json"
+    facts.write_text(facts.read_text().replace('"inputs": {', f'"inputs": {inputs}, "others": {{'))
+    for command, status, lines in (("versions", 0, 1), ("verify", 1, 1)):  # the others, if any, are listed
+        code, _, err = run(command, "--root", str(tmp_path / "root"), capsys=capsys)
+        assert (code, "dataset.json is missing, damaged" in err) == (status, True)
+        assert err.count("\n") == lines
+
+
+def test_verify_takes_a_folder_wherever_it_was_copied(
+    published: PublishedVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same, renamed = tmp_path / "a" / published.version, tmp_path / "copied @home"
+    for copy in (same, renamed):
+        shutil.copytree(published.folder, copy)
+    (tmp_path / "link").symlink_to(same)
+    monkeypatch.chdir(tmp_path)
+    for given in (str(same), f"a/{published.version}/", "link", "./link"):
+        code, out, _ = run("verify", "--deep", given, "--root", "/nowhere", capsys=capsys)
+        assert (code, f"{same} is sound" in out, "it is a copy of" in out) == (0, True, False)
+        assert f"ixi-t1-t2@{published.version}, made by ixi-etl" in out
+    code, out, _ = run("verify", "copied @home", capsys=capsys)
+    assert (code, f"it is a copy of ixi-t1-t2@{published.version}" in out) == (0, True)
+    code, out, _ = run("versions", str(same), "copied @home", capsys=capsys)
+    assert (code, "same inputs, configuration and software" in out) == (0, True)
+    (renamed / "manifest.csv").write_text("")
+    code, _, err = run("verify", "copied @home", capsys=capsys)
+    assert (code, "copy it again from an intact copy" in err) == (1, True)
+    for wrong, said in (("./none", "none is not a folder"), ("./a", "a has no dataset.json")):
+        code, _, err = run("verify", wrong, capsys=capsys)
+        assert (code, said in err, err.count("\n")) == (2, True, 1)
+
+
+OWN_MODULES = {"model.py": "raise SystemExit('the user's model')", "flows/__init__.py": "raise SystemExit('own flows')"}
+
+
+@pytest.mark.parametrize("where", ["working directory", "PYTHONPATH"])
+@pytest.mark.parametrize(
+    "start", [["{bin}/ixi-etl"], ["{python}", "-m", "ixi_etl"]], ids=["ixi-etl", "python -m ixi_etl"]
+)
+def test_modules_of_the_users_hide_none_of_ours(where: str, start: list[str], tmp_path: Path) -> None:
+    for name, text in OWN_MODULES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    program = [word.format(bin=Path(sys.executable).parent, python=sys.executable) for word in start]
+    environment = os.environ | ({"PYTHONPATH": str(tmp_path)} if where == "PYTHONPATH" else {})
+    environment["PYTHONVERBOSE"] = "1"  # names the files that are imported
+    done = subprocess.run([*program, "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"ixi-etl {__version__}\n"), done.stderr
+    for package in ("ixi_etl", "model", "flows"):
+        assert str(TOP / package / "__init__.py") in done.stderr
+
+
+def test_a_users_model_that_was_imported_before_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text("")
+    (tmp_path / "mine.py").write_text("import model\nimport flows\n")
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "model.py was imported as `model`, which hides ixi-etl's own" in done.stderr.splitlines()[-1]
+
+
+def test_then_train_trains_on_the_version_that_the_refresh_ended_with(
+    published: PublishedVersion,
+    s3_root: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = []
+
+    def run_flow(name: str, *arguments: object, **parameters: object) -> object:  # the flows have tests of their own
+        asked.append((name, parameters))
+        return published if name == "refresh_dataset" else tmp_path
+
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    monkeypatch.setattr("flows.server.run_flow", run_flow)
+    arguments = ("--root", s3_root, "--scratch", str(tmp_path))
+    assert run("refresh", "--then-train", "smoke", *arguments, capsys=capsys)[0] == 0
+    settings = {"dataset": f"ixi-t1-t2@{published.version}"}
+    told = {"preset": "smoke", "settings": settings, "root": s3_root, "scratch": tmp_path, "run": None, "resume": True}
+    assert asked[1:] == [("train_pix2pix", told)]
+    asked.clear()
+    assert run("refresh", *arguments, capsys=capsys)[0] == 0
+    assert [name for name, _ in asked] == ["refresh_dataset"]
+
+
+def test_then_train_names_its_preset_of_a_closed_list(capsys: pytest.CaptureFixture[str]) -> None:
+    """49,200 steps do not begin unasked."""
+    for arguments in (["--then-train"], ["--then-train", "smok"]):
+        code, _, said = run("refresh", *arguments, capsys=capsys)
+        assert (code, "--then-train" in said) == (2, True)
+
+
+def test_the_presets_on_the_command_line_are_those_that_there_are() -> None:
+    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
+    from model.config import PRESETS as TRAININGS
+
+    assert set(get_args(Preset)) == TRAININGS.keys()
+
+
+def test_without_a_server_the_plain_functions_run_and_prefect_is_not_imported(
+    published: PublishedVersion, archives: Path, tmp_path: Path
+) -> None:
+    """Also with no home, behind a proxy, and with a Prefect home that cannot be used; no part of `model` imports it."""
+    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/.prefect").write_text("not a folder")
+    root = tmp_path / "root"
+    refresh = ["refresh", "--root", str(root), "--source", str(archives), "--slices", "12", "--registration", "none"]
+    small = [f"--set={name}={value}" for name, value in SMALL_NETWORKS.items()]
+    train = ["train", "--root", str(root), "--run-id", "b", *small, "--set=steps=1", "--set=samples=0"]
+    code = f"""
+import importlib, sys
+sys.path[:0] = {sys.path!r}
+from flows.cli import main
+from model import config
+config.PRESETS["smoke"] = {SMALL_NETWORKS | {"steps": 1, "samples": 0}!r}
+for arguments in {[*refresh, "--then-train", "smoke"]!r}, {train!r}:
+    try:
+        main(arguments)
+    except SystemExit as end:
+        assert not end.code, arguments
+for path in {sorted(path.stem for path in (TOP / "model").glob("[a-z]*.py"))!r}:
+    importlib.import_module(f"model.{{path}}")
+assert "prefect" not in sys.modules
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment |= {"HOME": str(tmp_path / "home"), "HTTP_PROXY": "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"version   {published.version}\nstate     published\n" in done.stdout
+    assert len(list(root.glob("runs/*/generator.safetensors"))) == 2
+
+
+def test_presets_can_be_over_ridden() -> None:
+    assert DatasetConfig.model_validate(PRESETS["paper"]).registration == "none"
+    assert DatasetConfig.model_validate(PRESETS["paper"] | {"pairing": "anatomical"}).registration == "rigid"
+    assert DatasetConfig.model_validate(PRESETS["paired"]) == DatasetConfig()
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version", capsys=capsys)[:2] == (0, f"ixi-etl {__version__}\n")
+
+
+def test_a_wrong_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("refresh", "--preset", "best", capsys=capsys)[0] == 2
+
+
+def test_the_demo_does_not_clear_a_folder_that_is_not_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    code, _, err = run("demo", "--folder", str(tmp_path), capsys=capsys)
+    assert (code, "is not empty" in err) == (2, True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+HEAVY = ("prefect", "torch", "SimpleITK", "matplotlib", "dask", "distributed", "zarr", "pandera")
+
+
+def imported(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_help_imports_nothing_heavy() -> None:
+    assert not imported("import flows.cli") & {*HEAVY, "pandas", "numpy", "nibabel"}
+
+
+def test_the_library_imports_neither_prefect_nor_torch() -> None:
+    names = [
+        module.name for module in pkgutil.walk_packages(ixi_etl.__path__, "ixi_etl.") if "__main__" not in module.name
+    ]
+    assert len(names) > 25
+    assert not imported(f"import {', '.join(names)}") & {"prefect", "torch", "flows", "model"}
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("latest", ("ixi-t1-t2", "latest")),
+        ("3f2a", ("ixi-t1-t2", "3f2a")),
+        ("@latest", ("ixi-t1-t2", "latest")),
+        ("ixi-t1-t2@3f2a", ("ixi-t1-t2", "3f2a")),
+        ("digits@latest", ("digits", "latest")),
+    ],
+)
+def test_a_version_is_named_in_one_way_everywhere(text: str, parsed: tuple[str, str]) -> None:
+    assert versions.parse_version(text) == parsed

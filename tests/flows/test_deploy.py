@@ -1,0 +1,204 @@
+"""The deployments fit the flows and the server, and the containers fit the deployments."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows.deploy import POOLS, crash_lost_runs
+from ixi_etl.config import RefreshConfig
+
+PROJECT = Path(__file__).parents[2]
+DEPLOYMENTS = {d["name"]: d for d in yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"]}
+
+
+def flow_of(deployment: dict[str, Any]) -> Any:
+    from prefect.flows import load_flow_from_entrypoint
+
+    return load_flow_from_entrypoint(str(PROJECT / deployment["entrypoint"]))
+
+
+@pytest.mark.parametrize("name", sorted(DEPLOYMENTS))
+def test_a_deployment_has_the_name_and_parameters_of_its_flow(name: str) -> None:
+    deployment = DEPLOYMENTS[name]
+    flow = flow_of(deployment)
+    given = set(deployment["parameters"])
+    for trigger in deployment.get("triggers", ()):
+        given |= set(trigger["parameters"])
+    assert flow.name == name  # so that the bare name is unambiguous
+    assert given <= set(inspect.signature(flow.fn).parameters)
+    assert deployment["work_pool"]["name"] in POOLS
+
+
+def test_the_parameters_of_the_refresh_are_a_configuration() -> None:
+    given = DEPLOYMENTS["refresh-dataset"]["parameters"]["config"]
+    assert given.keys() == {"root", "scratch", "dask"}
+    for root, scratch in (("/data", "/data"), ("/data", ""), ("s3://bucket", "/data")):
+        config = RefreshConfig(root=root, scratch=scratch, dask="")  # a variable that is not set is ""
+        assert (config.data_root.root, config.dask or None) == (root, None)
+
+
+def test_an_empty_root_is_not_the_working_directory() -> None:
+    with pytest.raises(ValueError, match="'' is neither a folder nor s3://"):
+        RefreshConfig(root="")  # what prefect.yaml gives if IXI_ROOT is not set
+
+
+def test_the_training_waits_for_the_event_that_the_refresh_emits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import refresh_dataset
+    from ixi_etl.dataset.publish import PublishedVersion
+
+    emitted: dict[str, Any] = {}
+
+    def emit_event(event: str, resource: dict[str, str], payload: dict[str, str]) -> None:
+        emitted.update(event=event, resource=resource, payload=payload)
+
+    monkeypatch.setattr(refresh_dataset, "emit_event", emit_event)
+    refresh_dataset.announce(RefreshConfig(root="s3://b/x"), PublishedVersion("0123456789ab", Path("x"), is_new=True))
+    [trigger] = DEPLOYMENTS["train-pix2pix"]["triggers"]
+    assert trigger["expect"] == [emitted["event"]]
+    assert trigger["match"].items() <= emitted["resource"].items()
+    assert trigger["parameters"] == {
+        "dataset": "ixi-t1-t2@{{ event.payload.version }}",
+        "root": "{{ event.payload.root }}",
+    }
+    assert emitted["payload"] == {"version": "0123456789ab", "root": "s3://b/x"}
+
+
+def test_an_unknown_preset_for_the_hand_over_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import deploy
+
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    monkeypatch.setenv("IXI_PRESET", "smok")
+    with pytest.raises(SystemExit, match="IXI_PRESET is smok; set one of paper, digits, smoke, gpu"):
+        deploy.main()
+
+
+@pytest.mark.parametrize("name", sorted(DEPLOYMENTS))
+def test_every_variable_of_a_deployment_has_a_default(name: str) -> None:
+    from flows import deploy
+
+    variables = set(re.findall(r"\{\{ \$(\w+) \}\}", str(DEPLOYMENTS[name])))
+    assert variables <= deploy.DEFAULTS.keys()
+
+
+def test_a_run_is_lost_only_after_several_heartbeats() -> None:
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: 40}):
+        trigger: Any = crash_lost_runs().trigger
+    assert trigger.within.total_seconds() == 120
+    assert {"prefect.flow-run.heartbeat", "prefect.flow-run.Crashed"} < trigger.expect
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        (None, "no Prefect server is configured; set PREFECT_API_URL"),
+        ("http://127.0.0.1:9/api", "no Prefect server answers at http://127.0.0.1:9/api"),
+    ],
+    ids=["none", "one that does not answer"],
+)
+def test_deploying_without_a_server_is_one_line(
+    url: str | None, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows import deploy
+
+    with temporary_settings({PREFECT_API_URL: url}), pytest.raises(SystemExit) as ended:
+        deploy.main()
+    line = str(ended.value.code)  # Python prints it; the exit status is 1
+    assert line.startswith(f"error: {message}")
+    assert "\n" not in line
+    assert capfd.readouterr() == ("", "")
+
+
+# -- containers -------------------------------------------------------------------------------------------------------
+
+COMPOSE = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+ENV_EXAMPLE = (PROJECT / ".env.example").read_text()
+
+
+def test_the_compose_file_is_valid() -> None:
+    checker = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run([*checker, PROJECT / "docker-compose.yml"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_example_environment_has_every_variable_of_the_compose_file() -> None:
+    text = (PROJECT / "docker-compose.yml").read_text()
+    demanded = set(re.findall(r"\$\{(\w+):\?", text))
+    assert demanded == {"POSTGRES_PASSWORD", "PREFECT_AUTH"}
+    for name in set(re.findall(r"\$\{(\w+)", text)):
+        assert f"\n{name}=" in ENV_EXAMPLE
+
+
+def test_profiles_in_the_example_exist() -> None:
+    [given] = re.findall(r"^COMPOSE_PROFILES=(.+)$", ENV_EXAMPLE, re.MULTILINE)
+    assert {profile for service in SERVICES.values() for profile in service.get("profiles", ())} >= {given, "no-gpu"}
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_a_service_is_pinned_closed_and_unprivileged(name: str) -> None:
+    service = SERVICES[name]
+    image, _, tag = service["image"].partition(":")
+    assert tag not in ("", "latest")
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
+    assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    if image == "ixi-etl":
+        assert service["build"]["target"] == tag
+        assert "user" not in service  # the unprivileged user of the image
+    else:
+        assert service["user"] not in ("root", "0")
+    for other, wanted in service.get("depends_on", {}).items():
+        assert wanted["condition"] != "service_healthy" or "healthcheck" in SERVICES[other]
+
+
+def test_images_are_built_from_the_constraints_and_end_unprivileged() -> None:
+    stages = re.split(r"^FROM ", (PROJECT / "Dockerfile").read_text(), flags=re.MULTILINE)[1:]
+    assert {re.search(r"AS (\w+)", stage)[1] for stage in stages} == {  # type: ignore[index]
+        service["build"]["target"] for service in SERVICES.values() if "build" in service
+    }
+    for stage in stages:
+        assert stage.count("pip install") == stage.count("--constraint constraints.txt") == 1
+        assert re.findall(r"^USER (\w+)$", stage, re.MULTILINE)[-1] == "ixi"
+
+
+def test_only_the_server_and_postgres_know_the_database_password() -> None:
+    knows = {name for name, service in SERVICES.items() if "POSTGRES_PASSWORD" in str(service)}
+    assert knows == {"postgres", "server"}
+
+
+def test_prefect_s_settings_do_not_show_the_passwords(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from prefect.cli.config import view
+    from prefect.settings import temporary_settings
+    from prefect.settings.models.root import Settings
+
+    secrets = {
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": "postgresql+asyncpg://prefect:hunter2@postgres:5432/prefect",
+        "PREFECT_SERVER_API_AUTH_STRING": "admin:hunter2",
+        "PREFECT_API_AUTH_STRING": "admin:hunter2",
+    }
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings()
+    auth = settings.api.auth_string
+    assert auth is not None
+    assert auth.get_secret_value() == secrets["PREFECT_API_AUTH_STRING"]
+    assert "hunter2" not in repr(settings) + str(settings)
+    with temporary_settings():
+        view()  # `prefect config view`
+    shown = capsys.readouterr().out
+    assert "PREFECT_API_AUTH_STRING" in shown
+    assert "hunter2" not in shown

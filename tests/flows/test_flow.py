@@ -1,0 +1,307 @@
+"""The flows make what the plain functions make, and a user's mistake is one line instead of a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMALL_NETWORKS, config_for
+
+from flows.cli import main
+from ixi_etl.dataset.manifest import funnel
+from ixi_etl.dataset.metadata import read_manifest, read_metadata
+from ixi_etl.dataset.publish import PublishedVersion
+from ixi_etl.errors import DownloadError
+from ixi_etl.testing.loopback import serve_folder
+
+pytestmark = [pytest.mark.usefixtures("prefect"), pytest.mark.stack]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A refresh as a flow, twice, and what the server has of the first run."""
+
+    root: Path
+    source: str
+    first: PublishedVersion
+    second: PublishedVersion
+    events: list[Any]
+    keyed: dict[str, tuple[str, Any]]
+    progress: set[tuple[str, float]]
+
+
+@pytest.fixture(scope="module")
+def runs(prefect: None, archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    from prefect.events.clients import AssertingEventsClient
+    from prefect.events.worker import EventsWorker
+
+    from flows.refresh_dataset import refresh_dataset
+
+    root = tmp_path_factory.mktemp("flow")
+    EventsWorker.instance().drain()
+    AssertingEventsClient.reset()
+    EventsWorker.set_client_override(AssertingEventsClient)
+    try:
+        with serve_folder(archives) as url:
+            first = refresh_dataset(config_for(root, url))
+            keyed, progress = artifacts_of_the_last_run()
+            second = refresh_dataset(config_for(root, url))
+        EventsWorker.instance().drain()
+    finally:
+        EventsWorker.set_client_override(None)
+    events = [event for client in AssertingEventsClient.all for event in client.events]
+    return Runs(root, url, first, second, events, keyed, progress)
+
+
+def test_the_flow_publishes_the_same_version_from_http(runs: Runs, published: PublishedVersion) -> None:
+    assert (runs.first.version, runs.first.is_new) == (published.version, True)
+    assert (runs.second.version, runs.second.is_new) == (published.version, False)
+    assert (runs.first.folder / "manifest.csv").read_bytes() == (published.folder / "manifest.csv").read_bytes()
+    assert not list((runs.root / "archives").glob("*.part*"))
+
+
+def test_a_new_version_is_announced_once(runs: Runs) -> None:
+    told = [(event.resource.id, event.payload) for event in runs.events if event.event == "ixi.dataset.published"]
+    assert told == [("ixi.dataset.ixi-t1-t2", {"version": runs.first.version, "root": str(runs.root)})]
+
+
+def test_runs_have_readable_names(runs: Runs) -> None:
+    from prefect import get_client
+
+    with get_client(sync_client=True) as client:
+        names = {run.name for run in client.read_flow_runs()}
+    assert f"refresh anatomical from {runs.source}" in names
+
+
+def test_a_refresh_leaves_its_summary_tables_pictures_and_progress_on_the_server(runs: Runs) -> None:
+    made, keyed = runs.first, runs.keyed
+    assert {name: kind for name, (kind, _) in keyed.items()} == {
+        "ixi-t1-t2-summary": "markdown",
+        "ixi-t1-t2-exclusions": "table",
+        "ixi-t1-t2-depths": "image",
+        "ixi-t1-t2-pairs": "image",
+        "ixi-t1-t2-report": "markdown",  # how Prefect keeps a link
+    }
+    manifest = read_manifest(made.folder)
+    out = manifest[manifest["status"] == "excluded"]
+    summary, listed = keyed["ixi-t1-t2-summary"][1], json.loads(keyed["ixi-t1-t2-exclusions"][1])
+    assert f"| found | {' | '.join(str(n) for n in funnel(manifest).loc['found'])} |" in summary
+    assert [row["subject_id"] for row in listed] == out["subject_id"].tolist()
+    assert all(len(data) < 300_000 for kind, data in keyed.values() if kind == "image")
+    assert f"]({(made.folder / 'report.html').as_uri()})" in keyed["ixi-t1-t2-report"][1]
+    assert runs.progress >= {("verify IXI-T1.tar", 100.0), ("survey T2", 100.0), ("cut", 100.0)}
+
+
+def artifacts_of_the_last_run() -> tuple[dict[str, tuple[str, Any]], set[tuple[str, float]]]:
+    """By key the type and data of those that have one, and the descriptions and percents of the stages."""
+    from prefect import get_client
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)[0]
+        found = client.read_artifacts(
+            artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
+        )
+    keyed = {a.key: (str(a.type), a.data) for a in found if a.key}
+    return keyed, {(str(a.description), float(a.data)) for a in found if a.type == "progress"}  # type: ignore[arg-type]
+
+
+def test_a_server_that_accepts_no_artifact_costs_a_warning_only(
+    archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from flows.refresh_dataset import refresh_dataset
+
+    def refuse(*_: object, **__: object) -> None:  # a real server cannot be made to fail at this moment
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr("flows.artifacts.create_markdown_artifact", refuse)
+    monkeypatch.setattr("flows.artifacts.create_progress_artifact", refuse)
+    assert refresh_dataset(config_for(tmp_path, archives, pictures=False)).is_new
+    assert caplog.text.count("did not accept all artifacts (ConnectionError: gone)") == 2
+
+
+def test_parameters_are_checked_before_the_flow_runs() -> None:
+    from flows.refresh_dataset import refresh_dataset
+
+    with pytest.raises(Exception, match="wormhole"):
+        refresh_dataset(config={"root": "x", "wormhole": 1})
+
+
+def test_a_mistake_of_the_user_is_not_retried(tmp_path: Path) -> None:
+    from flows.refresh_dataset import refresh_dataset
+
+    with pytest.raises(DownloadError, match="is not there"):  # three tries would last minutes
+        refresh_dataset(config_for(tmp_path, tmp_path / "nowhere"))
+
+
+def test_the_command_line_reports_a_mistake_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", api_url())
+    with pytest.raises(SystemExit) as ended:
+        main(["refresh", "--root", str(tmp_path / "root"), "--source", str(tmp_path / "nowhere")])
+    assert ended.value.code == 3
+    message = capfd.readouterr().err
+    assert message == f"error: {tmp_path}/nowhere/IXI-T1.tar is not there; give a --source that has IXI-T1.tar\n"
+
+
+def runs_of(flow: str) -> int:
+    """How many runs of a flow the server knows."""
+    from prefect import get_client
+    from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+
+    with get_client(sync_client=True) as client:
+        return len(client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=[flow]))))
+
+
+def test_the_command_line_refreshes_without_a_server_and_as_a_flow_where_one_is_configured(
+    refreshed: PublishedVersion,
+    archives: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["refresh", "--root", str(tmp_path), "--source", str(archives)]
+    arguments += ["--slices", "12", "--registration", "none"]
+    said = f"version   {refreshed.version}\nstate     published before, nothing to do\n"
+    before = runs_of("refresh-dataset")
+    monkeypatch.setenv("PREFECT_API_URL", "")
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert said in capsys.readouterr().out
+    assert runs_of("refresh-dataset") == before
+    monkeypatch.setenv("PREFECT_API_URL", api_url())
+    monkeypatch.setattr("logging.raiseExceptions", True)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert said in capsys.readouterr().out
+    assert runs_of("refresh-dataset") == before + 1
+
+
+def api_url() -> str:
+    from prefect.settings import get_current_settings
+
+    return str(get_current_settings().api.url)
+
+
+STOPS = """
+import os, signal, sys
+from flows import cli
+from model.trainer import Trainer
+step = Trainer.step
+def stops(*batch):
+    os.kill(os.getpid(), signal.SIGINT)
+    return step(*batch)
+Trainer.step = stops
+sys.argv = ["ixi-etl", *sys.argv[1:]]
+cli.main()
+"""
+
+
+def test_a_training_as_a_flow_saves_and_ends_in_one_line(published: PublishedVersion, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
+    (tmp_path / "datasets").symlink_to(published.folder.parents[1])
+    settings = [f"--set={name}={value}" for name, value in SMALL.items()]
+    arguments = ["train", "--preset", "smoke", "--root", str(tmp_path), "--run-id", "a", "--quiet", *settings]
+    done = subprocess.run(
+        [sys.executable, "-c", STOPS, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PREFECT_API_URL": api_url()},
+        check=False,
+    )
+    assert done.returncode == 130, done.stderr
+    *_, saving, said = done.stderr.splitlines()
+    assert saving == "SIGINT: saving after this step"
+    assert said.startswith("stopped at step 1 of 2 and saved in")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.glob("runs/a/checkpoints/step-00000001.safetensors"))
+
+
+SMALL = SMALL_NETWORKS | {"steps": 2, "samples": 1}
+
+
+def test_the_training_flow_trains_and_evaluates_once(published: PublishedVersion, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
+    from flows.train_pix2pix import train_pix2pix
+
+    (tmp_path / "datasets").symlink_to(published.folder.parents[1])
+    folder = train_pix2pix(preset="smoke", root=tmp_path, settings=SMALL)
+    assert folder.parent == tmp_path / "runs"
+    assert published.version in folder.name  # `latest`, resolved
+    assert (folder / "generator.safetensors").exists()
+    splits = read_metadata(published.folder)["splits"]
+    assert (folder / "evaluation-test.csv").exists() == ("test" in splits)
+    keyed, progress = artifacts_of_the_last_run()
+    assert keyed.keys() >= {"pix2pix-summary", "pix2pix-report", "pix2pix-samples"}
+    assert ("train", 100.0) in progress
+    before = (folder / "checkpoints" / "step-00000002.safetensors").stat().st_mtime_ns
+    assert train_pix2pix(preset="smoke", root=tmp_path, settings=SMALL) == folder
+    assert (folder / "checkpoints" / "step-00000002.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_synthesis_flow_writes_what_the_plain_function_writes(published: PublishedVersion, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
+    import numpy as np
+
+    from flows.synthesize import synthesize
+    from ixi_etl.dataset.store import open_arrays
+    from ixi_etl.testing.phantom import pack_nifti
+    from model import synthesize as synthesis
+    from model import volumes
+    from model.config import TrainConfig
+    from model.jobs import prepare_run, train_run
+
+    (tmp_path / "datasets").symlink_to(published.folder.parents[1])
+    generator = train_run(prepare_run(tmp_path, TrainConfig.model_validate(SMALL | {"samples": 0}), "a"))
+    arrays = open_arrays(published.folder)
+    source = tmp_path / "slab-T1.nii.gz"
+    source.write_bytes(pack_nifti(np.asarray(arrays["t1"][0]), np.asarray(arrays["t1_affine"][0])))
+    (made,) = synthesize("latest", [source], tmp_path / "out", root=tmp_path)
+    assert made == tmp_path / "out" / "slab-T2.nii.gz"
+    plain = volumes.synthesize_file(synthesis.load_trained(generator), source, tmp_path / "plain.nii.gz")
+    assert made.read_bytes() == plain.read_bytes()
+    assert json.loads(artifacts_of_the_last_run()[0]["synthesized-volumes"][1]) == [{"volume": str(made)}]
+
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_the_python_of_the_readme_runs_from_top_to_bottom(
+    archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
+    import numpy as np
+
+    from ixi_etl.scans.tar import index_archive, read_member
+    from model.config import PRESETS
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(PRESETS, "smoke", SMALL | {"steps": 1, "samples": 0})  # small phantoms, and no minute to wait
+    monkeypatch.setattr("ixi_etl.pairing.register.register", lambda t1, t2: np.eye(4))
+    text = README.read_text().replace("/data/ixi", str(archives))
+    names: dict[str, Any] = {}
+    t1 = str(archives / "IXI-T1.tar")
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        if "synthesize(" in block:
+            (tmp_path / "scans").mkdir()
+            member = next(m for m in index_archive(t1) if m.name.startswith("IXI002"))
+            (tmp_path / "scans" / member.name).write_bytes(read_member(t1, member.offset, member.size))
+        version = names["refreshed"].version if "refreshed" in names else ""
+        exec(
+            compile(
+                block.replace("<version>", version).replace("IXI002-Guys-0828", "IXI002-HH-0774"), "README.md", "exec"
+            ),
+            names,
+        )
+    assert names["folder"].parent == Path("ixi-data/runs")
+    assert [path.name for path in names["written"]] == [member.name.replace("-T1", "-T2")]
+    assert names["data"]["t1"].dims == ("subject", "z", "y", "x")

@@ -1,0 +1,223 @@
+"""The report page of a run works from whichever files exist, is small, and agrees with its tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import Element
+
+import numpy as np
+import pandas as pd
+import pytest
+from markup import page_of, rows_of, text_of
+from PIL import Image
+
+from model.report import FRAMES, LISTED, run_report, write_report
+
+METHODS = ("generated", "source as it is", "mean training target", "intensity mapping")
+STEPS = range(100, 100 * (FRAMES + 4), 100)
+
+
+def write_run(folder: Path, subjects: int, steps: range = STEPS, rows: int = 50_000) -> Path:
+    """Write a run's folder with every file that the page reads, with incompressible images."""
+    random = np.random.default_rng(0)
+    folder.mkdir()
+    record: dict[str, Any] = {
+        "config": {"dataset": "ixi-t1-t2@abc", "direction": "t1->t2", "steps": 4000, "batch_size": 1}
+        | {"precision": "fp32", "log_every": 1},
+        "hardware": {"device": "a GPU"},
+        "software": {"torch": "2"},
+    }
+    (folder / "config.json").write_text(json.dumps(record))
+    losses = ["loss_d", "loss_d_real", "loss_d_fake", "loss_g", "loss_g_adversarial", "loss_g_reconstruction"]
+    speed = {"lr": 1e-4, "ms_per_step": 50.0, "images_per_s": 20.0, "peak_memory_mb": 1000.0}
+    lines = pd.DataFrame(random.random((rows, len(losses))), columns=losses).assign(**speed)
+    lines.insert(0, "step", range(1, len(lines) + 1))
+    lines.to_csv(folder / "metrics.csv", index=False)
+    validated = {"step": steps, "mae": np.linspace(0.2, 0.1, len(steps)), "psnr": 20.0, "ssim": 0.5}
+    pd.DataFrame(validated).to_csv(folder / "validation.csv", index=False)
+    for step in steps:
+        singles = folder / "samples" / f"step-{step:08}"
+        singles.mkdir(parents=True)
+        for subject in range(4):
+            for what in ("source", "target", "generated", "error"):
+                pixels = random.integers(0, 256, (256, 256), np.uint8)
+                Image.fromarray(pixels).save(singles / f"IXI{subject:03}-HH-1-10-{what}.png", compress_level=0)
+    write_evaluation(folder, subjects)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "validation.csv"])
+@pytest.mark.parametrize("left", [b"", b"step,lo", b"step,mae\n\0\0\0\n", b"\xff\xfe\n1,2\n"])
+def test_a_log_damaged_by_a_full_disk_is_left_out(
+    name: str, left: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_run(tmp_path / "a", subjects=1, steps=range(0), rows=10)
+    (folder / name).write_bytes(left)
+    assert "a GPU" in run_report(folder)
+    assert f"{folder / name} is damaged and left out of the report" in caplog.text
+
+
+def write_evaluation(folder: Path, subjects: int) -> None:
+    random = np.random.default_rng(1)
+    names = [f"test-{k:05}" for k in range(subjects)]
+    parts = [
+        pd.DataFrame({"subject_id": names, "method": method, "mask": mask, **measures(random, subjects)})
+        for mask in ("whole", "head")
+        for method in METHODS
+    ]
+    pd.concat(parts).to_csv(folder / "evaluation-test.csv", index=False)
+    mean = {f"{m}_{what}": 1.0 for m in ("psnr", "ssim", "mae") for what in ("mean", "std")}
+    evaluation = {
+        "split": "test",
+        "weights": "generator.safetensors",
+        "step": 100,
+        "dropout": False,
+        "normalisation": "percentiles",
+        "masks": {"whole": "every pixel", "head": "the head"},
+        "summary": [{"mask": mask, "method": m, **mean} for mask in ("whole", "head") for m in METHODS],
+        "comparison": [
+            difference("source as it is", "psnr", 3.0, 1.0, 5.0),
+            difference("mean training target", "psnr", -3.0, -5.0, -1.0),
+            difference("intensity mapping", "psnr", 3.0, -1.0, 7.0),
+            difference("intensity mapping", "mae", 0.25, None, None),
+            difference("intensity mapping", "ssim", None, None, None),
+        ],
+    }
+    (folder / "evaluation-test.json").write_text(json.dumps(evaluation))
+
+
+def measures(random: np.random.Generator, subjects: int) -> dict[str, Any]:
+    return {"psnr": random.normal(25, 2, subjects), "ssim": random.random(subjects), "mae": random.random(subjects)}
+
+
+def difference(
+    baseline: str, measure: str, mean: float | None, low: float | None, high: float | None
+) -> dict[str, Any]:
+    return {"mask": "head", "baseline": baseline, "measure": measure} | {
+        "better_by": mean,
+        "low_95": low,
+        "high_95": high,
+    }
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "full", subjects=10_000)
+
+
+@pytest.fixture(scope="module")
+def written(full: Path) -> str:
+    return write_report(full).read_text()
+
+
+@pytest.fixture(scope="module")
+def page(written: str) -> Element:
+    return page_of(written)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A small run that a test may change."""
+    return write_run(tmp_path / "run", subjects=3, steps=range(100, 300, 100), rows=10)
+
+
+@pytest.mark.stack
+def test_the_page_of_a_large_run_is_small_and_reproducible(full: Path, written: str) -> None:
+    assert len(written) < 5e6
+    assert written == run_report(full)
+    assert f"{LISTED} of 10000, all in evaluation-test.csv" in written
+
+
+def test_the_slider_spans_the_first_to_the_last_sample(page: Element) -> None:
+    (steps,) = (json.loads(element.get("data-steps", "")) for element in page.iter() if "data-steps" in element.attrib)
+    assert len(steps) == FRAMES
+    assert (steps[0], steps[-1]) == ("step 100", f"step {STEPS[-1]:,}")
+    assert len([element for element in page.iter() if element.get("data-frame") == "0"]) == 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("better_by", "interval", "verdict"),
+    [
+        ("+3.00", "1.00 to 5.00", "better"),
+        ("-3.00", "-5.00 to -1.00", "worse"),
+        ("+3.00", "-1.00 to 7.00", "open"),
+        ("+0.2500", "-", "open"),
+    ],
+)
+def test_the_verdict_follows_the_interval(page: Element, better_by: str, interval: str, verdict: str) -> None:
+    assert [better_by, interval, verdict] in [row[-3:] for table in page.iter("table") for row in rows_of(table)]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "whose"),
+    [
+        ({"split": "val"}, "validation"),
+        ({"split": "train"}, "training"),
+        (None, "the same"),  # runs of older versions do not record it
+        ([], "the same"),
+    ],
+)
+def test_the_page_names_the_split_of_the_samples(run: Path, recorded: Any, whose: str) -> None:
+    if recorded is not None:
+        (run / "samples" / "samples.json").write_text(json.dumps(recorded))
+    page = run_report(run)
+    assert f"Middle slices of {whose} subjects" in page
+    assert ("was trained on these subjects" in page) is (whose == "training")
+
+
+def test_the_page_explains_why_one_subject_has_no_interval(run: Path) -> None:
+    assert "they need two subjects" not in run_report(run)
+    write_evaluation(run, 1)
+    assert "they need two subjects" in run_report(run)
+
+
+def test_the_step_with_the_lowest_mae_is_marked(page: Element) -> None:
+    marked = [[text_of(cell) for cell in row][:2] for row in page.iter("tr") if row.get("class") == "marked"]
+    assert marked == [[f"{STEPS[-1]:,}", "20.00"]]
+
+
+def test_the_time_is_the_sum_over_all_steps(page: Element) -> None:
+    assert "41.7 min" in text_of(page)  # 50,000 steps of 50 ms
+
+
+def test_the_worst_subject_is_listed_first(full: Path, page: Element) -> None:
+    table = pd.read_csv(full / "evaluation-test.csv")
+    ours = table[(table["method"] == "generated") & (table["mask"] == "head")]
+    (table,) = (t for t in page.iter("table") if t.get("id") == "subjects-test")
+    assert rows_of(table)[0][0] == ours.loc[ours["psnr"].idxmin(), "subject_id"]
+
+
+def test_a_run_that_has_just_started_has_a_page(run: Path) -> None:
+    for path in run.iterdir():
+        if path.name != "config.json":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = run_report(run)
+    assert "ixi-etl evaluate run" in page
+    assert "No samples were drawn" in page
+    assert "No validation: " in page
+
+
+def test_disabled_losses_are_not_drawn(run: Path) -> None:
+    lines = pd.read_csv(run / "metrics.csv").head(10)
+    lines[["loss_d", "loss_d_real", "loss_d_fake", "loss_g_adversarial"]] = 0.0
+    lines.to_csv(run / "metrics.csv", index=False)
+    page = run_report(run)
+    assert 'aria-label="Generator: reconstruction' in page
+    assert 'aria-label="Generator: adversarial' not in page
+    assert 'aria-label="Discriminator' not in page
+
+
+def test_a_single_subject_with_infinite_psnr_is_shown(run: Path) -> None:
+    write_evaluation(run, 1)
+    table = pd.read_csv(run / "evaluation-test.csv")
+    table["psnr"] = math.inf  # equal images
+    table.to_csv(run / "evaluation-test.csv", index=False)
+    page = run_report(run)
+    assert "1 of 1 rows" not in page  # the script writes it
+    assert "<td>inf</td>" in page
+    assert 'aria-label="test: PSNR' not in page
+    assert 'aria-label="test: SSIM' in page

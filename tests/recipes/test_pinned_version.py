@@ -1,0 +1,94 @@
+"""The content of a version, pinned: code that moves must not change a voxel, an affine or a word of the manifest.
+
+A hash that changes here means that the same archives give another version. If that is intended, raise
+`ixi_etl.PIPELINE_VERSION` and write the new hashes here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import config_for
+from numpy.typing import NDArray
+
+from ixi_etl.dataset.metadata import read_manifest
+from ixi_etl.dataset.store import STORE, open_arrays
+from ixi_etl.recipes.ixi import refresh
+from ixi_etl.testing.phantom import grid_affine, pack_nifti, write_tar
+
+SHAPE_KJI = (20, 24, 16)
+DEPENDS_ON_LIBRARIES = "sha256|nmi_"  # of compressed members, and logarithms
+
+PINNED = {
+    "anatomical": {
+        "voxels": "c4330710fbddb045adf87dce1c36d6bc4b2a705ba9b38f4250c4553459e01766",
+        "others": "9976e729bd4e1ca518910221428896062fcc608bc5aca05d7b4d0c55ccfb8a31",
+        "attributes": "b1930f86e0d7f7b7bd6a2ee054b6d24cfacf6ce9e4aab67df44e9e5f270c71d8",
+        "manifest": "75b8511c5494bec2730edeee729fbfb7aae951f2d81c4885a8cd99d03a792caa",
+    },
+    "index": {
+        "voxels": "a73b5d8a1e9c0545989348a76fb39b96d0d60ef31d50762e827aa3623aa3c950",
+        "others": "bd9c6ad6db3d0d55a46d88cac9f6d738233e165eb734b07f6cffb1192eac3418",
+        "attributes": "7f95b18fcc4b53c88ffffdb83087da05ca948c49ae1a6144876ea1044bcb4c4b",
+        "manifest": "ef57ff809171aec2d59567795f63b1f191bae94ac691b05fd3e947cc795548b3",
+    },
+}
+
+
+def pattern(seed: int) -> NDArray[np.int16]:
+    """Voxels [k, j, i] made by integer arithmetic alone: the same on every CPU and with every library."""
+    k, j, i = np.indices(SHAPE_KJI, dtype=np.int64)
+    blob = np.maximum(0, 900 - 25 * ((k - 10) ** 2 + (j - 12) ** 2 + (i - 8) ** 2))
+    return (blob * (i + 2 * j + 3 * k + seed) // 64 + (7 * i + 13 * j + 31 * k + seed) % 61).astype("<i2")
+
+
+@pytest.fixture(scope="module")
+def exact_archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Archives whose T1 lies half a voxel off the T2's grid, so that interpolation is exact in binary."""
+    folder = tmp_path_factory.mktemp("exact")
+    members: dict[str, dict[str, bytes]] = {"T1": {}, "T2": {}}
+    for number in range(1, 6):
+        subject = f"IXI{number:03d}-{('Guys', 'HH')[number % 2]}-{number:04d}"
+        for modality, orientation in (("T1", "RAS"), ("T2", "LAS")):
+            if (number, modality) == (4, "T2"):
+                continue  # excluded: missing_t2
+            affine = grid_affine(SHAPE_KJI[::-1], (1.0, 1.0, 1.0), orientation)
+            affine[:3, 3] += (0.5, 0, 0.5) if modality == "T1" else 0
+            voxels = pattern(number + 40 * (modality == "T1"))
+            if (number, modality) == (5, "T1"):
+                voxels[:] = 0  # excluded: empty_image
+            slope = 0.5 if number == 2 else 1.0
+            members[modality][f"{subject}-{modality}.nii.gz"] = pack_nifti(voxels, affine, slope)
+    for modality, files in members.items():
+        write_tar(folder / f"IXI-{modality}.tar", files)
+    return folder
+
+
+def digest(*data: bytes) -> str:
+    return hashlib.sha256(b"".join(data)).hexdigest()
+
+
+def content(folder: Path) -> dict[str, str]:
+    """What must stay the same, by name: decoded arrays, their attributes, and the text of the manifest."""
+    arrays = {name: np.asarray(array) for name, array in sorted(open_arrays(folder).items()) if name != "subject"}
+    metadata = {path.parent.name: json.loads(path.read_text()) for path in (folder / STORE).rglob("zarr.json")}
+    attributes = {name: content["attributes"] for name, content in metadata.items()}
+    del attributes[STORE]["version"]  # a hash of the versions of libraries, among others
+    manifest = read_manifest(folder)
+    manifest = manifest.drop(columns=manifest.columns[manifest.columns.str.contains(DEPENDS_ON_LIBRARIES)])
+    return {
+        "voxels": digest(arrays["t1"].tobytes(), arrays["t2"].tobytes()),
+        "others": digest(*(array.tobytes() for name, array in arrays.items() if name not in ("t1", "t2"))),
+        "attributes": digest(json.dumps(attributes, sort_keys=True).encode()),
+        "manifest": digest(manifest.to_csv(index=False, lineterminator="\n").encode()),
+    }
+
+
+@pytest.mark.parametrize("pairing", sorted(PINNED))
+def test_content_of_a_version_is_pinned(pairing: str, exact_archives: Path, tmp_path: Path) -> None:
+    made = refresh(config_for(tmp_path, exact_archives, pairing=pairing, pictures=False))
+    assert content(made.folder) == PINNED[pairing]

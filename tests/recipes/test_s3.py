@@ -1,0 +1,129 @@
+"""A root on S3 has the same content as a folder, appears atomically, and is read by the same functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import OnS3, config_for, logged, requests_in
+from upath import UPath
+
+from ixi_etl.config import RefreshConfig
+from ixi_etl.core.files import write_atomic
+from ixi_etl.core.progress import no_progress
+from ixi_etl.core.storage import DataRoot, file_sizes, to_path, upload_folder
+from ixi_etl.dataset import metadata, verify, versions
+from ixi_etl.dataset.publish import PublishedVersion
+from ixi_etl.dataset.store import open_arrays
+from ixi_etl.errors import IxiError
+from ixi_etl.recipes.ixi import refresh
+
+
+def put(published: PublishedVersion, config: RefreshConfig) -> UPath:
+    """The version on S3 after a refresh."""
+    data_root = DataRoot(config.root)
+    target = data_root.version(published.version)
+    upload_folder(published.folder, target, last=metadata.METADATA, progress=no_progress)
+    write_atomic(data_root.datasets / metadata.POINTER, (published.folder.parent / metadata.POINTER).read_bytes())
+    return target
+
+
+@pytest.fixture
+def config(s3_root: str, archives: Path, tmp_path: Path) -> RefreshConfig:
+    return config_for(s3_root, archives, tmp_path)
+
+
+def test_a_version_on_s3_equals_the_local_one(on_s3: OnS3, published: PublishedVersion) -> None:
+    config, made = on_s3.config, on_s3.made
+    assert (made.version, made.is_new) == (published.version, True)
+    assert str(made.folder) == f"{config.root}/datasets/ixi-t1-t2/{made.version}"
+    assert metadata.read_metadata(made.folder) == metadata.read_metadata(
+        published.folder
+    )  # with the SHA-256 of every file
+    assert verify.verify(made.folder, deep=True) == []
+    assert metadata.read_manifest(made.folder).equals(metadata.read_manifest(published.folder))
+    there, here = open_arrays(made.folder), open_arrays(published.folder)
+    assert {n: a.attrs.asdict() for n, a in there.items()} == {n: a.attrs.asdict() for n, a in here.items()}
+    assert all(np.array_equal(np.asarray(there[n]), np.asarray(here[n])) for n in here)
+    again = refresh(config)
+    assert (again.version, again.is_new) == (published.version, False)
+    assert versions.resolve_version(DataRoot(config.root)) == published.version
+    assert not list(Path(config.scratch or "").rglob("*.shard"))  # what was being made is cleared away
+    assert {name.partition("/")[0] for name in file_sizes(to_path(config.root))} == {"datasets"}
+
+
+def test_metadata_and_pointer_are_uploaded_last(on_s3: OnS3) -> None:
+    written = [url for method, url, _ in on_s3.requests if method == "PUT"]
+    prefix = "/" + on_s3.made.folder.parent.as_posix().removeprefix("s3://")
+    assert written[-2:] == [f"{prefix}/{on_s3.made.version}/dataset.json", f"{prefix}/latest.json"]
+    assert len(written) > len(metadata.read_metadata(on_s3.made.folder)["files"])
+
+
+@pytest.mark.stack
+def test_a_killed_upload_is_not_a_version_and_is_repeated(config: RefreshConfig, published: PublishedVersion) -> None:
+    data_root, target = DataRoot(config.root), put(published, config)
+    (data_root.datasets / metadata.POINTER).unlink()
+    (target / metadata.METADATA).unlink()
+    (target / "stray").write_bytes(b"of another time")
+    assert versions.published_versions(data_root) == []
+    with pytest.raises(IxiError, match="has no published version"):
+        versions.resolve_version(data_root)
+    assert refresh(config).is_new
+    assert verify.verify(target) == []
+
+
+@pytest.mark.stack
+def test_a_damaged_version_on_s3_is_repaired_in_place(config: RefreshConfig, published: PublishedVersion) -> None:
+    made = put(published, config)
+    shard = made / "slices.zarr/t1/c/0/0/0/0"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # which only --deep can see
+    assert verify.verify(made, deep=True) != []
+    shard.write_bytes(whole[:-1])
+    assert verify.verify(made) != []
+    with logged() as records:
+        assert refresh(config).is_new
+    assert not [asked for asked in requests_in(records) if asked[0] == "DELETE" or "?delete" in asked[1]]
+    assert shard.read_bytes() == whole
+    assert verify.verify(made) == []
+
+
+@pytest.mark.stack  # a fault beyond the first one
+def test_a_version_with_a_missing_object_is_repaired(config: RefreshConfig, published: PublishedVersion) -> None:
+    made = put(published, config)
+    (made / "slices.zarr/t1/c/0/0/0/0").unlink()
+    assert verify.verify(made) != []
+    assert refresh(config).is_new
+    assert verify.verify(made, deep=True) == []
+
+
+def test_archives_on_s3_are_read_in_place(
+    s3_root: str, archives: Path, published: PublishedVersion, tmp_path: Path
+) -> None:
+    upload_folder(archives, to_path(f"{s3_root}/archives"), last="MD5SUMS", progress=no_progress)
+    made = refresh(config_for(tmp_path, f"{s3_root}/archives"))
+    assert made.version == published.version
+    assert not list(tmp_path.rglob("*.tar"))
+
+
+def test_a_missing_bucket_is_reported_before_any_work(s3: None, archives: Path, tmp_path: Path) -> None:
+    with pytest.raises(IxiError, match=r"cannot reach the bucket nowhere of s3://nowhere/x .*does not exist"):
+        refresh(config_for("s3://nowhere/x", archives, tmp_path))
+    with pytest.raises(IxiError, match="cannot reach the bucket nowhere"):
+        versions.resolve_version(DataRoot("s3://nowhere/x"))
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_the_command_line_reads_from_s3(on_s3: OnS3, capsys: pytest.CaptureFixture[str]) -> None:
+    from flows.cli import main
+
+    for command, text in (("verify", "is sound"), ("versions", f"{on_s3.made.version} (latest)")):
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--root", str(on_s3.config.root)])
+        assert (ended.value.code or 0, text in capsys.readouterr().out) == (0, True)
+
+
+def test_scratch_is_for_a_root_on_s3_only(tmp_path: Path) -> None:
+    assert RefreshConfig(root=tmp_path / "a", scratch=tmp_path / "b").data_root.archives == tmp_path / "a/archives"
+    assert RefreshConfig(root="s3://a/b", scratch=tmp_path / "b").data_root.archives == tmp_path / "b/archives"
