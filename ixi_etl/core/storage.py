@@ -15,10 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import unquote
 
-import fsspec
-from fsspec.callbacks import Callback
-from fsspec.implementations.local import LocalFileSystem
-
 from ixi_etl.core.progress import Progress
 from ixi_etl.core.text import printable
 from ixi_etl.errors import ConfigError, redacted
@@ -198,6 +194,8 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 def upload_folder(folder: Path, target: Path, last: str, progress: Progress) -> None:
     """Copy a local folder to S3, with the file `last` after all others: its presence marks the folder as complete."""
+    from fsspec.callbacks import Callback
+
     filesystem, top = filesystem_of(target)
     names = sorted(file_sizes(folder).keys() - {last})
     callback = Callback(hooks={"progress": lambda size, value: progress("upload", value, size or len(names), "files")})
@@ -218,6 +216,9 @@ def remove_tree(target: Path, first: str) -> None:
 
 def filesystem_of(path: str | Path, **options: Any) -> tuple[Any, str]:
     """The fsspec file system of a path or URL, and its path within that; a local path may contain `::`."""
+    import fsspec  # imported here, so that `ixi-etl --help` need not wait for it
+    from fsspec.implementations.local import LocalFileSystem
+
     if not is_url(str(path)):
         return LocalFileSystem(), os.path.abspath(path)
     filesystem, top = fsspec.url_to_fs(str(path), use_listings_cache=False, **options)
