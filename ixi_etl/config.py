@@ -5,7 +5,6 @@ The command line makes its options from these fields (`flows.cli.options`), and 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
@@ -168,11 +167,10 @@ class DatasetConfig(StrictModel):
             start, stop = self.window
         return (start, stop) if start >= 0 and stop <= depth else None
 
-    def split_of(self, person: str) -> str:
-        """Train, val or test for one person (`IXI002`), by a hash, so that a refresh never moves a person."""
-        digest = hashlib.sha256(f"{self.split_seed}:{person}".encode()).digest()
-        draw = int.from_bytes(digest[:8], "big") / 2**64
-        return SPLITS[0] if draw < self.split[0] else SPLITS[1] if draw < self.split[0] + self.split[1] else SPLITS[2]
+    @property
+    def window_length(self) -> int:
+        """Number of slices of a slab."""
+        return self.slices if self.window == "middle" else self.window[1] - self.window[0]
 
 
 PRESETS: dict[str, dict[str, Any]] = {"paired": {}, "paper": {"pairing": "index"}}

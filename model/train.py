@@ -87,49 +87,49 @@ def train(
     metrics_log = MetricsLog(run, config, trainer, start, config.batch_size * processes) if rank == 0 else None
     sample_steps = {round((n + 1) * config.steps / config.samples) for n in range(config.samples)}
 
-    smaller = f"batch_size {config.batch_size // 2}" if config.batch_size > 1 else "a smaller width or side"
-    with _out_of_memory_as_user_error(f"at batch_size {config.batch_size}", smaller), catch_signals() as received:
+    suggestion = f"batch_size {config.batch_size // 2}" if config.batch_size > 1 else "a smaller width or side"
+    with _out_of_memory_as_user_error(f"at batch_size {config.batch_size}", suggestion), catch_signals() as received:
         for step in range(start, config.steps):
-            first = (step * processes + rank) * config.batch_size
-            losses = trainer.step(*data.draw_batch(pairs, config, first), config.lr_at(step))
+            first_pair = (step * processes + rank) * config.batch_size
+            losses = trainer.step(*data.draw_batch(pairs, config, first_pair), config.lr_at(step))
 
-            done = step + 1
-            last_step = done == config.steps
+            steps_done = step + 1
+            last_step = steps_done == config.steps
             stop_signal = _any_rank_signal(received)
-            progress("train", done, config.steps, "steps")
+            progress("train", steps_done, config.steps, "steps")
 
-            # Once in a while: log the losses.
+            # Every `log_every` steps: log the losses.
             if metrics_log is not None:
                 metrics_log.record(losses)
-                if done % config.log_every == 0 or last_step:
-                    metrics_log.log_metrics(done)
+                if steps_done % config.log_every == 0 or last_step:
+                    metrics_log.log_metrics(steps_done)
 
-            # Once in a while: draw samples.
-            if metrics_log is not None and done in sample_steps:
+            # At the sample steps: draw samples.
+            if metrics_log is not None and steps_done in sample_steps:
                 with metrics_log.untimed():
-                    name = f"step-{done:08d}"
+                    name = f"step-{steps_done:08d}"
                     sheets = samples.draw_samples(trainer.ema_or_current, sampled_pairs, run / "samples", name)
-                metrics_log.log_samples(done, sheets)
+                metrics_log.log_samples(steps_done, sheets)
 
-            # Once in a while, and when stopped: validate and save a checkpoint.
-            if done % config.checkpoint_every == 0 or last_step or stop_signal:
+            # Every `checkpoint_every` steps, at the end and when stopped: validate and save a checkpoint.
+            if steps_done % config.checkpoint_every == 0 or last_step or stop_signal:
                 state = trainer.state_dict()  # collective: every process must call it
-                _check_finite(losses, state, done, run)
+                _check_finite(losses, state, steps_done, run)
                 if metrics_log is not None:
                     with metrics_log.untimed():
                         # A stopped process may be killed within seconds: save without validating.
                         scores = {} if stop_signal or validation_pairs is None else validate(trainer, validation_pairs)
-                        record = {"step": done, "config": config.model_dump(mode="json"), "validation": scores}
-                        path = checkpoint.checkpoint_path(run / "checkpoints", done)
+                        record = {"step": steps_done, "config": config.model_dump(mode="json"), "validation": scores}
+                        path = checkpoint.checkpoint_path(run / "checkpoints", steps_done)
                         checkpoint.save(path, state, record | {"processes": processes})
                         checkpoint.prune_checkpoints(run / "checkpoints", config.keep)
-                    metrics_log.log_validation(done, scores)
+                    metrics_log.log_validation(steps_done, scores)
                     with metrics_log.untimed():
                         on_saved()
 
             # Stop if any process received a signal, also one that came while the last checkpoint was saved.
             if stop_signal or (last_step and received):
-                message = f"stopped at step {done} of {config.steps} and saved in {run}; continue with --resume"
+                message = f"stopped at step {steps_done} of {config.steps} and saved in {run}; continue with --resume"
                 raise StoppedError(message, stop_signal or received[0])
 
     if metrics_log is not None:
@@ -142,11 +142,11 @@ def validate(trainer: Trainer, pairs: Pairs) -> dict[str, float]:
     """Means over the subjects of `pairs`, on whole slices: `mae`, `psnr` (dB) and `ssim`."""
     predict = generator.as_predictor(trainer.ema_or_current)
 
-    def generated(source: Tensor, position: Tensor) -> Tensor:
+    def generate(source: Tensor, position: Tensor) -> Tensor:
         with trainer.autocast():  # only generating: SSIM computed in bf16 is wrong by up to 0.03
             return predict(source, position)
 
-    table = evaluate.measure(pairs, {"generated": generated})
+    table = evaluate.measure(pairs, {evaluate.GENERATED: generate})
     return {str(k): float(v) for k, v in table[table["mask"] == "whole"][["mae", "psnr", "ssim"]].mean().items()}
 
 

@@ -52,3 +52,11 @@ def test_the_error_names_the_nearest_field_in_one_line(model: Any, given: dict[s
     assert "\n" not in line
     assert "Extra inputs" not in line
     assert "Value error" not in line
+
+
+@pytest.mark.parametrize(("window", "length"), [("middle", 20), ((3, 8), 5)])
+def test_the_window_length_is_that_of_the_slab(window: Any, length: int) -> None:
+    config = DatasetConfig(window=window)
+    assert config.window_length == length
+    start, stop = config.window_in(100) or (0, 0)
+    assert stop - start == length

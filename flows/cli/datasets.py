@@ -1,4 +1,4 @@
-"""Commands that make a dataset: survey, refresh, digits."""
+"""Commands that look at archives and make datasets: survey, refresh, digits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from flows.cli.app import DEFAULT_ROOT, Root, app
+from flows.cli.app import app
 from flows.cli.options import options_from
 from flows.cli.output import Json, Output, Quiet
 from flows.cli.show import show_run, show_version
@@ -21,10 +21,9 @@ if TYPE_CHECKING:
 
 
 @app.command()
-@options_from(("source", "insecure_hosts"), config=RefreshConfig)
+@options_from(only=("root", "source", "insecure_hosts"), config=RefreshConfig)
 def survey(
     config: dict[str, Any],
-    root: Root = DEFAULT_ROOT,
     out: Annotated[
         Path | None,
         typer.Option(help=r"Folder for survey.csv and depths.svg.  \[default: ROOT/survey]", show_default=False),
@@ -32,13 +31,11 @@ def survey(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Histogram the slice counts from the headers alone; nothing is unpacked.
+    """Count the volumes by number of slices, from the headers alone; nothing is unpacked.
 
     Prints the depths by modality and site, and writes survey.csv (one row per member) and depths.svg.
     """
     from flows.progress import show_progress
-    from ixi_etl.core.http_options import HttpOptions
-    from ixi_etl.core.storage import DataRoot
     from ixi_etl.dataset.schema import without_formulas
     from ixi_etl.report.depth_chart import depths_svg
     from ixi_etl.scans.site_tables import flatten, site_table_to_records
@@ -46,11 +43,11 @@ def survey(
     from ixi_etl.scans.survey import survey as survey_archives
 
     output = Output(quiet, as_json)
-    locations = _archives_to_survey(root, config.get("source"))
-    http = HttpOptions(insecure_hosts=tuple(config.get("insecure_hosts", ())))
+    survey_config = RefreshConfig.model_validate(config)
+    locations = _archives_to_survey(survey_config)
     with show_progress() as progress:
-        table = survey_archives(locations, progress, http)
-    out = out or DataRoot(root).local / "survey"
+        table = survey_archives(locations, progress, survey_config.http)
+    out = out or survey_config.data_root.local / "survey"
     out.mkdir(parents=True, exist_ok=True)
     without_formulas(table).to_csv(out / "survey.csv", index=False)
     histogram, modal = depth_histogram(table), modal_depths(table)
@@ -72,14 +69,14 @@ def survey(
     output.end()
 
 
-def _archives_to_survey(root: str, source: str | None) -> dict[str, str]:
-    """Modality -> archive: those of `source`, or those that an earlier refresh downloaded."""
-    from ixi_etl.core.storage import DataRoot
+def _archives_to_survey(config: RefreshConfig) -> dict[str, str]:
+    """Modality -> archive: those of `--source`, or those that an earlier refresh downloaded."""
     from ixi_etl.modalities import MODALITIES, archive_name, modality_of
     from ixi_etl.sources.user_source import find_archives
 
+    source = config.source
     if source is None:
-        archives = DataRoot(root).archives
+        archives = config.data_root.archives
         locations = {m: str(archives / archive_name(m)) for m in MODALITIES}
         if not all(Path(location).exists() for location in locations.values()):
             raise ArchiveError(f"{archives} has no archives yet; run `ixi-etl refresh`, or give --source")

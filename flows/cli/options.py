@@ -1,4 +1,6 @@
-"""Command-line options made from the fields of pydantic models, so that a new field is a new option.
+"""Command-line options made from the fields of pydantic models (`ixi_etl.config`, `model.config`).
+
+A new field there is a new option; nothing in this module changes.
 
 ::
 
@@ -6,8 +8,8 @@
     @options_from(config=RefreshConfig, dataset=DatasetConfig)
     def refresh(config: dict[str, Any], dataset: dict[str, Any], quiet: Quiet = False) -> None: ...
 
-The help, bounds and default of an option are those of its `Field`. A group receives only the fields that the user gave:
-what is missing keeps the default of the model, or the value of a preset.
+The help, bounds and default of an option are those of its `Field`. Each model parameter receives a dict of the options
+that were given: a missing one keeps the default of the model, or the value of a preset.
 """
 
 from __future__ import annotations
@@ -28,15 +30,15 @@ from ixi_etl.core.option import Option
 Command = Callable[..., None]
 
 
-def options_from(only: Sequence[str] = (), **models: type[BaseModel]) -> Callable[[Command], Command]:
+def options_from(*, only: Sequence[str] = (), **models: type[BaseModel]) -> Callable[[Command], Command]:
     """Replace each parameter named in `models` by one option for each field of that model.
 
-    Fields that are models themselves get no option; give them as a group of their own. `only` restricts the fields.
+    A field that is a model itself gets no option; name it as a parameter of its own. `only` restricts the fields.
     """
 
     def decorate(command: Command) -> Command:
         hints = get_type_hints(command, include_extras=True)
-        own = [
+        command_parameters = [
             parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
             for name, parameter in inspect.signature(command).parameters.items()
             if name not in models
@@ -44,20 +46,20 @@ def options_from(only: Sequence[str] = (), **models: type[BaseModel]) -> Callabl
         groups = {group: dict(_options_of(model, only)) for group, model in models.items()}
 
         @wraps(command)
-        def run(**arguments: Any) -> None:
-            given = {group: _taken(arguments, options) for group, options in groups.items()}
+        def wrapper(**arguments: Any) -> None:
+            given = {group: _pop_given(arguments, options) for group, options in groups.items()}
             command(**arguments, **given)
 
-        made = [option for options in groups.values() for option in options.values()]
-        run.__signature__ = inspect.Signature([*made, *own])  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*made, *own)}
-        return run
+        generated = [option for options in groups.values() for option in options.values()]
+        wrapper.__signature__ = inspect.Signature([*generated, *command_parameters])  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in (*generated, *command_parameters)}
+        return wrapper
 
     return decorate
 
 
-def _taken(arguments: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Remove the options of one group from `arguments`, and return those that the user gave."""
+def _pop_given(arguments: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove the options of one model from `arguments`, and return those that the user gave."""
     values = {name: arguments.pop(name) for name in options}
     return {name: value for name, value in values.items() if value not in (None, [])}
 
@@ -78,7 +80,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         help=_help(field),
         metavar=special.metavar,
         envvar=special.envvar,
-        show_default=False,  # that is None: not given
+        show_default=False,  # the default here is always None, meaning "not given"
         **_bounds(metadata, value_type),
     )
     annotation = Annotated[value_type | None, option]  # type: ignore[valid-type]
@@ -86,7 +88,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
 
 
 def _plain_type(annotation: Any) -> Any:
-    """The type of a value on the command line: without None, constraints and, for several values, as a list."""
+    """Strip None and constraints; return `list[T]` for `tuple[T, ...]`."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _plain_type(get_args(annotation)[0])

@@ -25,7 +25,7 @@ COMMON_FIELDS = ("dataset", "direction", "steps", "batch_size", "lr", "width", "
 
 
 @app.command()
-@options_from(COMMON_FIELDS, config=TrainConfig)
+@options_from(only=COMMON_FIELDS, config=TrainConfig)
 def train(
     config: dict[str, Any],
     preset: Annotated[

@@ -6,13 +6,14 @@ the columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
-from ixi_etl.config import SPLITS, DatasetConfig
+from ixi_etl.config import DatasetConfig
 from ixi_etl.dataset.schema import CANDIDATE, EXCLUDED, IXI, REASONS, USED, Schema
+from ixi_etl.dataset.splits import assign_splits, person_of
 from ixi_etl.scans.site_tables import count_by_site, site_table, site_table_to_records
 
 DUPLICATE = "duplicate_scan"
@@ -23,11 +24,6 @@ FLAGS = {
     DUPLICATE: "the same voxels are in the archives more than once; persons who share them are in one split",
 }
 """Flags set from headers and from the comparison of scans. The cut has further flags."""
-
-
-def person_of(subject_id: str) -> str:
-    """The person of a subject, for example `IXI002` of `IXI002-Guys-0828`; two scans of one person share it."""
-    return subject_id.partition("-")[0]
 
 
 def finalize(manifest: pd.DataFrame, records: Mapping[str, Mapping[str, Any]], config: DatasetConfig) -> pd.DataFrame:
@@ -42,7 +38,7 @@ def finalize(manifest: pd.DataFrame, records: Mapping[str, Mapping[str, Any]], c
         rows.append(row)
     used = [row for row in rows if row["status"] == USED]
     duplicates = find_equal_scans({row["subject_id"]: records[row["subject_id"]] for row in used})
-    splits = _splits({person_of(row["subject_id"]) for row in used}, duplicates, config)
+    splits = assign_splits({person_of(row["subject_id"]) for row in used}, duplicates, config)
     duplicated = {subject for group in duplicates for subject, _ in group}
     for store_row, row in enumerate(used):
         row |= {"store_row": store_row, "split": splits[person_of(row["subject_id"])]}
@@ -63,20 +59,6 @@ def find_equal_scans(records: Mapping[str, Mapping[str, Any]]) -> list[list[tupl
         for modality, digest in record.get("voxels_sha256", {}).items():
             groups.setdefault(digest, []).append((subject, modality))
     return sorted(group for group in groups.values() if len(group) > 1)
-
-
-def _splits(
-    persons: Iterable[str], duplicates: Iterable[list[tuple[str, str]]], config: DatasetConfig
-) -> dict[str, str]:
-    """Person -> split. Persons who share a scan get one split: the first of train, val, test that any of them has.
-
-    So a person in train never moves to test because a copy of a scan appears.
-    """
-    groups = {person: {person} for person in persons}
-    for scans in duplicates:
-        merged = set().union(*(groups[person_of(subject)] for subject, _ in scans))
-        groups |= dict.fromkeys(merged, merged)
-    return {p: min((config.split_of(other) for other in group), key=SPLITS.index) for p, group in groups.items()}
 
 
 def used_rows(manifest: pd.DataFrame) -> pd.DataFrame:

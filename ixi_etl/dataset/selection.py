@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from ixi_etl.config import DatasetConfig
-from ixi_etl.dataset.manifest import person_of, to_records
+from ixi_etl.dataset.manifest import to_records
 from ixi_etl.dataset.schema import CANDIDATE, EXCLUDED, IXI, REASONS
+from ixi_etl.dataset.splits import person_of
 from ixi_etl.modalities import MODALITIES
 from ixi_etl.scans.affines import ALIGNED, Form, choose_spaces, space_name
 from ixi_etl.scans.demographics import canonical_person

@@ -63,7 +63,7 @@ class CutJob:
 
     subject_id: str
     members: Mapping[str, MemberRef]
-    cut: bool
+    is_candidate: bool
     version: str = ""
 
 
@@ -135,7 +135,7 @@ def cut_subject(job: CutJob, config: DatasetConfig, work: Path) -> dict[str, Any
             f"{m.lower()}_gzip_crc32": f"crc32:{data[-8:-4][::-1].hex()}" if gunzip.is_gzip(data) else ""
             for m, data in packed.items()
         }
-        if job.cut:
+        if job.is_candidate:
             try:
                 _cut(job, packed, config, work, record)
             except BadVolumeError as error:
@@ -147,7 +147,7 @@ def cut_subject(job: CutJob, config: DatasetConfig, work: Path) -> dict[str, Any
 
 def _job_identity(job: CutJob) -> list[Any]:
     """Identifies the job in its record, because records of other versions or subjects may have been copied here."""
-    return [job.version, job.subject_id, job.cut]
+    return [job.version, job.subject_id, job.is_candidate]
 
 
 def _current_fingerprints(members: Mapping[str, MemberRef]) -> dict[str, str]:
@@ -216,4 +216,4 @@ def _files_intact(record: Mapping[str, Any], job: CutJob, work: Path) -> bool:
         intact = all(sha256_file(work / name) == digest for name, digest in record.get("files", {}).items())
     except OSError:
         return False
-    return intact and ("files" in record or "reason" in record or not job.cut)
+    return intact and ("files" in record or "reason" in record or not job.is_candidate)

@@ -49,10 +49,10 @@ class ScanVolume:
     def __init__(self, modality: str, packed: bytes) -> None:
         self.modality = modality
         try:
-            self.header, self.stored = nifti.read_volume(packed)
+            self.header, self.voxels = nifti.read_volume(packed)
         except BadVolumeError as error:
             raise BadVolumeError(error.reason, f"{modality}: {error.detail}") from error
-        self.voxels_sha256 = hashlib.sha256(self.stored.view(np.uint8).data).hexdigest()
+        self.voxels_sha256 = hashlib.sha256(self.voxels.view(np.uint8).data).hexdigest()
         self._remove_offset()
 
     @property
@@ -62,25 +62,25 @@ class ScanVolume:
 
     def _remove_offset(self) -> None:
         """Move a large common offset from the voxels to the intercept, because float32 would lose their differences."""
-        if self.stored.dtype.itemsize < 4:
+        if self.voxels.dtype.itemsize < 4:
             return
-        low, high = float(self.stored.min()), float(self.stored.max())
+        low, high = float(self.voxels.min()), float(self.voxels.max())
         if max(abs(low), abs(high)) / MAX_OFFSET_RATIO > high - low > 0:
-            self.stored = (self.stored - self.stored.min()).astype(np.float64)
+            self.voxels = (self.voxels - self.voxels.min()).astype(np.float64)
             self.header.intercept += self.header.slope * low
 
     @cached_property
-    def steps(self) -> Quantisation:
+    def quantisation(self) -> Quantisation:
         """The possible values of the volume: multiples of its slope if all stored voxels are integers."""
-        is_integer = self.stored.dtype.kind != "f" or bool((np.rint(self.stored) == self.stored).all())
+        is_integer = self.voxels.dtype.kind != "f" or bool((np.rint(self.voxels) == self.voxels).all())
         return Quantisation(abs(self.header.slope) if is_integer else 0.0, self.header.intercept)
 
-    def store(self, stored: NDArray[Any], inside: NDArray[np.bool_] | None = None) -> StoredSlab:
-        """Convert a part of the volume, or samples of it, for the store; samples not `inside` the volume become 0."""
-        values = self.header.scaled(stored)
+    def to_stored_slab(self, voxels: NDArray[Any], inside: NDArray[np.bool_] | None = None) -> StoredSlab:
+        """Convert voxels or samples of the volume to their stored form; those not `inside` it become 0."""
+        values = self.header.scaled(voxels)
         if inside is not None:
             values[~inside] = 0
-        return to_int16(values, self.steps, inside)
+        return to_int16(values, self.quantisation, inside)
 
 
 def use_common_space(volumes: Mapping[str, ScanVolume]) -> None:
@@ -93,19 +93,37 @@ def use_common_space(volumes: Mapping[str, ScanVolume]) -> None:
 
 def index_slab(volume: ScanVolume, config: DatasetConfig) -> Slab:
     """The window of slices as stored, whatever their plane: the published recipe."""
-    window = config.window_in(len(volume.stored))
+    window = config.window_in(len(volume.voxels))
     assert window is not None, "selection accepted a window that does not fit"
-    stored, affine = geometry.stored_slab(volume.stored, volume.affine, window)
-    return Slab(volume.store(stored), affine, window)
+    stored, affine = geometry.stored_slab(volume.voxels, volume.affine, window)
+    return Slab(volume.to_stored_slab(stored), affine, window)
 
 
 def _axial_slab(t2: ScanVolume, config: DatasetConfig) -> Slab:
     """The window of the T2's axial slices, never resampled."""
     window = config.window_in(geometry.axial_depth(t2.header.shape, t2.affine))
     assert window is not None, "selection accepted a window that does not fit"
-    stored, affine = geometry.axial_slab(t2.stored, t2.affine, window)
+    stored, affine = geometry.axial_slab(t2.voxels, t2.affine, window)
     # Copied, because a flipped view is read repeatedly at half the speed and keeps the whole volume in memory.
-    return Slab(t2.store(stored.copy()), affine, window)
+    return Slab(t2.to_stored_slab(stored.copy()), affine, window)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """A T1 on the planes of its T2.
+
+    Attributes:
+        slab: the T1, interpolated once from its stored voxels; 0 outside its grid.
+        inside: mask of the voxels inside the T1's grid.
+        t2_to_t1: 4 x 4, a point of the T2's world (RAS mm) to the same tissue in the T1's world.
+        nmi_before, nmi_after: similarity by the headers alone, and as aligned.
+    """
+
+    slab: Slab
+    inside: NDArray[np.bool_]
+    t2_to_t1: geometry.Matrix
+    nmi_before: float
+    nmi_after: float
 
 
 def anatomical_slabs(t1: ScanVolume, t2: ScanVolume, config: DatasetConfig, record: dict[str, Any]) -> dict[str, Slab]:
@@ -117,46 +135,56 @@ def anatomical_slabs(t1: ScanVolume, t2: ScanVolume, config: DatasetConfig, reco
         BadVolumeError: `outside_fov`.
     """
     target = _axial_slab(t2, config)
-    rigid = config.registration == "rigid"
-    if not rigid:
-        del t2  # free volumes early: each worker holds its own
+    is_registered = config.registration == "rigid"
+    if not is_registered:
+        del t2  # the caller keeps no reference, so this frees the volume: each worker holds its own
     foreground = foreground_mask(target)
-    t2_to_t1 = np.eye(4)
-    chosen, inside = _resampled_slab(t1, target, t2_to_t1)
-    if not rigid:
+    slab, inside = _resampled_slab(t1, target, np.eye(4))
+    if not is_registered:
         del t1
-    similarity = nmi_within(foreground & inside, chosen, target)
-    record["nmi_before"] = similarity
-    if rigid:
+    similarity = nmi_within(foreground & inside, slab, target)
+    alignment = Alignment(slab, inside, np.eye(4), similarity, similarity)
+    if is_registered:
+        alignment, flags = _register_pair(alignment, t1, t2, target, foreground)
         points = geometry.world_points(foreground, target.affine)
-        try:
-            estimate = register.register(register.Volume(t1.stored, t1.affine), register.Volume(t2.stored, t2.affine))
-        except register.RegistrationError:
-            flags = ["registration_failed"]
-        else:
-            candidate, candidate_inside = _resampled_slab(t1, target, estimate)
-            common = foreground & inside & candidate_inside
-            outside_before, outside_after = (_fraction_outside(foreground, mask) for mask in (inside, candidate_inside))
-            # NMIs are comparable only on the same voxels.
-            if 1 - _fraction_outside(foreground, common) >= MIN_COMMON_FOREGROUND:
-                before, after = (nmi_within(common, slab, target) for slab in (chosen, candidate))
-                is_better = after > before
-            else:
-                before, after = similarity, nmi_within(foreground & candidate_inside, candidate, target)
-                is_better = outside_after < outside_before
-            flags = _registration_flags(is_better, *register.measure_motion(estimate, points))
-            if is_better:
-                if outside_after > MAX_OUTSIDE >= outside_before:
-                    flags.append("registration_leaves_fov")
-                chosen, inside, t2_to_t1, similarity = candidate, candidate_inside, estimate, after
-                record["nmi_before"] = before
-        motion_mm, motion_deg = register.measure_motion(t2_to_t1, points)
+        motion_mm, motion_deg = register.measure_motion(alignment.t2_to_t1, points)
         record |= {"motion_mm": motion_mm, "motion_deg": motion_deg, "flags": ",".join(flags)}
-    record |= {"t2_to_t1_ras_mm": json.dumps(t2_to_t1.tolist()), "nmi_after": similarity}
-    outside = _fraction_outside(foreground, inside)
+    record |= {
+        "nmi_before": alignment.nmi_before,
+        "nmi_after": alignment.nmi_after,
+        "t2_to_t1_ras_mm": json.dumps(alignment.t2_to_t1.tolist()),
+    }
+    outside = _fraction_outside(foreground, alignment.inside)
     if outside > MAX_OUTSIDE:
         raise BadVolumeError("outside_fov", f"{outside:.1%} of the T2 slab's foreground lies outside the T1's grid")
-    return {"T1": chosen, "T2": target}
+    return {"T1": alignment.slab, "T2": target}
+
+
+def _register_pair(
+    by_headers: Alignment, t1: ScanVolume, t2: ScanVolume, target: Slab, foreground: NDArray[np.bool_]
+) -> tuple[Alignment, list[str]]:
+    """Register the T1 to the T2; return the better of both alignments, and flags for the manifest."""
+    try:
+        estimate = register.register(register.Volume(t1.voxels, t1.affine), register.Volume(t2.voxels, t2.affine))
+    except register.RegistrationError:
+        return by_headers, ["registration_failed"]
+    slab, inside = _resampled_slab(t1, target, estimate)
+    outside_before, outside_after = (_fraction_outside(foreground, mask) for mask in (by_headers.inside, inside))
+    common = foreground & by_headers.inside & inside
+    # NMIs are comparable only on the same voxels.
+    if 1 - _fraction_outside(foreground, common) >= MIN_COMMON_FOREGROUND:
+        before, after = (nmi_within(common, each, target) for each in (by_headers.slab, slab))
+        is_better = after > before
+    else:
+        before, after = by_headers.nmi_before, nmi_within(foreground & inside, slab, target)
+        is_better = outside_after < outside_before
+    points = geometry.world_points(foreground, target.affine)
+    flags = _registration_flags(is_better, *register.measure_motion(estimate, points))
+    if not is_better:
+        return by_headers, flags
+    if outside_after > MAX_OUTSIDE >= outside_before:
+        flags.append("registration_leaves_fov")
+    return Alignment(slab, inside, estimate, before, after), flags
 
 
 def _registration_flags(is_applied: bool, motion_mm: float, motion_deg: float) -> list[str]:
@@ -164,7 +192,9 @@ def _registration_flags(is_applied: bool, motion_mm: float, motion_deg: float) -
     if is_applied:
         is_large = motion_mm > register.MAX_MOTION_MM or motion_deg > register.MAX_MOTION_DEG
         return ["large_motion"] if is_large else []
-    return ["registration_no_gain"] + ["alignment_uncertain"] * (motion_mm > UNCERTAIN_MOTION_MM)
+    if motion_mm > UNCERTAIN_MOTION_MM:
+        return ["registration_no_gain", "alignment_uncertain"]
+    return ["registration_no_gain"]
 
 
 def foreground_mask(slab: Slab) -> NDArray[np.bool_]:
@@ -187,8 +217,8 @@ def nmi_within(mask: NDArray[np.bool_], a: Slab, b: Slab) -> float:
 def _resampled_slab(t1: ScanVolume, target: Slab, t2_to_t1: geometry.Matrix) -> tuple[Slab, NDArray[np.bool_]]:
     """The T1 interpolated on exactly the target's planes, 0 outside its grid; and the mask of voxels inside it."""
     matrix = geometry.sampling_matrix(target.affine, t1.affine, t2_to_t1)
-    samples, inside = geometry.resample(t1.stored, matrix, target.stored.voxels.shape)
-    return Slab(t1.store(samples, inside), target.affine, None), inside
+    samples, inside = geometry.resample(t1.voxels, matrix, target.stored.voxels.shape)
+    return Slab(t1.to_stored_slab(samples, inside), target.affine, None), inside
 
 
 def usable_voxels(slabs: Mapping[str, Slab], record: dict[str, Any]) -> dict[str, NDArray[np.int16]]:

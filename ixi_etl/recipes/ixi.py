@@ -23,6 +23,7 @@ from ixi_etl.core.storage import fingerprint
 from ixi_etl.dataset import manifest, metadata, publish, selection
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import CANDIDATE, IXI
+from ixi_etl.dataset.splits import person_of
 from ixi_etl.errors import DatasetError
 from ixi_etl.modalities import MODALITIES
 from ixi_etl.pairing.cut import CutJob, archive_changed, cut_subject, read_member_checked, record_path
@@ -31,7 +32,7 @@ from ixi_etl.recipes.ixi_inputs import (
     DemographicsFile,
     Inputs,
     RefreshJob,
-    cut_jobs,
+    create_cut_jobs,
     start_job,
 )
 from ixi_etl.recipes.ixi_version import publish_version
@@ -41,6 +42,7 @@ from ixi_etl.scans.survey import describe_skipped_members, modal_planes, survey
 log = logging.getLogger(__name__)
 
 ALWAYS_ALLOWED_UNREADABLE = 10  # subjects
+BYTES_PER_VOXEL = 2  # int16
 MAX_SUBJECTS_SHOWN = 5  # in a warning
 UNREADABLE_REASONS = ("unreadable", "corrupt_voxels")
 
@@ -60,8 +62,8 @@ def refresh(config: RefreshConfig, progress: Progress = no_progress) -> Publishe
         if published:
             return published
         table = survey_archives(job)
-        candidates = select_subjects(job, table)
-        final, records = cut_subjects(job, table, candidates)
+        screened = select_subjects(job, table)
+        final, records = cut_subjects(job, table, screened)
         return publish_version(job, table, final, records)
 
 
@@ -89,27 +91,27 @@ def find_published(job: RefreshJob) -> PublishedVersion | None:
 
 
 def select_subjects(job: RefreshJob, table: pd.DataFrame) -> pd.DataFrame:
-    """Candidates and exclusions, from headers alone.
+    """Screen the subjects by their headers: one row per subject, a candidate or excluded.
 
     Raises:
         DatasetError: the demographics match no person in the archives.
     """
-    config, inputs = job.config.dataset, job.inputs
+    dataset_config, inputs = job.config.dataset, job.inputs
     for sentence in describe_skipped_members(table, inputs.archives):
         log.warning("%s", sentence)
     people = _read_people(inputs.demographics, table) if inputs.demographics else None
     planes = modal_planes(table)
-    if config.pairing == "index" and len(set(planes.values())) > 1:
+    if dataset_config.pairing == "index" and len(set(planes.values())) > 1:
         slices = " and ".join(f"{m} slices are {plane}" for m, plane in planes.items())
         log.warning("index pairing: %s, so the two pictures of a pair show different planes of the head", slices)
-    selected = selection.screen_headers(table, config, people)
-    _warn_of_flags(selected, ("unlike_spaces", "template_space", "affine_not_pixdim"))
-    return selected
+    screened = selection.screen_headers(table, dataset_config, people)
+    _warn_about_flags(screened, ("unlike_spaces", "template_space", "affine_not_pixdim"))
+    return screened
 
 
 def _read_people(file: DemographicsFile, table: pd.DataFrame) -> dict[str, dict[str, float | str]]:
     path, demographics = file.path, read_demographics(file.path, file.data)
-    persons = {manifest.person_of(subject) for subject in table["subject_id"] if subject}
+    persons = {person_of(subject) for subject in table["subject_id"] if subject}
     wanted, matched, message = demographics.match(persons)
     if not matched:
         raise DatasetError(f"{path}: {message}; give the table of these people, or omit --demographics")
@@ -118,9 +120,9 @@ def _read_people(file: DemographicsFile, table: pd.DataFrame) -> dict[str, dict[
     return demographics.people
 
 
-def _warn_of_flags(table: pd.DataFrame, flags: Sequence[str]) -> None:
+def _warn_about_flags(table: pd.DataFrame, flags: Sequence[str]) -> None:
     for flag in flags:
-        has_flag = table["flags"].str.split(",").map(lambda flags, flag=flag: flag in flags)
+        has_flag = table["flags"].str.split(",").map(lambda names, flag=flag: flag in names)
         subjects = table.loc[has_flag, "subject_id"].tolist()
         if subjects:
             shown = ", ".join(subjects[:MAX_SUBJECTS_SHOWN]) + (", ..." if len(subjects) > MAX_SUBJECTS_SHOWN else "")
@@ -128,7 +130,7 @@ def _warn_of_flags(table: pd.DataFrame, flags: Sequence[str]) -> None:
 
 
 @os_errors_as_user_errors()
-def cut_subjects(job: RefreshJob, table: pd.DataFrame, candidates: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any]]:
+def cut_subjects(job: RefreshJob, table: pd.DataFrame, screened: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Cut every candidate and hash every member.
 
     Returns:
@@ -140,26 +142,26 @@ def cut_subjects(job: RefreshJob, table: pd.DataFrame, candidates: pd.DataFrame)
     """
     config, inputs, work = job.config, job.inputs, job.work
     work.mkdir(parents=True, exist_ok=True)
-    cuts = cut_jobs(table, candidates, inputs, job.version)
-    _check_disk(work, candidates, config.dataset.slices)
+    cut_jobs = create_cut_jobs(table, screened, inputs, job.version)
+    _check_disk(work, screened, config.dataset.window_length)
     results = parallel_map(
         partial(cut_subject, config=config.dataset, work=work.resolve()),
-        [_without_fingerprints(cut) for cut in cuts] if config.dask else cuts,
+        [_without_fingerprints(cut_job) for cut_job in cut_jobs] if config.dask else cut_jobs,
         workers=config.workers,
         address=config.dask,
         libraries=("ixi-etl", *VOXEL_LIBRARIES),
-        on_done=lambda done: job.progress("cut", done, len(cuts), "subjects"),
+        on_done=lambda done: job.progress("cut", done, len(cut_jobs), "subjects"),
     )
-    _check_members(cuts, results, work)
+    _check_members(cut_jobs, results, work)
     _check_unchanged(inputs)
-    records = {cut.subject_id: result for cut, result in zip(cuts, results, strict=True)}
-    if inputs.surveyed is not None:
-        for cut in cuts:
-            if cut.cut:
-                records[cut.subject_id] = _with_unchecked_flag(records[cut.subject_id])
+    records = {cut_job.subject_id: result for cut_job, result in zip(cut_jobs, results, strict=True)}
+    if inputs.are_members_only:
+        for cut_job in cut_jobs:
+            if cut_job.is_candidate:
+                records[cut_job.subject_id] = _with_unchecked_flag(records[cut_job.subject_id])
     _check_files_exist(work, records)
-    final = manifest.finalize(candidates, records, config.dataset)
-    _warn_of_flags(final, (manifest.DUPLICATE,))
+    final = manifest.finalize(screened, records, config.dataset)
+    _warn_about_flags(final, (manifest.DUPLICATE,))
     audit = job.staging / metadata.MANIFEST
     write_atomic(audit, IXI.to_csv(final))
     _check_enough_subjects(final, config.max_unreadable, audit, describe_skipped_members(table, inputs.archives))
@@ -170,25 +172,25 @@ def _with_unchecked_flag(record: dict[str, Any]) -> dict[str, Any]:
     return record | {"flags": manifest.join_flags(record.get("flags"), UNCHECKED)}
 
 
-def _without_fingerprints(job: CutJob) -> CutJob:
+def _without_fingerprints(cut_job: CutJob) -> CutJob:
     """The job for a worker that may see the archives with other fingerprints, on another mount."""
-    return replace(job, members={m: replace(member, fingerprint="") for m, member in job.members.items()})
+    return replace(cut_job, members={m: replace(member, fingerprint="") for m, member in cut_job.members.items()})
 
 
-def _check_members(jobs: Sequence[CutJob], records: Sequence[Mapping[str, Any]], work: Path) -> None:
+def _check_members(cut_jobs: Sequence[CutJob], records: Sequence[Mapping[str, Any]], work: Path) -> None:
     """Check that remote workers read what was hashed here: the same fingerprint, or else the same SHA-256.
 
     Raises:
         DatasetError: a worker read other bytes. Its records are removed.
     """
     differing = ""
-    for job, record in zip(jobs, records, strict=True):
+    for cut_job, record in zip(cut_jobs, records, strict=True):
         for modality, worker_fingerprint in record["fingerprints"].items():
-            member = job.members[modality]
+            member = cut_job.members[modality]
             if worker_fingerprint != member.fingerprint:
                 data, _ = read_member_checked(member)
                 if hashlib.sha256(data).hexdigest() != record[f"{modality.lower()}_sha256"]:
-                    record_path(work, job.subject_id).unlink(missing_ok=True)
+                    record_path(work, cut_job.subject_id).unlink(missing_ok=True)
                     differing = member.archive
     if differing:
         raise DatasetError(
@@ -196,14 +198,17 @@ def _check_members(jobs: Sequence[CutJob], records: Sequence[Mapping[str, Any]],
         )
 
 
-def _check_disk(work: Path, candidates: pd.DataFrame, slices: int) -> None:
+def _check_disk(work: Path, screened: pd.DataFrame, slices: int) -> None:
     """Check that two uncompressed int16 slabs per candidate fit on the disk, less the existing shards."""
-    to_cut = candidates[candidates["status"] == CANDIDATE]
+    to_cut = screened[screened["status"] == CANDIDATE]
     voxels = sum(math.prod(json.loads(shape)[:2]) for shape in to_cut["t2_shape"])
     existing = sum(path.stat().st_size for path in work.glob("*.shard"))
-    need, free = len(MODALITIES) * 2 * slices * voxels - existing, shutil.disk_usage(work).free
-    if need > free:
-        raise DatasetError(f"{work} has {free / 1e9:.2f} GB free, but the slabs need {need / 1e9:.2f} GB; free some")
+    needed_bytes = len(MODALITIES) * BYTES_PER_VOXEL * slices * voxels - existing
+    free_bytes = shutil.disk_usage(work).free
+    if needed_bytes > free_bytes:
+        raise DatasetError(
+            f"{work} has {free_bytes / 1e9:.2f} GB free, but the slabs need {needed_bytes / 1e9:.2f} GB; free some"
+        )
 
 
 def _check_unchanged(inputs: Inputs) -> None:

@@ -60,6 +60,11 @@ class Inputs:
     surveyed: pd.DataFrame | None = None
 
     @property
+    def are_members_only(self) -> bool:
+        """Whether selected members were fetched (`--fetch members`) instead of whole archives."""
+        return self.surveyed is not None
+
+    @property
     def locations(self) -> dict[str, str]:
         return {m: a.location for m, a in self.archives.items()}
 
@@ -201,7 +206,7 @@ def name_version(config: RefreshConfig, inputs: Inputs) -> tuple[str, dict[str, 
 def _members_inputs(config: RefreshConfig, inputs: Inputs) -> dict[str, Any]:
     """Replacements for the MD5s of archives: hashes of the fetched members, and of the survey for all other members."""
     assert inputs.surveyed is not None
-    jobs = cut_jobs(inputs.surveyed, selection.screen_headers(inputs.surveyed, config.dataset), inputs)
+    jobs = create_cut_jobs(inputs.surveyed, selection.screen_headers(inputs.surveyed, config.dataset), inputs)
     members = [member for job in jobs for member in job.members.values()]
     digests = sorted(hashlib.sha256(read_member_checked(member)[0]).hexdigest() for member in members)
     surveyed = inputs.surveyed.drop(columns="offset").to_csv(index=False)  # independent of the order in the archive
@@ -211,7 +216,7 @@ def _members_inputs(config: RefreshConfig, inputs: Inputs) -> dict[str, Any]:
     return hashes | {"members_of_ixi": [m for m, archive in inputs.archives.items() if is_from_ixi(m, archive)]}
 
 
-def cut_jobs(table: pd.DataFrame, candidates: pd.DataFrame, inputs: Inputs, version: str = "") -> list[CutJob]:
+def create_cut_jobs(table: pd.DataFrame, candidates: pd.DataFrame, inputs: Inputs, version: str = "") -> list[CutJob]:
     """A job for each subject, with the members that are available locally."""
     first = table[table["subject_id"] != ""].drop_duplicates(["subject_id", "modality"])
     members: dict[str, dict[str, MemberRef]] = {}

@@ -78,7 +78,7 @@ def acquire(
     existing = _read_record(folder, source.name, location)
     if existing and (existing.md5 == source.md5 if source.md5 else existing.origin in source.urls):
         existing = replace(existing, checked=existing.checked or source.md5 is not None)
-        if http.offline or not source.over_http or _still_served(existing, source, http):
+        if http.offline or not source.over_http or _may_use_copy(existing, source, http):
             return existing
     with os_errors_as_user_errors(DownloadError), naming_file(path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def _hash_file(location: str, progress: Progress) -> str:
     size, done, digest = filesystem.size(path), 0, hashlib.md5(usedforsecurity=False)
     label, before = f"verify {path.rpartition('/')[2].removesuffix('.part')}", fingerprint(location)
     with filesystem.open(path, "rb", block_size=BLOCK_BYTES) as file:
-        while done <= size and (block := file.read(BLOCK_BYTES)):  # a file that grows forever ends the loop
+        while done <= size and (block := file.read(BLOCK_BYTES)):  # stop even if the file keeps growing
             digest.update(block)
             done += len(block)
             progress(label, done, size, "B")
@@ -165,8 +165,11 @@ def _verify_in_place(source: Source, folder: Path, progress: Progress) -> Verifi
     return verified
 
 
-def _still_served(existing: VerifiedFile, source: Source, http: HttpOptions) -> bool:
-    """Whether a HEAD request shows that the server still has the file of our copy. True if the request fails."""
+def _may_use_copy(existing: VerifiedFile, source: Source, http: HttpOptions) -> bool:
+    """Whether the verified copy may be used, after a HEAD request.
+
+    Always with a known MD5, and if the request fails; otherwise if the server still has the same file.
+    """
     url = existing.origin if existing.origin in source.urls else source.urls[0]
     try:
         with HttpClient(http) as client:
@@ -230,7 +233,9 @@ def _download(client: HttpClient, url: str, source: Source, path: Path, progress
 
 def _fetch(client: HttpClient, remote_file: RemoteFile, source: Source, part: PartialFile, progress: Progress) -> None:
     if remote_file.ranges:
-        fetch_ranges(client, remote_file, part, part.segments, 0, progress)
+        fetch_ranges(
+            client, remote_file, part, part.segments, max_request_bytes=0, progress=progress
+        )  # one segment each
     else:
         retry(remote_file.url, lambda: _fetch_stream(client, remote_file, source, part, progress), client.http)
 

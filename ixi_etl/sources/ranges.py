@@ -1,4 +1,7 @@
-"""Fetch the bytes of a file: segments in parallel range requests, or the whole file in one stream."""
+"""Fetch the bytes of a file: its missing segments in parallel range requests, or the whole file in one stream.
+
+A resumed download fetches the segments that its partial file has no record of.
+"""
 
 from __future__ import annotations
 

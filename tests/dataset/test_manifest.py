@@ -20,6 +20,7 @@ from ixi_etl.dataset import manifest, metadata, selection
 from ixi_etl.dataset.manifest import REASONS
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import IXI
+from ixi_etl.dataset.splits import split_of
 from ixi_etl.errors import DatasetError
 from ixi_etl.scans.survey import modal_depths
 from ixi_etl.testing.phantom import grid_affine
@@ -260,12 +261,12 @@ def test_the_split_depends_on_the_person_and_the_seed(seed: int, number: int) ->
     final = manifest.finalize(selection.screen_headers(table, config), {s: {} for s in table["subject_id"]}, config)
     splits = final.set_index("subject_id")["split"]
     assert (
-        splits[f"IXI{number:03d}-HH-0001"] == splits[f"IXI{number:03d}-HH-0002"] == config.split_of(f"IXI{number:03d}")
+        splits[f"IXI{number:03d}-HH-0001"] == splits[f"IXI{number:03d}-HH-0002"] == split_of(f"IXI{number:03d}", config)
     )
 
 
 def test_split_shares_are_as_configured() -> None:
-    found = pd.Series([DatasetConfig(split_seed=7).split_of(f"IXI{n:03d}") for n in range(5000)]).value_counts(
+    found = pd.Series([split_of(f"IXI{n:03d}", DatasetConfig(split_seed=7)) for n in range(5000)]).value_counts(
         normalize=True
     )
     np.testing.assert_allclose(found[["train", "val", "test"]], [0.8, 0.1, 0.1], atol=0.02)
@@ -273,7 +274,7 @@ def test_split_shares_are_as_configured() -> None:
 
 def test_the_split_of_known_persons_never_changes() -> None:
     """Pins the hash, because another one would move subjects from test to train in the next refresh."""
-    assert [DatasetConfig().split_of(f"IXI{n:03d}") for n in (2, 12, 13, 14, 15, 16)] == PINNED
+    assert [split_of(f"IXI{n:03d}", DatasetConfig()) for n in (2, 12, 13, 14, 15, 16)] == PINNED
 
 
 PINNED = ["train", "train", "test", "test", "train", "val"]
@@ -291,7 +292,7 @@ def finalized_with(scans: dict[str, tuple[str, str]]) -> pd.DataFrame:
 
 
 PERSONS = {
-    split: [f"IXI{n:03d}-HH-1" for n in range(1, 200) if DatasetConfig().split_of(f"IXI{n:03d}") == split]
+    split: [f"IXI{n:03d}-HH-1" for n in range(1, 200) if split_of(f"IXI{n:03d}", DatasetConfig()) == split]
     for split in SPLITS
 }
 

@@ -41,7 +41,7 @@ def parse(*arguments: str, only: tuple[str, ...] = ()) -> Any:
     small = typer.Typer()
 
     @small.command()
-    @options_from(only, settings=Settings)
+    @options_from(only=only, settings=Settings)
     def command(settings: dict[str, Any], other: int = 7) -> None:
         received.update(settings, other=other)
 
