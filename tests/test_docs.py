@@ -15,6 +15,7 @@ import pytest
 import typer
 from api_page import PUBLIC, api_page, definition_of, first_line
 from conftest import SMALL_NETWORKS, config_for
+from test_layers import LAYERS, PACKAGES
 
 from flows.cli import app
 from ixi_etl import __version__, errors
@@ -139,6 +140,13 @@ def test_the_tree_on_the_architecture_page_lists_every_module() -> None:
     listed = set(re.findall(r"\w+", tree))
     missing = [path for path in modules if not path.stem.startswith("__") and path.stem not in listed]
     assert not missing, "add a line to the tree"
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_pages_list_the_layers_from_the_top_down(page: str) -> None:
+    text = " ".join((TOP / page).read_text().split())
+    assert ", ".join(f"`{layer}`" for layer in LAYERS) in text
+    assert ", ".join(f"`{package}`" for package in PACKAGES) in text
 
 
 def test_citation_names_the_version() -> None:
