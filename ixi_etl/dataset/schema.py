@@ -39,7 +39,7 @@ REASONS = {
     "intensity_range": "the values spread too far to be stored in 16 bits, or cannot be interpolated in float32",
     "low_similarity": "the pair's similarity is under the threshold",
 }
-"""Reasons for exclusion, in the order of the checks (T1 before T2). The first failed check gives the reason."""
+"""Reasons for exclusion. Of all failed checks the earliest here counts; within one reason, T1 before T2."""
 
 _HEAD = dict.fromkeys(("subject_id", "site", "status", "reason", "detail", "split"), "str") | {"store_row": "Int64"}
 
