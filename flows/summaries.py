@@ -28,7 +28,7 @@ def funnel_summary(folder: Path) -> Summary:
 
 
 def exclusions_summary(folder: Path) -> Summary:
-    """Excluded subjects of a version by reason and site; no rows if there are none."""
+    """Excluded subjects of a version by reason and site; an empty table if every subject is used."""
     from ixi_etl.dataset import manifest, metadata
     from ixi_etl.scans.site_tables import flatten, site_table_to_records
 

@@ -193,7 +193,7 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def latest_valid(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | None:
-    """The newest checkpoint whose digest matches, and its tensors; None if there is none."""
+    """The newest checkpoint whose digest matches, and its tensors; None without a valid checkpoint."""
     for checkpoint in reversed(list_checkpoints(folder)):
         try:
             tensors = load(checkpoint.path)[0]
@@ -226,7 +226,7 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
 def find_resume_point(
     folder: Path, config: TrainConfig, processes: int, resume: bool
 ) -> tuple[Checkpoint, dict[str, Tensor]] | None:
-    """The newest valid checkpoint in `folder` and its tensors, to resume from; None if there is none.
+    """The newest valid checkpoint in `folder` and its tensors, to resume from; None without a valid checkpoint.
 
     Raises:
         CheckpointError: there is one and `resume` is not set; or it does not fit `config` or `processes`.

@@ -142,7 +142,7 @@ def _uri(path: Path) -> str:
 
 
 def _read_evaluation(run: Path, split: str) -> Any:
-    """The JSON of the run's own evaluation on a split; None if there is none."""
+    """The JSON of the run's own evaluation on a split; None if the run was not evaluated on it."""
     return read_json(run / f"evaluation-{split}.json")
 
 

@@ -156,7 +156,7 @@ def _volumes_in(folder: Path) -> list[Path]:
     """The volumes in a folder, sorted by name; skipped files are logged.
 
     Raises:
-        SynthesisError: there are none.
+        SynthesisError: the folder holds no NIfTI volume.
     """
     found: list[Path] = []
     skipped: list[Path] = []

@@ -178,7 +178,7 @@ def space_name(code: int) -> str:
 
 
 def choose_spaces(t1: Mapping[int, Form], t2: Mapping[int, Form]) -> tuple[int, int] | None:
-    """The spaces in which two scans of a person can be compared (T1, T2), by their forms; None if there are none.
+    """The spaces in which two scans of a person can be compared (T1, T2), by their forms; None if they share no space.
 
     The first space that both have, scanner space first. `Aligned` may replace scanner space if it agrees with the
     pixdim, because nibabel writes that code for any affine. No other spaces replace each other.

@@ -33,7 +33,7 @@ class Header:
         slope, intercept: stored value x slope + intercept = scanner units.
         voxel_offset: of the first voxel in the inflated file.
         description: the field `descrip`, free text.
-        reason, problem: the first problem, as a manifest reason and in words ("" if there is none).
+        reason, problem: the first problem, as a manifest reason and in words; "" for a valid header.
     """
 
     shape: tuple[int, ...] = ()

@@ -182,7 +182,10 @@ def test_unwritable_result_is_one_line(
     assert re.fullmatch(r"error: .*No space left on device\n", done.stderr)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full, as above")
+@pytest.mark.skipif(
+    not Path("/dev/full").exists(),
+    reason="only Linux has /dev/full, a device that is always full; test_output pins the JSON of an error",
+)
 def test_unwritable_json_error_has_no_traceback(tmp_path: Path) -> None:
     work = command("verify", "--root", tmp_path, "--json")
     with open("/dev/full", "w") as full:

@@ -17,7 +17,9 @@ from model.trainer import Trainer
 STEPS = 12
 
 needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="CUDA graphs can be captured and replayed only on a GPU; none was found"
+    not torch.cuda.is_available(),
+    reason="CUDA graphs can be captured and replayed only on a GPU, and no GPU was found; on a CPU the same steps run "
+    "without a graph, which test_trainer pins",
 )
 
 

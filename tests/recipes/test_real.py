@@ -23,7 +23,10 @@ from ixi_etl.testing.phantom import pack_nifti, rigid, write_tar
 REAL = Path(__file__).resolve().parents[3] / "shared" / "real"
 pytestmark = [
     pytest.mark.standin,
-    pytest.mark.skipif(not REAL.is_dir(), reason="needs real scans beside the checkout; test_cut pins the same"),
+    pytest.mark.skipif(
+        not REAL.is_dir(),
+        reason="needs real scans, which cannot be in the repository; test_cut pins the same on small volumes",
+    ),
 ]
 SUBJECT = "IXI533-Guys-1066"
 MOTION = rigid((1.5, -1, 2), (1.5, -2, 1))  # of the head between the scans: a point of the T2's world to the T1's

@@ -69,7 +69,9 @@ def open_page(browser: Browser, pages: dict[str, Path]) -> Iterator[Open]:
 
     def opened(name: str, width: int = DESKTOP, **options: Any) -> Opened:
         if name not in pages:
-            pytest.skip("no torch, which makes the run that this page is of; `make test-stack` installs it")
+            pytest.skip(
+                "the report of a run needs a training, and torch is not installed; `make test-stack` installs it"
+            )
         contexts.append(browser.new_context(viewport={"width": width, "height": 900}, **options))
         return Opened(contexts[-1].new_page(), pages[name])
 
