@@ -19,8 +19,7 @@ from model.config import TrainConfig
 from model.cpu_layers import channels_last_view, logical_view
 from model.cuda_graph import CudaGraphStep
 from model.generator import build_generator, with_prefix
-from model.losses import discriminator_loss, generator_loss
-from model.networks import PatchDiscriminator, UNetGenerator, to_device
+from model.networks import PatchDiscriminator, UNetGenerator, discriminator_loss, generator_loss, to_device
 
 LOSSES = ("loss_d", "loss_d_real", "loss_d_fake", "loss_g", "loss_g_adversarial", "loss_g_reconstruction")
 

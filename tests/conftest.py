@@ -53,7 +53,7 @@ TRAINED = SMALL_NETWORKS | {
 
 GROUPS = {
     "trained": (
-        "train evaluate synthesize synthesize_files export run_report docs examples digits trainer networks losses data"
+        "train evaluate synthesize synthesize_files export run_report docs examples digits trainer networks data"
     ),
     "s3": "s3 remote_runs strays odd_filesystems security prune",
 }
