@@ -7,9 +7,10 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ TRAINED = SMALL_NETWORKS | {
 """Settings of the run that `trained` makes."""
 
 
+TORCH_MISSING = "torch is not installed; pip install -c constraints.txt -e '.[train]'"
+
 GROUPS = {
     "trained": (
         "train evaluate synthesize synthesize_files export run_report docs examples digits trainer networks data"
@@ -64,6 +67,25 @@ def group_of(test: str) -> str:
     """The group of a test, given the path of its file or its id, which begins with that path."""
     stem = Path(test.partition("::")[0]).stem.removeprefix("test_")
     return next((group for group, stems in GROUPS.items() if stem in stems.split()), stem)
+
+
+FAULTS_WITH_TORCH = ("test_damage", "test_disk", "test_kill", "test_together", "test_training")
+"""Modules of `tests/faults` that import torch, as all of `tests/model` do."""
+
+
+class SkippedModule(pytest.Module):
+    """A test module that is reported as skipped, and not imported."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        pytest.skip(TORCH_MISSING, allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Skip modules that import torch if it is missing, as in a base install."""
+    needs_torch = module_path.parent.name == "model" or module_path.stem in FAULTS_WITH_TORCH
+    if needs_torch and not find_spec("torch"):
+        return SkippedModule.from_parent(parent, path=module_path)
+    return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -136,7 +158,13 @@ def every_split(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Pub
 
 
 @pytest.fixture(scope="session")
-def whole_run(every_split: PublishedVersion) -> Any:
+def torch() -> Any:
+    """The module; tests that use this fixture are skipped without it, as in a base install."""
+    return pytest.importorskip("torch", reason=TORCH_MISSING)
+
+
+@pytest.fixture(scope="session")
+def whole_run(torch: Any, every_split: PublishedVersion) -> Any:
     """A `model.run.Run` of 6 steps on `every_split`, with samples, validated and evaluated; tests only read it."""
     from model.config import TrainConfig
     from model.jobs import evaluate_run, prepare_run, train_run
@@ -149,7 +177,7 @@ def whole_run(every_split: PublishedVersion) -> Any:
 
 
 @pytest.fixture(scope="session")
-def trained(published: PublishedVersion, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(torch: Any, published: PublishedVersion, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with the published version and a run `a` of 6 steps (`TRAINED`) on it; tests only read it."""
     from model.config import TrainConfig
     from model.jobs import prepare_run, train_run

@@ -34,7 +34,7 @@ def _print_table(terminalreporter: Any) -> None:
         for report in terminalreporter.stats.get(kind, ()):
             if kind == "passed":
                 rows += [value for name, value in report.user_properties if name == "fault"]
-            elif "faults" in report.keywords:
+            elif "faults" in getattr(report, "keywords", ()):  # a module that is skipped or fails to import has none
                 rows.append([report.nodeid.rpartition("::")[2], 0, kind.upper(), "?" if kind == "failed" else "none"])
     if not rows:
         return

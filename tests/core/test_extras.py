@@ -57,10 +57,10 @@ def test_missing_extra_is_named_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("torch")
 def test_missing_onnx_names_the_export_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
     without(monkeypatch, "onnxscript")
     code, _, err = command("export", "latest", "-o", str(tmp_path / "out"), capsys=capsys)
     assert (code, 'not installed (onnxscript); run: pip install "ixi-etl[export]"' in err) == (2, True)

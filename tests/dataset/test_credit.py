@@ -150,8 +150,8 @@ def test_a_crc_is_text_to_a_spreadsheet(published: PublishedVersion) -> None:
         assert table[column].dropna().str.fullmatch("crc32:[0-9a-f]{8}").all()
 
 
+@pytest.mark.usefixtures("torch")
 def test_a_run_and_its_outputs_carry_the_credit(published: PublishedVersion, tmp_path: Path) -> None:
-    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
     from model import synthesize
     from model.config import TrainConfig
     from model.jobs import prepare_run, train_run

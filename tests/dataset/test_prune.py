@@ -209,10 +209,10 @@ def test_a_version_that_is_a_link_is_not_followed(published: PublishedVersion, t
     assert (tmp_path / "elsewhere" / metadata.METADATA).exists()
 
 
+@pytest.mark.usefixtures("torch")
 def test_a_run_on_s3_is_visible_before_its_first_checkpoint(
     s3_root: str, published: PublishedVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
     from conftest import SMALL_NETWORKS
 
     from model import data, jobs

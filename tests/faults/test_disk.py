@@ -223,7 +223,6 @@ def test_disk_no_rename_over_a_folder(
 
 
 def test_disk_full_in_training(disk: Path, published: PublishedVersion, row: Row) -> None:
-    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
     from model import checkpoint
     from model.config import TrainConfig
     from model.jobs import prepare_run, train_run

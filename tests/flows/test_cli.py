@@ -218,18 +218,18 @@ def test_then_train_names_its_preset_of_a_closed_list(capsys: pytest.CaptureFixt
         assert (code, "--then-train" in said) == (2, True)
 
 
+@pytest.mark.usefixtures("torch")
 def test_the_presets_on_the_command_line_are_those_that_there_are() -> None:
-    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
     from model.config import PRESETS as TRAININGS
 
     assert set(get_args(Preset)) == TRAININGS.keys()
 
 
+@pytest.mark.usefixtures("torch")
 def test_without_a_server_the_plain_functions_run_and_prefect_is_not_imported(
     published: PublishedVersion, archives: Path, tmp_path: Path
 ) -> None:
     """Also with no home, behind a proxy, and with a Prefect home that cannot be used; no part of `model` imports it."""
-    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
     (tmp_path / "home").mkdir()
     (tmp_path / "home/.prefect").write_text("not a folder")
     root = tmp_path / "root"

@@ -206,8 +206,8 @@ cli.main()
 """
 
 
+@pytest.mark.usefixtures("torch")
 def test_a_training_as_a_flow_saves_and_ends_in_one_line(published: PublishedVersion, tmp_path: Path) -> None:
-    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
     (tmp_path / "datasets").symlink_to(published.folder.parents[1])
     settings = [f"--set={name}={value}" for name, value in SMALL.items()]
     arguments = ["train", "--preset", "smoke", "--root", str(tmp_path), "--run-id", "a", "--quiet", *settings]
@@ -229,8 +229,8 @@ def test_a_training_as_a_flow_saves_and_ends_in_one_line(published: PublishedVer
 SMALL = SMALL_NETWORKS | {"steps": 2, "samples": 1}
 
 
+@pytest.mark.usefixtures("torch")
 def test_the_training_flow_trains_and_evaluates_once(published: PublishedVersion, tmp_path: Path) -> None:
-    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
     from flows.train_pix2pix import train_pix2pix
 
     (tmp_path / "datasets").symlink_to(published.folder.parents[1])
@@ -248,8 +248,8 @@ def test_the_training_flow_trains_and_evaluates_once(published: PublishedVersion
     assert (folder / "checkpoints" / "step-00000002.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.usefixtures("torch")
 def test_the_synthesis_flow_writes_what_the_plain_function_writes(published: PublishedVersion, tmp_path: Path) -> None:
-    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
     import numpy as np
 
     from flows.synthesize import synthesize
@@ -275,10 +275,10 @@ def test_the_synthesis_flow_writes_what_the_plain_function_writes(published: Pub
 README = Path(__file__).parents[2] / "README.md"
 
 
+@pytest.mark.usefixtures("torch")
 def test_the_python_of_the_readme_runs_from_top_to_bottom(
     archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
     import numpy as np
 
     from ixi_etl.scans.tar import index_archive, read_member

@@ -54,8 +54,7 @@ def test_a_refresh_without_disk_space_is_a_one_line_error_and_resumes(
 
 
 @pytest.fixture
-def root(published: PublishedVersion, tmp_path: Path) -> Path:
-    pytest.importorskip("torch", reason="torch is not installed; pip install -c constraints.txt -e '.[train]'")
+def root(torch: Any, published: PublishedVersion, tmp_path: Path) -> Path:
     (tmp_path / "datasets").symlink_to(published.folder.parents[1])
     return tmp_path
 

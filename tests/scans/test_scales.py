@@ -6,6 +6,7 @@ import gzip
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,9 +64,8 @@ def test_xarray_gives_the_scanner_s_units(rescaled: PublishedVersion, published:
 
 
 def test_training_sees_the_same_slices_and_planes_are_in_scanner_units(
-    rescaled: PublishedVersion, published: PublishedVersion
+    torch: Any, rescaled: PublishedVersion, published: PublishedVersion
 ) -> None:
-    torch = pytest.importorskip("torch", reason="torch is not installed")
     from model import data, planes
 
     pairs = [data.load_pairs(version.folder, "train") for version in (rescaled, published)]
