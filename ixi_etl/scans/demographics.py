@@ -120,7 +120,31 @@ def _read_table(data: bytes) -> pd.DataFrame:
     header = text.splitlines()[0] if text.strip() else ""
     # The separator that gives the most columns in the header. The published header has a comma within quotes.
     separator = max(",;\t", key=lambda delimiter: len(next(csv.reader([header], delimiter=delimiter), [])))
-    return pd.read_csv(io.StringIO(text), sep=separator, dtype="str", keep_default_na=False)
+    return _parse_rows(text, separator)
+
+
+def _parse_rows(text: str, separator: str) -> pd.DataFrame:
+    """The cells of a text table. Empty cells at the end of a row may be left out.
+
+    `pandas.read_csv` takes rows of any other length than the header's, and so puts values below the wrong names: a
+    header `SEX_ID (1=m, 2=f)` without quotes has one column more than the rows.
+
+    Raises:
+        ValueError: all rows are shorter than the header, or one is longer.
+    """
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    header = next(reader, [])
+    rows, is_short = [], True
+    for row in reader:
+        if not any(cell.strip() for cell in row):
+            continue
+        if any(cell.strip() for cell in row[len(header) :]):
+            raise ValueError(f"line {reader.line_num} has {len(row)} cells and the header {len(header)}")
+        is_short &= len(row) < len(header)
+        rows.append([*row, *[""] * len(header)][: len(header)])
+    if rows and is_short:
+        raise ValueError(f"the header has {len(header)} cells, more than any row; put names with a separator in quotes")
+    return pd.DataFrame(rows, columns=header, dtype="str")
 
 
 def _examples(names: list[str]) -> str:

@@ -26,7 +26,7 @@ from ixi_etl.sources.catalog import Source, not_found
 from ixi_etl.sources.http import HttpClient, RemoteFile, probe, validator_of
 from ixi_etl.sources.partial import PartialFile, discard_partial
 from ixi_etl.sources.ranges import fetch_ranges, fetch_stream
-from ixi_etl.sources.retries import ChangedError, TransientError, UnusableError, retry
+from ixi_etl.sources.retries import ChangedError, RangeIgnoredError, TransientError, UnusableError, retry
 
 log = logging.getLogger(__name__)
 
@@ -233,11 +233,12 @@ def _download(client: HttpClient, url: str, source: Source, path: Path, progress
 
 def _fetch(client: HttpClient, remote_file: RemoteFile, source: Source, part: PartialFile, progress: Progress) -> None:
     if remote_file.ranges:
-        fetch_ranges(
-            client, remote_file, part, part.segments, max_request_bytes=0, progress=progress
-        )  # one segment each
-    else:
-        retry(remote_file.url, lambda: _fetch_stream(client, remote_file, source, part, progress), client.http)
+        try:
+            fetch_ranges(client, remote_file, part, part.segments, max_request_bytes=0, progress=progress)
+            return
+        except RangeIgnoredError:  # some servers and caches serve short ranges only, such as that of the probe
+            log.warning("%s ignores byte ranges; fetching the whole file in one request", remote_file.url)
+    retry(remote_file.url, lambda: _fetch_stream(client, remote_file, source, part, progress), client.http)
 
 
 def _fetch_stream(

@@ -16,7 +16,7 @@ from ixi_etl.sources.catalog import Source
 from ixi_etl.sources.http import HttpClient, RemoteFile, probe
 from ixi_etl.sources.partial import PartialFile, Pieces
 from ixi_etl.sources.ranges import fetch_ranges
-from ixi_etl.sources.retries import ChangedError, UnusableError, retry
+from ixi_etl.sources.retries import ChangedError, RangeIgnoredError, UnusableError, retry
 
 MAX_REQUEST_BYTES = 32 << 20
 """Adjacent members share a request of up to this size."""
@@ -88,6 +88,9 @@ def fetch_members(
         except ChangedError:
             message = f"{remote.url} changed while its members were fetched; run again"
             raise DownloadError(message, transient=True) from None
+        except RangeIgnoredError:
+            message = f"{remote.url} ignores byte ranges, so members cannot be fetched alone; fetch the whole archives"
+            raise DownloadError(message) from None
         except UnusableError as error:
             raise DownloadError(f"cannot fetch members of {remote.url}: {error}", error.transient) from error
         return VerifiedFile(

@@ -10,10 +10,20 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
+
 from ixi_etl.core.progress import Progress
 from ixi_etl.sources.http import HttpClient, RemoteFile, body_blocks, get, validator_of
 from ixi_etl.sources.partial import PartialFile, Segment
-from ixi_etl.sources.retries import ChangedError, RetryPolicy, ServerLoad, TransientError, UnusableError, server_load
+from ixi_etl.sources.retries import (
+    ChangedError,
+    RangeIgnoredError,
+    RetryPolicy,
+    ServerLoad,
+    TransientError,
+    UnusableError,
+    server_load,
+)
 
 MAX_GAP = 4096
 """Bytes between two segments that are fetched and discarded to save a request; between two members of a tar are up to
@@ -34,6 +44,7 @@ def fetch_ranges(
 
     Raises:
         ChangedError: the server serves another file now.
+        RangeIgnoredError: the server answered with the whole file.
         UnusableError: a response is not the requested range, or all tries are used up.
     """
     part.truncate(remote_file.size or 0)  # at once: `PartialFile` does not resume a part of another length
@@ -154,6 +165,8 @@ def _range_blocks(
         headers["if-range"] = remote_file.validator
     with get(client, remote_file.url, headers) as response:
         changed = remote_file.validator and validator_of(response) not in (None, remote_file.validator)
+        if response.status_code == 200 and _is_whole_file(response, remote_file):
+            raise RangeIgnoredError
         if response.status_code == 200 or (changed and not remote_file.has_md5):
             raise ChangedError
         if changed:
@@ -173,6 +186,15 @@ def _range_blocks(
             raise TransientError("the connection ended early")
         if end < stop:
             raise TransientError("the server sent only a part of the range")
+
+
+def _is_whole_file(response: httpx.Response, remote_file: RemoteFile) -> bool:
+    """Whether a response with status 200 is the file whose download was started.
+
+    With an MD5 its length suffices, because the nodes of a server may have different validators.
+    """
+    same_version = remote_file.has_md5 or validator_of(response) == remote_file.validator
+    return same_version and response.headers.get("content-length") in (None, str(remote_file.size))
 
 
 def fetch_stream(client: HttpClient, remote_file: RemoteFile, part: PartialFile, progress: Progress) -> None:

@@ -36,6 +36,10 @@ class ChangedError(Exception):
     """The server no longer serves the file whose download was started."""
 
 
+class RangeIgnoredError(Exception):
+    """The server answered a range request with the whole file, as HTTP allows."""
+
+
 class TransientError(Exception):
     """A request failed, and may succeed if repeated.
 

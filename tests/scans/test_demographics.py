@@ -70,7 +70,11 @@ def test_invalid_ids_and_ages_are_ignored(tmp_path: Path) -> None:
     [
         ("IXI_ID,SEX_ID a,SEX_ID b,AGE\n1,1,2,30\n", "has more than one column SEX_ID; keep one of each"),
         ("IXI_ID,IXI_ID x,SEX_ID,AGE,AGE y\n1,2,1,30,3\n", "has more than one column AGE, IXI_ID; keep one of each"),
-        (HEADER + "1,1,2\n1,2,3,4,5,6\n", "cannot be read as IXI.xls .*line 3"),
+        ("IXI_ID,SEX_ID,AGE,AGE\n1,2,30,3\n", "has more than one column AGE; keep one of each"),
+        (HEADER + "1,1,2\n1,2,3,4,5,6\n", "cannot be read as IXI.xls .*line 3 has 6 cells and the header 3"),
+        (HEADER + "1,1,2,9\n2,2,3,9\n", "line 2 has 4 cells and the header 3"),
+        ("IXI_ID,SEX_ID (1=m, 2=f),AGE\n1,1,30\n2,2,40\n", "the header has 4 cells, more than any row"),
+        ("IXI_ID,SEX_ID (1=m, 2=f),AGE,WEIGHT\n1,1,30,70\n", "the header has 5 cells, more than any row"),
     ],
 )
 def test_a_malformed_table_is_a_one_line_error(text: str, message: str, tmp_path: Path) -> None:
@@ -79,6 +83,12 @@ def test_a_malformed_table_is_a_one_line_error(text: str, message: str, tmp_path
     with pytest.raises(DatasetError, match=message) as caught:
         read_demographics(path)
     assert "\n" not in str(caught.value)
+
+
+def test_empty_cells_at_the_end_of_a_row_may_be_missing(tmp_path: Path) -> None:
+    path = tmp_path / "people.csv"
+    path.write_text(HEADER + "1,1\n\n2,2,40,,\n,,\n3\n")
+    assert read_demographics(path).people == {"IXI001": {"sex": "m"}, "IXI002": {"age": 40.0, "sex": "f"}, "IXI003": {}}
 
 
 @pytest.mark.parametrize("content", [b"not an xls", b""])

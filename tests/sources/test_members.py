@@ -160,6 +160,19 @@ def test_archive_that_changes_during_the_fetch_is_one_line(host: Host, tmp_path:
     assert not list(tmp_path.glob("datasets/*/latest.json"))
 
 
+def test_server_that_ignores_the_ranges_of_members_is_one_line(host: Host, tmp_path: Path) -> None:
+    def answer(call: Call) -> None:
+        if call.headers.get("if-range"):
+            call.logged.range = None
+        host.answer(call)
+
+    with (
+        serve(Host(host.body, answer, files=host.files)) as ignoring,
+        pytest.raises(DownloadError, match="ignores byte ranges, so members cannot be fetched alone"),
+    ):
+        refresh(members_of(ignoring, tmp_path))
+
+
 def test_server_without_etag_and_date_is_refused(archives: Path, tmp_path: Path) -> None:
     bodies = {f"/IXI-{m}.tar": (archives / f"IXI-{m}.tar").read_bytes() for m in ("T1", "T2")}
     sums = "".join(f"{hashlib.md5(body).hexdigest()}  {name[1:]}\n" for name, body in bodies.items())

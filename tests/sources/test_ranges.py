@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from answers import (
     names_in,
     source_of,
 )
-from servers import PROBE, Call, Host, serve
+from servers import PROBE, Answer, Call, Host, serve
 from starlette.staticfiles import StaticFiles
 
 from ixi_etl.errors import DownloadError
@@ -123,6 +124,34 @@ def test_server_without_ranges_sends_one_stream(tmp_path: Path, tar: bytes, send
         found = acquire(source_of(host, md5=None), tmp_path)
     assert Path(found.location).read_bytes() == tar
     assert [a.sent for a in host.fetches] == [len(tar)]
+
+
+def whole_beyond(length: int) -> Answer:
+    """Serve a range of up to `length` bytes, and the whole file if more is requested, as some caches do."""
+
+    def answer(call: Call) -> None:
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", call.logged.range or "")
+        if found and int(found[2]) - int(found[1]) >= length:
+            call.logged.range = None
+        call.correct()
+
+    return answer
+
+
+@pytest.mark.parametrize(("has_md5", "etag"), [(True, '"a"'), (True, None), (False, '"a"'), (False, None)])
+def test_a_server_that_serves_only_short_ranges_sends_one_stream(
+    tmp_path: Path, tar: bytes, has_md5: bool, etag: str | None
+) -> None:
+    with serve(Host(tar, whole_beyond(512), etag=etag)) as host:
+        found = acquire(source_of(host, md5=md5(tar) if has_md5 else None), tmp_path)
+    assert Path(found.location).read_bytes() == tar
+
+
+def test_a_stream_replaces_segments_of_an_interrupted_download(tmp_path: Path, tar: bytes) -> None:
+    answer = after_probe(first(2, Call.correct, then=whole_beyond(512)))
+    with serve(Host(tar, answer)) as host:
+        found = acquire(source_of(host, md5=None), tmp_path, connections=1)
+    assert Path(found.location).read_bytes() == tar
 
 
 def test_truncated_stream_is_restarted(tmp_path: Path, tar: bytes) -> None:
