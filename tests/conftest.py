@@ -52,7 +52,10 @@ TRAINED = SMALL_NETWORKS | {
 """Settings of the run that `trained` makes."""
 
 
-TORCH_MISSING = "torch is not installed; pip install -c constraints.txt -e '.[train]'"
+TORCH_MISSING = (
+    "needs torch, which a base install does not have; test_extras pins what each command says without it; to run this: "
+    "pip install -c constraints.txt -e '.[train]'"
+)
 
 GROUPS = {
     "trained": (

@@ -126,8 +126,8 @@ def _read_table(data: bytes) -> pd.DataFrame:
 def _parse_rows(text: str, separator: str) -> pd.DataFrame:
     """The cells of a text table. Empty cells at the end of a row may be left out.
 
-    `pandas.read_csv` takes rows of any other length than the header's, and so puts values below the wrong names: a
-    header `SEX_ID (1=m, 2=f)` without quotes has one column more than the rows.
+    `pandas.read_csv` also accepts rows whose length differs from the header's, and then puts values into the wrong
+    columns. For example, an unquoted header `SEX_ID (1=m, 2=f)` counts as two columns.
 
     Raises:
         ValueError: all rows are shorter than the header, or one is longer.
