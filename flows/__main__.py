@@ -1,4 +1,4 @@
-"""`python -m flows` is `ixi-etl`. In a folder with a `flows` of its own it is that one: `python -m ixi_etl` is not."""
+"""Run `ixi-etl` as `python -m flows`. If the current folder has its own `flows`, use `python -m ixi_etl`."""
 
 import signal
 

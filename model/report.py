@@ -63,7 +63,7 @@ def run_report(run: Path) -> str:
         samples=samples,
         evaluations=[_evaluation(run, split) for split in reversed(SPLITS) if _read_evaluation(run, split)],
         speed=_speed(metrics),
-        throughput=charts.lines(_series(metrics, {"images": "images_per_s"}), "Images a second, by step"),
+        throughput=charts.lines(_series(metrics, {"images": "images_per_s"}), "Images per second, by step"),
     )
 
 

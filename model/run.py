@@ -1,7 +1,7 @@
 """Find a run, and keep it on S3 while it is trained in a local folder.
 
 After each checkpoint, `push` uploads all that resuming from it needs. A machine that resumes a run of another calls
-`pull` first. S3 has no locks: whoever starts trainings must ensure that only one machine at a time trains a run.
+`pull` first. S3 has no locks, so the user must ensure that only one machine at a time trains a run.
 """
 
 from __future__ import annotations

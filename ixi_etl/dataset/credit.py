@@ -21,17 +21,17 @@ from ixi_etl.sources.catalog import CREDIT, LICENCE, is_published
 IXI, UNVERIFIED, SIMULATED, OWN = "ixi", "ixi_unverified", "simulated", "own"
 
 SOURCE_LABELS = {
-    IXI: "IXI, MD5 as published",
-    UNVERIFIED: "IXI's host, not verified",
+    IXI: "IXI, published MD5",
+    UNVERIFIED: "IXI's server, not verified",
     SIMULATED: "simulated",
-    OWN: "own source",
+    OWN: "the user's own files",
 }
 
 _CREDIT_AND_LICENCE = {
     IXI: (CREDIT, LICENCE),
-    UNVERIFIED: (f"{CREDIT}; not verified: members were fetched alone, so no MD5 was checked", LICENCE),
-    SIMULATED: ("simulated or generated volumes, no scans of people", "none stated (no scans)"),
-    OWN: ("own source, not the published archives of IXI", "unknown; ask whoever the files came from"),
+    UNVERIFIED: (f"{CREDIT}; not verified: single members were fetched, so no MD5 was checked", LICENCE),
+    SIMULATED: ("simulated or generated volumes, no scans of people", "none stated (no scans of people)"),
+    OWN: ("the user's own files, not the published archives of IXI", "unknown; ask the provider of the files"),
 }
 
 
@@ -59,7 +59,10 @@ def credit_and_licence(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, st
         credit, licence = _CREDIT_AND_LICENCE[source["source"]]
         simulated = source.get("simulated_volumes", "")  # "2 of 5"
         if simulated and len(set(simulated.split(" of "))) > 1:
-            credit, licence = f"own source, {simulated} volumes simulated or generated", _CREDIT_AND_LICENCE[OWN][1]
+            credit, licence = (
+                f"the user's own files; {simulated} volumes are simulated or generated",
+                _CREDIT_AND_LICENCE[OWN][1],
+            )
         groups.setdefault((credit, licence), []).append(label)
     if len(groups) == 1:
         return dict(zip(("credit", "licence"), next(iter(groups)), strict=True))

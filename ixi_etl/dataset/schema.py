@@ -24,20 +24,20 @@ from ixi_etl.modalities import MODALITIES
 USED, EXCLUDED, CANDIDATE = "used", "excluded", "candidate"
 
 REASONS = {
-    "missing_t1": "no T1 of this subject in the archive",
-    "missing_t2": "no T2 of this subject in the archive",
-    "duplicate_member": "several members of the archive bear this subject's name",
-    "unreadable": "the member is no NIfTI file, or its header makes no sense",
-    "not_3d": "the volume has not three dimensions",
-    "unsupported_dtype": "voxels are complex, colours, or wider than 64 bits",
-    "bad_affine": "sform, qform or spacing cannot be used or contradict each other, or T1 and T2 share no space",
-    "depth_not_modal": "the number of slices is not the commonest of its modality",
-    "grid_not_modal": "the slices have not the commonest size and spacing, or the window does not fit",
-    "corrupt_voxels": "the voxels are cut short, damaged, or not finite",
-    "outside_fov": "over 5% of the T2's foreground lies outside the T1's grid",
-    "empty_image": "percentiles 0.1 and 99.9 of the cut slices are the same: one value, or next to nothing else",
-    "intensity_range": "the values spread too far to be stored in 16 bits, or cannot be interpolated in float32",
-    "low_similarity": "the pair's similarity is under the threshold",
+    "missing_t1": "the archive has no T1 of this subject",
+    "missing_t2": "the archive has no T2 of this subject",
+    "duplicate_member": "the archive has several members with this subject's name",
+    "unreadable": "the member is not a NIfTI file, or its header is invalid",
+    "not_3d": "the volume does not have three dimensions",
+    "unsupported_dtype": "the voxels are complex, RGB, or wider than 64 bits",
+    "bad_affine": "sform, qform or spacing are unusable or contradict each other, or T1 and T2 share no space",
+    "depth_not_modal": "the number of slices is not the most common one of the modality",
+    "grid_not_modal": "size or spacing is not the most common one, the window does not fit, or the volume is too large",
+    "corrupt_voxels": "the voxels are truncated, damaged, or not finite",
+    "outside_fov": "more than 5% of the T2 slab's foreground is outside the T1's grid",
+    "empty_image": "percentiles 0.1 and 99.9 of a slab are equal: it has a single value, or almost no other",
+    "intensity_range": "the range of values is too wide for 16 bits, or they cannot be interpolated in float32",
+    "low_similarity": "the similarity (NMI) of the pair is below the minimum",
 }
 """Reasons for exclusion. Of all failed checks the earliest here counts; within one reason, T1 before T2."""
 
@@ -53,7 +53,7 @@ class Schema:
         steps: steps of the funnel, each with the reasons that exclude a subject there.
         arrays: names of the two arrays of the store; a used row has `_p_low` and `_p_high` of both.
         allowed: column -> allowed values; for a number, minimum and maximum.
-        complete: given the manifest, the mask of rows with everything else that a used row must have.
+        complete: given the manifest, the mask of rows with all further values that a used row must have.
     """
 
     dtypes: Mapping[str, str]
@@ -81,7 +81,7 @@ class Schema:
             raw = pd.read_csv(io.StringIO(text), dtype="str", keep_default_na=False, lineterminator="\n")
             if list(raw.columns) != self.columns:
                 wrong = sorted(set(raw.columns) ^ set(self.columns)) or "their order"
-                raise ValueError(f"its columns are not those of a manifest: {wrong}")
+                raise ValueError(f"the columns differ from those of a manifest: {wrong}")
             return self.validate(self.typed(_with_formulas(raw)))
         except Exception as error:  # pandas and pandera raise many kinds on damaged text
             raise DatasetError(f"{name} is not a manifest: {' '.join(str(error).split())[:300]}") from error
@@ -112,7 +112,7 @@ class Schema:
         dtypes = [(str(name), str(dtype)) for name, dtype in manifest.dtypes.items()]
         if dtypes != list(self.dtypes.items()):
             wrong = sorted(dict(set(dtypes) ^ set(self.dtypes.items()))) or "their order or number"
-            raise ValueError(f"its columns are not those of a manifest, or have other types: {wrong}")
+            raise ValueError(f"the columns or their types differ from those of a manifest: {wrong}")
         try:
             checked: pd.DataFrame = self._contract.validate(manifest)
             return checked

@@ -73,7 +73,7 @@ def _use_common_space(scans: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     if spaces is None:
         names = [" or ".join(f"{space_name(c)} (code {c})" for c in sorted(of_scan)) for of_scan in forms]
         notes = "".join(f"; {form.note}" for of_scan in forms for form in of_scan.values() if form.note)
-        problem = f"its affine is in another space than the T1's, {names[1]} instead of {names[0]}{notes}"
+        problem = f"no common space with the T1: the affine is in {names[1]}, the T1's in {names[0]}{notes}"
         first[1] |= {"reason": "bad_affine", "problem": problem}
         return []
     chosen = [of_scan[space] for of_scan, space in zip(forms, spaces, strict=True)]
@@ -111,11 +111,16 @@ class HeaderChecks:
 
     def check(self, scans: Mapping[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
         """(reason, detail) of every failed check, T1 before T2."""
-        failures = [(f"missing_{m.lower()}", f"no {m} in IXI-{m}.tar") for m in MODALITIES if not scans[m]]
+        failures = [(f"missing_{m.lower()}", f"{m}: no member in IXI-{m}.tar") for m in MODALITIES if not scans[m]]
         for modality in MODALITIES:
             if len(scans[modality]) > 1:
                 names = ", ".join(record["member"] for record in scans[modality])
-                failures.append(("duplicate_member", f"{len(scans[modality])} members in IXI-{modality}.tar: {names}"))
+                failures.append(
+                    (
+                        "duplicate_member",
+                        f"{modality}: {len(scans[modality])} members in IXI-{modality}.tar; expected 1: {names}",
+                    )
+                )
             for record in scans[modality][:1]:
                 if record["reason"] in (
                     "",
@@ -132,7 +137,7 @@ class HeaderChecks:
         depth, modal = int(record["depth"]), self.depth[modality]
         if depth == modal or self.config.depth != "modal":
             return []
-        return [("depth_not_modal", f"{modality} has {depth} slices; the commonest is {modal}")]
+        return [("depth_not_modal", f"{modality}: {depth} slices; the modal depth is {modal}")]
 
     def _geometry(self, modality: str, record: Mapping[str, Any]) -> list[tuple[str, str]]:
         failures: list[tuple[str, str]] = []
@@ -144,25 +149,25 @@ class HeaderChecks:
             failures.append(
                 (
                     "grid_not_modal",
-                    f"{modality} slices have {_sizes(shape[:2])} voxels; the commonest: {_sizes(plane)}",
+                    f"{modality}: slices of {_sizes(shape[:2])} voxels; the modal size is {_sizes(plane)}",
                 )
             )
         elif any(abs(a - b) > SPACING_TOLERANCE * b for a, b in zip(size_mm, spacing, strict=True)):
             failures.append(
                 (
                     "grid_not_modal",
-                    f"{modality} voxels have {_sizes(size_mm)} mm; the commonest: {_sizes(spacing)}",
+                    f"{modality}: voxels of {_sizes(size_mm)} mm; the modal spacing is {_sizes(spacing)} mm",
                 )
             )
         elif self.config.pairing == "index" and plane != self.grid["T1"][0]:
             t1 = _sizes(self.grid["T1"][0])
             failures.append(
-                ("grid_not_modal", f"T2 slices have {_sizes(plane)} voxels, T1 slices {t1}: no pairs by index")
+                ("grid_not_modal", f"T2: slices of {_sizes(plane)} voxels; index pairing needs the T1's size, {t1}")
             )
         if self.config.window_in(shape[2]) is None:
             window = self.config.window
-            slices = f"the middle {self.config.slices}" if window == "middle" else f"[{window[0]}, {window[1]})"
-            failures.append(("grid_not_modal", f"{modality} has {shape[2]} slices: {slices} cannot be cut"))
+            slices = f"of the middle {self.config.slices}" if window == "middle" else f"[{window[0]}, {window[1]})"
+            failures.append(("grid_not_modal", f"{modality}: {shape[2]} slices; the window {slices} does not fit"))
         return failures
 
 

@@ -195,7 +195,7 @@ def _cut(job: CutJob, packed: dict[str, bytes], config: DatasetConfig, work: Pat
             record |= {f"{name}_window_start": slab.window[0], f"{name}_window_stop": slab.window[1]}
     if record["nmi_after"] < config.min_nmi:
         if config.low_similarity == "exclude":
-            detail = f"normalised mutual information is {record['nmi_after']:.3f}; {config.min_nmi:g} is the least"
+            detail = f"NMI is {record['nmi_after']:.3f}; the minimum is {config.min_nmi:g}"
             raise BadVolumeError("low_similarity", detail)
         record["flags"] = ",".join(filter(None, [record.get("flags"), "low_similarity"]))
     files = {}

@@ -156,7 +156,10 @@ def anatomical_slabs(t1: ScanVolume, t2: ScanVolume, config: DatasetConfig, reco
     }
     outside = _fraction_outside(foreground, alignment.inside)
     if outside > MAX_OUTSIDE:
-        raise BadVolumeError("outside_fov", f"{outside:.1%} of the T2 slab's foreground lies outside the T1's grid")
+        problem = (
+            f"T2: {outside:.1%} of the slab's foreground is outside the T1's grid; the maximum is {MAX_OUTSIDE:.0%}"
+        )
+        raise BadVolumeError("outside_fov", problem)
     return {"T1": alignment.slab, "T2": target}
 
 

@@ -171,7 +171,7 @@ def pair_images(halves: Mapping[str, tuple[Bytes, Bytes]]) -> tuple[pd.DataFrame
         "site": "",  # unknown; all manifests begin with the same columns
         "status": np.where(is_used, USED, EXCLUDED),
         "reason": np.where(is_used, "", "empty_image"),
-        "detail": np.where(is_used, "", "percentiles 0.1 and 99.9 of the digit or its sketch are the same"),
+        "detail": np.where(is_used, "", "percentiles 0.1 and 99.9 of the digit or its sketch are equal"),
         "split": np.where(is_used, splits, ""),
         "store_row": pd.Series(np.cumsum(is_used) - 1).where(is_used),
         "label": np.concatenate([labels for _, labels in halves.values()]),

@@ -23,10 +23,10 @@ WORST_SHOWN = 10  # least similar pairs
 MEASURES = {
     "NMI by headers": "nmi_before",
     "NMI as stored": "nmi_after",
-    "motion taken up, mm": "motion_mm",
-    "motion taken up, degrees": "motion_deg",
+    "corrected motion, mm": "motion_mm",
+    "corrected motion, degrees": "motion_deg",
 }
-QUARTILES = {"least": 0.0, "25%": 0.25, "median": 0.5, "75%": 0.75, "most": 1.0}
+QUARTILES = {"min": 0.0, "25%": 0.25, "median": 0.5, "75%": 0.75, "max": 1.0}
 
 
 def worst_pairs(final: pd.DataFrame) -> pd.DataFrame:
@@ -67,14 +67,14 @@ def dataset_report(summary: Mapping[str, Any], final: pd.DataFrame, layers: Mapp
     return page.render_page(
         "dataset.html",
         summary=summary,
-        whose=SOURCE_LABELS,
+        source_labels=SOURCE_LABELS,
         sites=sites,
         charts={
-            "funnel": charts.bars(_counts(funnel, sites), "Subjects left after each step"),
+            "funnel": charts.bars(_counts(funnel, sites), "Subjects remaining after each step"),
             "depths": {
                 m: depth_bars(summary["histogram"], m, depth, sites) for m, depth in summary["modal_depth"].items()
             },
-            "reasons": charts.bars(_counts(reasons, sites), "Subjects that are out, by reason"),
+            "reasons": charts.bars(_counts(reasons, sites), "Excluded subjects by reason"),
             "age": charts.strips(_by_split(used, "age"), "Age in years"),
             "intensities": {
                 m: charts.strips(_by_site(_in_units(used, m), "high"), f"{m}, percentile 99.9 of each slab")
@@ -127,7 +127,7 @@ def _modal_rule(funnel: pd.DataFrame, sites: Sequence[str]) -> list[dict[str, An
         {
             "site": name,
             "readable pairs": before,
-            "of another depth": before - after,
+            "with another depth": before - after,
             "share": f"{(before - after) / before:.0%}" if before else "-",
         }
         for name, before, after in zip(names, readable, kept, strict=True)

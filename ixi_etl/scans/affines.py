@@ -81,7 +81,7 @@ def read_forms(raw: nib.Nifti1Header, shape: tuple[int, ...], pixdim_mm: tuple[f
                 raise BadVolumeError("bad_affine", f"the {kind} has values that are not finite")
             affines[kind] = code, affine
     if not affines:
-        raise BadVolumeError("bad_affine", "neither sform nor qform is set, so its orientation is unknown")
+        raise BadVolumeError("bad_affine", "neither sform nor qform is set, so the orientation is unknown")
     apart = _max_displacement_mm(affines["sform"][1] - affines["qform"][1], shape) if len(affines) == 2 else math.inf
     if apart <= MAX_FORM_ERROR_MM:  # equal except for rounding; a qform always agrees with the pixdim
         form = _form("sform", affines["sform"][1], pixdim_mm)
@@ -92,17 +92,17 @@ def read_forms(raw: nib.Nifti1Header, shape: tuple[int, ...], pixdim_mm: tuple[f
         note = ""
         if _max_distortion_mm(affine, shape, pixdim_mm) > MAX_FORM_ERROR_MM:
             note = f"the {kind} ({space_name(code)} space, code {code}) has voxels of {_describe_voxel(affine)}"
-            note += f"; the pixdim says {join_sizes(pixdim_mm)} mm, at right angles"
+            note += f"; the pixdim gives {join_sizes(pixdim_mm)} mm, at right angles"
             if code == SCANNER:  # a rigid space, so either this form or the pixdim is wrong
                 raise BadVolumeError("bad_affine", note)
         forms[kind] = code, replace(form, note=note)
     if len(affines) == 2:
         (s_code, sform), (q_code, qform) = affines["sform"], affines["qform"]
         if np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0:
-            raise BadVolumeError("bad_affine", "sform and qform contradict each other: one is the other's mirror image")
+            raise BadVolumeError("bad_affine", "sform and qform contradict each other: they are mirror images")
         if s_code == q_code:
             problem = f"sform and qform contradict each other: both are in {space_name(s_code)} space (code {s_code})"
-            raise BadVolumeError("bad_affine", f"{problem}, but put a voxel {apart:.3g} mm apart")
+            raise BadVolumeError("bad_affine", f"{problem}, but their positions of a voxel differ by {apart:.3g} mm")
     return dict(forms.values())
 
 
@@ -115,7 +115,7 @@ def _qform(raw: nib.Nifti1Header) -> NDArray[np.float64]:
     vector = np.array([raw["quatern_b"], raw["quatern_c"], raw["quatern_d"]], np.float64)
     square = float(vector @ vector)
     if not square <= 1 + MAX_QUATERNION_EXCESS:
-        raise BadVolumeError("bad_affine", f"the qform's quaternion is {square**0.5:g} long, 1 is the most")
+        raise BadVolumeError("bad_affine", f"the qform's quaternion has length {square**0.5:g}; the maximum is 1")
     affine = np.eye(4)
     affine[:3, :3] = nib.quaternions.quat2mat([math.sqrt(max(0.0, 1 - square)), *vector])
     affine[:3, :3] *= np.asarray(raw["pixdim"][1:4], np.float64)
@@ -128,7 +128,8 @@ def _qform(raw: nib.Nifti1Header) -> NDArray[np.float64]:
 def _check_spacing(name: str, spacing_mm: Iterable[float]) -> None:
     low, high = SPACING_LIMITS_MM
     if not all(low < mm < high for mm in spacing_mm):
-        raise BadVolumeError("bad_affine", f"{name} is {join_sizes(spacing_mm)} mm; is the header's spacing in mm?")
+        expected = f"expected {low:g} to {high:g} mm; the header's unit may be wrong"
+        raise BadVolumeError("bad_affine", f"{name} is {join_sizes(spacing_mm)} mm; {expected}")
 
 
 def _form(kind: str, affine: NDArray[np.float64], pixdim_mm: tuple[float, ...]) -> Form:
@@ -139,7 +140,7 @@ def _form(kind: str, affine: NDArray[np.float64], pixdim_mm: tuple[float, ...]) 
     _check_spacing(f"the {kind}'s spacing", lengths)
     directions = axis_codes(affine)
     if None in directions:
-        raise BadVolumeError("bad_affine", f"the {kind} leaves an axis without direction")
+        raise BadVolumeError("bad_affine", f"the {kind} does not determine the direction of an axis")
     is_pixdim = all(abs(a / b - 1) < 1e-5 for a, b in zip(lengths, pixdim_mm, strict=True))  # except for rounding
     spacing = pixdim_mm if is_pixdim else tuple(round_to_six_digits(mm) for mm in lengths)
     return Form(affine, spacing, "".join(directions))

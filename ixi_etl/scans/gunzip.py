@@ -63,7 +63,8 @@ def inflate_in_pieces(packed: bytes, size: int) -> memoryview:
             raise BadVolumeError("corrupt_voxels", f"the gzip stream is damaged ({error})") from error
         rest = b""  # the stream holds the input now
         if filled + len(piece) > size:
-            raise BadVolumeError("corrupt_voxels", f"damaged, or more than the {size} bytes that the header announces")
+            problem = f"the gzip stream is damaged, or has more than the {size} bytes that the header requires"
+            raise BadVolumeError("corrupt_voxels", problem)
         whole[filled : filled + len(piece)] = piece
         filled += len(piece)
         if stream.eof:
@@ -72,7 +73,7 @@ def inflate_in_pieces(packed: bytes, size: int) -> memoryview:
                 break
             stream = igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
         elif not piece:
-            raise BadVolumeError("corrupt_voxels", f"the gzip stream is cut short after {filled} of {size} bytes")
+            raise BadVolumeError("corrupt_voxels", f"the gzip stream is truncated after {filled} of {size} bytes")
     if filled < size:
-        raise BadVolumeError("corrupt_voxels", f"{filled} bytes of the {size} that the header announces")
+        raise BadVolumeError("corrupt_voxels", f"the gzip stream has {filled} bytes; the header requires {size}")
     return whole

@@ -185,9 +185,9 @@ def to_int16(values: NDArray[Any], steps: Quantisation, inside: NDArray[np.bool_
     scale, offset = float(np.float32((high - low) / FULL_SCALE)), (high + low) / 2  # a NIfTI's slope is float32
     spread = float(np.subtract(*np.percentile(known, PERCENTILES[::-1])))
     if spread == 0:
-        return _rejected(values, "empty_image", f"percentiles {_BOTH} of the slab are the same")
+        return _rejected(values, "empty_image", f"percentiles {_BOTH} of the slab are equal")
     if spread < MIN_LEVELS * scale:
-        problem = f"values from {low:g} to {high:g}, but percentiles {_BOTH} only {spread:g} apart, do not fit 16 bits"
+        problem = f"values from {low:g} to {high:g} do not fit 16 bits: percentiles {_BOTH} are {spread:g} apart"
         return _rejected(values, "intensity_range", problem)
     return _with_scale(values, scale, offset)
 

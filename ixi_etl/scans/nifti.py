@@ -58,7 +58,7 @@ class Header:
         notes = [form.note for form in self.forms.values()]
         if len({id(form.affine) for form in self.forms.values()}) > 1:
             spaces = " and ".join(f"{space_name(code)} (code {code})" for code in sorted(self.forms))
-            notes.insert(0, f"sform and qform are of two spaces, {spaces}")
+            notes.insert(0, f"sform and qform describe two spaces, {spaces}")
         return "; ".join(filter(None, notes))
 
     def use(self, space: int) -> None:
@@ -94,10 +94,10 @@ def read_volume(data: bytes) -> tuple[Header, NDArray[Any]]:
         raise BadVolumeError(header.reason, header.problem)
     size = header.voxel_offset + header.voxel_bytes
     if not is_gzip(data) and len(data) != size:
-        raise BadVolumeError("corrupt_voxels", f"{len(data)} bytes; the header announces {size}")
+        raise BadVolumeError("corrupt_voxels", f"the file has {len(data)} bytes; the header requires {size}")
     stored = stored_voxels(inflate(data, size) if is_gzip(data) else data, header)
     if stored.dtype.kind == "f" and not np.isfinite(stored).all():
-        raise BadVolumeError("corrupt_voxels", "voxels that are NaN or infinite")
+        raise BadVolumeError("corrupt_voxels", "some voxels are NaN or infinite")
     return header, stored
 
 
@@ -131,18 +131,18 @@ def _parse_into(header: Header, head: bytes, packed_size: int) -> None:
     slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])
     if slope == slope and slope != 0:
         if not np.isfinite([slope, intercept]).all():
-            raise BadVolumeError("unreadable", f"slope {slope} and intercept {intercept} are not finite")
+            raise BadVolumeError("unreadable", f"slope is {slope} and intercept {intercept}; both must be finite")
         header.slope, header.intercept = slope, intercept
 
     offset = float(raw["vox_offset"])
     smallest = 352 if len(raw.binaryblock) == 348 else 544
     if not smallest <= offset <= 1 << 20:
-        raise BadVolumeError("unreadable", f"voxels are said to begin at byte {offset:g}")
+        raise BadVolumeError("unreadable", f"vox_offset is {offset:g}; expected {smallest} to {1 << 20}")
     header.voxel_offset = int(offset)
 
     ndim = int(raw["dim"][0])
     if not 1 <= ndim <= 7:
-        raise BadVolumeError("not_3d", f"the header gives {ndim} dimensions")
+        raise BadVolumeError("not_3d", f"the header gives {ndim} dimensions; expected 3")
     shape = tuple(int(n) for n in raw["dim"][1 : ndim + 1])
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
@@ -153,7 +153,9 @@ def _parse_into(header: Header, head: bytes, packed_size: int) -> None:
         shortest_double(v) if unit_mm == 1 else round_to_six_digits(float(v) * unit_mm) for v in raw["pixdim"][1:4]
     )
     if len(shape) != 3 or min(shape) < 1:
-        raise BadVolumeError("not_3d", f"shape is {' x '.join(map(str, shape))}")
+        raise BadVolumeError(
+            "not_3d", f"shape is {' x '.join(map(str, shape))}; expected three dimensions of 1 voxel or more"
+        )
 
     code = int(raw["datatype"])
     try:
@@ -162,14 +164,13 @@ def _parse_into(header: Header, head: bytes, packed_size: int) -> None:
         raise BadVolumeError("unsupported_dtype", f"datatype code {code} is unknown") from None
     header.dtype = dtype.str
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        raise BadVolumeError("unsupported_dtype", f"voxels are {dtype}; integers and floats up to 64 bits can be read")
+        raise BadVolumeError("unsupported_dtype", f"voxels are {dtype}; expected integers or floats of at most 64 bits")
 
     if header.voxel_bytes > MAX_DEFLATE_RATIO * packed_size + (1 << 16):
-        raise BadVolumeError(
-            "unreadable", f"the header claims {header.voxel_bytes} bytes of voxels, of a member of {packed_size} bytes"
-        )
+        problem = f"the header claims {header.voxel_bytes} voxel bytes; the member of {packed_size} bytes is too small"
+        raise BadVolumeError("unreadable", problem)
     if header.voxel_bytes > MAX_VOLUME_BYTES:
-        problem = f"{header.voxel_bytes} bytes of voxels are too many: {MAX_VOLUME_BYTES >> 20} MiB are the most"
+        problem = f"{header.voxel_bytes} bytes of voxels; the maximum is {MAX_VOLUME_BYTES >> 20} MiB"
         raise BadVolumeError("grid_not_modal", problem)
 
     header.forms = read_forms(raw, shape, header.spacing_mm)

@@ -141,8 +141,8 @@ def _row(modality: str, member: Member) -> dict[str, object]:
     if not header.reason and _exceeds_limits(header):
         header.reason = "grid_not_modal"
         shape = " x ".join(map(str, header.shape))
-        limits = f"{MAX_SIDE} a side, {MAX_VOXELS >> 20} Mi in all and {MAX_VOXEL_BYTES >> 20} MiB are the most"
-        header.problem = f"{shape} voxels in {header.voxel_bytes} bytes would take too much memory to cut: {limits}"
+        limits = f"{MAX_SIDE} voxels a side, {MAX_VOXELS >> 20} Mi voxels and {MAX_VOXEL_BYTES >> 20} MiB"
+        header.problem = f"{shape} voxels of {header.voxel_bytes} bytes need too much memory; the maximum is {limits}"
     return row | {
         "shape": json.dumps(header.shape) if header.shape else "",
         "depth": header.shape[2] if len(header.shape) > 2 else None,

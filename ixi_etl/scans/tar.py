@@ -118,11 +118,12 @@ def index_archive(
                     raise tarfile.ReadError(f"a member without a name at byte {info.offset}")
                 if info.isdir():
                     continue
-                problem = (
-                    "" if info.isreg() and not info.issparse() else _MEMBER_KINDS.get(info.type, "not a regular file")
-                )
+                problem = ""
+                if not info.isreg() or info.issparse():
+                    kind = _MEMBER_KINDS.get(info.type, "of an unsupported type")
+                    problem = f"the member is {kind}; expected a regular file"
                 if not problem and info.size > MAX_MEMBER_BYTES:
-                    problem = f"a member of {info.size} bytes; at most {MAX_MEMBER_BYTES} are read"
+                    problem = f"the member has {info.size} bytes; the maximum is {MAX_MEMBER_BYTES}"
                 name = printable(info.name)
                 file.seek(info.offset_data)
                 head = file.read(min(info.size, head_bytes))

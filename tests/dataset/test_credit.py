@@ -54,7 +54,7 @@ def test_the_credit_of_a_mix_names_each_part() -> None:
     own = describe_source("IXI-T2.tar", OTHER)
     credited = credit_and_licence({"T1": describe_source(T1, MD5[T1]), "T2": own, "demographics": own})
     assert credited["credit"].startswith("T1: IXI dataset")
-    assert "; T2 and demographics: own source" in credited["credit"]
+    assert "; T2 and demographics: the user's own files" in credited["credit"]
     assert credited["licence"].startswith("T1: CC BY-SA 3.0")
     partly = credit_and_licence({"T1": describe_source(T1, OTHER, volumes=5, simulated=2)})
     assert "2 of 5 volumes" in partly["credit"]

@@ -242,7 +242,7 @@ def test_anatomical_pairs_need_the_t2_s_modal_grid(t2: dict[str, Any], reason: s
 
 def test_a_window_that_does_not_fit_excludes_each_subject() -> None:
     selected = selection.screen_headers(table_of(pair("IXI001-HH-1")), DatasetConfig(window=(120, 140)))
-    assert selected["detail"].tolist() == ["T2 has 130 slices: [120, 140) cannot be cut"]
+    assert selected["detail"].tolist() == ["T2: 130 slices; the window [120, 140) does not fit"]
 
 
 def test_index_pairs_need_slices_of_one_shape() -> None:

@@ -72,18 +72,18 @@ def bad_inputs() -> dict[str, tuple[bytes, str]]:
             nifti_of(np.where(np.arange(20)[:, None, None] < 2, values, 0).astype(np.float32), affine),
             "it is empty: its middle 14 mm have no other value than 0",
         ),
-        "in metres": (nifti_of(values, affine @ np.diag([1e-3, 1e-3, 1e-3, 1])), "is the header's spacing in mm?"),
+        "in metres": (nifti_of(values, affine @ np.diag([1e-3, 1e-3, 1e-3, 1])), "the header's unit may be wrong"),
         "a mirrored sform": (
             contradicting(nifti_of(values, affine), np.diag([-1.0, 1, 1, 1]) @ affine, 1),
-            "sform and qform contradict each other: one is the other's mirror image",
+            "sform and qform contradict each other: they are mirror images",
         ),
         "a shifted sform": (
             contradicting(nifti_of(values, affine), rigid((0, 0, 0), (0, 5, 0)) @ affine, 2),
-            "aligned space (code 2), but put a voxel 5 mm apart",
+            "aligned space (code 2), but their positions of a voxel differ by 5 mm",
         ),
         "thick slices": (nifti_of(values, affine @ np.diag([1, 1, 10, 1])), "voxels of 2 x 2 x 20 mm"),
-        "cut short": (packed[: len(packed) // 2], "is cut short"),
-        "a plain file cut short": (nifti_of(values, affine)[:-1], "the header announces"),
+        "cut short": (packed[: len(packed) // 2], "is truncated"),
+        "a plain file cut short": (nifti_of(values, affine)[:-1], "the header requires"),
         "not NIfTI": (b"<html>403 Forbidden</html>" * 40, "not a NIfTI file"),
     }
 

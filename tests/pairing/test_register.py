@@ -375,7 +375,7 @@ def test_depth_any_keeps_subjects_that_the_modal_rule_excludes(
     gained = set(manifest.used_rows(everybody)["subject_id"]) - set(manifest.used_rows(modal)["subject_id"])
     assert {s.split("-")[1] for s in gained} == {"IOP", "HH"}
     thick = everybody.set_index("subject_id").loc["IXI010-HH-1070"]
-    assert (thick["reason"], "mm" in thick["detail"] or "cannot be cut" in thick["detail"]) == ("grid_not_modal", True)
+    assert (thick["reason"], "mm" in thick["detail"] or "does not fit" in thick["detail"]) == ("grid_not_modal", True)
 
 
 def test_index_pairs_are_never_registered() -> None:

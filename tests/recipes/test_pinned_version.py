@@ -27,14 +27,14 @@ PINNED = {
     "anatomical": {
         "voxels": "c4330710fbddb045adf87dce1c36d6bc4b2a705ba9b38f4250c4553459e01766",
         "others": "9976e729bd4e1ca518910221428896062fcc608bc5aca05d7b4d0c55ccfb8a31",
-        "attributes": "b1930f86e0d7f7b7bd6a2ee054b6d24cfacf6ce9e4aab67df44e9e5f270c71d8",
-        "manifest": "75b8511c5494bec2730edeee729fbfb7aae951f2d81c4885a8cd99d03a792caa",
+        "attributes": "0daceaf2b7802c8b7d4a6f331bb43c697f50007a36da1b6ddb47ca4e7e61f7b0",
+        "manifest": "f1192ca575ac8009bee83f2607b769347b1e88c48e92dd7154cd0fb5d60cd2c2",
     },
     "index": {
         "voxels": "a73b5d8a1e9c0545989348a76fb39b96d0d60ef31d50762e827aa3623aa3c950",
         "others": "bd9c6ad6db3d0d55a46d88cac9f6d738233e165eb734b07f6cffb1192eac3418",
-        "attributes": "7f95b18fcc4b53c88ffffdb83087da05ca948c49ae1a6144876ea1044bcb4c4b",
-        "manifest": "ef57ff809171aec2d59567795f63b1f191bae94ac691b05fd3e947cc795548b3",
+        "attributes": "c51087db2a473fe548d7f15260d601f491d5fe5d87fc7d346562dcf50b9af7c3",
+        "manifest": "f2dbf5478bf089f0c0f43b54123ab04febbc78823f18c8fe742a9a2514275b8c",
     },
 }
 

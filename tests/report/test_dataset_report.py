@@ -109,7 +109,7 @@ def test_each_site_is_shown_and_the_least_similar_first(final: pd.DataFrame) -> 
 
 
 def test_the_cost_of_the_modal_rule_is_shown_by_site(summary: dict[str, Any], final: pd.DataFrame) -> None:
-    rows = table_of(page_of(dataset_report(summary, final, {})), "Pairs out by their depth alone")
+    rows = table_of(page_of(dataset_report(summary, final, {})), "Pairs excluded only by their depth")
     funnel = manifest.funnel(final)
     before, after = funnel.loc["readable"], funnel.loc["modal depth"]
     costs = {name: (int(readable), int(out)) for name, readable, out, _ in rows}
@@ -118,7 +118,7 @@ def test_the_cost_of_the_modal_rule_is_shown_by_site(summary: dict[str, Any], fi
     }
     anything = json.loads(json.dumps(summary))
     anything["inputs"]["config"]["depth"] = "any"
-    assert "What the modal rule costs" not in dataset_report(anything, final, {})
+    assert "Cost of the modal rule" not in dataset_report(anything, final, {})
 
 
 def test_age_and_sex_are_shown_where_they_are_known(summary: dict[str, Any], final: pd.DataFrame) -> None:

@@ -78,20 +78,29 @@ def stretched(*by: float) -> Matrix:
         "mirrored, of two spaces": ((MIRROR @ GRID, 2, GRID, 1), "mirror image"),
         "mirrored in a template": ((MIRROR @ MNI @ GRID, 4, GRID, 1), "mirror image"),
         "a qfac that was lost": ((GRID, 1, GRID, 1, {"qfac": 0}), "mirror image"),
-        "turned": ((rigid((3, 0, 0), (0, 0, 0)) @ GRID, 1, GRID, 1), r"scanner space \(code 1\), but put a voxel"),
+        "turned": (
+            (rigid((3, 0, 0), (0, 0, 0)) @ GRID, 1, GRID, 1),
+            r"scanner space \(code 1\), but their positions",
+        ),
         "turned over": ((rigid((180, 0, 0), (0, 0, 0)) @ GRID, 1, GRID, 1), "contradict"),
-        "shifted by 5 mm": ((rigid((0, 0, 0), (0, 5, 0)) @ GRID, 1, GRID, 1), "put a voxel 5 mm apart"),
-        "shifted by 1 mm": ((rigid((0, 0, 0), (1, 0, 0)) @ GRID, 1, GRID, 1), "put a voxel 1 mm apart"),
+        "shifted by 5 mm": (
+            (rigid((0, 0, 0), (0, 5, 0)) @ GRID, 1, GRID, 1),
+            "a voxel differ by 5 mm",
+        ),
+        "shifted by 1 mm": (
+            (rigid((0, 0, 0), (1, 0, 0)) @ GRID, 1, GRID, 1),
+            "a voxel differ by 1 mm",
+        ),
         "shifted in one template": ((rigid((0, 0, 0), (0, 5, 0)) @ GRID, 4, GRID, 4), r"MNI152 space \(code 4\)"),
-        "thicker than the pixdim": ((stretched(1, 1, 1.5), 1, None, 0), "1.875 mm, .* the pixdim says .* 1.25 mm"),
-        "thicker than pixdim and qform": ((stretched(1, 1, 1.5), 1, GRID, 1), "the pixdim says"),
-        "thinner in plane": ((stretched(0.98, 0.98, 1), 1, None, 0), "the pixdim says"),
+        "thicker than the pixdim": ((stretched(1, 1, 1.5), 1, None, 0), "1.875 mm, .* the pixdim gives .* 1.25 mm"),
+        "thicker than pixdim and qform": ((stretched(1, 1, 1.5), 1, GRID, 1), "the pixdim gives"),
+        "thinner in plane": ((stretched(0.98, 0.98, 1), 1, None, 0), "the pixdim gives"),
         "sheared": ((GRID @ SHEAR, 1, None, 0), "at angles of 78.7"),
-        "quaternion too long": ((None, 0, GRID, 1, {"quatern_b": 1.5}), "quaternion is .* long"),
-        "quaternion too long beside an sform": ((GRID, 1, GRID, 1, {"quatern_b": 1.5}), "quaternion is .* long"),
+        "quaternion too long": ((None, 0, GRID, 1, {"quatern_b": 1.5}), "quaternion has length"),
+        "quaternion too long beside an sform": ((GRID, 1, GRID, 1, {"quatern_b": 1.5}), "quaternion has length"),
         "rows of zeros beside a qform": ((np.diag([0, 0, 0, 1.0]), 1, GRID, 1), "sform is singular"),
         "millimetres called metres": ((GRID, 1, GRID, 1, {"xyzt_units": 1}), "given in metres, is 937.5"),
-        "micrometres not called so": ((None, 0, stretched(1e3, 1e3, 1e3), 1), "spacing in mm"),
+        "micrometres not called so": ((None, 0, stretched(1e3, 1e3, 1e3), 1), "unit may be wrong"),
         "pixdim of 0": ((GRID, 1, None, 0, {"pixdim": (0, 1, 1)}), "spacing is 0 x 1 x 1"),
         "pixdim below 0": ((GRID, 1, None, 0, {"pixdim": (1, -1, 1)}), "spacing is 1 x -1 x 1"),
     }.values(),
@@ -271,7 +280,7 @@ def test_a_pair_is_never_compared_in_two_spaces(mixed: Any) -> None:
         sound, beside = (stored[name][int(rows[s])] for s in ("IXI100-A-1", "IXI101-A-1"))
         np.testing.assert_allclose(sound, beside, atol=1.001 if name in ("t1", "t2") else 1e-3)
     assert table.loc["IXI200-A-1", "reason"] == "bad_affine"
-    assert "scanner (code 1) instead of MNI152 (code 4)" in table.loc["IXI200-A-1", "detail"]
+    assert "the affine is in scanner (code 1), the T1's in MNI152 (code 4)" in table.loc["IXI200-A-1", "detail"]
     assert "mirror image" in table.loc["IXI301-A-1", "detail"]
     flags = table["flags"].str.split(",")
     assert set(flags["IXI201-A-1"]) == {"template_space", "affine_not_pixdim"}

@@ -82,7 +82,7 @@ def test_a_volume_too_large_to_cut_is_rejected_with_the_limits(
     write_tar(tmp_path / "IXI-T1.tar", {"IXI001-Guys-1-T1.nii.gz": member})
     (row,) = survey({"T1": str(tmp_path / "IXI-T1.tar")}).to_dict("records")
     assert (row["reason"], row["readable"]) == ("" if fits else "grid_not_modal", True)
-    assert fits or "1024 a side, 128 Mi in all and 256 MiB are the most" in row["problem"]
+    assert fits or "the maximum is 1024 voxels a side, 128 Mi voxels and 256 MiB" in row["problem"]
 
 
 def test_every_member_has_a_row_and_every_fault_a_reason(table: pd.DataFrame) -> None:
