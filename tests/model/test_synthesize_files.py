@@ -62,7 +62,7 @@ def bad_inputs() -> dict[str, tuple[bytes, str]]:
     return {
         "no orientation": (nifti_of(values, affine, 0, 0), "neither sform nor qform is set"),
         "four axes": (nifti_of(np.stack([values, values]), affine), "shape is 20 x 20 x 20 x 2"),
-        "not finite": (nifti_of(broken, affine), "voxels that are NaN or infinite"),
+        "not finite": (nifti_of(broken, affine), "some voxels are NaN or infinite"),
         "empty": (nifti_of(values * 0, affine), "it is empty: it has no voxel above 0"),
         "empty and wide": (
             nifti_of(np.full((20, 60, 60), 5.0, np.float32), affine),
