@@ -18,6 +18,7 @@ import profiles  # noqa: F401 - loads the profile of `make test`
 import pytest
 import trustme
 from faults_table import pytest_terminal_summary, row  # noqa: F401 - a hook and a fixture
+from processes import fork_server  # noqa: F401 - a fixture
 
 from ixi_etl.config import DatasetConfig, RefreshConfig
 from ixi_etl.core.storage import to_path

@@ -1,4 +1,4 @@
-"""Processes that are started, watched through a pipe, and killed at a moment."""
+"""Run jobs in child processes that report their stages through a pipe, and kill them at chosen times."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-GIVE_UP_S = 300.0  # a busy machine may let a job wait for long
+TIMEOUT_S = 300.0  # a busy machine may delay a job for long
 
-_forks = multiprocessing.get_context("forkserver")
-_fresh = multiprocessing.get_context("spawn")
+_forkserver_context = multiprocessing.get_context("forkserver")
+_spawn_context = multiprocessing.get_context("spawn")
 
 
-TRAINING = (
+TRAINING_MODULES = (
     "torch._dynamo",
     "torch.utils.tensorboard",
     "torchmetrics.functional.image",
@@ -33,80 +33,85 @@ TRAINING = (
 )
 
 
-def preload() -> None:
-    """Start the process that all others are forked from, unless it runs; it imports all that they need.
-
-    `conftest.py` has one worker run all tests that use it.
-    """
-    there = [name for name in TRAINING if find_spec("torch") or not name.startswith(("torch", "model"))]
-    _forks.set_forkserver_preload(["stages", *there])
+@pytest.fixture(scope="session")
+def fork_server() -> None:
+    """Start the process from which jobs are forked; it has imported all modules that they need."""
+    importable = [name for name in TRAINING_MODULES if find_spec("torch") or not name.startswith(("torch", "model"))]
+    _forkserver_context.set_forkserver_preload(["stages", *importable])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # it would not find what cannot be imported
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # the fork server ignores failed imports
         forkserver.ensure_running()
 
 
 class Job:
-    """`target(pipe, *args)` in a process of its own, and what it has told."""
+    """`target(pipe, *args)` in a child process, and the messages that it sent.
+
+    Attributes:
+        messages: pairs (name, value). A name without a space is a stage that started; the last value is the result.
+        started: stage -> monotonic time at which its message arrived.
+    """
 
     def __init__(self, target: Callable[..., None], *args: Any, fresh: bool = False) -> None:
-        context: Any = _fresh if fresh else _forks
+        """Start the process: forked from the fork server, or, if `fresh`, a new interpreter."""
+        context: Any = _spawn_context if fresh else _forkserver_context
         receiver, sender = context.Pipe(duplex=False)
         self.pipe: Connection = receiver
-        self.told: list[tuple[str, Any]] = []
-        self.began: dict[str, float] = {}
+        self.messages: list[tuple[str, Any]] = []
+        self.started: dict[str, float] = {}
         self.process = context.Process(target=target, args=(sender, *args), daemon=True)
         self.process.start()
         sender.close()
 
     def listen(self, until: float, stage: str | None = None) -> bool:
-        """Take what is told until the moment `until`, or until `stage` is told; whether the process still runs."""
-        while (left := until - time.monotonic()) > 0:
+        """Receive messages until the monotonic time `until`, or until `stage` starts; return whether the job runs."""
+        while (remaining := until - time.monotonic()) > 0:
             try:
-                if self.pipe.poll(left):
-                    self.told.append(self.pipe.recv())
-                    self.began.setdefault(self.told[-1][0], time.monotonic())
-                    if self.told[-1][0] == stage:
+                if self.pipe.poll(remaining):
+                    self.messages.append(self.pipe.recv())
+                    self.started.setdefault(self.messages[-1][0], time.monotonic())
+                    if self.messages[-1][0] == stage:
                         return True
-            except (EOFError, OSError):  # it has ended
+            except (EOFError, OSError):  # the process ended
                 return False
         return True
 
     def kill(self) -> str:
-        """SIGKILL it; the stage that it was in."""
+        """Send SIGKILL; return the stage in which the job was."""
         self.process.kill()
-        self.process.join(GIVE_UP_S)
-        self.listen(time.monotonic() + GIVE_UP_S)
+        self.process.join(TIMEOUT_S)
+        self.listen(time.monotonic() + TIMEOUT_S)
         return self.stage
 
     def kill_after(self, stage: str, seconds: float) -> str:
-        """Kill it so long after the stage has begun; where it was."""
-        assert self.listen(time.monotonic() + GIVE_UP_S, stage), f"it ended in {self.stage}"
+        """Send SIGKILL `seconds` after the stage started; return the stage in which the job was."""
+        assert self.listen(time.monotonic() + TIMEOUT_S, stage), f"the job ended in {self.stage}"
         self.listen(time.monotonic() + seconds)
         return self.kill()
 
     def exit_code(self) -> int:
-        """Wait for its end."""
-        self.process.join(GIVE_UP_S)
-        assert self.process.exitcode is not None, f"it hangs in {self.stage}"
+        """Wait for the process to end; return its exit code."""
+        self.process.join(TIMEOUT_S)
+        assert self.process.exitcode is not None, f"the job hangs in {self.stage}"
         return self.process.exitcode
 
-    def end(self) -> Any:
-        """Wait for its end, which must be a good one; what it told last."""
-        if self.listen(time.monotonic() + GIVE_UP_S):
-            os.kill(self.process.pid or 0, signal.SIGABRT)  # it says where it is: stages.py
+    def result(self) -> Any:
+        """Wait for the process to end with exit code 0; return the value of its last message."""
+        if self.listen(time.monotonic() + TIMEOUT_S):
+            os.kill(self.process.pid or 0, signal.SIGABRT)  # it prints its stack: stages.py enables faulthandler
             self.process.join(5)
-            raise AssertionError(f"it hangs in {self.stage}")
-        self.process.join(GIVE_UP_S)
-        assert self.process.exitcode == 0, f"it ended with {self.process.exitcode} in {self.stage}"
-        return self.told[-1][1]
+            raise AssertionError(f"the job hangs in {self.stage}")
+        self.process.join(TIMEOUT_S)
+        assert self.process.exitcode == 0, f"the job ended with exit code {self.process.exitcode} in {self.stage}"
+        return self.messages[-1][1]
 
     @property
     def stage(self) -> str:
-        return next((name for name, _ in reversed(self.told) if " " not in name), "start")
+        return next((name for name, _ in reversed(self.messages) if " " not in name), "start")
 
-    def left(self, stage: str) -> Any:
-        return dict(self.told).get(f"{stage} left")
+    def output_of(self, stage: str) -> Any:
+        """The last snapshot of a stage's output that the job sent, or None."""
+        return dict(self.messages).get(f"{stage} output")
 
-    def lasted(self, stage: str, following: str) -> float:
-        """Seconds from the beginning of a stage to that of another."""
-        return self.began[following] - self.began[stage]
+    def duration(self, stage: str, following: str) -> float:
+        """Seconds from the start of a stage to the start of a later one."""
+        return self.started[following] - self.started[stage]

@@ -1,4 +1,4 @@
-"""A reader that opens the latest version in a loop, while others are killed."""
+"""A thread that reads the latest version or checkpoint in a loop, while jobs are killed."""
 
 from __future__ import annotations
 
@@ -16,26 +16,31 @@ from model import checkpoint
 
 
 class Reader(threading.Thread):
-    """Calls `look` again and again; `looks` are how often it saw something whole, `error` what it saw otherwise."""
+    """Calls `check` in a loop.
 
-    def __init__(self, look: Callable[[], object]) -> None:
+    Attributes:
+        reads: number of calls that succeeded.
+        error: the first exception of a call, or "".
+    """
+
+    def __init__(self, check: Callable[[], object]) -> None:
         super().__init__(daemon=True)
-        self.look, self.looks, self.error = look, 0, ""
+        self.check, self.reads, self.error = check, 0, ""
         self.stop = threading.Event()
 
     def run(self) -> None:
-        while not self.stop.wait(0.05):  # a processor must be left for those who are to be killed
+        while not self.stop.wait(0.05):  # leave a processor to the jobs
             try:
-                self.look()
-                self.looks += 1
-            except Exception as error:  # anything at all is a finding
+                self.check()
+                self.reads += 1
+            except Exception as error:  # any exception is a finding
                 self.error = self.error or repr(error)
 
 
 @contextmanager
-def reading(look: Callable[[], object]) -> Iterator[Reader]:
-    """A reader while the block runs; it must have seen nothing but whole things."""
-    reader = Reader(look)
+def reading(check: Callable[[], object]) -> Iterator[Reader]:
+    """Run a reader during the block; raise `AssertionError` at its end if a call of `check` failed."""
+    reader = Reader(check)
     reader.start()
     try:
         yield reader
@@ -47,13 +52,13 @@ def reading(look: Callable[[], object]) -> Iterator[Reader]:
 
 
 def latest_of(root: Path, pruned: bool = False) -> Callable[[], object]:
-    """Opens what `latest` names: it is there, whole, and its arrays can be read.
+    """Return a check: the latest version exists, verifies, and its arrays can be read.
 
-    `pruned`: what is no longer the latest may be removed while it is read; a run's version may not.
+    With `pruned`, a version that is no longer the latest may be removed while it is read.
     """
     data_root = DataRoot(root)
 
-    def look() -> None:
+    def check() -> None:
         version = versions.resolve_version(data_root)
         try:
             problems = verify.verify(data_root.version(version))
@@ -65,17 +70,17 @@ def latest_of(root: Path, pruned: bool = False) -> Callable[[], object]:
             if not pruned or versions.resolve_version(data_root) == version:
                 raise
 
-    return look
+    return check
 
 
 def checkpoints_of(run: Path) -> Callable[[], object]:
-    """Loads the newest checkpoint: once there is one there always is, and none is older than one before."""
-    seen = [0]
+    """Return a check: the newest valid checkpoint of the run folder never gets older or disappears."""
+    newest_step = [0]
 
-    def look() -> None:
+    def check() -> None:
         newest = checkpoint.latest_valid(run / "checkpoints")
         step = newest[0].step if newest else 0
-        assert step >= seen[0]
-        seen[0] = step
+        assert step >= newest_step[0]
+        newest_step[0] = step
 
-    return look
+    return check

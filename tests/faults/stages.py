@@ -1,7 +1,7 @@
-"""The jobs that run in processes to be killed: they report their stage through a pipe.
+"""Jobs that tests run in child processes and kill; they report their stages through a pipe.
 
-Processes are forked from one that has imported all this (`multiprocessing`'s fork server), so that hundreds of kills
-take minutes; flows run in a fresh process, since Prefect starts threads.
+Jobs are forked from a process that has imported these modules (`multiprocessing`'s fork server), so that hundreds of
+kills take minutes. Flows run in a new interpreter, because Prefect starts threads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ import SimpleITK
 import zarrs
 from answers import SegmentedConfig
 
-from ixi_etl import modalities
 from ixi_etl.config import RefreshConfig
 from ixi_etl.core.storage import DataRoot
 from ixi_etl.dataset import versions
@@ -44,14 +43,14 @@ from ixi_etl.report import dataset_report
 
 PRELOADED = (dask, distributed, fsspec, isal, pandera, SimpleITK, zarrs, dataset_report)
 PIL.Image.init()
-faulthandler.enable()  # a job that hangs gets SIGABRT, and prints its stack
+faulthandler.enable()  # `Job.result` sends SIGABRT to a job that hangs, which then prints its stack
 
 STAGES = ("download", "name", "cut", "publish", "train", "done")
-"""In order; a job is in the stage that it reported last."""
+"""In the order of a run; a job is in the stage that it reported last."""
 
 
-def _report(pipe: Connection, module: Any, name: str, stage: str, leave: Callable[[], Any] = lambda: None) -> None:
-    """Make `module.name` report `stage` before its first call, and the result of `leave` after each call."""
+def _report(pipe: Connection, module: Any, name: str, stage: str, snapshot: Callable[[], Any] = lambda: None) -> None:
+    """Make `module.name` report `stage` before its first call, and the result of `snapshot` after each call."""
     function, lock, reported = getattr(module, name), threading.Lock(), []
 
     @functools.wraps(function)  # Prefect reads the signature
@@ -61,25 +60,26 @@ def _report(pipe: Connection, module: Any, name: str, stage: str, leave: Callabl
                 reported.append(stage)
                 pipe.send((stage, None))
         result = function(*args, **more)
-        if (left := leave()) is not None:
+        if (output := snapshot()) is not None:
             with lock:
-                pipe.send((f"{stage} left", left))
+                pipe.send((f"{stage} output", output))
         return result
 
     setattr(module, name, reporting)
 
 
 def _report_refresh(pipe: Connection, config: RefreshConfig) -> None:
-    work = config.data_root.unfinished
+    unfinished = config.data_root.unfinished
 
-    def made() -> dict[str, int]:
-        """When each record and shard was written."""
-        return {p.name: p.stat().st_mtime_ns for p in [*work.glob("*/*/IXI*.json"), *work.glob("*/*/IXI*.shard")]}
+    def modification_times() -> dict[str, int]:
+        """Record or shard -> nanoseconds."""
+        paths = [*unfinished.glob("*/*/IXI*.json"), *unfinished.glob("*/*/IXI*.shard")]
+        return {path.name: path.stat().st_mtime_ns for path in paths}
 
     _report(pipe, ixi_inputs, "acquire_file", "download")
     _report(pipe, ixi_inputs, "name_version", "name")
-    _report(pipe, ixi, "cut_subjects", "cut", made)
-    for module in (ixi, ixi_version):  # used by the plain refresh and by the flow
+    _report(pipe, ixi, "cut_subjects", "cut", modification_times)
+    for module in (ixi, ixi_version):  # the plain refresh calls one, the flow the other
         _report(pipe, module, "publish_version", "publish")
 
 
@@ -94,21 +94,21 @@ def do_refresh(pipe: Connection, config: str, segment: int) -> None:
 
 
 def kill_itself_when(folder: Path, pattern: str, count: int) -> None:
-    """SIGKILL this process when `count` paths match and it is about to touch another file.
+    """Send SIGKILL to this process before its next file operation once `count` paths in the folder match.
 
-    The moment is the same on every run, however busy the machine is.
+    The kill comes at the same point on every run, however busy the machine is.
     """
 
     def hook(event: str, arguments: object) -> None:
-        touches = event in ("open", "os.mkdir", "os.rename", "os.link", "os.remove")
-        if touches and len(list(folder.glob(pattern))) >= count:
+        file_operation = event in ("open", "os.mkdir", "os.rename", "os.link", "os.remove")
+        if file_operation and len(list(folder.glob(pattern))) >= count:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
 
 
 def do_command(pipe: Connection, arguments: list[str], output: str, memory: int | None = None) -> None:
-    """Run `ixi-etl` with its output in the file `output`, and `memory` bytes of address space."""
+    """Run `ixi-etl` with its output in the file `output`, in at most `memory` bytes of address space."""
     from flows.cli import main
 
     if memory:
@@ -120,14 +120,14 @@ def do_command(pipe: Connection, arguments: list[str], output: str, memory: int 
 
 
 def do_refresh_killed(pipe: Connection, config: str, pattern: str, count: int) -> None:
-    """A refresh that is killed when `count` paths of its unfinished work match."""
+    """Run a refresh that is killed when `count` paths of its unfinished work match."""
     chosen = RefreshConfig.model_validate_json(config)
     kill_itself_when(chosen.data_root.unfinished, pattern, count)
     ixi.refresh(chosen)
 
 
 def do_training_killed(pipe: Connection, root: str, settings: dict[str, Any], run: str, pattern: str) -> None:
-    """A training that is killed when a path of its run matches."""
+    """Run a training that is killed when a path of its run matches."""
     kill_itself_when(Path(root) / "runs" / run, pattern, 1)
     do_training(pipe, root, settings, run)
 
@@ -144,7 +144,7 @@ def do_training(pipe: Connection, root: str, settings: dict[str, Any], run: str)
 def do_refresh_flow(pipe: Connection, config: str, segment: int, api: str) -> None:
     os.environ["PREFECT_API_URL"] = api
     chosen = _with_segments(config, segment)
-    _report_refresh(pipe, chosen)  # before the flow makes tasks of the functions
+    _report_refresh(pipe, chosen)  # before the import of the flow, which makes tasks of the functions
     from flows.refresh_dataset import refresh_dataset
 
     pipe.send(("done", refresh_dataset(chosen).version))
@@ -159,54 +159,48 @@ def do_training_flow(pipe: Connection, root: str, settings: dict[str, Any], run:
     pipe.send(("done", train_pix2pix(root=root, run=run, settings=settings).name))
 
 
-def fetched(folder: Path) -> dict[str, list[int]]:
-    """Archive -> its finished segments, for archives that are not complete."""
-    records = {m: folder / f"{modalities.archive_name(m)}.part.json" for m in modalities.MODALITIES}
-    return {m: (versions.read_json(path) or {}).get("done", []) for m, path in records.items()}
-
-
-def do_volumes(pipe: Connection, config: str) -> None:
-    """A refresh that reports its slowest volume, in seconds, and its peak memory, in bytes."""
+def do_measured_refresh(pipe: Connection, config: str) -> None:
+    """Run a refresh that reports its slowest volume or subject, in seconds, and its peak memory, in bytes."""
     from ixi_etl.scans import survey
 
     slowest = {"": 0.0}
 
-    def timed(module: Any, name: str, what: Callable[..., str]) -> None:
+    def measure(module: Any, name: str, label: Callable[..., str]) -> None:
         function = getattr(module, name)
 
-        def timing(*args: Any, **more: Any) -> Any:
+        def timed(*args: Any, **more: Any) -> Any:
             start = time.monotonic()
-            pipe.send((f"{name} of", what(*args)))  # so that a crash or a hang can be attributed
+            pipe.send((f"{name} of", label(*args)))  # so that a crash or a hang can be attributed
             result = function(*args, **more)
-            took = time.monotonic() - start
-            if took > max(slowest.values()):
+            seconds = time.monotonic() - start
+            if seconds > max(slowest.values()):
                 slowest.clear()
-                slowest[what(*args)] = took
+                slowest[label(*args)] = seconds
             return result
 
-        setattr(module, name, timing)
+        setattr(module, name, timed)
 
-    timed(survey, "_row", lambda modality, member: str(member.name))
-    timed(ixi, "cut_subject", lambda job, *_: str(job.subject_id))
+    measure(survey, "_row", lambda modality, member: str(member.name))
+    measure(ixi, "cut_subject", lambda job, *_: str(job.subject_id))
     made = ixi.refresh(RefreshConfig.model_validate_json(config))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     pipe.send(("done", {"version": made.version, "slowest": slowest, "peak": peak}))
 
 
-def _send_result(pipe: Connection, job: Callable[[], str]) -> None:
-    """Report the result of a job, or its error message."""
+def _send_result_or_error(pipe: Connection, job: Callable[[], str]) -> None:
+    """Send the result of a job, or its error message."""
     try:
         pipe.send(("done", job()))
     except IxiError as error:
         pipe.send(("done", str(error)))
 
 
-def do_refresh_or_say(pipe: Connection, config: str) -> None:
-    _send_result(pipe, lambda: ixi.refresh(RefreshConfig.model_validate_json(config)).version)
+def do_refresh_or_report_error(pipe: Connection, config: str) -> None:
+    _send_result_or_error(pipe, lambda: ixi.refresh(RefreshConfig.model_validate_json(config)).version)
 
 
-def do_refresh_or_wait(pipe: Connection, config: str) -> None:
-    """Repeat while another process holds the root."""
+def do_refresh_with_retries(pipe: Connection, config: str) -> None:
+    """Run a refresh; retry while another process holds the lock of the root."""
     while True:
         try:
             pipe.send(("done", ixi.refresh(RefreshConfig.model_validate_json(config)).version))
@@ -215,7 +209,7 @@ def do_refresh_or_wait(pipe: Connection, config: str) -> None:
         return
 
 
-def do_training_or_say(pipe: Connection, root: str, settings: dict[str, Any], run: str) -> None:
+def do_training_or_report_error(pipe: Connection, root: str, settings: dict[str, Any], run: str) -> None:
     from model import jobs
     from model.config import TrainConfig
 
@@ -225,7 +219,7 @@ def do_training_or_say(pipe: Connection, root: str, settings: dict[str, Any], ru
         jobs.train_run(jobs.prepare_run(root, TrainConfig.model_validate(settings), run))
         return run
 
-    _send_result(pipe, job)
+    _send_result_or_error(pipe, job)
 
 
 def do_prune(pipe: Connection, root: str) -> None:
@@ -234,13 +228,13 @@ def do_prune(pipe: Connection, root: str) -> None:
     pipe.send(("done", None))
 
 
-def do_prunes(pipe: Connection, root: str) -> None:
-    """Remove old versions again and again, until four are gone or a refresh has made its version."""
+def do_prune_until_refreshed(pipe: Connection, root: str) -> None:
+    """Remove old versions in a loop until a refresh has published a version; report the number of removals."""
     data_root, removed = DataRoot(root), 0
     existing = set(versions.published_versions(data_root))
     while not set(versions.published_versions(data_root)) - existing:
         try:
-            removed += sum(verdict.removed for verdict in prune_versions(data_root, 1))
+            removed += sum(decision.removed for decision in prune_versions(data_root, 1))
         except LockedError:
             continue
     pipe.send(("done", removed))

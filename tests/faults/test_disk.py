@@ -15,7 +15,7 @@ import pytest
 from answers import SegmentedConfig
 from conftest import SMALL_NETWORKS, config_for
 from faults_table import Row
-from processes import Job, preload
+from processes import Job
 from reader import latest_of, reading
 from servers import Host, serve
 
@@ -26,14 +26,9 @@ from ixi_etl.errors import IxiError
 from ixi_etl.recipes import ixi, ixi_inputs
 from ixi_etl.sources import partial
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("fork_server")]
 
 ROOM = 48 << 20
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _jobs() -> None:
-    preload()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""SIGKILL at moments spread evenly over each stage, and the same command again: nothing lost, nothing done twice."""
+"""SIGKILL at times spread evenly over each stage: the same command then gives the same result and repeats no work."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import stages
 import torch
 from conftest import SMALL_NETWORKS, config_for
 from faults_table import Row
-from processes import Job, preload
+from processes import Job
 from reader import checkpoints_of, latest_of, reading
-from servers import PROBE, Call, Host, serve
+from servers import Call, Host, serve
 
 from ixi_etl.config import RefreshConfig
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.recipes.ixi import refresh
 from model import checkpoint
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("fork_server")]
 
 SEGMENT = 1 << 16
 FOLLOWING = {"download": "name", "cut": "publish", "publish": "done", "train": "done"}
@@ -40,44 +40,46 @@ TRAINING: dict[str, Any] = SMALL_NETWORKS | {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _jobs() -> None:
-    preload()
-
-
-def digests(folder: Path) -> dict[str, str]:
+def file_digests(folder: Path) -> dict[str, str]:
+    """Relative path -> SHA-256."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 @dataclass
-class Site:
-    """Where it happens: archives in a folder and on a server, and a root with an older version that is the latest."""
+class Scenario:
+    """Archives in a folder and on a server, the root before a refresh, and the expected version.
+
+    Attributes:
+        initial_root: a root whose latest version is an older one.
+        version: the version that the refresh publishes.
+        digests: `file_digests` of that version.
+    """
 
     host: Host
     archives: Path
-    before: Path
+    initial_root: Path
     version: str
-    result: dict[str, str]
+    digests: dict[str, str]
 
     def config(self, root: Path, stage: str) -> RefreshConfig:
         return config_for(root, self.host.url.rpartition("/")[0] if stage == "download" else self.archives)
 
-    def root(self, folder: Path) -> Path:
-        """A root of its own, as the one before."""
-        return Path(shutil.copytree(self.before, folder))
+    def copy_root(self, target: Path) -> Path:
+        """Copy the initial root."""
+        return Path(shutil.copytree(self.initial_root, target))
 
-    def sent(self) -> dict[str, int]:
-        """Archive -> bytes of it that were sent, but for the probes."""
+    def sent_bytes(self) -> dict[str, int]:
+        """Path of an archive -> bytes that the server sent of it, without the probes."""
         count: Counter[str] = Counter()
-        for asked in self.host.requests:
-            if asked.method == "GET" and asked.range != PROBE and asked.path.endswith(".tar"):
-                count[asked.path] += asked.sent
+        for request in self.host.fetches:
+            if request.path.endswith(".tar"):
+                count[request.path] += request.sent
         return count
 
 
-def slowly(call: Call) -> None:
-    """The right answer, at a speed that lets a download last for most of a second."""
+def answer_slowly(call: Call) -> None:
+    """Send the correct response, so slowly that a download takes most of a second."""
     data = call.start()
     for at in range(0, len(data), SEGMENT // 4):
         call.send(data[at : at + SEGMENT // 4])
@@ -86,161 +88,186 @@ def slowly(call: Call) -> None:
 
 
 @pytest.fixture(scope="module")
-def site(published: PublishedVersion, archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    before = tmp_path_factory.mktemp("kill") / "root"
-    refresh(config_for(before, archives, split_seed=1, pictures=False))
+def scenario(
+    published: PublishedVersion, archives: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Scenario]:
+    initial_root = tmp_path_factory.mktemp("kill") / "root"
+    refresh(config_for(initial_root, archives, split_seed=1, pictures=False))
     files = {f"/{name}": (archives / name).read_bytes() for name in ("IXI-T1.tar", "IXI-T2.tar", "MD5SUMS")}
     with serve(Host(b"", files=files)) as host:
-        yield Site(host, archives, before, published.version, digests(published.folder))
+        yield Scenario(host, archives, initial_root, published.version, file_digests(published.folder))
 
 
 @pytest.fixture(scope="module")
-def cut_site(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """The same, with a root in which all is cut."""
-    root = site.root(tmp_path_factory.mktemp("cut") / "root")
-    Job(stages.do_refresh, site.config(root, "cut").model_dump_json(), SEGMENT).kill_after("publish", 0)
-    return replace(site, before=root)
+def cut_scenario(scenario: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Scenario:
+    """The same, with a root in which all subjects are cut and nothing is published."""
+    root = scenario.copy_root(tmp_path_factory.mktemp("cut") / "root")
+    Job(stages.do_refresh, scenario.config(root, "cut").model_dump_json(), SEGMENT).kill_after("publish", 0)
+    return replace(scenario, initial_root=root)
 
 
 @dataclass
-class Toll:
-    """What many kills came to."""
+class Totals:
+    """Totals over many kills.
 
-    hits: Counter[str] = field(default_factory=Counter)
-    looks: int = 0
-    kept: int = 0
-    twice: int = 0
+    Attributes:
+        kills: stage -> number of kills in it.
+        reads: number of reads of the latest version or checkpoint meanwhile.
+        reused: number of records or checkpoints that the second run reused.
+        refetched: the most bytes of one archive that were sent twice.
+    """
 
-    def outcome(self, then: str) -> str:
-        told = [f"{self.hits[stage]} in {stage}" for stage in stages.STAGES[:-1] if self.hits[stage]]
-        where = ", ".join(told + ([f"{self.hits['done']} just after its end"] if self.hits["done"] else []))
-        return f"killed {where}; then {then}; {self.looks:,} reads of the newest, all whole"
+    kills: Counter[str] = field(default_factory=Counter)
+    reads: int = 0
+    reused: int = 0
+    refetched: int = 0
+
+    def outcome(self, result: str) -> str:
+        counts = [f"{self.kills[stage]} in {stage}" for stage in stages.STAGES[:-1] if self.kills[stage]]
+        if self.kills["done"]:
+            counts.append(f"{self.kills['done']} just after its end")
+        return f"killed {', '.join(counts)}; then {result}; {self.reads:,} reads of the newest, all valid"
 
     @property
     def lost(self) -> str:
-        again = f"none; {self.kept} records or checkpoints kept"
-        return again + (f"; at most {self.twice >> 10} KiB of an archive sent twice" if self.twice else "")
+        text = f"none; {self.reused} records or checkpoints reused"
+        return text + (f"; at most {self.refetched >> 10} KiB of an archive sent twice" if self.refetched else "")
 
 
-def measured(stage: str, runs: list[Job]) -> float:
-    return min(job.lasted(stage, FOLLOWING[stage]) for job in runs)
+def kill_times(stage: str, jobs: list[Job], count: int) -> list[float]:
+    """Times in seconds, spread evenly over the shortest duration of the stage in uninterrupted jobs."""
+    duration = min(job.duration(stage, FOLLOWING[stage]) for job in jobs)
+    return [(n + 0.5) / count * duration for n in range(count)]
 
 
-def moments(count: int, lasts: float) -> list[float]:
-    return [(n + 0.5) / count * lasts for n in range(count)]
+def kill_refresh(scenario: Scenario, root: Path, stage: str, after_s: float, totals: Totals, *flow: str) -> None:
+    """Kill a refresh once and run it again; assert that the version is the same and nothing was done twice.
 
-
-def refresh_killed(site: Site, root: Path, stage: str, after_s: float, toll: Toll, *flow: str) -> None:
-    """One kill in a refresh, and the same refresh again."""
-    config = site.config(root, stage)
+    `flow` is empty for the plain function, or has the URL of the Prefect API for the flow.
+    """
+    config = scenario.config(root, stage)
     target = stages.do_refresh_flow if flow else stages.do_refresh
     arguments = (config.model_dump_json(), SEGMENT, *flow)
     with reading(latest_of(root)) as reader:
-        site.host.requests.clear()
-        site.host.answer = slowly
-        toll.hits[Job(target, *arguments, fresh=bool(flow)).kill_after(stage, after_s)] += 1
-        made = {p.name: p.stat().st_mtime_ns for p in config.data_root.unfinished.glob("*/*/IXI*.json")}
-        site.host.answer = Call.correct
+        scenario.host.requests.clear()
+        scenario.host.answer = answer_slowly
+        totals.kills[Job(target, *arguments, fresh=bool(flow)).kill_after(stage, after_s)] += 1
+        before = {p.name: p.stat().st_mtime_ns for p in config.data_root.unfinished.glob("*/*/IXI*.json")}
+        scenario.host.answer = Call.correct
         again = Job(target, *arguments, fresh=bool(flow))
-        assert again.end() == site.version
-    toll.looks += reader.looks
-    assert digests(config.data_root.version(site.version)) == site.result
-    left = again.left("cut") or {}  # nothing, where the kill came after all was published
-    assert {name: left.get(name) for name in made if left} == (made if left else {}), "what was cut was cut again"
-    toll.kept += len(made) if left else 0
-    for path, sent in site.sent().items():
-        twice = sent - len(site.host.files[path])
-        assert 0 <= twice <= config.connections * SEGMENT, f"{twice} bytes of {path} were fetched twice"
-        toll.twice = max(toll.twice, twice)
+        assert again.result() == scenario.version
+    totals.reads += reader.reads
+    assert file_digests(config.data_root.version(scenario.version)) == scenario.digests
+    after = again.output_of("cut")  # None if the version was published before the kill
+    if after:
+        assert {name: after.get(name) for name in before} == before, "a finished subject was cut again"
+        totals.reused += len(before)
+    for path, sent in scenario.sent_bytes().items():
+        refetched = sent - len(scenario.host.files[path])
+        assert 0 <= refetched <= config.connections * SEGMENT, f"{refetched} bytes of {path} were fetched twice"
+        totals.refetched = max(totals.refetched, refetched)
 
 
-def training_killed(site: Site, root: Path, after_s: float, toll: Toll, whole: Path, *flow: str) -> None:
-    """One kill in a training, and the same training again."""
+def kill_training(root: Path, after_s: float, totals: Totals, uninterrupted: Path, *flow: str) -> None:
+    """Kill a training once and run it again; assert the weights of the run folder `uninterrupted`.
+
+    `flow` is as in `kill_refresh`.
+    """
     target = stages.do_training_flow if flow else stages.do_training
     arguments = (str(root), TRAINING, "a", *flow)
     run = root / "runs" / "a"
     with reading(checkpoints_of(run)) as reader:
-        toll.hits[Job(target, *arguments, fresh=bool(flow)).kill_after("train", after_s)] += 1
+        totals.kills[Job(target, *arguments, fresh=bool(flow)).kill_after("train", after_s)] += 1
         saved = {p: p.stat().st_mtime_ns for p in (run / "checkpoints").glob("step-*")}
-        Job(target, *arguments, fresh=bool(flow)).end()
-    toll.looks += reader.looks
-    assert {p: p.stat().st_mtime_ns for p in saved} == saved, "what was trained and saved was trained again"
-    toll.kept += len(saved)
+        Job(target, *arguments, fresh=bool(flow)).result()
+    totals.reads += reader.reads
+    assert {p: p.stat().st_mtime_ns for p in saved} == saved, "a saved checkpoint was trained again"
+    totals.reused += len(saved)
     last = f"checkpoints/step-{TRAINING['steps']:08d}.safetensors"
     for name in ("generator.safetensors", last):
-        (tensors, facts), (wanted, said) = checkpoint.load(run / name), checkpoint.load(whole / name)
-        assert facts == said
+        (tensors, metadata), (wanted, wanted_metadata) = (checkpoint.load(r / name) for r in (run, uninterrupted))
+        assert metadata == wanted_metadata
         assert tensors.keys() == wanted.keys()
         assert all(torch.equal(tensors[key], wanted[key]) for key in wanted)
 
 
 @pytest.mark.parametrize("stage", ["download", "cut", "publish"])
-def test_kill(stage: str, site: Site, request: pytest.FixtureRequest, tmp_path: Path, row: Row) -> None:
-    site = request.getfixturevalue("cut_site") if stage == "publish" else site
-    count, toll, whole = 50, Toll(), []
+def test_a_killed_refresh_gives_the_same_version_on_the_next_run(
+    stage: str, scenario: Scenario, request: pytest.FixtureRequest, tmp_path: Path, row: Row
+) -> None:
+    scenario = request.getfixturevalue("cut_scenario") if stage == "publish" else scenario
+    count, totals, uninterrupted = 50, Totals(), []
     for n in range(3):
-        config = site.config(site.root(tmp_path / f"whole{n}"), stage)
-        site.host.answer = slowly
-        whole.append(Job(stages.do_refresh, config.model_dump_json(), SEGMENT))
-        assert whole[-1].end() == site.version
-    for n, after_s in enumerate(moments(count, measured(stage, whole))):
-        refresh_killed(site, root := site.root(tmp_path / f"killed{n}"), stage, after_s, toll)
+        config = scenario.config(scenario.copy_root(tmp_path / f"whole{n}"), stage)
+        scenario.host.answer = answer_slowly
+        uninterrupted.append(Job(stages.do_refresh, config.model_dump_json(), SEGMENT))
+        assert uninterrupted[-1].result() == scenario.version
+    for n, after_s in enumerate(kill_times(stage, uninterrupted, count)):
+        kill_refresh(scenario, root := scenario.copy_root(tmp_path / f"killed{n}"), stage, after_s, totals)
         shutil.rmtree(root)
-    row(f"kill in {stage}, plain functions", count, toll.outcome("the same version, byte for byte"), toll.lost)
+    row(f"kill in {stage}, plain functions", count, totals.outcome("the same version, byte for byte"), totals.lost)
 
 
 @pytest.fixture(scope="module")
-def trained(published: PublishedVersion, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Job]]:
-    """A training that nobody disturbed, and how it went."""
+def uninterrupted(published: PublishedVersion, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Job]]:
+    """The run folder of an uninterrupted training, and three jobs that measured it."""
     root = tmp_path_factory.mktemp("trained")
     (root / "datasets").symlink_to(published.folder.parents[1])
     jobs = []
     for n in range(3):
         jobs.append(Job(stages.do_training, str(root), TRAINING, f"whole{n}"))
-        jobs[-1].end()
+        jobs[-1].result()
     return root / "runs/whole0", jobs
 
 
-def test_kill_training(site: Site, trained: tuple[Path, list[Job]], tmp_path: Path, row: Row) -> None:
-    count, toll = 50, Toll()
-    for n, after_s in enumerate(moments(count, measured("train", trained[1]))):
+def test_a_killed_training_gives_the_same_weights_on_the_next_run(
+    uninterrupted: tuple[Path, list[Job]], tmp_path: Path, row: Row
+) -> None:
+    count, totals, (run, jobs) = 50, Totals(), uninterrupted
+    for n, after_s in enumerate(kill_times("train", jobs, count)):
         root = tmp_path / f"killed{n}"
         root.mkdir()
-        (root / "datasets").symlink_to(trained[0].parents[1] / "datasets")
-        training_killed(site, root, after_s, toll, trained[0])
+        (root / "datasets").symlink_to(run.parents[1] / "datasets")
+        kill_training(root, after_s, totals, run)
         shutil.rmtree(root)
-    row("kill in training, plain functions", count, toll.outcome("the same weights, bit for bit"), toll.lost)
+    row("kill in training, plain functions", count, totals.outcome("the same weights, bit for bit"), totals.lost)
 
 
 @pytest.fixture(scope="module")
 def api(prefect: None) -> str:
-    """The API's address of a Prefect server."""
+    """The URL of the API of a Prefect server."""
     from prefect.settings import get_current_settings
 
     return str(get_current_settings().api.url)
 
 
 @pytest.mark.parametrize("stage", ["download", "cut", "publish", "train"])
-def test_kill_flow(
-    stage: str, site: Site, cut_site: Site, trained: tuple[Path, list[Job]], api: str, tmp_path: Path, row: Row
+def test_a_killed_flow_gives_the_same_bytes_on_the_next_run(
+    stage: str,
+    scenario: Scenario,
+    cut_scenario: Scenario,
+    uninterrupted: tuple[Path, list[Job]],
+    api: str,
+    tmp_path: Path,
+    row: Row,
 ) -> None:
-    site = cut_site if stage == "publish" else site
-    count, toll = 5, Toll()
-    root = site.root(tmp_path / "whole")
-    site.host.answer = slowly
+    scenario = cut_scenario if stage == "publish" else scenario
+    count, totals, (run, _) = 5, Totals(), uninterrupted
+    root = scenario.copy_root(tmp_path / "whole")
+    scenario.host.answer = answer_slowly
     if stage == "train":
-        whole = Job(stages.do_training_flow, str(trained[0].parents[1]), TRAINING, "flow", api, fresh=True)
+        whole = Job(stages.do_training_flow, str(run.parents[1]), TRAINING, "flow", api, fresh=True)
     else:
-        config = site.config(root, stage)
+        config = scenario.config(root, stage)
         whole = Job(stages.do_refresh_flow, config.model_dump_json(), SEGMENT, api, fresh=True)
-    whole.end()
-    for n, after_s in enumerate(moments(count, measured(stage, [whole]))):
+    whole.result()
+    for n, after_s in enumerate(kill_times(stage, [whole], count)):
         root = tmp_path / f"killed{n}"
         if stage == "train":
             root.mkdir()
-            (root / "datasets").symlink_to(trained[0].parents[1] / "datasets")
-            training_killed(site, root, after_s, toll, trained[0], api)
+            (root / "datasets").symlink_to(run.parents[1] / "datasets")
+            kill_training(root, after_s, totals, run, api)
         else:
-            refresh_killed(site, site.root(root), stage, after_s, toll, api)
+            kill_refresh(scenario, scenario.copy_root(root), stage, after_s, totals, api)
         shutil.rmtree(root)
-    row(f"kill in {stage}, through the flow", count, toll.outcome("the same bytes"), toll.lost)
+    row(f"kill in {stage}, through the flow", count, totals.outcome("the same bytes"), totals.lost)

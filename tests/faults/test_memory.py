@@ -29,39 +29,37 @@ print([line for line in Path("/proc/self/status").read_text().splitlines() if li
 
 
 def peak_of(config: RefreshConfig) -> int:
-    """Bytes: the most that a refresh held at once. It starts no process, so that its own peak is that of its tree."""
+    """Peak resident memory of a refresh in bytes; the refresh starts no other process, so its own peak is the total."""
     command = [sys.executable, "-c", CHILD, config.model_dump_json()]
-    # Its own figure: what the kernel tells of a child includes what this process held when it started it.
+    # VmHWM as the child reads it: the kernel's figure for a child includes the memory of this process at the fork.
     child = subprocess.Popen(command, stdout=subprocess.PIPE)
     refresh, others = psutil.Process(child.pid), set()
     while child.poll() is None:
         with suppress(psutil.NoSuchProcess):
-            # git, which names the commit that made the version, is small and no part of the work.
+            # The refresh asks git for the commit; git is small and not part of the work.
             others |= {other.pid for other in refresh.children(recursive=True) if other.name() != "git"}
         time.sleep(0.05)
-    said, _ = child.communicate()
+    output, _ = child.communicate()
     assert child.returncode == 0
-    assert not others, "its processes are not counted"
-    return int(said) << 10
+    assert not others, "the refresh started processes, whose memory is not counted"
+    return int(output) << 10
 
 
-def test_memory(tmp_path: Path, row: Row) -> None:
-    """Scans of the full size, registered, on two workers: 8, 16 and 32 subjects."""
-    made = [
-        simulate(PhantomSubject(n, "Guys", 1, moved=bool(n % 2)))[0] for n in range(4)
-    ]  # then the same under other names
+def test_peak_memory_does_not_grow_with_the_number_of_subjects(tmp_path: Path, row: Row) -> None:
+    """8, 16 and 32 subjects with scans of full size, registered, on two workers."""
+    heads = [simulate(PhantomSubject(n, "Guys", 1, moved=bool(n % 2)))[0] for n in range(4)]  # repeated below
     peaks = {}
     for subjects in (8, 16, 32):
         source = tmp_path / f"source{subjects}"
         source.mkdir()
         for m in MODALITIES:
-            members = {f"IXI{n:03d}-Guys-{n:04d}-{m}.nii.gz": made[n % 4][m] for n in range(subjects)}
+            members = {f"IXI{n:03d}-Guys-{n:04d}-{m}.nii.gz": heads[n % 4][m] for n in range(subjects)}
             write_tar(source / archive_name(m), members)
         config = RefreshConfig(root=str(tmp_path / f"root{subjects}"), source=str(source), workers=2)
         peaks[subjects] = peak_of(config)
         for path in source.iterdir():
             path.unlink()
-    said = ", ".join(f"{n} subjects: {peak / 2**20:.0f} MiB" for n, peak in peaks.items())
-    row("memory", len(peaks), said, "none")
-    assert max(peaks.values()) < 1 << 30, said
-    assert peaks[32] - peaks[8] < 100 << 20, said  # the slabs alone of 24 subjects are 126 MB
+    outcome = ", ".join(f"{n} subjects: {peak / 2**20:.0f} MiB" for n, peak in peaks.items())
+    row("memory", len(peaks), outcome, "none")
+    assert max(peaks.values()) < 1 << 30, outcome
+    assert peaks[32] - peaks[8] < 100 << 20, outcome  # the slabs alone of 24 subjects are 126 MB

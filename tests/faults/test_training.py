@@ -1,4 +1,4 @@
-"""A training that fails ends in one line with advice, and keeps what it had saved."""
+"""A training that fails ends in one line with advice and keeps its saved checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import stages
 import torch
 from conftest import SMALL_NETWORKS
 from faults_table import Row
-from processes import GIVE_UP_S, Job, preload
+from processes import TIMEOUT_S, Job
 
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.errors import TrainingError
@@ -24,14 +24,9 @@ from model import train as module
 from model.config import TrainConfig
 from model.jobs import prepare_run, train_run
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("fork_server")]
 
 SMALL = SMALL_NETWORKS | {"batch_size": 2, "steps": 12, "checkpoint_every": 3, "log_every": 3, "samples": 0, "keep": 9}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _jobs() -> None:
-    preload()
 
 
 @pytest.fixture
@@ -44,26 +39,28 @@ def run_of(root: Path, name: str, **settings: Any) -> Any:
     return prepare_run(root, TrainConfig.model_validate(SMALL | settings), name)
 
 
-def test_training_nan(root: Path, monkeypatch: pytest.MonkeyPatch, row: Row) -> None:
-    """At any step. Earlier checkpoints stay valid, and no later one is saved."""
+def test_a_loss_that_is_not_finite_stops_the_training_and_saves_no_checkpoint(
+    root: Path, monkeypatch: pytest.MonkeyPatch, row: Row
+) -> None:
+    """At any step; the earlier checkpoints remain."""
     count = 12
     for n in range(count):
         step, last = 1 + n * 12 // count, n * 12 // count // 3 * 3
         original, steps = module.Trainer.step, iter(range(1, 100))
 
-        def breaks(self: Any, *batch: Any, original: Any = original, steps: Any = steps, step: int = step) -> Any:
+        def nan_after(self: Any, *batch: Any, original: Any = original, steps: Any = steps, step: int = step) -> Any:
             losses = original(self, *batch)
             return losses * float("nan") if next(steps) >= step else losses
 
         with monkeypatch.context() as patch:
-            patch.setattr(module.Trainer, "step", breaks)
+            patch.setattr(module.Trainer, "step", nan_after)
             named = rf"the last good checkpoint is .*step-{last:08d}" if last else "there is no checkpoint yet"
             with pytest.raises(TrainingError, match=rf"the loss is not finite at step \d+; {named}.*; try a lower lr"):
                 train_run(run_of(root, f"{n}"))
         assert [c.step for c in checkpoint.list_checkpoints(root / f"runs/{n}/checkpoints")] == list(
             range(3, last + 1, 3)
         )
-    row("a loss that is not finite", count, "stops, and names the last good checkpoint", "steps since that")
+    row("a loss that is not finite", count, "stops, and names the last good checkpoint", "steps after it")
 
 
 def command(root: Path, run: str, *more: str, **settings: Any) -> list[str]:
@@ -71,7 +68,7 @@ def command(root: Path, run: str, *more: str, **settings: Any) -> list[str]:
     return [sys.executable, "-m", "flows", "train", "--root", str(root), "--run-id", run, *chosen, *more]
 
 
-def test_training_sigterm(root: Path, row: Row) -> None:
+def test_sigterm_saves_the_current_step(root: Path, row: Row) -> None:
     count, steps = 5, []
     for n in range(count):
         process = subprocess.Popen(
@@ -81,7 +78,7 @@ def test_training_sigterm(root: Path, row: Row) -> None:
         while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 3 * n):
             time.sleep(0.005)
         process.send_signal(signal.SIGTERM)
-        _, stderr = process.communicate(timeout=GIVE_UP_S)
+        _, stderr = process.communicate(timeout=TIMEOUT_S)
         assert process.returncode == 128 + signal.SIGTERM, stderr
         (saved,) = checkpoint.list_checkpoints(root / f"runs/{n}/checkpoints")
         assert f"stopped at step {saved.step} of 1000000 and saved" in stderr.decode().splitlines()[-1]
@@ -90,25 +87,25 @@ def test_training_sigterm(root: Path, row: Row) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wants", "line"),
+    ("settings", "message"),
     [
         ({"batch_size": 3 * 10**6, "side": 64}, "at batch_size 3000000; try batch_size 1500000"),
         ({"width": 60_000}, "before the first step; try a smaller width"),
     ],
 )
-def test_training_out_of_memory(wants: dict[str, int], line: str, root: Path, row: Row) -> None:
+def test_out_of_memory_is_one_line_with_advice(settings: dict[str, int], message: str, root: Path, row: Row) -> None:
     """A batch of 25 GB, or large weights, in 16 GiB of address space: the allocator fails at once."""
-    job = Job(stages.do_command, command(root, "a", **wants)[3:], str(root / "output"), 16 << 30)
+    job = Job(stages.do_command, command(root, "a", **settings)[3:], str(root / "output"), 16 << 30)
     assert job.exit_code() == 1
     text = (root / "output").read_text()
-    assert text.strip().splitlines()[-1] == f"error: out of memory {line}", text
+    assert text.strip().splitlines()[-1] == f"error: out of memory {message}", text
     assert "Traceback" not in text
-    when, _, advice = line.partition("; ")
+    when, _, advice = message.partition("; ")
     row(f"out of memory in training, {when}", 1, f"one line: {advice}", "steps since the last checkpoint")
 
 
-def test_training_checkpoint_truncated(root: Path, row: Row) -> None:
-    """Truncated anywhere, the newest is skipped for the one before, and training ends with the same weights."""
+def test_a_truncated_checkpoint_is_skipped_for_the_previous_one(root: Path, row: Row) -> None:
+    """At any length; the training then ends with the same weights."""
     count = 25
     whole = train_run(run_of(root, "whole"))
     wanted, _ = checkpoint.load(whole)
@@ -122,4 +119,4 @@ def test_training_checkpoint_truncated(root: Path, row: Row) -> None:
         found, _ = checkpoint.load(train_run(run, resume=True))
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
         shutil.rmtree(run.folder)
-    row("a truncated checkpoint", count, "the previous one is used; equal final weights", "steps since that")
+    row("a truncated checkpoint", count, "the previous one is used; equal final weights", "steps after it")

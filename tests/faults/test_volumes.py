@@ -15,7 +15,7 @@ import pytest
 import stages
 import volumes
 from faults_table import Row
-from processes import Job, preload
+from processes import Job
 
 from ixi_etl.config import DatasetConfig, RefreshConfig
 from ixi_etl.dataset import metadata
@@ -23,17 +23,12 @@ from ixi_etl.dataset.schema import REASONS
 from ixi_etl.errors import ArchiveError
 from ixi_etl.scans.tar import index_archive
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("fork_server")]
 
 A_BATCH = 500
 WITHIN_S, WITHIN_BYTES = 5.0, 1 << 30
 
 Members = dict[str, list[tuple[tarfile.TarInfo, bytes]]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _jobs() -> None:
-    preload()
 
 
 def info(name: str, size: int = 0, **more: Any) -> tarfile.TarInfo:

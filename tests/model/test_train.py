@@ -20,7 +20,7 @@ import pytest
 import stages
 import torch
 from conftest import TRAINED
-from processes import GIVE_UP_S, Job, preload
+from processes import TIMEOUT_S, Job
 
 from flows.cli import main
 from ixi_etl.core.files import read_json, to_json
@@ -33,11 +33,6 @@ from model.generator import build_generator, load_generator
 from model.jobs import prepare_run, train_run
 from model.run import Run, open_run
 from model.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def jobs() -> None:
-    preload()
 
 
 @pytest.fixture
@@ -76,7 +71,7 @@ def launched(root: Path, **settings: Any) -> list[str]:
 
 def wait_for(condition: Any, has_ended: Any) -> None:
     """Wait until the condition is true, while the process runs."""
-    end = time.monotonic() + GIVE_UP_S
+    end = time.monotonic() + TIMEOUT_S
     while not condition():
         assert not has_ended(), "the process ended first"
         assert time.monotonic() < end
@@ -120,7 +115,7 @@ def test_resuming_from_a_checkpoint_older_than_the_logs_is_bit_exact(root: Path)
 
 @pytest.mark.faults
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resuming_after_a_kill_is_bit_exact(root: Path, jobs: None, precision: str) -> None:
+def test_resuming_after_a_kill_is_bit_exact(root: Path, fork_server: None, precision: str) -> None:
     train_run(run_of(root, "whole", precision=precision, **FULL))
     folder, settings = root / "runs" / "killed" / "checkpoints", TRAINED | FULL | {"precision": precision}
     pattern = f"checkpoints/{checkpoint.checkpoint_path(folder, 6).name}"
@@ -171,7 +166,9 @@ def test_a_signal_saves_and_stops_the_training(root: Path) -> None:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])  # SIGINT: test_flow
-def test_a_signal_to_the_command_saves_and_ends_in_one_line(root: Path, jobs: None, number: signal.Signals) -> None:
+def test_a_signal_to_the_command_saves_and_ends_in_one_line(
+    root: Path, fork_server: None, number: signal.Signals
+) -> None:
     job = command(root, "stopped", steps=100_000, checkpoint_every=90_000, samples=0)
     wait_for((root / "runs" / "stopped" / "metrics.csv").exists, lambda: not job.process.is_alive())
     os.kill(job.process.pid or 0, number)
@@ -310,7 +307,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(root: Path
     wait_for((root / "runs" / "two" / "metrics.csv").exists, process.poll)
     one = next(p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == "1")
     one.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=GIVE_UP_S)
+    _, stderr = process.communicate(timeout=TIMEOUT_S)
     (saved,) = checkpoint.list_checkpoints(root / "runs" / "two" / "checkpoints")
     assert f"stopped at step {saved.step} of 100000 and saved" in stderr.decode()
     assert b'Traceback (most recent call last):\n  File "/tmp' not in stderr
