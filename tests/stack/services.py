@@ -1,7 +1,7 @@
-"""Run the services of docker-compose.yml as processes of this machine, with the very commands that stand there.
+"""Run the services of docker-compose.yml as processes on this machine, with the commands of that file.
 
-What a container changes is changed back: names of hosts become 127.0.0.1 with free ports, volumes become folders.
-PostgreSQL is Debian's (`apt-get install postgresql`) in place of its image, and S3 is a moto server.
+Host names are replaced by 127.0.0.1 and free ports, volumes by folders. PostgreSQL is Debian's
+(`apt-get install postgresql`) instead of its image, and S3 is a moto server.
 """
 
 from __future__ import annotations
@@ -28,37 +28,45 @@ import yaml
 PROJECT = Path(__file__).parents[2]
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())["services"]
 PORTS = {"postgres": "5432", "server": "4200", "dask-scheduler": "8786"}
-VOLUMES = ("/data", "/prefect", "/tmp")  # as containers see them
+VOLUMES = ("/data", "/prefect", "/tmp")  # paths in containers
 
 T = TypeVar("T")
 
 
 def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
-def answers(method: str, url: str) -> bool:
-    """Whether a server is there yet, and does as asked."""
+def responds(method: str, url: str) -> bool:
+    """Whether the server accepts connections and responds with status 200."""
     try:
         return httpx.request(method, url).status_code == 200
     except httpx.TransportError:
         return False
 
 
-def wait_until(what: str, found: Callable[[], T | None], seconds: float = 300) -> T:
-    """What `found` gives as soon as it is true; the test fails after `seconds`."""
+def wait_for(description: str, poll: Callable[[], T | None], seconds: float = 300) -> T:
+    """Call `poll` until its result is true and return that; fail the test after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if value := found():
+        if value := poll():
             return value
         time.sleep(0.05)
-    raise AssertionError(f"{what} did not come in {seconds} s")
+    raise AssertionError(f"waited {seconds} s in vain for {description}")
 
 
 class Stack:
-    """The running stack. `folder` holds the volumes and logs; `values` is what stands in `.env`."""
+    """The running services.
+
+    Attributes:
+        folder: has the volumes and logs.
+        values: the variables of `.env`.
+        ports: service -> port on this machine.
+        running: name of a process -> the process.
+        used: services whose command ran.
+    """
 
     def __init__(self, folder: Path, values: Mapping[str, str]) -> None:
         self.folder = folder
@@ -66,8 +74,8 @@ class Stack:
         self.values |= values
         self.ports = {name: free_port() for name in PORTS}
         self.running: dict[str, subprocess.Popen[bytes]] = {}
-        self.ran: set[str] = set()
-        self._stopping = ExitStack()
+        self.used: set[str] = set()
+        self._cleanup = ExitStack()
         for volume in VOLUMES:
             (folder / volume[1:]).mkdir(parents=True, exist_ok=True)
 
@@ -77,66 +85,67 @@ class Stack:
     def __exit__(self, *_: object) -> None:
         for name in reversed(list(self.running)):
             self.kill(name)
-        self._stopping.close()
+        self._cleanup.close()
 
-    # -- what the compose file says, for this machine
+    # -- commands and variables of the compose file, for this machine
 
     def interpolate(self, text: str) -> str:
-        """`${NAME}`, `${NAME:-default}` and `${NAME:?what to do}` from `values`, as Compose does."""
+        """Replace `${NAME}`, `${NAME:-default}` and `${NAME:?error}` by values of `values`, as Compose does."""
 
         def value(match: re.Match[str]) -> str:
             name, default = match[1], match[3] if match[2] == ":-" else None
-            found = self.values.get(name) or default
-            assert found is not None, f"{name} stands in no .env"
-            return found
+            chosen = self.values.get(name) or default
+            assert chosen is not None, f"{name} has no value"
+            return chosen
 
         return re.sub(r"\$\{(\w+)(?:(:[-?])([^}]*))?\}", value, text)
 
-    def here(self, text: str) -> str:
-        """A container's address, port or folder, as one of this machine."""
+    def localize(self, text: str) -> str:
+        """Translate an address, port or folder of a container to one of this machine."""
         text = self.interpolate(text).replace("0.0.0.0", "127.0.0.1")
         for name, port in PORTS.items():
             text = text.replace(f"{name}:{port}", f"127.0.0.1:{self.ports[name]}")
             text = (
                 self.ports[name] if text == port else text.replace(f"127.0.0.1:{port}", f"127.0.0.1:{self.ports[name]}")
             )
-        if text.endswith((":8787", "8080")):  # only its own container sees these
+        if text.endswith((":8787", "8080")):  # used inside one container only
             text = text[:-4] + free_port()
         return str(self.folder / text[1:]) if text.startswith(VOLUMES) else text
 
     def command(self, service: str) -> list[str]:
-        self.ran.add(service)
-        return [self.here(part) for part in SERVICES[service]["command"]]
+        self.used.add(service)
+        return [self.localize(argument) for argument in SERVICES[service]["command"]]
 
     def environment(self, service: str) -> dict[str, str]:
-        """The service's variables, on top of what the image sets and this machine needs."""
-        said = SERVICES[service].get("environment", {})
-        given = {name: self.here(value) for name, value in said.items() if value is not None}
-        given |= {name: self.values[name] for name, value in said.items() if value is None and name in self.values}
+        """The service's variables, added to those of the image and those that this machine needs."""
+        declared = SERVICES[service].get("environment", {})
+        given = {name: self.localize(value) for name, value in declared.items() if value is not None}
+        given |= {name: self.values[name] for name, value in declared.items() if value is None and name in self.values}
         base = {name: os.environ[name] for name in ("PYTHONPATH", "LANG") if name in os.environ}
         base |= {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "HOME": str(self.folder),
             "PREFECT_HOME": str(self.folder / "tmp" / service),
             "PREFECT_PLUGINS_ENABLED": "1",
-            "PREFECT_WORKER_QUERY_SECONDS": "2",  # the default, 10, only makes the test longer
+            "PREFECT_WORKER_QUERY_SECONDS": "2",  # the default of 10 makes the tests longer
         }
         return base | given
 
     # -- processes
 
     def start(self, service: str, name: str | None = None) -> None:
-        """Start one process of a service, called `name` where there are several."""
+        """Start a process of a service; `name` distinguishes several processes of one service."""
         self.spawn(name or service, self.command(service), self.environment(service))
 
     def spawn(self, name: str, command: list[str], environment: Mapping[str, str], **options: Any) -> None:
+        """Start a process that writes to the log `<name>.log`; `options` are those of `Popen`."""
         with open(self.folder / f"{name}.log", "ab") as log:
             self.running[name] = subprocess.Popen(
                 command, cwd=PROJECT, env=dict(environment), stdout=log, stderr=log, start_new_session=True, **options
             )
 
     def run(self, service: str, command: list[str] | None = None) -> subprocess.CompletedProcess[str]:
-        """Run a service that ends, or a command that a person types with a service's variables."""
+        """Run the command of a service, or another one with its variables, and wait until it ends."""
         return subprocess.run(
             command or self.command(service),
             cwd=PROJECT,
@@ -148,7 +157,7 @@ class Stack:
         )
 
     def stop(self, name: str) -> None:
-        """End a service as `docker compose stop` does: politely, then not."""
+        """Send SIGTERM, and SIGKILL after 10 s, as `docker compose stop` does."""
         process = self.running.pop(name)
         process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
@@ -156,7 +165,7 @@ class Stack:
         self._kill(process)
 
     def kill(self, name: str) -> None:
-        """As if its machine went away: every process of the service at once, without a word."""
+        """Send SIGKILL to the process and its descendants, as if their machine failed."""
         self._kill(self.running.pop(name))
 
     def _kill(self, process: subprocess.Popen[bytes]) -> None:
@@ -169,19 +178,19 @@ class Stack:
                 member.kill()
         process.wait()
 
-    def lost(self) -> list[str]:
-        """Names of services that ended by themselves."""
+    def exited(self) -> list[str]:
+        """Names of processes that ended without a call of `stop` or `kill`."""
         return [name for name, process in self.running.items() if process.poll() is not None]
 
-    # -- what is not ours
+    # -- PostgreSQL and S3
 
     def start_postgres(self) -> None:
-        """Debian's PostgreSQL, which refuses to be root's."""
+        """Start Debian's PostgreSQL, which refuses to run as root, so root starts it as the user `postgres`."""
         binaries = max(
             Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name), default=None
         )
         assert binaries, "no PostgreSQL; apt-get install postgresql"
-        folder = Path(self._stopping.enter_context(tempfile.TemporaryDirectory(prefix="ixi-postgres-")))
+        folder = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="ixi-postgres-")))
         password = folder / "password"
         password.write_text(self.values["POSTGRES_PASSWORD"])
         options: dict[str, Any] = {}
@@ -190,18 +199,18 @@ class Stack:
             for path in (folder, password):
                 shutil.chown(path, "postgres", "postgres")
         data, port = folder / "data", self.ports["postgres"]
-        make = [binaries / "initdb", "-D", data, "-U", "prefect", "--pwfile", password, "-A", "scram-sha-256"]
-        subprocess.run(make, check=True, capture_output=True, cwd=folder, **options)
+        initdb = [binaries / "initdb", "-D", data, "-U", "prefect", "--pwfile", password, "-A", "scram-sha-256"]
+        subprocess.run(initdb, check=True, capture_output=True, cwd=folder, **options)
         serve = [binaries / "postgres", "-D", data, "-h", "127.0.0.1", "-p", port, "-k", "", "-c", "fsync=off"]
-        self.spawn("postgres", [str(part) for part in serve], os.environ, **options)
+        self.spawn("postgres", [str(argument) for argument in serve], os.environ, **options)
         address = ["-h", "127.0.0.1", "-p", port, "-U", "prefect"]
         ready = [binaries / "pg_isready", *address]
-        wait_until("PostgreSQL", lambda: subprocess.run(ready, capture_output=True, check=False).returncode == 0)
+        wait_for("PostgreSQL", lambda: subprocess.run(ready, capture_output=True, check=False).returncode == 0)
         environment = os.environ | {"PGPASSWORD": self.values["POSTGRES_PASSWORD"]}
         subprocess.run([binaries / "createdb", *address, "prefect"], check=True, env=environment)
 
     def start_s3(self, bucket: str) -> None:
-        """A moto server in place of S3, with a bucket; `values` then has where it is, as `.env` would."""
+        """Start a moto server with a bucket, and add its address and keys to `values`, as in `.env`."""
         port = free_port()
         self.spawn("s3", [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port], os.environ)
         self.values |= {
@@ -210,8 +219,7 @@ class Stack:
             "AWS_SECRET_ACCESS_KEY": "anything",
             "AWS_DEFAULT_REGION": "us-east-1",
         }
-
-        wait_until("S3", lambda: answers("PUT", f"{self.values['AWS_ENDPOINT_URL']}/{bucket}"))
+        wait_for("S3", lambda: responds("PUT", f"{self.values['AWS_ENDPOINT_URL']}/{bucket}"))
 
     # -- Prefect's API
 
@@ -220,12 +228,16 @@ class Stack:
         return f"http://127.0.0.1:{self.ports['server']}"
 
     def wait_for_server(self) -> None:
-        wait_until("the Prefect server", lambda: answers("GET", f"{self.url}/api/health"))
+        wait_for("the Prefect server", lambda: responds("GET", f"{self.url}/api/health"))
 
-    def ask(self, path: str, method: str = "POST", **body: Any) -> Any:
-        """What the server's API answers."""
+    def request(self, path: str, method: str = "POST", **body: Any) -> Any:
+        """Send a request to the API of the Prefect server; return the JSON of its response.
+
+        Raises:
+            httpx.HTTPStatusError: the status is not a success.
+        """
         user, password = self.values["PREFECT_AUTH"].split(":")
-        answer = httpx.request(
+        response = httpx.request(
             method,
             f"{self.url}/api/{path}",
             json=body or None,
@@ -233,13 +245,13 @@ class Stack:
             timeout=30,
             follow_redirects=True,
         )
-        answer.raise_for_status()
-        return answer.json() if answer.content else None
+        response.raise_for_status()
+        return response.json() if response.content else None
 
     def runs_of(self, deployment: str, **filters: Any) -> list[dict[str, Any]]:
-        """The runs of a deployment, in the order in which they were made, but for those of its schedule."""
-        runs = self.ask("flow_runs/filter", deployments={"name": {"any_": [deployment]}}, **filters)
+        """The runs of a deployment without those of its schedule, in order of creation."""
+        runs = self.request("flow_runs/filter", deployments={"name": {"any_": [deployment]}}, **filters)
         return sorted((run for run in runs if not run["auto_scheduled"]), key=lambda run: str(run["created"]))
 
     def state_of(self, run_id: str) -> str:
-        return str(self.ask(f"flow_runs/{run_id}", "GET")["state"]["type"])
+        return str(self.request(f"flow_runs/{run_id}", "GET")["state"]["type"])
