@@ -1,4 +1,4 @@
-# Two commands set everything up: `make demo` runs the whole job on a simulated IXI, `make test` runs the tests.
+# `make demo` and `make test` install what they need into .venv first; `make help` lists all targets.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -9,23 +9,23 @@ STAMP  := $(VENV)/.installed
 BENCH  := $(VENV)/.installed-bench
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-unexport PYTHONDONTWRITEBYTECODE # otherwise each of the many processes compiles everything again
+unexport PYTHONDONTWRITEBYTECODE # otherwise each process compiles all modules again
 
 .PHONY: demo test fuzz test-standin test-stack faults audit bench api deploy lint clean help
 
 help:
-	@echo "make demo   run the whole job on a small simulated IXI, no server or account needed"
-	@echo "make test   run the tests (3 minutes), with the same random examples on every run"
-	@echo "make fuzz   search for new examples; SEEDS=30: thirty seeds, SEED=N: one, ONLY=name: one test"
-	@echo "make test-standin  simulated archives of real anatomy, if present (minutes)"
-	@echo "make test-stack    the deployed stack: PostgreSQL, Prefect, workers, Dask and S3 as processes, 10 minutes"
-	@echo "make faults kills, bad servers, full disks and hostile input, in full, 15 minutes; ONLY=name: one of them"
-	@echo "make audit  bandit, and pip-audit if the advisories can be reached"
-	@echo "make bench  speed beside other tools; ONLY=survey,refresh: some rows, QUICK=1: a trial run"
-	@echo "make api    write docs/api.md from the docstrings"
-	@echo "make deploy pools, deployments and automation onto the Prefect server at PREFECT_API_URL"
-	@echo "make lint   ruff and mypy"
-	@echo "make clean  remove the environment and the demo"
+	@echo "make demo          run the whole pipeline on a small simulated IXI; needs no server and no account"
+	@echo "make test          run the tests (3 minutes) with the same random examples on every run"
+	@echo "make fuzz          search for failing random examples; SEEDS=30: thirty seeds, SEED=N: one seed, ONLY=name: one test"
+	@echo "make test-standin  run the tests on simulated archives of real anatomy, if present (minutes)"
+	@echo "make test-stack    run PostgreSQL, Prefect, workers, Dask and S3 as processes and test them (10 minutes)"
+	@echo "make faults        test kills, bad servers, full disks and hostile files, in all variants (15 minutes); ONLY=name: some"
+	@echo "make audit         run bandit, and pip-audit if its advisories can be reached"
+	@echo "make bench         measure speed beside other tools; ONLY=survey,refresh: some rows, QUICK=1: a trial run"
+	@echo "make api           write docs/api.md from the docstrings"
+	@echo "make deploy        create pools, deployments and the automation on the Prefect server at PREFECT_API_URL"
+	@echo "make lint          run ruff and mypy"
+	@echo "make clean         remove the environment and the files of the demo"
 
 # Each stamp records which extras are installed. They are reinstalled when one of these files changes; the last one holds
 # the version.
@@ -34,11 +34,11 @@ $(TRAIN): EXTRAS := [train]
 $(STAMP): EXTRAS := [train,test]
 $(BASE) $(TRAIN) $(STAMP): pyproject.toml constraints.txt ixi_etl/__init__.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) (some minutes the first time)"
+	@echo "installing into $(VENV) (minutes on the first call)"
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".$(EXTRAS)"
 	@touch $@
 
-# An environment with more extras serves too.
+# If the environment with all extras exists, it is used.
 demo: $(or $(wildcard $(STAMP)),$(TRAIN))
 	@$(BIN)/ixi-etl demo
 
@@ -52,7 +52,7 @@ test-standin: $(STAMP)
 	@$(BIN)/pytest -m standin
 
 test-stack: $(STAMP)
-	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null || { echo "first: apt-get install postgresql"; exit 1; }
+	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null || { echo "PostgreSQL is missing; apt-get install postgresql"; exit 1; }
 	@$(BIN)/pytest -m stack
 
 faults: $(STAMP)
@@ -61,10 +61,10 @@ faults: $(STAMP)
 audit: $(STAMP)
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[audit]"
 	@$(BIN)/bandit --quiet --recursive --configfile pyproject.toml ixi_etl model flows
-	@echo "bandit finds nothing in ixi_etl, model and flows"
+	@echo "bandit found nothing in ixi_etl, model and flows"
 	@$(BIN)/python .ci/advisories.py
 
-# The tools to compare with, which nothing else needs, in the same environment.
+# Only the benchmarks need these tools, which they compare with; they go into the same environment.
 $(BENCH): $(STAMP)
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,test,bench]"
 	@touch $(BENCH)

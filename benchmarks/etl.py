@@ -1,4 +1,4 @@
-"""Cases of survey and refresh, ours and the peers': from archives to a depth histogram, or to slabs on the disk.
+"""Cases of survey and refresh, ours and the peers': from archives to a depth histogram, or to slabs on disk.
 
 Surveys start with archives that are not in the page cache. Refreshes start with verified archives and end with slabs of
 20 slices of each pair: ours in a published version with hashes, CRCs and a manifest, the peers' as .npy files.
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.inputs import fresh, out_of_memory
+from benchmarks.inputs import drop_from_page_cache, scratch_folder
 from benchmarks.serving import counts, serving
 
 Work = Callable[[], dict[str, Any]]
@@ -48,7 +48,7 @@ def survey(source: str, warm: str) -> Work:
 
     work_on(warm)
     if "://" not in source:
-        out_of_memory(Path(source))
+        drop_from_page_cache(Path(source))
     return partial(work_on, source)
 
 
@@ -57,7 +57,7 @@ def _depths(found: dict[Any, int]) -> dict[str, int]:
 
 
 def survey_extracted(source: str, warm: str, scratch: str, extract: bool, library: str = "nibabel") -> Work:
-    """The usual way: `extractall`, then the shape of each file from its header, read by a library."""
+    """The usual method: `extractall`, then a library reads the shape of each file from its header."""
     depth_of = {"nibabel": _by_nibabel, "torchio": _by_torchio}[library]()
 
     def work_on(source: str, folder: Path, extract: bool) -> dict[str, Any]:
@@ -70,11 +70,11 @@ def survey_extracted(source: str, warm: str, scratch: str, extract: bool, librar
                 found[key] = found.get(key, 0) + 1
         return {"depths": _depths(found)}
 
-    work_on(warm, fresh(Path(scratch), "extracted-warm"), True)
-    folder = fresh(Path(scratch), "extracted")
+    work_on(warm, scratch_folder(Path(scratch), "extracted-warm"), True)
+    folder = scratch_folder(Path(scratch), "extracted")
     if not extract:
         _extract(source, folder)
-    out_of_memory(Path(source), folder)
+    drop_from_page_cache(Path(source), folder)
     return partial(work_on, source, folder, extract)
 
 
@@ -108,7 +108,7 @@ def survey_downloaded(source: str, warm: str, scratch: str) -> Work:
     import shutil
     import urllib.request
 
-    folder = fresh(Path(scratch), "downloaded")
+    folder = scratch_folder(Path(scratch), "downloaded")
 
     def work() -> dict[str, Any]:
         with serving(Path(source)) as url:
@@ -134,7 +134,7 @@ def _extract(source: str, folder: Path) -> None:
 
 
 def refresh(source: str, warm: str, scratch: str, pairing: str, default: bool = False) -> Work:
-    """Our refresh, as a plain function, on archives that were verified before.
+    """Our refresh, as a plain function, on verified archives.
 
     With `default` it also registers the pairs and draws pictures, which no peer does.
     """
@@ -146,8 +146,8 @@ def refresh(source: str, warm: str, scratch: str, pairing: str, default: bool = 
     options: dict[str, Any] = {} if default else {"registration": "none", "pictures": False}
     dataset = DatasetConfig.model_validate({"pairing": pairing} | options)
 
-    def ready(name: str, source: str) -> RefreshConfig:
-        config = RefreshConfig(root=str(fresh(Path(scratch), name)), source=source, dataset=dataset, workers=2)
+    def prepare(name: str, source: str) -> RefreshConfig:
+        config = RefreshConfig(root=str(scratch_folder(Path(scratch), name)), source=source, dataset=dataset, workers=2)
         acquire_inputs(config)
         return config
 
@@ -156,8 +156,8 @@ def refresh(source: str, warm: str, scratch: str, pairing: str, default: bool = 
         arrays = open_arrays(done.folder)
         return {"slabs": _shapes([arrays["t1"].shape, arrays["t2"].shape]), "version": str(done.folder)}
 
-    work_on(ready("root-warm", warm))
-    return partial(work_on, ready("root", source))
+    work_on(prepare("root-warm", warm))
+    return partial(work_on, prepare("root", source))
 
 
 def fetch_members(source: str, scratch: str) -> Work:
@@ -168,17 +168,17 @@ def fetch_members(source: str, scratch: str) -> Work:
     from ixi_etl.scans import survey
 
     chosen = DatasetConfig.model_validate({"registration": "none", "pictures": False})
-    root = str(fresh(Path(scratch), "root-members"))
+    root = str(scratch_folder(Path(scratch), "root-members"))
 
     def work() -> dict[str, Any]:
         with serving(Path(source)) as url:
             config = RefreshConfig(root=root, source=url, dataset=chosen, workers=2, fetch="members")
             done = run(config)
-            moved = counts(url)
+            traffic = counts(url)
         used = manifest.used_rows(metadata.read_manifest(done.folder))["subject_id"]
         table = survey.survey({m: f"{source}/IXI-{m}.tar" for m in MODALITIES})
         selected = int(table.loc[table["subject_id"].isin(used), "size"].sum())
-        return {"pairs": len(used), "selected": selected, **moved}
+        return {"pairs": len(used), "selected": selected, **traffic}
 
     return work
 
@@ -202,7 +202,7 @@ def _warmed(work_on: Callable[[str, Path, Path], None], source: str, warm: str, 
     """The work on `source`, after one run on the small archives of `warm`."""
 
     def empty_folders() -> tuple[Path, Path]:
-        return fresh(Path(scratch), "peer-in"), fresh(Path(scratch), "peer-out")
+        return scratch_folder(Path(scratch), "peer-in"), scratch_folder(Path(scratch), "peer-out")
 
     work_on(warm, *empty_folders())
     folder, out = empty_folders()
@@ -276,7 +276,7 @@ def _save_axial(volume: np.ndarray[Any, Any], path: Path) -> None:
 
 
 def inflate_only(source: str) -> Work:
-    """The floor: only inflate the same members with ISA-L, on two threads."""
+    """The lower bound: only inflate the same members with ISA-L, on two threads."""
     from isal import igzip_lib
 
     from ixi_etl.scans.tar import index_archive, read_member

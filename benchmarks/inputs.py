@@ -59,13 +59,13 @@ def archives(folder: Path, pairs: int, shrink: int = 1, odd: int = 0) -> Path:
     return target
 
 
-def hollow(folder: Path, shrink: int = 1, members: dict[str, int] | None = None) -> Path:
-    """Archives with as many members as IXI's, for reading headers alone.
+def sparse_archives(folder: Path, shrink: int = 1, members: dict[str, int] | None = None) -> Path:
+    """Archives with as many members as IXI's, of which only headers are read.
 
-    Beyond its first 64 KiB each member is a hole in a sparse file.
+    After its first 64 KiB each member is a hole in a sparse file.
     """
     counts = members or MEMBERS
-    target = folder / f"hollow-{'-'.join(map(str, counts.values()))}-{shrink}"
+    target = folder / f"sparse-{'-'.join(map(str, counts.values()))}-{shrink}"
     if (target / "done").exists():
         return target
     source = heads(folder, shrink)
@@ -97,7 +97,7 @@ def _add(tar: tarfile.TarFile, number: int, modality: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
-def fresh(folder: Path, name: str) -> Path:
+def scratch_folder(folder: Path, name: str) -> Path:
     """Create an empty folder to write into; remove an existing one."""
     target = folder / "scratch" / name
     shutil.rmtree(target, ignore_errors=True)
@@ -105,7 +105,7 @@ def fresh(folder: Path, name: str) -> Path:
     return target
 
 
-def out_of_memory(*folders: Path) -> None:
+def drop_from_page_cache(*folders: Path) -> None:
     """Drop the files in these folders from the page cache, so that they are next read from the disk."""
     for folder in folders:
         for path in folder.rglob("*"):
@@ -117,5 +117,5 @@ def out_of_memory(*folders: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads(path.read_text())
-    return found
+    fields: dict[str, object] = json.loads(path.read_text())
+    return fields

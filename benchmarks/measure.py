@@ -1,7 +1,7 @@
 """Run a benchmark case in a fresh process, measure it, and build rows of the table from pairs of runs.
 
 A case is named `module:function`. The function gets the case's arguments, imports and prepares what it needs, and
-returns a callable without arguments. Only that callable is timed. It returns facts by which the work is checked.
+returns a callable without arguments. Only that callable is timed. It returns a dict by which the work is checked.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class Measured:
 
     Attributes:
         base_mb: resident memory when the work starts.
-        peak_mb: the most during the work, minus `base_mb`.
+        peak_mb: the highest during the work, minus `base_mb`.
         held_mb: resident memory at the end, minus `base_mb`.
-        facts: what the case returned.
+        result: the dict that the case returned.
     """
 
     seconds: float
     base_mb: float
     peak_mb: float
     held_mb: float
-    facts: dict[str, Any]
+    result: dict[str, Any]
 
 
 @dataclass
@@ -103,7 +103,7 @@ def duration(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.1f} ms"
 
 
-def faster(what: str, peer: str, theirs: list[Measured], ours: list[Measured], target: float | None) -> Row:
+def speed_row(what: str, peer: str, theirs: list[Measured], ours: list[Measured], target: float | None) -> Row:
     """A row that compares the peer's time with ours."""
     times = ratio(theirs, ours)
     wanted = f"{target:g} x" if target else "-"
@@ -111,14 +111,14 @@ def faster(what: str, peer: str, theirs: list[Measured], ours: list[Measured], t
     return Row(what, peer, duration(seconds(ours)), duration(seconds(theirs)), f"{times:.1f} x", wanted, reached)
 
 
-def agree(name: str, *runs: list[Measured]) -> None:
-    """Raise `RuntimeError` unless all runs of all cases report the same fact `name`."""
-    found = {json.dumps(run.facts[name]) for case in runs for run in case}
-    if len(found) != 1:
-        raise RuntimeError(f"the peers did not do the same work: {name} is {found}")
+def require_equal(name: str, *runs: list[Measured]) -> None:
+    """Raise `RuntimeError` unless all runs of all cases have the same `result[name]`."""
+    values = {json.dumps(run.result[name]) for case in runs for run in case}
+    if len(values) != 1:
+        raise RuntimeError(f"the peers did not do the same work: {name} is {values}")
 
 
-def _memory(name: str) -> float:
+def _status_mb(name: str) -> float:
     """A field of /proc/self/status in MB: VmRSS is resident memory now, VmHWM its peak so far."""
     if not os.path.exists("/proc/self/status"):
         return 0.0
@@ -126,19 +126,20 @@ def _memory(name: str) -> float:
         return next(int(line.split()[1]) for line in file if line.startswith(name)) / 1024
 
 
-def _held() -> float:
+def _resident_mb() -> float:
     """Resident memory in MB, without memory that the allocator keeps after it was freed."""
     gc.collect()
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
-    return _memory("VmRSS")
+    return _status_mb("VmRSS")
 
 
-def _forget_peak() -> None:
+def _reset_peak() -> None:
+    """Make the kernel count VmHWM from now on."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
-    except OSError:  # the peak then includes that of the imports
+    except OSError:  # the peak then includes the imports
         pass
 
 
@@ -147,14 +148,14 @@ def main() -> None:
     stdout = os.dup(1)
     os.dup2(2, 1)  # libraries may print; only the result goes to stdout
     work = getattr(import_module(module), name)(**json.loads(sys.argv[2]))
-    before = _held()
-    _forget_peak()
+    before = _resident_mb()
+    _reset_peak()
     start = time.perf_counter()
-    facts = work()
-    taken = facts.pop("seconds", None) or time.perf_counter() - start
-    peak = _memory("VmHWM")
-    reported = {k: v for k, v in facts.items() if k != "keep"}
-    measured = Measured(taken, before, peak - before, _held() - before, reported)
+    result = work()
+    taken = result.pop("seconds", None) or time.perf_counter() - start
+    peak = _status_mb("VmHWM")
+    reported = {k: v for k, v in result.items() if k != "keep"}
+    measured = Measured(taken, before, peak - before, _resident_mb() - before, reported)
     with os.fdopen(stdout, "w") as file:
         file.write(json.dumps(measured.__dict__) + "\n")
     os._exit(0)  # do not wait for loaders and servers

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.inputs import out_of_memory, read_json
+from benchmarks.inputs import drop_from_page_cache, read_json
 
 Work = Callable[[], dict[str, Any]]
 BATCH = 16
@@ -47,11 +47,11 @@ def prepare(source: str, folder: str) -> Work:
                 ranges[subject] = [row[f"{name}_p_low"], row[f"{name}_p_high"]]
                 for z, image in enumerate(slab):
                     np.save(target / "npy" / f"{subject}-{z:02d}.npy", image)
-                head = _plain_header(slab.shape, np.asarray(arrays[f"{name}_affine"][row["store_row"]]))
-                (target / "nifti" / f"{subject}.nii").write_bytes(pack_like(head, slab, ""))
+                header = _plain_header(slab.shape, np.asarray(arrays[f"{name}_affine"][row["store_row"]]))
+                (target / "nifti" / f"{subject}.nii").write_bytes(pack_like(header, slab, ""))
         import json
 
-        (target / "facts.json").write_text(json.dumps({"version": str(done.folder), "ranges": ranges}))
+        (target / "prepared.json").write_text(json.dumps({"version": str(done.folder), "ranges": ranges}))
         mb = sum(arrays[name].nbytes for name in ("t1", "t2")) / 2**20
         return {"pairs": len(used) * arrays["t1"].shape[1], "mb": mb}
 
@@ -65,10 +65,10 @@ def _plain_header(shape: tuple[int, ...], affine: np.ndarray[Any, Any]) -> bytes
 
 
 def _files(folder: str) -> tuple[Path, dict[str, list[float]], list[str]]:
-    facts = read_json(Path(folder) / "facts.json")
-    ranges: Any = facts["ranges"]
-    out_of_memory(Path(folder))
-    return Path(str(facts["version"])), ranges, sorted({name.rpartition("-")[0] for name in ranges})
+    prepared = read_json(Path(folder) / "prepared.json")
+    ranges: Any = prepared["ranges"]
+    drop_from_page_cache(Path(folder))
+    return Path(str(prepared["version"])), ranges, sorted({name.rpartition("-")[0] for name in ranges})
 
 
 def _consumed(batches: Iterable[tuple[Tensor, Tensor]], keep: Any = None) -> dict[str, Any]:
@@ -86,11 +86,11 @@ def _warmed(case: Callable[..., Work]) -> Callable[..., Work]:
     """Run the case on `warm` before `folder`, so that lazy imports are not timed."""
 
     @wraps(case)
-    def ready(folder: str, warm: str, **more: Any) -> Work:
+    def prepared(folder: str, warm: str, **more: Any) -> Work:
         case(warm, **more)()
         return case(folder, **more)
 
-    return ready
+    return prepared
 
 
 def _epoch(folder: str) -> Work:
