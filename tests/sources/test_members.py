@@ -101,7 +101,7 @@ def test_members_make_the_same_store_and_decisions_as_archives(fetched: Fetched,
     assert used["flags"].str.split(",").map(lambda flags: UNCHECKED in flags).all()
     pd.testing.assert_frame_equal(used[of_the_archive[1:]], expected[of_the_archive[1:]])
     assert not verify.verify(made.folder, deep=True)
-    assert "MD5s were not checked" in (made.folder / "report.html").read_text()
+    assert "MD5 not checked" in (made.folder / "report.html").read_text()
     record = metadata.read_metadata(made.folder)
     assert record["inputs"]["members_of_ixi"] == []
     assert {source["md5_is_published"] for source in record["sources"].values()} == {False}
