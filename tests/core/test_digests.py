@@ -1,4 +1,4 @@
-"""`dataset.json` is compared with its own SHA-256 and with the one in the pointer: every change is found."""
+"""Every change of `dataset.json` is found by the SHA-256 that it contains, or by the one in the pointer."""
 
 from __future__ import annotations
 
@@ -32,50 +32,52 @@ def test_copy_without_a_pointer_is_verified(copy: Path) -> None:
 
 def test_any_flipped_bit_is_found(copy: Path) -> None:
     path = copy / metadata.METADATA
-    whole = path.read_bytes()
-    keys = [whole.index(f'"{key}"'.encode()) + 1 for key in json.loads(whole)]
-    for n, at in enumerate([*keys, *range(0, len(whole), len(whole) // 100)]):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << n % 8)]) + whole[at + 1 :])
+    original = path.read_bytes()
+    keys = [original.index(f'"{key}"'.encode()) + 1 for key in json.loads(original)]
+    for n, position in enumerate([*keys, *range(0, len(original), len(original) // 100)]):
+        path.write_bytes(original[:position] + bytes([original[position] ^ (1 << n % 8)]) + original[position + 1 :])
         with pytest.raises(DatasetError, match=r"dataset\.json is (damaged|missing, damaged)"):
             metadata.read_metadata(copy)
 
 
 def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str]:
-    def text(whole: str) -> str:
-        record = json.loads(whole)
+    """An edit of the text of `dataset.json` that applies `change` to its content."""
+
+    def edit(original: str) -> str:
+        record = json.loads(original)
         change(record)
         return to_json(record)
 
-    return text
+    return edit
 
 
 EDITS: dict[str, Callable[[str], str]] = {
-    "source and target exchanged": edited(lambda f: f.update(source=f["target"], target=f["source"])),
-    "another credit": edited(lambda f: f.update(credit="mine")),
+    "source and target exchanged": edited(lambda r: r.update(source=r["target"], target=r["source"])),
+    "another credit": edited(lambda r: r.update(credit="mine")),
     "another histogram": edited(lambda f: f["histogram"].pop()),
-    "a field more": edited(lambda f: f.update(more=1)),
-    "a field less": edited(lambda f: f.pop("not_volumes")),
-    "no digest": edited(lambda f: f.pop(metadata.DIGEST)),
-    "another digest": edited(lambda f: f.update({metadata.DIGEST: "0" * 64})),
-    "a space more": lambda whole: whole + " ",
-    "a line less": lambda whole: whole.rstrip("\n"),
-    "other line ends": lambda whole: whole.replace("\n", "\r\n"),
-    "other indentation": lambda whole: json.dumps(json.loads(whole), sort_keys=True),
-    "other order": lambda whole: json.dumps(dict(reversed(json.loads(whole).items())), indent=1) + "\n",
-    "a byte order mark": lambda whole: "\ufeff" + whole,
-    "a key twice": lambda whole: whole.replace('{\n "', '{\n "credit": "mine",\n "', 1),
+    "an added field": edited(lambda r: r.update(extra=1)),
+    "a removed field": edited(lambda r: r.pop("not_volumes")),
+    "no digest": edited(lambda r: r.pop(metadata.DIGEST)),
+    "another digest": edited(lambda r: r.update({metadata.DIGEST: "0" * 64})),
+    "an added space": lambda text: text + " ",
+    "no final newline": lambda text: text.rstrip("\n"),
+    "CRLF line ends": lambda text: text.replace("\n", "\r\n"),
+    "another indentation": lambda text: json.dumps(json.loads(text), sort_keys=True),
+    "another order": lambda text: json.dumps(dict(reversed(json.loads(text).items())), indent=1) + "\n",
+    "a byte order mark": lambda text: "\ufeff" + text,
+    "a duplicate key": lambda text: text.replace('{\n "', '{\n "credit": "mine",\n "', 1),
 }
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_edit_is_found_by_the_cheap_verification(edit: str, copy: Path) -> None:
+def test_edit_is_found_without_deep_verification(edit: str, copy: Path) -> None:
     path = copy / metadata.METADATA
     path.write_bytes(EDITS[edit](path.read_text()).encode())
     (problem,) = verify.verify(copy)
     assert str(path) in problem
 
 
-def test_edit_with_a_matching_digest_is_found_by_the_pointer(published: PublishedVersion, tmp_path: Path) -> None:
+def test_edit_with_an_updated_digest_is_found_by_the_pointer(published: PublishedVersion, tmp_path: Path) -> None:
     data_root = DataRoot(shutil.copytree(published.folder.parents[2], tmp_path / "root"))
     folder = data_root.version(published.version)
     assert verify.verify(folder) == []
@@ -97,13 +99,13 @@ def test_old_version_without_digests_is_read(copy: Path) -> None:
     assert verify.verify(old) == []
 
 
-def test_version_made_again_has_its_new_digest_in_the_pointer(
+def test_remade_version_has_its_new_digest_in_the_pointer(
     archives: Path, published: PublishedVersion, tmp_path: Path
 ) -> None:
     data_root = DataRoot(shutil.copytree(published.folder.parents[2], tmp_path / "root"))
     folder = data_root.version(published.version)
     pointer = json.loads((data_root.datasets / metadata.POINTER).read_text())
-    for entry in (pointer, pointer["history"][-1]):  # as if made by code that computes other bytes
+    for entry in (pointer, pointer["history"][-1]):  # as if other code had written other bytes
         entry[metadata.FILE_DIGEST] = "0" * 64
     (data_root.datasets / metadata.POINTER).write_text(to_json(pointer))
     assert verify.verify(folder)

@@ -1,4 +1,4 @@
-"""A command without its optional packages names the missing extra before any other work."""
+"""A command whose optional packages are missing names the extra before any other work."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ COMMANDS = {
 }
 
 
-def without(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
+def hide_modules(monkeypatch: pytest.MonkeyPatch, *modules: str) -> None:
     """Simulate that modules are not installed."""
-    find = importlib.util.find_spec
+    original = importlib.util.find_spec
 
-    def found(name: str, package: str | None = None) -> ModuleSpec | None:
-        return None if name in modules else find(name, package)
+    def find_spec(name: str, package: str | None = None) -> ModuleSpec | None:
+        return None if name in modules else original(name, package)
 
-    monkeypatch.setattr(extras, "find_spec", found)
+    monkeypatch.setattr(extras, "find_spec", find_spec)
 
 
-def command(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+def run_command(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as ended:
         main(list(arguments))
     output = capsys.readouterr()
@@ -47,8 +47,8 @@ def test_missing_extra_is_named_before_any_work(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    without(monkeypatch, *extras.EXTRAS["train"])
-    code, out, err = command(name, *COMMANDS[name], capsys=capsys)
+    hide_modules(monkeypatch, *extras.EXTRAS["train"])
+    code, out, err = run_command(name, *COMMANDS[name], capsys=capsys)
     assert (code, out) == (2, "")
     assert err.startswith("error: this needs packages that are not installed (torch, ")
     assert 'pip install "ixi-etl[train]"' in err
@@ -61,8 +61,8 @@ def test_missing_extra_is_named_before_any_work(
 def test_missing_onnx_names_the_export_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    without(monkeypatch, "onnxscript")
-    code, _, err = command("export", "latest", "-o", str(tmp_path / "out"), capsys=capsys)
+    hide_modules(monkeypatch, "onnxscript")
+    code, _, err = run_command("export", "latest", "-o", str(tmp_path / "out"), capsys=capsys)
     assert (code, 'not installed (onnxscript); run: pip install "ixi-etl[export]"' in err) == (2, True)
     assert not (tmp_path / "out").exists()
 
@@ -90,6 +90,6 @@ def test_configuration_is_validated_without_torch() -> None:
 
 @pytest.mark.parametrize(("target", "installed"), [("deploy", '"."'), ("demo", '".[train]"')])
 def test_make_installs_only_what_a_target_needs(target: str, installed: str) -> None:
-    line = ["make", "--dry-run", target, "VENV=no-environment"]
-    shown = subprocess.run(line, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
-    assert f"--editable {installed}" in shown
+    command = ["make", "--dry-run", target, "VENV=no-environment"]
+    output = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    assert f"--editable {installed}" in output

@@ -41,7 +41,9 @@ def fsync_raises(patch: pytest.MonkeyPatch, number: int, applies: Callable[[int]
 
 
 @pytest.mark.parametrize("number", sorted(SYNC_REFUSED), ids=errno.errorcode.get)
-def test_file_system_that_cannot_sync_is_written(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_written_where_sync_is_unsupported(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fsync_raises(monkeypatch, number)
     write_atomic(tmp_path / "file", "text")
     fsync_path(tmp_path / "file")
@@ -50,7 +52,9 @@ def test_file_system_that_cannot_sync_is_written(number: int, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
-def test_failed_sync_is_one_line_with_the_path(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_sync_is_a_one_line_error_with_the_path(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fsync_raises(monkeypatch, number)
     for write in (lambda: write_atomic(tmp_path / "file", "text"), lambda: fsync_path(tmp_path)):
         message = re.escape(f"cannot read or write {tmp_path}") + f".*: {os.strerror(number)};"
@@ -61,32 +65,32 @@ def test_failed_sync_is_one_line_with_the_path(number: int, tmp_path: Path, monk
 def test_a_version_is_published_without_syncs_and_hard_links(
     archives: Path, published: PublishedVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(*arguments: Any, **more: Any) -> None:
+    def refuse(*arguments: Any, **more: Any) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
     fsync_raises(monkeypatch, errno.EINVAL, stat.S_ISDIR)
-    monkeypatch.setattr(os, "link", refused)
+    monkeypatch.setattr(os, "link", refuse)
     made = refresh(config_for(tmp_path, archives))
     assert metadata.read_metadata(made.folder) == metadata.read_metadata(published.folder)
 
 
 def test_refused_hard_link_becomes_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*arguments: Any, **more: Any) -> None:
+    def refuse(*arguments: Any, **more: Any) -> None:
         raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
 
-    monkeypatch.setattr(os, "link", refused)
+    monkeypatch.setattr(os, "link", refuse)
     (tmp_path / "a").write_text("text")
     store.link(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "text"
 
 
-def test_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_locks_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
-    def refused(handle: int, operation: int) -> None:
+    def refuse(handle: int, operation: int) -> None:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
-    monkeypatch.setattr(fcntl, "flock", refused)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(IxiError, match=f"{tmp_path}, or lock it: .*; choose another --root"), lock_root(tmp_path):
         pass
 
@@ -99,12 +103,12 @@ def test_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: pyte
         (OSError(errno.EIO, "broken", b"a\xff"), r"a\udcff: broken"),
         (OSError(errno.EIO, "broken", NOT_UTF8), r"not utf-8 \udcff: broken"),
         (OSError(errno.EIO, "broken", 7), "broken"),  # a file descriptor is not shown
-        (OSError("words alone"), "words alone"),
+        (OSError("only text"), "only text"),
         (OSError(), "OSError"),
     ],
     ids=repr,
 )
-def test_disk_error_is_one_line_with_the_known_paths(error: OSError, text: str) -> None:
+def test_disk_error_is_one_line_with_its_paths(error: OSError, text: str) -> None:
     with (
         pytest.raises(IxiError, match=re.escape(f"cannot read or write {text}; fix that, and run again")),
         os_errors_as_user_errors(),
@@ -112,13 +116,13 @@ def test_disk_error_is_one_line_with_the_known_paths(error: OSError, text: str) 
         raise error
 
 
-def test_error_without_a_file_name_gets_the_path() -> None:
+def test_error_without_a_file_name_names_the_given_path() -> None:
     for error, text in (
-        (OSError("words alone"), "here: words alone"),
-        (OSError(5, "broken", "there"), "there: broken"),
+        (OSError("only text"), "given: only text"),
+        (OSError(5, "broken", "its own"), "its own: broken"),
     ):
         line = f"cannot read or write {text};"
-        with pytest.raises(IxiError, match=line), os_errors_as_user_errors(), naming_file("here"):
+        with pytest.raises(IxiError, match=line), os_errors_as_user_errors(), naming_file("given"):
             raise error
 
 
@@ -142,7 +146,7 @@ def test_paths_may_have_any_characters(
 
 
 @pytest.mark.parametrize("field", ["root", "scratch", "source", "demographics"])
-def test_path_that_is_not_utf8_is_one_line_that_names_it(field: str) -> None:
+def test_path_that_is_not_utf8_is_a_one_line_error_with_the_path(field: str) -> None:
     with pytest.raises(ValidationError) as caught:
         RefreshConfig.model_validate({field: f"/data/{NOT_UTF8}"})
     message = format_validation_error(caught.value)
@@ -153,7 +157,7 @@ def test_path_that_is_not_utf8_is_one_line_that_names_it(field: str) -> None:
 
 @pytest.mark.parametrize("name", [NOT_UTF8, "a::b", "a\nb"])
 @pytest.mark.parametrize("command", [["verify"], ["versions"], ["prune", "--keep", "1"], ["digits"], ["refresh"]])
-def test_unusable_root_is_one_line(
+def test_unusable_root_is_a_one_line_error(
     command: list[str], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -164,20 +168,20 @@ def test_unusable_root_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_too_long_path_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    long = tmp_path / ("x" * 300)
-    with pytest.raises(IxiError, match=f"{long}, or lock it: File name too long"):
-        refresh(config_for(long, tmp_path))
+def test_too_long_path_is_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long_path = tmp_path / ("x" * 300)
+    with pytest.raises(IxiError, match=f"{long_path}, or lock it: File name too long"):
+        refresh(config_for(long_path, tmp_path))
     for command in ("verify", "versions"):
         with pytest.raises(SystemExit) as ended:
-            main([command, "--root", str(long)])
+            main([command, "--root", str(long_path)])
         (line,) = capsys.readouterr().err.splitlines()
         assert ended.value.code == 1
-        assert str(long) in line
+        assert str(long_path) in line
 
 
 def test_reading_writes_nothing(published: PublishedVersion, capsys: pytest.CaptureFixture[str]) -> None:
-    """Therefore a read-only root can be read."""
+    """A read-only root can therefore be read."""
     root = published.folder.parents[2]
     before = {path: path.stat().st_ctime_ns for path in (root, *root.rglob("*"))}
     for command in (["verify", "--deep"], ["versions"], ["versions", "latest"], ["prune", "--keep", "1", "--dry-run"]):
@@ -191,7 +195,7 @@ def test_reading_writes_nothing(published: PublishedVersion, capsys: pytest.Capt
 
 
 def test_s3_requests_stay_within_the_prefix_of_the_root(on_s3: OnS3) -> None:
-    """Therefore an access key may be restricted to it."""
+    """An access key can therefore be restricted to it."""
     root = str(on_s3.config.root)
     bucket, _, prefix = root.removeprefix("s3://").partition("/")
     with logged() as records:
@@ -203,21 +207,19 @@ def test_s3_requests_stay_within_the_prefix_of_the_root(on_s3: OnS3) -> None:
     assert len(requests) > 20
     for method, url, _ in requests:
         path, _, query = url.partition("?")
-        of_bucket = path.rstrip("/") == f"/{bucket}"
-        named = re.search(r"(?:^|&)prefix=([^&]*)", query) if of_bucket else re.match(f"/{bucket}/(.*)", path)
-        assert named, (method, url)
-        assert re.sub("(?i)%2f", "/", named[1]).startswith(f"{prefix}/"), (method, url)
+        is_bucket = path.rstrip("/") == f"/{bucket}"
+        match = re.search(r"(?:^|&)prefix=([^&]*)", query) if is_bucket else re.match(f"/{bucket}/(.*)", path)
+        assert match, (method, url)
+        assert re.sub("(?i)%2f", "/", match[1]).startswith(f"{prefix}/"), (method, url)
 
 
-def test_prefix_that_may_not_be_listed_is_one_line_with_the_needed_permissions(
-    s3_root: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_denied_listing_is_one_line_with_the_needed_permissions(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     filesystem, _ = storage.filesystem_of(to_path(s3_root))
 
-    def denied(*arguments: Any, **more: Any) -> None:
+    def deny(*arguments: Any, **more: Any) -> None:
         raise PermissionError(errno.EACCES, "Access Denied")
 
-    monkeypatch.setattr(type(filesystem), "call_s3", denied)
+    monkeypatch.setattr(type(filesystem), "call_s3", deny)
     with pytest.raises(IxiError, match=rf"cannot list {s3_root} \(.*Access Denied\); .* need s3:ListBucket"):
         versions.resolve_version(DataRoot(s3_root))
 
@@ -247,7 +249,7 @@ def test_replaced_object_has_another_fingerprint(s3_root: str, tmp_path: Path) -
         ({"cpu.max": "10000 100000"}, "0::/", 1),
         ({"cpu.max": "max 100000"}, "0::/", 8),
         ({"cpu.max": "9900000 100000"}, "0::/", 8),
-        ({"cpu.max": "rubbish"}, "0::/", 8),
+        ({"cpu.max": "invalid"}, "0::/", 8),
         ({"cpu.max": "100000 0"}, "0::/", 8),
         ({"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, "0::/a/b", 3),
         ({"a/cpu.max": "300000 100000", "a/b/cpu.max": "100000 100000"}, "0::/a/b", 1),
@@ -277,4 +279,4 @@ def test_default_workers_follow_the_affinity(tmp_path: Path, monkeypatch: pytest
     assert RefreshConfig(root=str(tmp_path)).workers == 1
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert usable_cores(tmp_path, tmp_path / "none") == 1
+    assert usable_cores(tmp_path, tmp_path / "missing") == 1

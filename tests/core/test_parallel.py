@@ -1,4 +1,4 @@
-"""A Dask cluster of real processes survives dead workers, and its errors are one line."""
+"""A Dask cluster of real processes survives dead workers, and each of its errors is one line."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         yield cluster
 
 
-def wait_for(found: Callable[[], object], seconds: float = 300) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
-    while not found():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -78,7 +78,7 @@ def wait_and_double(item: int, folder: Path) -> tuple[int, int]:
     return 2 * item, os.getpid()
 
 
-def test_items_of_a_dead_worker_are_done_by_another(cluster: Cluster, tmp_path: Path) -> None:
+def test_items_of_a_dead_worker_are_completed_by_another(cluster: Cluster, tmp_path: Path) -> None:
     victim, survivor = cluster.add_worker(), cluster.add_worker()
     done: list[int] = []
     with ThreadPoolExecutor(1) as pool:
@@ -98,8 +98,8 @@ def test_items_of_a_dead_worker_are_done_by_another(cluster: Cluster, tmp_path: 
     assert done == [1, 2, 3, 4]
 
 
-@pytest.mark.stack  # a fault beyond the first one
-def test_lost_cluster_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.stack  # a second kind of fault
+def test_lost_cluster_is_a_one_line_error(cluster: Cluster, tmp_path: Path) -> None:
     worker = cluster.add_worker()
     with ThreadPoolExecutor(1) as pool:
         job = pool.submit(
@@ -111,7 +111,7 @@ def test_lost_cluster_is_one_line(cluster: Cluster, tmp_path: Path) -> None:
             job.result(300)
 
 
-def test_cluster_without_workers_is_one_line(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_without_workers_is_a_one_line_error(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "WAIT_S", 0.2)
     with pytest.raises(IxiError, match="has no workers; start some"):
         parallel_map(abs, [1], workers=1, address=cluster.address)
@@ -121,6 +121,9 @@ def test_worker_with_another_library_version_is_refused() -> None:
     def packages(zarr: str) -> dict[str, object]:
         return {"packages": {"zarr": zarr, "zict": "3"}}
 
-    found = {"client": packages("3.1.6"), "workers": {"tcp://a:1": packages("3.1.6"), "tcp://b:1": packages("3.2.0")}}
+    versions = {
+        "client": packages("3.1.6"),
+        "workers": {"tcp://a:1": packages("3.1.6"), "tcp://b:1": packages("3.2.0")},
+    }
     with pytest.raises(IxiError, match=r"tcp://b:1 has zarr 3\.2\.0, here it is 3\.1\.6"):
-        parallel._check_versions(found, ["zarr"])
+        parallel._check_versions(versions, ["zarr"])

@@ -29,14 +29,14 @@ BLOCKED = "m = ctypes.create_string_buffer(64); lock = ctypes.CDLL(None).pthread
 
 def start(*lines: str, ignored: Sequence[signal.Signals] = ()) -> subprocess.Popen[str]:
     """Run lines of Python after `end_on_signals`, until they print `ready`."""
-    before = ["import ctypes, os, signal, time", "from ixi_etl.core import signals", "signals.end_on_signals()"]
+    setup = ["import ctypes, os, signal, time", "from ixi_etl.core import signals", "signals.end_on_signals()"]
 
     def ignore() -> None:
         for number in ignored:
             signal.signal(number, signal.SIG_IGN)
 
     process = subprocess.Popen(
-        [sys.executable, "-c", "\n".join([*before, *lines])],
+        [sys.executable, "-c", "\n".join([*setup, *lines])],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -63,14 +63,14 @@ def start(*lines: str, ignored: Sequence[signal.Signals] = ()) -> subprocess.Pop
     ],
     ids=["asleep", "in a library", "with handlers of a library"],
 )
-def test_signal_ends_a_command_in_one_line(number: signal.Signals, lines: tuple[str, ...]) -> None:
+def test_signal_ends_a_command_with_one_line(number: signal.Signals, lines: tuple[str, ...]) -> None:
     process = start(*lines)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (128 + number, LINE.format(number.name) + "\n")
 
 
-def test_ignored_sighup_stays_ignored_and_ignored_sigint_does_not() -> None:
+def test_ignored_sighup_stays_ignored_but_ignored_sigint_does_not() -> None:
     process = start(READY, "time.sleep(1000)", ignored=[signal.SIGHUP, signal.SIGINT])
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGINT)
@@ -81,9 +81,9 @@ def test_ignored_sighup_stays_ignored_and_ignored_sigint_does_not() -> None:
 SAVING = ("import logging; logging.disable()", "with signals.catch_signals() as received:", f" {READY}")
 
 
-def test_block_that_saves_is_not_interrupted_by_further_signals() -> None:
-    saved = ["while not received: time.sleep(0.001)", "os.kill(os.getpid(), signal.SIGINT)", "time.sleep(0.1)"]
-    process = start(*SAVING, *(f" {line}" for line in saved), "print('saved'); raise SystemExit(7)")
+def test_further_signals_do_not_interrupt_saving() -> None:
+    saving = ["while not received: time.sleep(0.001)", "os.kill(os.getpid(), signal.SIGINT)", "time.sleep(0.1)"]
+    process = start(*SAVING, *(f" {line}" for line in saving), "print('saved'); raise SystemExit(7)")
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout, stderr) == (7, "saved\n", "")
@@ -97,7 +97,7 @@ def test_command_that_hangs_after_saving_is_ended() -> None:
 
 
 def test_child_processes_are_ended() -> None:
-    """Even one that ignores the signal itself."""
+    """Including one that ignores the signal."""
     child = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(1000)"
     )
@@ -132,12 +132,12 @@ def command(*arguments: str | Path) -> list[str]:
     [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.stack) for n in (signal.SIGINT, signal.SIGHUP))],
     ids=lambda n: n.name,
 )
-def test_refresh_ended_by_a_signal_to_its_group_resumes(
+def test_refresh_stopped_by_a_signal_to_its_process_group_resumes(
     number: signal.Signals, published: PublishedVersion, archives: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "root"
-    work = command("refresh", "--root", root, "--source", archives, "--slices", "12", "--registration", "none")
-    process = subprocess.Popen(work, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    arguments = command("refresh", "--root", root, "--source", archives, "--slices", "12", "--registration", "none")
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr is not None
     lines = [process.stderr.readline()]
     while "cut" not in lines[-1]:
@@ -154,32 +154,32 @@ def test_refresh_ended_by_a_signal_to_its_group_resumes(
     assert (made.folder / "manifest.csv").read_bytes() == (published.folder / "manifest.csv").read_bytes()
 
 
-def versions_into(published: PublishedVersion, stdout: int) -> subprocess.CompletedProcess[str]:
-    work = command("versions", "--root", published.folder.parents[2])
-    return subprocess.run(work, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+def run_versions(published: PublishedVersion, stdout: int) -> subprocess.CompletedProcess[str]:
+    arguments = command("versions", "--root", published.folder.parents[2])
+    return subprocess.run(arguments, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
 
 
-def test_closed_stdout_pipe_is_no_error(published: PublishedVersion) -> None:
+def test_closed_stdout_pipe_prints_no_error(published: PublishedVersion) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    done = versions_into(published, writer)
+    result = run_versions(published, writer)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (result.returncode, result.stderr) == (1, "")
 
 
 @pytest.mark.skipif(
     not Path("/dev/full").exists(),
-    reason="only Linux has /dev/full, a device that is always full; the test above has a pipe without a reader",
+    reason="only Linux has /dev/full, a device that is always full; the test above uses a pipe without a reader",
 )
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_unwritable_result_is_one_line(
+def test_unwritable_result_is_a_one_line_error(
     published: PublishedVersion, unbuffered: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     with open("/dev/full", "w") as full:
-        done = versions_into(published, full.fileno())
-    assert done.returncode == 1
-    assert re.fullmatch(r"error: .*No space left on device\n", done.stderr)
+        result = run_versions(published, full.fileno())
+    assert result.returncode == 1
+    assert re.fullmatch(r"error: .*No space left on device\n", result.stderr)
 
 
 @pytest.mark.skipif(
@@ -187,15 +187,15 @@ def test_unwritable_result_is_one_line(
     reason="only Linux has /dev/full, a device that is always full; test_output pins the JSON of an error",
 )
 def test_unwritable_json_error_has_no_traceback(tmp_path: Path) -> None:
-    work = command("verify", "--root", tmp_path, "--json")
+    arguments = command("verify", "--root", tmp_path, "--json")
     with open("/dev/full", "w") as full:
-        done = subprocess.run(work, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stderr
+        result = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
 
 
 def test_standard_streams_may_be_closed(published: PublishedVersion) -> None:
-    work = command("versions", "--root", published.folder.parents[2])
-    closed = subprocess.run(["/bin/sh", "-c", 'exec "$@" >&- 2>&-', "sh", *work], check=False)
-    assert closed.returncode == 0
+    arguments = command("versions", "--root", published.folder.parents[2])
+    result = subprocess.run(["/bin/sh", "-c", 'exec "$@" >&- 2>&-', "sh", *arguments], check=False)
+    assert result.returncode == 0
