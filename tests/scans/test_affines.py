@@ -1,4 +1,4 @@
-"""Contradictory headers are rejected, flagged, or read in a space that both scans have."""
+"""Contradictory headers are rejected or flagged; a pair is read in a space that both scans have."""
 
 from __future__ import annotations
 
@@ -67,22 +67,22 @@ def read(*forms: Any, **fields: Any) -> nifti.Header:
     return parse_header(with_forms(*forms, **fields), 10**6)
 
 
-def stretched(*by: float) -> Matrix:
-    return GRID @ np.diag([*by, 1.0])
+def stretched(*factors: float) -> Matrix:
+    return GRID @ np.diag([*factors, 1.0])
 
 
 @pytest.mark.parametrize(
     ("forms", "message"),
     {
         "mirrored": ((MIRROR @ GRID, 1, GRID, 1), "mirror image"),
-        "mirrored, of two spaces": ((MIRROR @ GRID, 2, GRID, 1), "mirror image"),
+        "mirrored, in two spaces": ((MIRROR @ GRID, 2, GRID, 1), "mirror image"),
         "mirrored in a template": ((MIRROR @ MNI @ GRID, 4, GRID, 1), "mirror image"),
-        "a qfac that was lost": ((GRID, 1, GRID, 1, {"qfac": 0}), "mirror image"),
-        "turned": (
+        "qfac of 0": ((GRID, 1, GRID, 1, {"qfac": 0}), "mirror image"),
+        "rotated": (
             (rigid((3, 0, 0), (0, 0, 0)) @ GRID, 1, GRID, 1),
             r"scanner space \(code 1\), but their positions",
         ),
-        "turned over": ((rigid((180, 0, 0), (0, 0, 0)) @ GRID, 1, GRID, 1), "contradict"),
+        "rotated by 180 degrees": ((rigid((180, 0, 0), (0, 0, 0)) @ GRID, 1, GRID, 1), "contradict"),
         "shifted by 5 mm": (
             (rigid((0, 0, 0), (0, 5, 0)) @ GRID, 1, GRID, 1),
             "a voxel differ by 5 mm",
@@ -99,8 +99,8 @@ def stretched(*by: float) -> Matrix:
         "quaternion too long": ((None, 0, GRID, 1, {"quatern_b": 1.5}), "quaternion has length"),
         "quaternion too long beside an sform": ((GRID, 1, GRID, 1, {"quatern_b": 1.5}), "quaternion has length"),
         "rows of zeros beside a qform": ((np.diag([0, 0, 0, 1.0]), 1, GRID, 1), "sform is singular"),
-        "millimetres called metres": ((GRID, 1, GRID, 1, {"xyzt_units": 1}), "given in metres, is 937.5"),
-        "micrometres not called so": ((None, 0, stretched(1e3, 1e3, 1e3), 1), "unit may be wrong"),
+        "millimetres labelled as metres": ((GRID, 1, GRID, 1, {"xyzt_units": 1}), "given in metres, is 937.5"),
+        "micrometres without a unit": ((None, 0, stretched(1e3, 1e3, 1e3), 1), "unit may be wrong"),
         "pixdim of 0": ((GRID, 1, None, 0, {"pixdim": (0, 1, 1)}), "spacing is 0 x 1 x 1"),
         "pixdim below 0": ((GRID, 1, None, 0, {"pixdim": (1, -1, 1)}), "spacing is 1 x -1 x 1"),
     }.values(),
@@ -132,7 +132,7 @@ def test_forms_written_by_one_tool_agree(affine: Matrix) -> None:
 
 @settings(max_examples=examples(60))
 @given(affines(SHAPE), st.tuples(*[st.floats(0.7, 1.4)] * 3), st.sampled_from([2, 3, 4, 5, 9]))
-def test_spacing_and_orientation_are_those_of_the_affine(affine: Matrix, scale: Any, code: int) -> None:
+def test_spacing_and_orientation_match_the_affine(affine: Matrix, scale: Any, code: int) -> None:
     header = read(affine @ np.diag([*scale, 1]), code, affine, 1)
     for space, form in header.forms.items():
         header.use(space)
@@ -165,15 +165,15 @@ def test_a_rounded_quaternion_is_accepted() -> None:
 
 @pytest.mark.parametrize(("unit", "scale"), [(0, 1.0), (2, 1.0), (10, 1.0), (1, 1e-3), (11, 1e3)])
 def test_length_units_are_respected(unit: int, scale: float) -> None:
-    there = np.diag([scale, scale, scale, 1.0]) @ GRID
-    for forms in ((there, 1, there, 1), (None, 0, there, 1), (there, 1, None, 0)):
+    scaled = np.diag([scale, scale, scale, 1.0]) @ GRID
+    for forms in ((scaled, 1, scaled, 1), (None, 0, scaled, 1), (scaled, 1, None, 0)):
         header = read(*forms, xyzt_units=unit, pixdim=np.multiply(SPACING, scale))
         assert header.reason == ""
         np.testing.assert_allclose(header.affine, GRID, atol=1e-3)
         np.testing.assert_allclose(header.spacing_mm, SPACING, rtol=1e-6)
 
 
-def test_a_form_whose_code_is_not_above_0_is_not_set() -> None:
+def test_a_form_with_a_code_of_0_or_less_is_ignored() -> None:
     for code in (0, -1):
         header = read(MIRROR @ GRID, code, GRID, 1)
         assert (header.reason, list(header.forms)) == ("", [1])
@@ -224,11 +224,11 @@ def scans(archives: Path) -> list[dict[str, bytes]]:
     return [found[name] for name in sorted(found) if name.startswith("IXI00")]
 
 
-def changed(packed: bytes, move: Matrix, **codes: int) -> bytes:
+def with_moved_sform(packed: bytes, motion: Matrix, **codes: int) -> bytes:
     """The same voxels with a moved sform and other `codes`; the qform stays."""
     raw = bytearray(gzip.decompress(packed))
     header = nib.Nifti1Header(bytes(raw[:348]))
-    header.set_sform(move @ header.get_sform(), int(header["sform_code"]))
+    header.set_sform(motion @ header.get_sform(), int(header["sform_code"]))
     for name, code in codes.items():
         header[name] = code
     raw[:348] = header.binaryblock
@@ -239,26 +239,25 @@ def changed(packed: bytes, move: Matrix, **codes: int) -> bytes:
 def mixed(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, Any, str]:
     """A version of pairs in many spaces and of duplicates: manifest, stored arrays, and log text."""
     one, two, three, four = scans(archives)[:4]
-    here = np.eye(4)
     pairs = {
         "IXI100-A-1": (one["T1"], one["T2"]),
-        # The same T1 with another header, as MNI152 and the scanner see it.
-        "IXI101-A-1": (changed(one["T1"], MNI, sform_code=4), one["T2"]),
-        "IXI200-A-1": (changed(two["T1"], MNI, sform_code=4, qform_code=0), two["T2"]),
+        # The same T1, with an sform in MNI152 space and a qform in scanner space.
+        "IXI101-A-1": (with_moved_sform(one["T1"], MNI, sform_code=4), one["T2"]),
+        "IXI200-A-1": (with_moved_sform(two["T1"], MNI, sform_code=4, qform_code=0), two["T2"]),
         "IXI201-A-1": (
-            changed(two["T1"], MNI, sform_code=4, qform_code=0),
-            changed(two["T2"], MNI, sform_code=4, qform_code=0),
+            with_moved_sform(two["T1"], MNI, sform_code=4, qform_code=0),
+            with_moved_sform(two["T2"], MNI, sform_code=4, qform_code=0),
         ),
-        "IXI300-A-1": (three["T1"], changed(three["T2"], here, sform_code=2, qform_code=0)),
-        "IXI301-A-1": (changed(three["T1"], MIRROR), three["T2"]),
-        # Compressed again, with the T2 of another person.
+        "IXI300-A-1": (three["T1"], with_moved_sform(three["T2"], np.eye(4), sform_code=2, qform_code=0)),
+        "IXI301-A-1": (with_moved_sform(three["T1"], MIRROR), three["T2"]),
+        # Two files of the same T1, with T2s of two persons.
         "IXI400-A-1": (gzip.compress(gzip.decompress(four["T1"]), 9), four["T2"]),
         "IXI401-A-1": (four["T1"], scans(archives)[4]["T2"]),
         "IXI500-A-1": (scans(archives)[5]["T1"], scans(archives)[5]["T2"]),
     }
     folder = tmp_path_factory.mktemp("mixed")
-    for at, modality in enumerate(("T1", "T2")):
-        write_tar(folder / f"IXI-{modality}.tar", {f"{s}-{modality}.nii.gz": of[at] for s, of in pairs.items()})
+    for index, modality in enumerate(("T1", "T2")):
+        write_tar(folder / f"IXI-{modality}.tar", {f"{s}-{modality}.nii.gz": pair[index] for s, pair in pairs.items()})
     log_stream = io.StringIO()
     handler = logging.StreamHandler(log_stream)
     logging.getLogger("ixi_etl").addHandler(handler)
@@ -277,8 +276,8 @@ def test_a_pair_is_never_compared_in_two_spaces(mixed: Any) -> None:
     assert table.loc["IXI101-A-1", "status"] == "used"
     rows = table["store_row"]
     for name in ("t1", "t2", "t1_affine", "t2_affine"):
-        sound, beside = (stored[name][int(rows[s])] for s in ("IXI100-A-1", "IXI101-A-1"))
-        np.testing.assert_allclose(sound, beside, atol=1.001 if name in ("t1", "t2") else 1e-3)
+        expected, actual = (stored[name][int(rows[s])] for s in ("IXI100-A-1", "IXI101-A-1"))
+        np.testing.assert_allclose(expected, actual, atol=1.001 if name in ("t1", "t2") else 1e-3)
     assert table.loc["IXI200-A-1", "reason"] == "bad_affine"
     assert "the affine is in scanner (code 1), the T1's in MNI152 (code 4)" in table.loc["IXI200-A-1", "detail"]
     assert "mirror image" in table.loc["IXI301-A-1", "detail"]
@@ -290,14 +289,14 @@ def test_a_pair_is_never_compared_in_two_spaces(mixed: Any) -> None:
     assert "IXI300-A-1" in log_text
 
 
-def test_the_manifest_s_spacing_is_that_of_the_store_s_affines(mixed: Any) -> None:
+def test_manifest_spacings_match_the_stored_affines(mixed: Any) -> None:
     table, stored, _ = mixed
     for _, row in table[table["status"] == "used"].iterrows():
-        in_store = np.linalg.norm(stored["t2_affine"][int(row["store_row"])][:3, :3], axis=0)
-        np.testing.assert_allclose(json.loads(row["t2_spacing_mm"]), in_store, rtol=1e-5)
+        spacing_mm = np.linalg.norm(stored["t2_affine"][int(row["store_row"])][:3, :3], axis=0)
+        np.testing.assert_allclose(json.loads(row["t2_spacing_mm"]), spacing_mm, rtol=1e-5)
 
 
-def test_equal_scans_are_flagged_and_their_persons_are_in_one_split(mixed: Any) -> None:
+def test_equal_scans_are_flagged_and_their_persons_share_a_split(mixed: Any) -> None:
     table, _, log_text = mixed
     copies = table.index[table["flags"].str.contains(DUPLICATE)].tolist()
     assert copies == ["IXI100-A-1", "IXI101-A-1", "IXI400-A-1", "IXI401-A-1"]
@@ -307,7 +306,7 @@ def test_equal_scans_are_flagged_and_their_persons_are_in_one_split(mixed: Any) 
 
 
 def test_the_survey_reports_forms_and_notes(archives: Path, tmp_path: Path) -> None:
-    packed = changed(scans(archives)[0]["T1"], MNI, sform_code=4)
+    packed = with_moved_sform(scans(archives)[0]["T1"], MNI, sform_code=4)
     write_tar(tmp_path / "IXI-T1.tar", {"IXI101-A-1-T1.nii.gz": packed})
     (row,) = survey({"T1": str(tmp_path / "IXI-T1.tar")}).to_dict("records")
     assert (row["space"], row["sform_code"], row["qform_code"]) == (1, 4, 1)
@@ -320,9 +319,9 @@ REAL = Path(__file__).parents[3] / "shared" / "real"
 
 @pytest.mark.skipif(
     not REAL.is_dir(),
-    reason="needs real scans, which are not part of the project; the tests above pin the same on headers of their own",
+    reason="needs real scans, which are not part of the project; the tests above check the same on synthetic headers",
 )
-def test_real_scans_agree_with_themselves() -> None:
+def test_headers_of_real_scans_are_consistent() -> None:
     for path in sorted(REAL.rglob("*.nii.gz")):
         header = parse_header(gunzip.inflate_head(path.read_bytes()[:4096]), path.stat().st_size)
         assert (header.reason, header.note) == ("", ""), path.name

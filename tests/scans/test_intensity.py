@@ -29,28 +29,28 @@ def test_a_few_extreme_voxels_do_not_move_the_threshold(dtype: str) -> None:
     low, high = np.percentile(image, PERCENTILES)
     assert clip_spikes(image, low, high) is image
     for spike in (32767, -32768):
-        spoilt = image.copy()
-        spoilt[0, 0, :3] = spike
-        clipped = clip_spikes(spoilt, *np.percentile(spoilt, PERCENTILES))
+        with_spikes = image.copy()
+        with_spikes[0, 0, :3] = spike
+        clipped = clip_spikes(with_spikes, *np.percentile(with_spikes, PERCENTILES))
         assert (clipped.dtype.kind, clipped.shape) == (image.dtype.kind, image.shape)
         np.testing.assert_array_equal(clipped[1:], image[1:])
         assert abs(otsu_threshold(clipped) - otsu_threshold(image)) < 100
-    assert clip_spikes(flat := np.array([[0] * 9 + [5]], dtype), 0, 0) is flat  # no range to judge by
+    assert clip_spikes(flat := np.array([[0] * 9 + [5]], dtype), 0, 0) is flat  # no range to clip to
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.2, 0.8), st.floats(150, 2000))
-def test_otsu_is_as_good_as_the_library_s(seed: int, share: float, distance: float) -> None:
+def test_otsu_separates_as_well_as_simpleitk(seed: int, share: float, distance: float) -> None:
     rng = np.random.default_rng(seed)
     image = (rng.normal(100, 30, 4000) + distance * (rng.random(4000) < share)).astype(np.int16).reshape(10, 20, 20)
     sitk = import_sitk()
     library = sitk.OtsuThresholdImageFilter()
     library.SetNumberOfHistogramBins(256)
     library.Execute(sitk.GetImageFromArray(image))
-    ours, theirs = (_between(image, t) for t in (otsu_threshold(image), library.GetThreshold()))
-    assert ours >= 0.995 * theirs  # where the best is flat, the thresholds may differ by several bins
+    ours, theirs = (_between_class_variance(image, t) for t in (otsu_threshold(image), library.GetThreshold()))
+    assert ours >= 0.995 * theirs  # the maximum may be flat over several bins
 
 
-def _between(image: NDArray[np.int16], threshold: float) -> float:
+def _between_class_variance(image: NDArray[np.int16], threshold: float) -> float:
     """The variance between the classes above and below the threshold, which Otsu's threshold maximises."""
     above = image > threshold
     share = above.mean()
@@ -59,20 +59,22 @@ def _between(image: NDArray[np.int16], threshold: float) -> float:
 
 @settings(max_examples=examples(30))
 @given(st.sampled_from(["i1", "u1", "<i2", "<u2", ">i2"]), st.integers(0, 2**32 - 1), st.sampled_from([0.5, 30, 5000]))
-def test_otsu_by_histogram_equals_otsu_of_the_values(dtype: str, seed: int, spread: float) -> None:
+def test_histogram_by_counting_equals_numpy(dtype: str, seed: int, spread: float) -> None:
     rng, limits = np.random.default_rng(seed), np.iinfo(dtype)
     centre = rng.uniform(limits.min, limits.max)
-    drawn = np.clip(rng.normal(centre, spread, (256, 300)).round(), limits.min, limits.max).astype(dtype)
-    counted, edges = intensity._histogram(drawn)
-    plain, plain_edges = np.histogram(drawn, 256)
-    np.testing.assert_array_equal(counted, plain)
-    np.testing.assert_array_equal(edges, plain_edges)
+    values = np.clip(rng.normal(centre, spread, (256, 300)).round(), limits.min, limits.max).astype(dtype)
+    counts, edges = intensity._histogram(values)
+    expected, expected_edges = np.histogram(values, 256)
+    np.testing.assert_array_equal(counts, expected)
+    np.testing.assert_array_equal(edges, expected_edges)
 
 
 @settings(max_examples=examples(30))
 @given(st.sampled_from(["i1", "u1", "<i2", "<u2", ">i2"]), st.integers(0, 2**32 - 1), st.sampled_from([0.5, 30, 5000]))
-def test_percentiles_by_counting_are_numpy_s(dtype: str, seed: int, spread: float) -> None:
+def test_percentiles_by_counting_equal_numpy(dtype: str, seed: int, spread: float) -> None:
     rng, limits = np.random.default_rng(seed), np.iinfo(dtype)
     centre = rng.uniform(limits.min, limits.max)
-    drawn = np.clip(rng.normal(centre, spread, (2, 1, 256, 300)).round(), limits.min, limits.max).astype(dtype)
-    np.testing.assert_array_equal(percentiles(drawn), np.percentile(drawn.astype("f8"), PERCENTILES, axis=(1, 2, 3)).T)
+    values = np.clip(rng.normal(centre, spread, (2, 1, 256, 300)).round(), limits.min, limits.max).astype(dtype)
+    np.testing.assert_array_equal(
+        percentiles(values), np.percentile(values.astype("f8"), PERCENTILES, axis=(1, 2, 3)).T
+    )

@@ -29,8 +29,9 @@ PACKED = pack_nifti(VOLUME, np.diag([1.0, 2.0, 3.0, 1.0]), slope=1.5, intercept=
 RAW = gzip.decompress(PACKED)
 
 
-def changed(at: int, data: bytes) -> bytes:
-    return RAW[:at] + data + RAW[at + len(data) :]
+def changed(offset: int, data: bytes) -> bytes:
+    """RAW with other bytes at an offset."""
+    return RAW[:offset] + data + RAW[offset + len(data) :]
 
 
 @given(st.data(), shapes, st.sampled_from(["<i2", ">i2", "u1", "<f4", "<f8", "<u2", "<i4"]))
@@ -50,10 +51,10 @@ def test_header_agrees_with_nibabel(data: st.DataObject, shape: tuple[int, int, 
 
 @given(arrays(np.float64, (3, 3), elements=st.floats(-2, 2).map(lambda x: round(x, 2))))
 @example(np.array([[1, 1, 0], [-1, 1, 0], [0, 0, 1]], float))  # two axes halfway between two directions
-@example(np.array([[2, 2, 2], [0, 1, 0], [0, 0, 1]], float))  # three that lean to one
-def test_axis_codes_are_nibabel_s(columns: NDArray[np.float64]) -> None:
+@example(np.array([[2, 2, 2], [0, 1, 0], [0, 0, 1]], float))  # three axes closest to one direction
+def test_axis_codes_equal_nibabel(columns: NDArray[np.float64]) -> None:
     lengths = np.linalg.norm(columns, axis=0)
-    assume(lengths.min() > 1e-3 and abs(np.linalg.det(columns / lengths)) > 0.1)  # others are refused
+    assume(lengths.min() > 1e-3 and abs(np.linalg.det(columns / lengths)) > 0.1)  # others are rejected
     affine = nib.affines.from_matvec(columns, [1.0, 2.0, 3.0])
     assert affines.axis_codes(affine) == nib.aff2axcodes(affine)
 
@@ -66,11 +67,11 @@ def test_nifti_2_is_read() -> None:
     np.testing.assert_array_equal(nifti.stored_voxels(raw, header), VOLUME)
 
 
-def test_slope_and_voxels_are_nibabel_s() -> None:
+def test_slope_and_voxels_equal_nibabel() -> None:
     header = nifti.parse_header(RAW, len(PACKED))
     stored = nifti.stored_voxels(gunzip.inflate(PACKED, header.voxel_offset + header.voxel_bytes), header)
-    want = nib.Nifti1Image.from_bytes(RAW).get_fdata()
-    np.testing.assert_array_equal(stored.T * header.slope + header.intercept, want)
+    expected = nib.Nifti1Image.from_bytes(RAW).get_fdata()
+    np.testing.assert_array_equal(stored.T * header.slope + header.intercept, expected)
 
 
 @pytest.mark.parametrize("slope", [0.0, np.nan])
@@ -84,7 +85,7 @@ def test_trailing_axes_of_one_are_dropped() -> None:
     assert (header.reason, header.shape) == ("", (8, 7, 6))
 
 
-nan = np.full(12, np.nan, "<f4").tobytes()
+NAN = np.full(12, np.nan, "<f4").tobytes()
 NO_SFORM = changed(252, b"\1\0\0\0")
 HEADER_4D = changed(40, np.array([4, 8, 7, 3, 2], "<i2").tobytes())
 COMPLEX = changed(70, np.array([32, 64], "<i2").tobytes())
@@ -93,9 +94,9 @@ HOSTILE = {
     "not NIfTI": (b"<html>" * 100, "unreadable"),
     "Analyze": (changed(344, b"\0\0\0\0"), "unreadable"),
     "header of a pair": (changed(344, b"ni1\0"), "unreadable"),
-    "cut short": (RAW[:200], "unreadable"),
+    "truncated": (RAW[:200], "unreadable"),
     "voxels inside the header": (changed(108, np.array([8], "<f4").tobytes()), "unreadable"),
-    "voxels at NaN": (changed(108, nan[:4]), "unreadable"),
+    "voxels at NaN": (changed(108, NAN[:4]), "unreadable"),
     "infinite slope": (changed(112, np.array([np.inf, 0], "<f4").tobytes()), "unreadable"),
     "10^12 voxels": (changed(40, np.array([3, 10000, 10000, 10000], "<i2").tobytes()), "unreadable"),
     "4-D, infinite slope": (
@@ -114,18 +115,18 @@ HOSTILE = {
     "unknown dtype": (changed(70, np.array([77, 16], "<i2").tobytes()), "unsupported_dtype"),
     "zero spacing": (changed(80, np.array([0, 2, 3], "<f4").tobytes()), "bad_affine"),
     "negative spacing": (changed(80, np.array([-1, 2, 3], "<f4").tobytes()), "bad_affine"),
-    "NaN spacing": (changed(84, nan[:4]), "bad_affine"),
-    "NaN sform": (changed(280, nan[:48]), "bad_affine"),
+    "NaN spacing": (changed(84, NAN[:4]), "bad_affine"),
+    "NaN sform": (changed(280, NAN[:48]), "bad_affine"),
     "singular sform": (changed(280, np.zeros(12, "<f4").tobytes()), "bad_affine"),
     "flat sform": (changed(312, np.array([0, 1e-6, 0, 0], "<f4").tobytes()), "bad_affine"),
     "no orientation": (changed(252, b"\0\0\0\0"), "bad_affine"),
-    "NaN qform alone": (NO_SFORM[:256] + nan[:12] + NO_SFORM[268:], "bad_affine"),
+    "NaN qform alone": (NO_SFORM[:256] + NAN[:12] + NO_SFORM[268:], "bad_affine"),
 }
 
 
-@pytest.mark.parametrize("what", HOSTILE)
-def test_hostile_headers_get_their_reason(what: str) -> None:
-    raw, reason = HOSTILE[what]
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_headers_get_their_reason(case: str) -> None:
+    raw, reason = HOSTILE[case]
     header = nifti.parse_header(raw, len(PACKED))
     assert header.reason == reason
     assert "\n" not in header.problem
@@ -140,13 +141,13 @@ def test_the_qform_is_used_without_an_sform() -> None:
 
 @given(st.integers(0, 347), st.binary(min_size=1, max_size=8))
 @settings(max_examples=examples(300))
-def test_no_header_raises_whatever_its_bytes(at: int, data: bytes) -> None:
+def test_damaged_headers_never_raise(at: int, data: bytes) -> None:
     header = nifti.parse_header(changed(at, data)[: len(RAW)], len(PACKED))
     assert header.reason in ("", *REASONS)
 
 
 @given(st.binary(max_size=600))
-def test_arbitrary_bytes_raise_only_bad_volume_errors(head: bytes) -> None:
+def test_arbitrary_bytes_are_unreadable_or_not_3d(head: bytes) -> None:
     assert nifti.parse_header(head, len(head)).reason in ("unreadable", "not_3d")
 
 
@@ -163,11 +164,11 @@ def test_a_damaged_byte_never_changes_a_voxel_silently(at: int, bits: int) -> No
     damaged = bytearray(PACKED)
     damaged[at] ^= bits
     try:
-        got = gunzip.inflate(bytes(damaged), len(RAW))
+        inflated = gunzip.inflate(bytes(damaged), len(RAW))
     except BadVolumeError as error:
         assert error.reason == "corrupt_voxels"
-    else:  # in the gzip header's own time or system field
-        assert got == RAW
+    else:  # the byte is in the gzip header's time or system field
+        assert inflated == RAW
 
 
 def outcome(inflate: Callable[[bytes, int], bytearray | memoryview], packed: bytes, size: int) -> bytes | str:
@@ -180,7 +181,7 @@ def outcome(inflate: Callable[[bytes, int], bytearray | memoryview], packed: byt
 
 @st.composite
 def gzip_files(draw: st.DrawFn) -> bytes:
-    """One to three gzip members of parts of RAW, by any compressor, with or without a name and trailing bytes."""
+    """One to three gzip members with parts of RAW, at any level, with or without a name and trailing bytes."""
     ends = sorted(draw(st.lists(st.integers(0, len(RAW)), max_size=2)))
     parts = [RAW[a:b] for a, b in pairwise([0, *ends, len(RAW)])]
     levels, names = st.integers(0, 9), st.sampled_from(["", "a.nii"])
@@ -193,19 +194,19 @@ def gzip_files(draw: st.DrawFn) -> bytes:
 
 @given(gzip_files(), st.integers(-1, 1), st.none() | st.tuples(st.integers(0, 2000), st.integers(0, 255)), st.data())
 @settings(max_examples=examples(150))
-def test_both_ways_to_inflate_agree(
-    packed: bytes, more: int, damage: tuple[int, int] | None, data: st.DataObject
+def test_both_inflate_functions_agree(
+    packed: bytes, extra: int, damage: tuple[int, int] | None, data: st.DataObject
 ) -> None:
     if damage:
         at, byte = damage
         packed = packed[: at % len(packed)] + bytes([byte]) + packed[at % len(packed) + 1 :]
     packed = packed[: data.draw(st.just(len(packed)) | st.integers(0, len(packed)))]
-    size = len(RAW) + more
+    size = len(RAW) + extra
     assert outcome(gunzip.inflate, packed, size) == outcome(gunzip.inflate_in_pieces, packed, size)
 
 
-def test_an_intact_file_is_inflated_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gunzip, "inflate_in_pieces", lambda packed, size: pytest.fail("it was inflated twice"))
+def test_an_intact_file_is_inflated_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gunzip, "inflate_in_pieces", lambda packed, size: pytest.fail("the file was inflated twice"))
     assert gunzip.inflate(PACKED, len(RAW)) == RAW
 
 
@@ -231,7 +232,7 @@ def test_missing_bytes_are_detected() -> None:
 
 
 @pytest.mark.parametrize("level", [1, 6, 9])
-def test_every_compressor_s_stream_is_read(level: int) -> None:
+def test_streams_of_any_compression_level_are_read(level: int) -> None:
     packer = zlib.compressobj(level, wbits=31)
     assert gunzip.inflate(packer.compress(RAW) + packer.flush(), len(RAW)) == RAW
 

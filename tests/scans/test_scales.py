@@ -1,4 +1,4 @@
-"""Slabs with their own scale: readers of the store get the same images as from scans in other units."""
+"""Slabs with a scale give readers of the store the same images as scans in other units."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ixi_etl.recipes.ixi import refresh
 from ixi_etl.report import dataset_report
 from ixi_etl.testing.phantom import write_tar
 
-UNIT = np.float32(2.0**-10)  # of the new scanner, in units of the old one
+UNIT = np.float32(2.0**-10)  # the unit of the rescaled archives, in units of the original ones
 
 
 @pytest.fixture(scope="module")
@@ -45,22 +45,26 @@ def rescaled(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Publis
     return refresh(config_for(tmp_path_factory.mktemp("root"), source))
 
 
-def test_the_same_subjects_are_used_and_verify(rescaled: PublishedVersion, published: PublishedVersion) -> None:
-    here, there = (manifest.used_rows(metadata.read_manifest(v.folder)) for v in (rescaled, published))
-    assert here["subject_id"].tolist() == there["subject_id"].tolist()
-    assert (here[["t1_scale", "t2_scale"]] < 0.01).all(axis=None)
-    assert (there[["t1_scale", "t2_scale", "t1_offset", "t2_offset"]] == [1, 1, 0, 0]).all(axis=None)
-    np.testing.assert_allclose(here["nmi_after"], there["nmi_after"], atol=0.01)
+def test_rescaled_archives_give_the_same_subjects_and_verify(
+    rescaled: PublishedVersion, published: PublishedVersion
+) -> None:
+    small, original = (manifest.used_rows(metadata.read_manifest(v.folder)) for v in (rescaled, published))
+    assert small["subject_id"].tolist() == original["subject_id"].tolist()
+    assert (small[["t1_scale", "t2_scale"]] < 0.01).all(axis=None)
+    assert (original[["t1_scale", "t2_scale", "t1_offset", "t2_offset"]] == [1, 1, 0, 0]).all(axis=None)
+    np.testing.assert_allclose(small["nmi_after"], original["nmi_after"], atol=0.01)
     for version in (rescaled, published):
         assert verify.verify(version.folder, deep=True) == []
 
 
-def test_xarray_gives_the_scanner_s_units(rescaled: PublishedVersion, published: PublishedVersion) -> None:
-    here, there = (xr.open_zarr(version.folder / STORE) for version in (rescaled, published))
+def test_xarray_values_convert_to_scanner_units(rescaled: PublishedVersion, published: PublishedVersion) -> None:
+    small, original = (xr.open_zarr(version.folder / STORE) for version in (rescaled, published))
     for name in ("t1", "t2"):
-        units = here[name] * here[f"{name}_scale"] + here[f"{name}_offset"]
-        assert units.dims == here[name].dims
-        assert float(abs(units / float(UNIT) - there[name]).max()) <= 2  # half a step of each, whose slope is up to 2.4
+        units = small[name] * small[f"{name}_scale"] + small[f"{name}_offset"]
+        assert units.dims == small[name].dims
+        assert (
+            float(abs(units / float(UNIT) - original[name]).max()) <= 2
+        )  # half a rounding step of each; slopes are up to 2.4
 
 
 def test_training_sees_the_same_slices_and_planes_are_in_scanner_units(
@@ -69,12 +73,12 @@ def test_training_sees_the_same_slices_and_planes_are_in_scanner_units(
     from model import data, planes
 
     pairs = [data.load_pairs(version.folder, "train") for version in (rescaled, published)]
-    for here, there in zip(*(of.normalised(torch.arange(len(of))) for of in pairs), strict=True):
-        assert float((here - there).abs().max()) < 0.02
-    here, there = (planes.summarize(v.folder, of) for v, of in zip((rescaled, published), pairs, strict=True))
-    assert here is not None
-    assert there is not None
-    assert np.array(here.target_low_high) / UNIT == pytest.approx(there.target_low_high, abs=2)
+    for small, original in zip(*(split.normalised(torch.arange(len(split))) for split in pairs), strict=True):
+        assert float((small - original).abs().max()) < 0.02
+    small, original = (planes.summarize(v.folder, split) for v, split in zip((rescaled, published), pairs, strict=True))
+    assert small is not None
+    assert original is not None
+    assert np.array(small.target_low_high) / UNIT == pytest.approx(original.target_low_high, abs=2)
 
 
 def test_the_report_is_in_scanner_units(rescaled: PublishedVersion) -> None:
@@ -92,9 +96,9 @@ def test_a_scale_that_differs_from_the_manifest_is_detected(rescaled: PublishedV
     folder = tmp_path / rescaled.folder.name
     shutil.copytree(rescaled.folder, folder)
     zarr.open_array(str(folder / STORE / "t2_scale"), mode="r+")[0] = 7.0
-    facts = metadata.read_metadata(folder) | {
+    record = metadata.read_metadata(folder) | {
         "files": publish.list_files(folder)
     }  # as if the list of files was updated too
-    (folder / metadata.METADATA).write_text(to_json(metadata.with_digest(facts)))
+    (folder / metadata.METADATA).write_text(to_json(metadata.with_digest(record)))
     assert any("array t2_scale differs from the manifest's column" in problem for problem in verify.verify(folder))
     assert float(open_arrays(folder)["t2_scale"][0]) == 7.0

@@ -1,4 +1,4 @@
-"""Sites may have any name without being mistaken for another column of a table."""
+"""Sites may have any name, also that of a column of a table."""
 
 from __future__ import annotations
 
@@ -63,19 +63,19 @@ def test_records_of_the_histogram_survive_json(table: pd.DataFrame) -> None:
     assert [record["sites"] for record in records] == histogram["sites"].to_dict("records")
 
 
-@pytest.mark.parametrize("left", [0, 1])
-def test_tables_of_nothing_are_empty(left: int, table: pd.DataFrame, final: pd.DataFrame) -> None:
-    assert len(flatten(depth_histogram(table.head(left)))) == left
-    assert len(flatten(manifest.exclusions(manifest.used_rows(final).head(left)))) == 0
+@pytest.mark.parametrize("rows", [0, 1])
+def test_flattened_tables_have_no_additional_rows(rows: int, table: pd.DataFrame, final: pd.DataFrame) -> None:
+    assert len(flatten(depth_histogram(table.head(rows)))) == rows
+    assert len(flatten(manifest.exclusions(manifest.used_rows(final).head(rows)))) == 0
 
 
 def test_the_funnel_and_the_exclusions_count_each_site(final: pd.DataFrame) -> None:
-    funnel, out = manifest.funnel(final), manifest.exclusions(final)
+    funnel, exclusions = manifest.funnel(final), manifest.exclusions(final)
     assert funnel["sites"].loc["used"].to_dict() == USED
     assert funnel["all"]["found"] == len(final)
-    assert out["sites"].loc["depth_not_modal"].to_dict() == dict.fromkeys(SITES, 1)
-    facts = json.loads(json.dumps(manifest.counts(final)))
-    assert facts["funnel"]["used"] == {"all": sum(USED.values()), "sites": USED}
+    assert exclusions["sites"].loc["depth_not_modal"].to_dict() == dict.fromkeys(SITES, 1)
+    counts = json.loads(json.dumps(manifest.counts(final)))
+    assert counts["funnel"]["used"] == {"all": sum(USED.values()), "sites": USED}
 
 
 def test_flattened_tables_have_a_column_for_each_site(table: pd.DataFrame, final: pd.DataFrame) -> None:
@@ -84,14 +84,14 @@ def test_flattened_tables_have_a_column_for_each_site(table: pd.DataFrame, final
         (manifest.funnel(final), 1),
         (manifest.exclusions(final), 1),
     ):
-        shown = flatten(counts)
-        assert shown.columns.is_unique
-        assert shown.shape == (len(counts), labels + len(SITES) + 1)
-        np.testing.assert_array_equal(shown.iloc[:, labels:-1].sum(axis=1), shown["all"])
-        assert "site all" in shown
+        flat = flatten(counts)
+        assert flat.columns.is_unique
+        assert flat.shape == (len(counts), labels + len(SITES) + 1)
+        np.testing.assert_array_equal(flat.iloc[:, labels:-1].sum(axis=1), flat["all"])
+        assert "site all" in flat
 
 
-def test_pages_and_pictures_take_any_site(table: pd.DataFrame, final: pd.DataFrame) -> None:
+def test_reports_and_charts_show_any_site_name(table: pd.DataFrame, final: pd.DataFrame) -> None:
     histogram, modal = depth_histogram(table), modal_depths(table)
     config = DatasetConfig().model_dump(mode="json")
     summary: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The survey agrees with nibabel on every member, and the modal depth is the mode."""
+"""The survey agrees with nibabel on every member; errors are one line; the modal depth is the mode."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def table(archives: Path) -> pd.DataFrame:
 
 
 def test_the_survey_agrees_with_nibabel(archives: Path, table: pd.DataFrame) -> None:
-    sound = table[(table["reason"] == "") & (table["subject_id"] != "")]
-    assert len(sound) >= 20
-    for row in sound.itertuples():
+    valid = table[(table["reason"] == "") & (table["subject_id"] != "")]
+    assert len(valid) >= 20
+    for row in valid.itertuples():
         packed = read_member(str(archives / f"IXI-{row.modality}.tar"), row.offset, row.size)
         raw = gzip.GzipFile(fileobj=__import__("io").BytesIO(packed)).read(352)
         header = nib.Nifti1Header(raw[:348])
@@ -85,7 +85,7 @@ def test_a_volume_too_large_to_cut_is_rejected_with_the_limits(
     assert fits or "the maximum is 1024 voxels a side, 128 Mi voxels and 256 MiB" in row["problem"]
 
 
-def test_every_member_has_a_row_and_every_fault_a_reason(table: pd.DataFrame) -> None:
+def test_every_member_has_a_row_and_every_fault_has_a_reason(table: pd.DataFrame) -> None:
     assert list(table.columns) == COLUMNS
     reasons = table.set_index("member")["reason"]
     assert reasons["IXI905-Guys-9050-T1.nii.gz"] == "unreadable"
@@ -99,18 +99,18 @@ def test_every_member_has_a_row_and_every_fault_a_reason(table: pd.DataFrame) ->
 
 def test_a_remote_survey_requests_each_header_once(archives: Path) -> None:
     tar = archives / "IXI-T1.tar"
-    here = survey({"T1": str(tar)})
+    local = survey({"T1": str(tar)})
     with serve(Host(tar.read_bytes())) as host:
-        pd.testing.assert_frame_equal(survey({"T1": host.url}), here)
-    asked = [a for a in host.requests if a.method == "GET"]
-    assert len(asked) <= len(here) + 3  # the beginning, and the two looks at the end
-    assert sum(a.sent for a in asked) <= len(asked) * (HEAD_BYTES + 2 * 512)
+        pd.testing.assert_frame_equal(survey({"T1": host.url}), local)
+    requests = [r for r in host.requests if r.method == "GET"]
+    assert len(requests) <= len(local) + 3  # one for the start, two for the end
+    assert sum(r.sent for r in requests) <= len(requests) * (HEAD_BYTES + 2 * 512)
 
 
 @pytest.mark.parametrize(
     "fault",
     [status(500), status(403), Call.reset, half_then(close), redirect_to_self, status(302, location="http://a..b/")],
-    ids=["500", "403", "reset", "cut short", "redirect loop", "redirect to nowhere"],
+    ids=["500", "403", "reset", "truncated", "redirect loop", "redirect to nowhere"],
 )
 @pytest.mark.parametrize("after", [0, 6])
 def test_a_failing_server_is_a_one_line_error_of_the_survey(archives: Path, fault: Answer, after: int) -> None:
@@ -126,23 +126,23 @@ def test_only_insecure_hosts_skip_the_certificate_check(archives: Path) -> None:
     with serve(Host(tar.read_bytes()), certified, "localhost") as named, serve(Host(b""), certified) as numbered:
         found = survey({"T1": named.url}, http=HttpOptions(insecure_hosts=("localhost",)))
         pd.testing.assert_frame_equal(found, survey({"T1": str(tar)}))
-        for url, let_through in ((numbered.url, ("localhost",)), (named.url, ())):
+        for url, insecure_hosts in ((numbered.url, ("localhost",)), (named.url, ())):
             with pytest.raises(ArchiveError, match="certificate is not valid \\(--insecure-host") as caught:
-                survey({"T1": url}, http=HttpOptions(insecure_hosts=let_through))
+                survey({"T1": url}, http=HttpOptions(insecure_hosts=insecure_hosts))
             assert url in str(caught.value)
             assert "\n" not in str(caught.value)
     assert numbered.requests == []
 
 
-def test_a_redirect_away_from_tls_is_not_surveyed(archives: Path) -> None:
+def test_the_survey_refuses_a_redirect_from_https_to_http(archives: Path) -> None:
     certified = served_as(trustme.CA(), "localhost")
     with (
-        serve(Host((archives / "IXI-T1.tar").read_bytes())) as bare,
-        serve(Host(b"", status(302, location=bare.url)), certified, "localhost") as host,
+        serve(Host((archives / "IXI-T1.tar").read_bytes())) as plain,
+        serve(Host(b"", status(302, location=plain.url)), certified, "localhost") as host,
     ):
         with pytest.raises(ArchiveError, match=f"{host.url} redirects from https to http, which"):
             survey({"T1": host.url}, http=HttpOptions(insecure_hosts=("localhost",)))
-        assert {a.method for a in bare.requests} <= {"HEAD"}
+        assert {r.method for r in plain.requests} <= {"HEAD"}
 
 
 def test_a_netrc_password_is_sent_only_to_its_host(
@@ -169,7 +169,7 @@ def test_a_netrc_password_is_sent_only_to_its_host(
 
 @settings(max_examples=examples(40))
 @given(st.dictionaries(st.sampled_from(["T1", "T2"]), st.lists(st.integers(1, 6), min_size=1), min_size=1))
-def test_modal_depth_is_the_mode_or_the_largest_of_several(depths: dict[str, list[int]]) -> None:
+def test_modal_depth_is_the_mode_or_the_largest_of_several_modes(depths: dict[str, list[int]]) -> None:
     rows = [
         dict.fromkeys(COLUMNS, "")
         | {"subject_id": f"IXI{n}-A-1", "site": "A", "modality": m, "depth": d, "readable": True}
@@ -191,7 +191,7 @@ def test_histogram_counts_each_site_separately(table: pd.DataFrame) -> None:
     assert (histogram["sites"].sum(axis=1) == histogram["all"]).all()
 
 
-def test_a_volume_of_the_other_modality_is_not_counted(tmp_path: Path) -> None:
+def test_a_volume_of_the_other_modality_is_not_a_subject(tmp_path: Path) -> None:
     volume = pack_nifti(np.zeros((3, 4, 5), "<i2"), grid_affine((5, 4, 3), (1, 1, 1), "RAS"))
     write_tar(tmp_path / "IXI-T1.tar", {"IXI002-Guys-0828-T2.nii.gz": volume, "sub/IXI003-HH-0001-T1.nii.gz": volume})
     table = survey({"T1": str(tmp_path / "IXI-T1.tar")})
@@ -201,7 +201,7 @@ def test_a_volume_of_the_other_modality_is_not_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "._IXI002-Guys-0828-T1.nii.gz",  # what macOS puts beside each file
+        "._IXI002-Guys-0828-T1.nii.gz",  # macOS adds one to each file
         "IXI002-T1.nii.gz",
         "IXI002-Guys-0828-T1.nii",
         "IXI002-Züri-0828-T1.nii.gz",
@@ -219,5 +219,5 @@ def test_the_subject_id_is_everything_before_the_last_dash() -> None:
     assert found.groupdict() == {"subject_id": "IXI002-Guys-0828", "person": "IXI002", "site": "Guys", "modality": "T1"}
 
 
-def test_the_modal_plane_is_that_of_most_slices(table: pd.DataFrame) -> None:
+def test_the_modal_plane_is_the_most_common_one(table: pd.DataFrame) -> None:
     assert modal_planes(table) == {"T1": "sagittal", "T2": "axial"}
