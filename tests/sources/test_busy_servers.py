@@ -1,4 +1,4 @@
-"""A busy server gets fewer requests, and none while its Retry-After asks to wait."""
+"""A busy server gets fewer requests, and none until the time that its Retry-After gives."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ pytestmark = pytest.mark.usefixtures("isolated_network")
 
 
 class Crowded:
-    """Answers `most` requests at a time, and refuses the others."""
+    """Answers `limit` requests at a time, and refuses the others."""
 
-    def __init__(self, most: int, code: int = 503, **headers: str) -> None:
-        self.most, self.busy, self.refusal = most, 0, status(code, **headers)
+    def __init__(self, limit: int, code: int = 503, **headers: str) -> None:
+        self.limit, self.busy, self.refusal = limit, 0, status(code, **headers)
         self.refused, self.peak, self.changed = 0, 0, threading.Condition()
 
     def __call__(self, call: Call) -> None:
         with self.changed:
-            full = self.busy >= self.most
+            full = self.busy >= self.limit
             self.refused += full
             self.busy += not full
             self.changed.notify_all()
@@ -45,7 +45,7 @@ class Crowded:
             return
         try:
             data = call.start()
-            with self.changed:  # keep the first ones busy until others have been refused
+            with self.changed:  # hold these responses until other requests have been refused
                 self.changed.wait_for(lambda: self.refused, 10)
             call.send(data[:-1])
         finally:
@@ -55,11 +55,11 @@ class Crowded:
 
 
 @pytest.mark.parametrize("code", [503, 429])
-@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize("limit", [1, 2, 3])
 def test_download_adapts_to_the_connections_that_a_server_allows(
-    tmp_path: Path, tar: bytes, most: int, code: int
+    tmp_path: Path, tar: bytes, limit: int, code: int
 ) -> None:
-    crowded = Crowded(most, code)
+    crowded = Crowded(limit, code)
     with serve(Host(tar, after_probe(crowded))) as host:
         found = acquire(source_of(host, md5=None), tmp_path, connections=8, tries=2)
     assert Path(found.location).read_bytes() == tar

@@ -30,13 +30,13 @@ pytestmark = pytest.mark.usefixtures("isolated_network")
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_verified_archive_costs_one_head_request_or_none_offline(tmp_path: Path, tar: bytes, known: bool) -> None:
+def test_verified_archive_costs_one_head_request_and_none_offline(tmp_path: Path, tar: bytes, known: bool) -> None:
     with serve(Host(tar)) as host:
         source = source_of(host, md5=md5(tar) if known else None)
         found = acquire(source, tmp_path)
         host.requests.clear()
         assert acquire(source, tmp_path) == found
-        assert [a.method for a in host.requests] == ["HEAD"]
+        assert [r.method for r in host.requests] == ["HEAD"]
         host.requests.clear()
         assert acquire(source, tmp_path, offline=True) == found
         assert host.requests == []
@@ -73,7 +73,7 @@ def test_changed_remote_file_is_fetched_again_unless_the_md5_is_known(
         host.body, host.etag = (other, '"second"') if change == "etag" else (longer, host.etag)
         host.requests.clear()
         assert acquire(source_of(host, md5=md5(tar)), tmp_path / "kept") == kept
-        assert [a.method for a in host.requests] == ["HEAD"]
+        assert [r.method for r in host.requests] == ["HEAD"]
         acquire(source_of(host, md5=None), tmp_path / "followed")
     assert (tmp_path / "kept" / NAME).read_bytes() == tar
     assert (tmp_path / "followed" / NAME).read_bytes() == host.body
@@ -98,15 +98,15 @@ def test_file_modified_after_verification_is_replaced(tmp_path: Path, tar: bytes
 
 
 def test_unchecked_file_of_another_source_is_not_reused(tmp_path: Path, tar: bytes, other: bytes) -> None:
-    with serve(Host(tar, etag=None)) as one, serve(Host(other, etag=None)) as two:
-        acquire(source_of(one, md5=None), tmp_path)
+    with serve(Host(tar, etag=None)) as first_host, serve(Host(other, etag=None)) as second_host:
+        acquire(source_of(first_host, md5=None), tmp_path)
         with pytest.raises(DownloadError, match="without --offline"):
-            acquire(source_of(two, md5=None), tmp_path, offline=True)
-        found = acquire(source_of(two, md5=None), tmp_path)
-    assert (found.origin, Path(found.location).read_bytes()) == (two.url, other)
+            acquire(source_of(second_host, md5=None), tmp_path, offline=True)
+        found = acquire(source_of(second_host, md5=None), tmp_path)
+    assert (found.origin, Path(found.location).read_bytes()) == (second_host.url, other)
 
 
-def test_right_file_placed_by_the_user_is_adopted(
+def test_correct_file_placed_by_the_user_is_reused(
     tmp_path: Path, tar: bytes, unfinished: Unfinished, caplog: pytest.LogCaptureFixture
 ) -> None:
     unfinished.restore(tmp_path, {0, 1})
@@ -115,13 +115,13 @@ def test_right_file_placed_by_the_user_is_adopted(
     found = acquire(source, tmp_path)
     assert (found.md5, found.checked) == (md5(tar), True)
     assert acquire(source, tmp_path) == found
-    assert [a.method for a in unfinished.host.requests] == ["HEAD"]
+    assert [r.method for r in unfinished.host.requests] == ["HEAD"]
     assert caplog.text == ""
     assert names_in(tmp_path) == {NAME, f"{NAME}.json"}
 
 
 @pytest.mark.parametrize("record", ["", "[]", "null", '{"md5": 1}'])
-def test_damaged_record_of_a_right_file_is_rewritten(
+def test_damaged_record_of_a_correct_file_is_rewritten(
     unfinished: Unfinished, tmp_path: Path, tar: bytes, record: str
 ) -> None:
     (tmp_path / NAME).write_bytes(tar)

@@ -1,4 +1,4 @@
-"""A version is made of exactly the bytes that it is named after, even if an archive changes while it is read."""
+"""A version is made from exactly the bytes that determine its name, even if an archive changes while it is read."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def job(tmp_path: Path) -> CutJob:
     (tmp_path / "work").mkdir()
     (tmp_path / "one").mkdir()
     (tmp_path / "archives").symlink_to("one")
-    parts = {}
+    members = {}
     for name, data in (("T1", T1), ("T2", T2)):
         path = tmp_path / "archives" / name
         path.write_bytes(data)
-        parts[name] = MemberRef(str(path), 0, len(data), fingerprint(str(path)))
-    return CutJob(SUBJECT, parts, True, "version")
+        members[name] = MemberRef(str(path), 0, len(data), fingerprint(str(path)))
+    return CutJob(SUBJECT, members, True, "version")
 
 
 def rename_over(path: Path) -> None:
@@ -64,13 +64,13 @@ def rename_over(path: Path) -> None:
     (path.parent / "new").replace(path)
 
 
-def rewrite_with_its_time(path: Path) -> None:
+def rewrite_with_same_mtime(path: Path) -> None:
     before = path.stat()
     path.write_bytes(OTHER_T2)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def cut_short(path: Path) -> None:
+def truncate(path: Path) -> None:
     os.truncate(path, 1000)
 
 
@@ -90,7 +90,7 @@ def redirect_link(path: Path) -> None:
     path.parent.symlink_to("two")
 
 
-CHANGES = [rename_over, rewrite_with_its_time, cut_short, append, remove, redirect_link]
+CHANGES = [rename_over, rewrite_with_same_mtime, truncate, append, remove, redirect_link]
 
 
 def wait_for_clock(path: Path) -> None:
@@ -123,7 +123,7 @@ def test_archive_changed_after_it_was_hashed_is_not_cut(
     assert not list((tmp_path / "work").iterdir())
 
 
-def test_record_counts_only_for_the_same_bytes(job: CutJob, tmp_path: Path) -> None:
+def test_record_is_reused_only_for_the_same_bytes(job: CutJob, tmp_path: Path) -> None:
     work, path = tmp_path / "work", Path(job.members["T2"].archive)
     first = cut_subject(job, CONFIG, work)
     shard = shard_path(work, SUBJECT, "T2")
@@ -144,8 +144,8 @@ def test_record_counts_only_for_the_same_bytes(job: CutJob, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("change", [{"version": "another"}, {"subject_id": "IXI003-Guys-0001"}])
-def test_record_of_another_staging_folder_does_not_count(change: dict[str, str], job: CutJob, tmp_path: Path) -> None:
-    """For example of a version with another configuration of the same archives."""
+def test_record_of_another_staging_folder_is_not_reused(change: dict[str, str], job: CutJob, tmp_path: Path) -> None:
+    """Such as that of a version with another configuration of the same archives."""
     work, copied = tmp_path / "work", tmp_path / "copied"
     cut_subject(job, CONFIG, work)
     shutil.copytree(work, copied)
@@ -158,11 +158,11 @@ def test_record_of_another_staging_folder_does_not_count(change: dict[str, str],
     assert record["made_for"][:2] == [another.version, another.subject_id]
 
 
-def test_bytes_that_dask_workers_read_are_compared_with_the_local_ones(job: CutJob, tmp_path: Path) -> None:
+def test_bytes_read_by_dask_workers_are_compared_with_local_ones(job: CutJob, tmp_path: Path) -> None:
     """Workers may see a file through another mount, with another inode and other times."""
     work, path = tmp_path / "work", Path(job.members["T2"].archive)
     remote = jobs._without_fingerprints(job)
-    rewrite_with_its_time(path)
+    rewrite_with_same_mtime(path)
     other = cut_subject(remote, CONFIG, work)
     path.write_bytes(T2)
     local = replace(job, members=job.members | {"T2": replace(job.members["T2"], fingerprint=fingerprint(str(path)))})
@@ -224,7 +224,7 @@ def test_archive_replaced_around_the_survey_ends_the_refresh(
         refresh(config_for(tmp_path / "root", source))
 
 
-def test_demographics_reach_the_manifest_and_the_version_and_are_read_once(
+def test_demographics_are_read_once_and_are_part_of_the_manifest_and_version(
     published: PublishedVersion, archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     people, text = tmp_path / "people.csv", "IXI_ID,SEX_ID,AGE\n2,2,30.5\n3,1,44\n3,1,44\n"

@@ -1,4 +1,4 @@
-"""A file that changes on the server during a download is never mixed with another."""
+"""Two states of a file that changes on the server during a download are never mixed."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def test_file_that_changes_during_the_download_is_never_mixed(
 
 
 def node(call: Call, number: int) -> None:
-    """Answer as one of several nodes, each of which has an ETag of its own."""
+    """Answer as one of several nodes, each with its own ETag."""
     with call.host.lock:
         call.host.etag = f'"node {number}"'
         data = call.start()
     call.send(data)
 
 
-def by_turns() -> Answer:
+def alternating_nodes() -> Answer:
     calls = iter(range(10**9))
     return lambda call: node(call, next(calls) % 2)
 
@@ -82,7 +82,7 @@ def by_turns() -> Answer:
 def test_nodes_with_different_etags_are_combined_only_with_a_known_md5(
     tmp_path: Path, tar: bytes, honours_if_range: bool
 ) -> None:
-    with serve(Host(tar, by_turns(), honours_if_range=honours_if_range)) as host:
+    with serve(Host(tar, alternating_nodes(), honours_if_range=honours_if_range)) as host:
         found = acquire(source_of(host, md5=md5(tar)), tmp_path / "known")
         assert Path(found.location).read_bytes() == tar
         assert host.sent < 2 * len(tar)
@@ -99,7 +99,7 @@ def test_part_from_one_node_is_resumed_from_another(unfinished: Unfinished, tmp_
     assert unfinished.host.sent < len(body)
 
 
-def test_mix_of_two_files_is_fetched_again_from_scratch(tmp_path: Path, tar: bytes, other: bytes) -> None:
+def test_mix_of_two_files_is_downloaded_again_from_the_start(tmp_path: Path, tar: bytes, other: bytes) -> None:
     """The file is replaced midway by the one whose MD5 is known."""
     calls = iter(range(10**9))
 
@@ -116,7 +116,7 @@ def test_mix_of_two_files_is_fetched_again_from_scratch(tmp_path: Path, tar: byt
     assert 2 * len(tar) <= host.sent < 3 * len(tar)
 
 
-def test_node_with_another_file_is_one_line(tmp_path: Path, tar: bytes, other: bytes) -> None:
+def test_node_with_another_file_is_a_one_line_error(tmp_path: Path, tar: bytes, other: bytes) -> None:
     calls = iter(range(10**9))
 
     def answer(call: Call) -> None:
@@ -131,6 +131,6 @@ def test_node_with_another_file_is_one_line(tmp_path: Path, tar: bytes, other: b
     assert_one_clear_line(str(caught.value), tmp_path, host.url)
 
 
-def test_non_ascii_etag_is_one_line_if_it_is_needed(tmp_path: Path, tar: bytes) -> None:
+def test_non_ascii_etag_is_a_one_line_error_if_it_is_needed(tmp_path: Path, tar: bytes) -> None:
     with serve(Host(tar, non_ascii_etag)) as host, pytest.raises(DownloadError, match="can't encode"):
         acquire(source_of(host, md5=None), tmp_path)

@@ -1,4 +1,4 @@
-"""The disk: too little space, a full disk, unreadable files."""
+"""Too little space, a full disk and unreadable files are one-line errors."""
 
 from __future__ import annotations
 
@@ -53,20 +53,20 @@ def test_finished_segments_need_no_space(
     acquire(source_of(unfinished.host, md5=None), tmp_path)
 
 
-def test_full_disk_is_one_line_and_the_next_run_resumes(
+def test_full_disk_is_a_one_line_error_and_the_next_run_resumes(
     tmp_path: Path, tar: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = os.pwrite
 
-    def full(file: int, data: bytes, at: int) -> int:
-        if at >= 7 * SEGMENT:
+    def write_until_full(file: int, data: bytes, offset: int) -> int:
+        if offset >= 7 * SEGMENT:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(file, data[:10_000], at)  # a disk may take less than it is given
+        return write(file, data[:10_000], offset)  # a write may be partial
 
     with serve(Host(tar)) as host:
         source = source_of(host, md5=None)
         with monkeypatch.context() as patch:
-            patch.setattr(os, "pwrite", full)
+            patch.setattr(os, "pwrite", write_until_full)
             with pytest.raises(DownloadError, match="No space left on device") as caught:
                 acquire(source, tmp_path, connections=1)
         assert_one_clear_line(str(caught.value), tmp_path, str(tmp_path / NAME))
@@ -76,7 +76,7 @@ def test_full_disk_is_one_line_and_the_next_run_resumes(
         assert host.sent == len(tar) - 7 * SEGMENT
 
 
-def test_unreadable_file_is_one_line(tmp_path: Path) -> None:
+def test_unreadable_file_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / NAME).mkdir()
     with pytest.raises(DownloadError) as caught:
         acquire(Source(NAME, ("http://127.0.0.1:9/IXI-T1.tar",), md5(b"")), tmp_path)

@@ -50,7 +50,7 @@ FORMS: dict[str, bytes] = {
     "big-endian UTF-16": b"\xfe\xff" + PLAIN.decode().encode("utf-16-be"),
     "UTF-16 without byte order mark": PLAIN.decode().encode("utf-16-le"),
     "UTF-32": PLAIN.decode().encode("utf-32"),
-    "Latin-1 elsewhere": b"# r\xe9sum\xe9\n" + PLAIN,
+    "a Latin-1 comment": b"# r\xe9sum\xe9\n" + PLAIN,
     "CRLF": PLAIN.replace(b"\n", b"\r\n"),
     "CR": PLAIN.replace(b"\n", b"\r"),
     "no last newline": PLAIN.rstrip(),
@@ -58,33 +58,34 @@ FORMS: dict[str, bytes] = {
     "a folder": gnu(f"{T1}  IXI/IXI-T1.tar", f"{T2} *./IXI-T2.tar"),
     "an absolute path": gnu(f"{T1}  /data/my scans/IXI-T1.tar", f"{T2}  C:\\data\\IXI-T2.tar"),
     "escaped": gnu(f"\\{T1}  a\\nb/IXI-T1.tar", f"\\{T2} *IXI-T2.tar"),
-    "comments": gnu("# MD5", ";", "", f"{T1}  IXI-T1.tar", "// more", f"{T2}  IXI-T2.tar"),
-    "the same twice": PLAIN + PLAIN,
-    "other files, too": gnu(f"{T2}  IXI-T1.tar.part", f"{T2}  old/IXI-T1.tar", f"{T1}  my-IXI-T2.tar") + PLAIN,
-    "other sums, too": gnu(f"SHA256 (IXI-T1.tar) = {T2 * 2}", f"{T2 * 2}  IXI-T1.tar") + PLAIN,
+    "comments": gnu("# MD5", ";", "", f"{T1}  IXI-T1.tar", "// end", f"{T2}  IXI-T2.tar"),
+    "duplicate lines": PLAIN + PLAIN,
+    "with other files": gnu(f"{T2}  IXI-T1.tar.part", f"{T2}  old/IXI-T1.tar", f"{T1}  my-IXI-T2.tar") + PLAIN,
+    "with other hashes": gnu(f"SHA256 (IXI-T1.tar) = {T2 * 2}", f"{T2 * 2}  IXI-T1.tar") + PLAIN,
 }
 BAD: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "an empty file"),
     "blank": (b"\n\n", "no line with the MD5 of IXI-T1.tar"),
-    "one archive": (gnu(f"{T1}  IXI-T1.tar"), "no line with the MD5 of IXI-T2.tar"),
-    "the other": (gnu(f"{T2}  IXI-T2.tar"), "no line with the MD5 of IXI-T1.tar"),
-    "a page": (b"<!DOCTYPE html><p>Not found</p>", "no line with the MD5 of IXI-T1.tar"),
-    "sums of another kind": (gnu(f"{T1 * 2}  IXI-T1.tar", f"{T2 * 2}  IXI-T2.tar"), "no line with the MD5"),
-    "a digit short": (PLAIN[1:], "no line with the MD5 of IXI-T1.tar"),
-    "no names": (gnu(T1, T2), "no line with the MD5"),
-    "a name glued on": (gnu(f"{T1}IXI-T1.tar", f"{T2}  IXI-T2.tar"), "no line with the MD5 of IXI-T1.tar"),
+    "only the T1": (gnu(f"{T1}  IXI-T1.tar"), "no line with the MD5 of IXI-T2.tar"),
+    "only the T2": (gnu(f"{T2}  IXI-T2.tar"), "no line with the MD5 of IXI-T1.tar"),
+    "an HTML page": (b"<!DOCTYPE html><p>Not found</p>", "no line with the MD5 of IXI-T1.tar"),
+    "another hash": (gnu(f"{T1 * 2}  IXI-T1.tar", f"{T2 * 2}  IXI-T2.tar"), "no line with the MD5"),
+    "a missing digit": (PLAIN[1:], "no line with the MD5 of IXI-T1.tar"),
+    "no file names": (gnu(T1, T2), "no line with the MD5"),
+    "no space before a name": (gnu(f"{T1}IXI-T1.tar", f"{T2}  IXI-T2.tar"), "no line with the MD5 of IXI-T1.tar"),
     "a contradiction": (PLAIN + gnu(f"{T2}  IXI-T1.tar"), "its lines for IXI-T1.tar contradict each other"),
-    "folders that contradict": (
+    "a contradiction between folders": (
         gnu(f"{T1}  a/IXI-T1.tar", f"{T2}  b/IXI-T1.tar", f"{T2}  IXI-T2.tar"),
         "its lines for IXI-T1.tar contradict each other",
     ),
-    "noise": (bytes(range(256)) * 9, "no line with the MD5"),
-    "too much": (b"#" * (MAX_SMALL_FILE + 1), f"more than {MAX_SMALL_FILE} bytes"),
+    "all byte values": (bytes(range(256)) * 9, "no line with the MD5"),
+    "too large": (b"#" * (MAX_SMALL_FILE + 1), f"more than {MAX_SMALL_FILE} bytes"),
 }
 
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
+    """A folder with both of the user's archives."""
     for name in ("IXI-T1.tar", "IXI-T2.tar"):
         (tmp_path / name).write_bytes(b"x")
     return tmp_path
@@ -112,39 +113,41 @@ def test_every_format_of_md5sums_is_read(form: str, own: Path) -> None:
     assert md5s_of(own) == {"T1": T1, "T2": T2}
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_incomplete_md5sums_is_refused(what: str, own: Path) -> None:
-    data, text = BAD[what]
+@pytest.mark.parametrize("case", BAD)
+def test_invalid_md5sums_is_refused(case: str, own: Path) -> None:
+    data, text = BAD[case]
     (own / "MD5SUMS").write_bytes(data)
     assert_refused(own, text)
 
 
 names = st.text(st.characters(exclude_categories=("Z", "C"), exclude_characters="/*\\"), min_size=1)
 digests = st.binary(min_size=16, max_size=16).map(bytes.hex)
-between = st.sampled_from(["  ", " *", "\t", "  ./", "  some/folder/"])
+separators = st.sampled_from(["  ", " *", "\t", "  ./", "  some/folder/"])
 
 
-@given(sums=st.dictionaries(names, st.tuples(digests, between, st.booleans())), end=st.sampled_from(["\n", "\r\n"]))
-def test_md5sums_are_parsed_as_md5sum_writes_them(sums: dict[str, tuple[str, str, bool]], end: str) -> None:
-    lines = [f"{digest.upper() if upper else digest}{gap}{name}" for name, (digest, gap, upper) in sums.items()]
-    text = end.join(["# a remark", *lines, "", "d41d8cd98f00b204e9800998ecf8427  one.digit.short"])
+@given(sums=st.dictionaries(names, st.tuples(digests, separators, st.booleans())), end=st.sampled_from(["\n", "\r\n"]))
+def test_md5sums_in_the_format_of_md5sum_are_parsed(sums: dict[str, tuple[str, str, bool]], end: str) -> None:
+    lines = [
+        f"{digest.upper() if upper else digest}{separator}{name}" for name, (digest, separator, upper) in sums.items()
+    ]
+    text = end.join(["# a comment", *lines, "", "d41d8cd98f00b204e9800998ecf8427  one.digit.short"])
     listed = parse_md5sums(text.encode())
     for name, (digest, _, _) in sums.items():
         assert find_md5(name, [(n, d) for n, d in listed if n.rpartition("/")[2] == name]) == digest
     assert len(listed) == len(sums)
 
 
-def test_most_exact_name_takes_precedence() -> None:
+def test_most_exact_file_name_takes_precedence() -> None:
     listed = [("ixi-t1.tar", "1"), ("old/IXI-T1.tar", "2"), ("./IXI-T1.tar", "3")]
     assert [find_md5("IXI-T1.tar", listed[:n]) for n in range(4)] == [None, "1", "2", "3"]
     with pytest.raises(ArchiveError, match="contradict"):
         find_md5("IXI-T1.tar", [*listed, ("IXI-T1.tar", "4")])
 
 
-# -- on this machine --------------------------------------------------------------------------------------------------
+# -- local files ------------------------------------------------------------------------------------------------------
 
 
-def test_without_md5sums_archives_are_unchecked(own: Path) -> None:
+def test_archives_without_md5sums_are_unchecked(own: Path) -> None:
     assert md5s_of(own) == {"T1": None, "T2": None}
 
 
@@ -195,10 +198,10 @@ def test_md5_of_a_symbolic_link_is_found_by_the_name_of_the_link(
     assert user_sources(str(links / "IXI-T1.tar"))["T2"].urls == (str(links / "IXI-T2.tar"),)
 
 
-# -- elsewhere --------------------------------------------------------------------------------------------------------
+# -- servers and S3 ---------------------------------------------------------------------------------------------------
 
 
-def short(call: Call) -> None:
+def truncated(call: Call) -> None:
     call.head(200, {"content-length": str(len(PLAIN))})
     call.send(PLAIN[:-9])
     call.close_connection = True
@@ -210,26 +213,26 @@ ANSWERS: dict[str, tuple[Answer, str]] = {
     "429": (status(429, retry_after="0"), "429 Too Many Requests"),
     "403": (status(403), "403 Forbidden"),
     "401": (status(401), "401"),
-    "a page": (page, "no line with the MD5 of IXI-T1.tar"),
-    "nothing": (status(204), "204"),
+    "an HTML page": (page, "no line with the MD5 of IXI-T1.tar"),
+    "204": (status(204), "204"),
     "an empty file": (lambda call: call.plain(200), "no line with the MD5 of IXI-T1.tar"),
     "a reset": (Call.reset, "3 times"),
-    "cut short": (short, "3 times"),
-    "a loop": (lambda call: call.plain(302, location=call.path), "redirects"),
+    "truncated": (truncated, "3 times"),
+    "a redirect loop": (lambda call: call.plain(302, location=call.path), "redirects"),
 }
 
 
-@pytest.mark.parametrize("what", ANSWERS)
-def test_server_that_may_have_md5sums_is_refused(what: str) -> None:
-    answer, text = ANSWERS[what]
+@pytest.mark.parametrize("case", ANSWERS)
+def test_failed_request_for_md5sums_is_an_error(case: str) -> None:
+    answer, text = ANSWERS[case]
     with serve(Host(b"", answer)) as host:
         error = assert_refused(folder_of(host), text)
-        assert error.transient == ("times" in text or what == "429")
+        assert error.transient == ("times" in text or case == "429")
         assert user_sources(folder_of(host), replace(HTTP, offline=True))["T1"].md5 is None
 
 
 @pytest.mark.parametrize("answer", [Call.stall, drip_headers], ids=["stall", "drip"])
-def test_server_that_does_not_answer_is_refused(answer: Answer) -> None:
+def test_server_that_does_not_answer_is_an_error(answer: Answer) -> None:
     http = replace(HTTP, timeout_s=0.15, tries=2)
     with serve(Host(b"", answer)) as host:
         assert assert_refused(folder_of(host), "2 times", http).transient
@@ -256,12 +259,12 @@ def test_md5sums_on_s3_is_read_and_only_not_found_means_unchecked(
     s3_root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert md5s_of(s3_root) == {"T1": None, "T2": None}
-    beside = to_path(s3_root) / "MD5SUMS"
+    md5sums = to_path(s3_root) / "MD5SUMS"
     for form in ("BSD", "UTF-8 with byte order mark"):
-        beside.write_bytes(FORMS[form])
+        md5sums.write_bytes(FORMS[form])
         assert md5s_of(s3_root) == {"T1": T1, "T2": T2}
-    for data, text in (BAD["one archive"], (b"", "no line with the MD5 of IXI-T1.tar")):
-        beside.write_bytes(data)
+    for data, text in (BAD["only the T1"], (b"", "no line with the MD5 of IXI-T1.tar")):
+        md5sums.write_bytes(data)
         assert_refused(s3_root, text)
     for error in (PermissionError("Forbidden"), OSError("SlowDown"), ConnectionError("timed out")):
 

@@ -1,4 +1,4 @@
-"""Fetching only members makes the same dataset as whole archives, and transfers little more than the members."""
+"""Fetching members alone gives the same dataset as whole archives, and transfers little more than the members."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ixi_etl.scans.survey import HEAD_BYTES, survey
 
 @pytest.fixture(scope="module")
 def host(archives: Path) -> Iterator[Host]:
-    """A server of both archives only, which counts the bytes that it sends."""
+    """A server of the two archives without MD5SUMS, which logs the bytes that it sends."""
     bodies = {f"/IXI-{m}.tar": (archives / f"IXI-{m}.tar").read_bytes() for m in ("T1", "T2")}
 
     def answer(call: Call) -> None:
@@ -75,17 +75,17 @@ def sent(requests: list[LoggedRequest]) -> int:
 @pytest.fixture(scope="module")
 def selected(published: PublishedVersion, archives: Path) -> pd.DataFrame:
     """The members of the subjects that are not excluded by their headers."""
-    by_voxels = ("", "corrupt_voxels", "empty_image")
+    reasons = ("", "corrupt_voxels", "empty_image")
     table = metadata.read_manifest(published.folder)
-    wanted = table.loc[table["reason"].isin(by_voxels), "subject_id"]
+    wanted = table.loc[table["reason"].isin(reasons), "subject_id"]
     members = survey({m: str(archives / f"IXI-{m}.tar") for m in ("T1", "T2")})
     return members[members["subject_id"].isin(wanted)]
 
 
-def test_members_make_the_same_store_and_decisions_as_archives(fetched: Fetched, published: PublishedVersion) -> None:
+def test_members_give_the_same_store_and_decisions_as_archives(fetched: Fetched, published: PublishedVersion) -> None:
     made = fetched.made
-    assert made.version != published.version  # the version names what it was made from
-    files, whole = (
+    assert made.version != published.version  # the name of a version depends on its inputs
+    files, expected_files = (
         {
             n: f
             for n, f in metadata.read_metadata(v.folder)["files"].items()
@@ -93,13 +93,13 @@ def test_members_make_the_same_store_and_decisions_as_archives(fetched: Fetched,
         }
         for v in (made, published)
     )
-    assert files == whole
+    assert files == expected_files
     table, expected = (metadata.read_manifest(v.folder) for v in (made, published))
-    of_the_archive = ["flags", "t1_sha256", "t2_sha256", "t1_gzip_crc32", "t2_gzip_crc32"]
-    pd.testing.assert_frame_equal(table.drop(columns=of_the_archive), expected.drop(columns=of_the_archive))
+    archive_columns = ["flags", "t1_sha256", "t2_sha256", "t1_gzip_crc32", "t2_gzip_crc32"]
+    pd.testing.assert_frame_equal(table.drop(columns=archive_columns), expected.drop(columns=archive_columns))
     used, expected = manifest.used_rows(table), manifest.used_rows(expected)
     assert used["flags"].str.split(",").map(lambda flags: UNCHECKED in flags).all()
-    pd.testing.assert_frame_equal(used[of_the_archive[1:]], expected[of_the_archive[1:]])
+    pd.testing.assert_frame_equal(used[archive_columns[1:]], expected[archive_columns[1:]])
     assert not verify.verify(made.folder, deep=True)
     assert "MD5 not checked" in (made.folder / "report.html").read_text()
     record = metadata.read_metadata(made.folder)
@@ -108,24 +108,24 @@ def test_members_make_the_same_store_and_decisions_as_archives(fetched: Fetched,
 
 
 def test_members_are_fetched_from_an_insecure_host(host: Host, tmp_path: Path) -> None:
-    with serve(Host(b"", host.answer), served_as(trustme.CA(), "localhost"), "localhost") as strange:
-        config = members_of(strange, tmp_path)
+    with serve(Host(b"", host.answer), served_as(trustme.CA(), "localhost"), "localhost") as insecure:
+        config = members_of(insecure, tmp_path)
         with pytest.raises(DownloadError, match="certificate is not valid"):
             acquire_members(config)
         inputs = acquire_members(config.model_copy(update={"insecure_hosts": ("localhost",)}))
     assert inputs.surveyed is not None
-    assert all(Path(a.location).stat().st_blocks for a in inputs.archives.values())
+    assert all(Path(archive.location).stat().st_blocks for archive in inputs.archives.values())
 
 
-def test_only_members_and_heads_are_transferred(fetched: Fetched, selected: pd.DataFrame, archives: Path) -> None:
-    every = survey({m: str(archives / f"IXI-{m}.tar") for m in ("T1", "T2")})
-    heads = (len(every) + 8) * (HEAD_BYTES + 1024)  # the phantoms are small: of IXI's members they are 0.04%
-    gaps = len(selected) * 1024
-    assert sent(fetched.requests) <= selected["size"].sum() + gaps + heads
+def test_only_members_and_headers_are_transferred(fetched: Fetched, selected: pd.DataFrame, archives: Path) -> None:
+    all_members = survey({m: str(archives / f"IXI-{m}.tar") for m in ("T1", "T2")})
+    heads = (len(all_members) + 8) * (HEAD_BYTES + 1024)  # much of the small phantoms, but 0.04% of IXI's members
+    between_members = len(selected) * 1024
+    assert sent(fetched.requests) <= selected["size"].sum() + between_members + heads
     assert sent(fetched.requests) < sum((archives / f"IXI-{m}.tar").stat().st_size for m in ("T1", "T2"))
 
 
-def test_fetched_members_are_not_fetched_again_by_another_configuration(
+def test_another_configuration_fetches_only_the_members_that_are_missing(
     host: Host, fetched: Fetched, selected: pd.DataFrame, archives: Path, tmp_path: Path
 ) -> None:
     first = fetched.made
@@ -133,22 +133,22 @@ def test_fetched_members_are_not_fetched_again_by_another_configuration(
     host.requests.clear()
     again = refresh(members_of(host, tmp_path))
     assert (again.version, again.is_new) == (first.version, False)
-    survey_alone = sent(host.requests)
-    assert survey_alone < selected["size"].sum() / 4
+    survey_bytes = sent(host.requests)
+    assert survey_bytes < selected["size"].sum() / 4
     host.requests.clear()
-    more = refresh(members_of(host, tmp_path, depth="any", pictures=False))
-    used = set(manifest.used_rows(metadata.read_manifest(more.folder))["subject_id"]) - set(selected["subject_id"])
+    other = refresh(members_of(host, tmp_path, depth="any", pictures=False))
+    used = set(manifest.used_rows(metadata.read_manifest(other.folder))["subject_id"]) - set(selected["subject_id"])
     assert used
     members = survey({m: str(archives / f"IXI-{m}.tar") for m in ("T1", "T2")}).set_index("subject_id")
-    assert sent(host.requests) <= survey_alone + members.loc[sorted(used), "size"].sum() * 1.5
+    assert sent(host.requests) <= survey_bytes + members.loc[sorted(used), "size"].sum() * 1.5
 
 
 def test_adjacent_members_share_a_request(fetched: Fetched, selected: pd.DataFrame) -> None:
-    large = [a for a in fetched.requests if a.sent > 2 * (HEAD_BYTES + 1024)]
+    large = [r for r in fetched.requests if r.sent > 2 * (HEAD_BYTES + 1024)]
     assert len(large) < len(selected) / 2
 
 
-def test_archive_that_changes_during_the_fetch_is_one_line(host: Host, tmp_path: Path) -> None:
+def test_archive_that_changes_during_the_fetch_is_a_one_line_error(host: Host, tmp_path: Path) -> None:
     def answer(call: Call) -> None:
         if call.headers.get("if-range"):
             call.plain(200, b"another file", etag='"another"')
@@ -160,7 +160,7 @@ def test_archive_that_changes_during_the_fetch_is_one_line(host: Host, tmp_path:
     assert not list(tmp_path.glob("datasets/*/latest.json"))
 
 
-def test_server_that_ignores_the_ranges_of_members_is_one_line(host: Host, tmp_path: Path) -> None:
+def test_server_that_ignores_the_ranges_of_members_is_a_one_line_error(host: Host, tmp_path: Path) -> None:
     def answer(call: Call) -> None:
         if call.headers.get("if-range"):
             call.logged.range = None

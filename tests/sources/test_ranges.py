@@ -45,7 +45,7 @@ class Watched(StaticFiles):
         headers = {k.decode(): v.decode() for k, v in scope["headers"]}
         entry = {"method": scope["method"], "port": scope["client"][1], "sent": 0, **headers}
         self.requests.append(entry)
-        if entry.get("range") != PROBE and sum(a.get("range") != PROBE for a in self.requests) <= 4:
+        if entry.get("range") != PROBE and sum(r.get("range") != PROBE for r in self.requests) <= 4:
             async with asyncio.timeout(30):
                 await self.four.wait()
 
@@ -66,26 +66,26 @@ def test_whole_file_is_downloaded_in_four_parallel_ranges(
     monkeypatch.setattr("starlette.staticfiles.StaticFiles", Watched)
     (tmp_path / "served").mkdir()
     (tmp_path / "served" / NAME).write_bytes(tar)
-    seen: list[tuple[str, int, int, str]] = []
+    events: list[tuple[str, int, int, str]] = []
     with serve_folder(tmp_path / "served") as url:
         source = Source(NAME, (f"{url}/{NAME}",), md5(tar))
-        found = acquire(source, tmp_path / "got", progress=lambda *args: seen.append(args))
+        found = acquire(source, tmp_path / "got", progress=lambda *args: events.append(args))
     assert Path(found.location) == tmp_path / "got" / NAME
     assert Path(found.location).read_bytes() == tar
     assert (found.size, found.md5, found.checked, found.origin) == (len(tar), md5(tar), True, source.urls[0])
     assert names_in(tmp_path / "got") == {NAME, f"{NAME}.json"}
 
-    ranges = [a for a in Watched.requests if a.get("range") != PROBE]
-    assert len({a["port"] for a in ranges}) == 4
-    assert {(a["method"], a.get("if-range")) for a in ranges} == {("GET", None)}  # the MD5 is verified
+    ranges = [r for r in Watched.requests if r.get("range") != PROBE]
+    assert len({r["port"] for r in ranges}) == 4
+    assert {(r["method"], r.get("if-range")) for r in ranges} == {("GET", None)}  # the MD5 is verified
     assert found.validator == ranges[0]["etag"]
-    assert sum(a["sent"] for a in ranges) == len(tar)
-    assert max(a["sent"] for a in ranges) == SEGMENT
+    assert sum(r["sent"] for r in ranges) == len(tar)
+    assert max(r["sent"] for r in ranges) == SEGMENT
 
-    fetched = [done for what, done, _, _ in seen if what == f"download {NAME}"]
+    fetched = [done for what, done, _, _ in events if what == f"download {NAME}"]
     assert fetched == sorted(fetched)
     assert (fetched[0], fetched[-1]) == (0, len(tar))
-    assert (f"verify {NAME}", len(tar), len(tar), "B") in seen
+    assert (f"verify {NAME}", len(tar), len(tar), "B") in events
 
 
 def test_server_may_send_less_than_the_requested_range(tmp_path: Path, tar: bytes) -> None:
@@ -106,8 +106,8 @@ def test_failed_range_stops_the_others(tmp_path: Path, tar: bytes) -> None:
             call.plain(206, b"no", content_range="bytes 0-1/2")
         elif call.logged.range == f"bytes=0-{SEGMENT - 1}":
             data = call.start()
-            for at in range(0, SEGMENT, 4096):
-                call.send(data[at : at + 4096])
+            for offset in range(0, SEGMENT, 4096):
+                call.send(data[offset : offset + 4096])
                 call.host.closing.wait(0.02)
         else:
             call.correct()
@@ -123,10 +123,10 @@ def test_server_without_ranges_sends_one_stream(tmp_path: Path, tar: bytes, send
     with serve(Host(tar, ranges=False, sends_length=sends_length)) as host:
         found = acquire(source_of(host, md5=None), tmp_path)
     assert Path(found.location).read_bytes() == tar
-    assert [a.sent for a in host.fetches] == [len(tar)]
+    assert [r.sent for r in host.fetches] == [len(tar)]
 
 
-def whole_beyond(length: int) -> Answer:
+def whole_file_beyond(length: int) -> Answer:
     """Serve a range of up to `length` bytes, and the whole file if more is requested, as some caches do."""
 
     def answer(call: Call) -> None:
@@ -142,13 +142,13 @@ def whole_beyond(length: int) -> Answer:
 def test_a_server_that_serves_only_short_ranges_sends_one_stream(
     tmp_path: Path, tar: bytes, has_md5: bool, etag: str | None
 ) -> None:
-    with serve(Host(tar, whole_beyond(512), etag=etag)) as host:
+    with serve(Host(tar, whole_file_beyond(512), etag=etag)) as host:
         found = acquire(source_of(host, md5=md5(tar) if has_md5 else None), tmp_path)
     assert Path(found.location).read_bytes() == tar
 
 
-def test_a_stream_replaces_segments_of_an_interrupted_download(tmp_path: Path, tar: bytes) -> None:
-    answer = after_probe(first(2, Call.correct, then=whole_beyond(512)))
+def test_a_stream_replaces_the_finished_segments(tmp_path: Path, tar: bytes) -> None:
+    answer = after_probe(first(2, Call.correct, then=whole_file_beyond(512)))
     with serve(Host(tar, answer)) as host:
         found = acquire(source_of(host, md5=None), tmp_path, connections=1)
     assert Path(found.location).read_bytes() == tar
@@ -189,7 +189,7 @@ def test_stream_of_unknown_length_that_is_always_truncated_gets_no_final_name(tm
     assert Path(found.location).read_bytes() == tar
 
 
-def test_no_linux_only_function_is_needed(tmp_path: Path, tar: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_needs_no_linux_only_function(tmp_path: Path, tar: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("fdatasync", "posix_fallocate", "posix_fadvise", "sched_getaffinity", "copy_file_range", "sendfile"):
         monkeypatch.delattr(os, name, raising=False)
     with serve(Host(tar)) as host:

@@ -132,7 +132,7 @@ def test_truncated_part_is_not_resumed(unfinished: Unfinished, tmp_path: Path) -
     assert Path(found.location).read_bytes() == unfinished.host.body
 
 
-def test_part_with_a_wrong_byte_is_fetched_again(unfinished: Unfinished, tmp_path: Path) -> None:
+def test_part_with_a_wrong_byte_is_downloaded_again(unfinished: Unfinished, tmp_path: Path) -> None:
     unfinished.restore(tmp_path, {0, 1, 2})
     part = tmp_path / f"{NAME}.part"
     part.write_bytes(flip_bit(part.read_bytes(), SEGMENT + 7))

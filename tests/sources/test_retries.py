@@ -42,11 +42,11 @@ def test_resets_every_40_kib_do_not_end_the_download(tmp_path: Path, tar: bytes)
     assert len(host.fetches) >= len(tar) // (40 << 10)
 
 
-@pytest.mark.parametrize("when", [lambda a: a, after_probe], ids=["from the first", "midway"])
+@pytest.mark.parametrize("when", [lambda a: a, after_probe], ids=["from the start", "midway"])
 @pytest.mark.parametrize(
     "fault",
     [status(500), status(503), status(429), status(408), Call.reset, half_then(close), half_then(Call.reset)],
-    ids=["500", "503", "429", "408", "reset", "cut short", "reset midway"],
+    ids=["500", "503", "429", "408", "reset", "truncated", "reset midway"],
 )
 def test_temporary_failure_is_retried(
     tmp_path: Path, tar: bytes, fault: Answer, when: Callable[[Answer], Answer]
@@ -77,12 +77,12 @@ def test_backoff_doubles_with_jitter(tmp_path: Path, tar: bytes, monkeypatch: py
 
 @given(plan=st.lists(st.sampled_from(sorted(TEMPORARY_FAULTS)), max_size=12), ranges=st.booleans())
 @settings(max_examples=examples(10))
-def test_any_sequence_of_temporary_faults_ends_in_the_right_file(
+def test_any_sequence_of_temporary_faults_ends_with_the_correct_file(
     tar: bytes, tmp_path_factory: pytest.TempPathFactory, plan: list[str], ranges: bool
 ) -> None:
-    folder, todo = tmp_path_factory.mktemp("faults"), iter(plan)
+    folder, faults = tmp_path_factory.mktemp("faults"), iter(plan)
     with serve(Host(tar, ranges=ranges)) as host:
-        host.answer = lambda call: TEMPORARY_FAULTS[next(todo, "none")](call)
+        host.answer = lambda call: TEMPORARY_FAULTS[next(faults, "none")](call)
         found = acquire(source_of(host, md5=None), folder, tries=len(plan) + 1, backoff_s=0.0)
     assert Path(found.location).read_bytes() == tar
     shutil.rmtree(folder)
@@ -100,7 +100,7 @@ def test_download_completes_if_each_connection_ends_after_a_few_bytes(
     assert Path(found.location).read_bytes() == tar[:size]
 
 
-def test_range_that_always_fails_ends_the_download_when_the_others_are_done(tmp_path: Path, tar: bytes) -> None:
+def test_range_that_always_fails_ends_the_download_after_the_other_ranges(tmp_path: Path, tar: bytes) -> None:
     others, sent, changed = set(range(-(-len(tar) // SEGMENT))) - {2}, Counter[str | None](), threading.Condition()
 
     def answer(call: Call) -> None:
@@ -118,7 +118,7 @@ def test_range_that_always_fails_ends_the_download_when_the_others_are_done(tmp_
         acquire(source_of(host, md5=None), tmp_path)
     assert caught.value.transient
     assert set(finished_segments(tmp_path)) <= others
-    # Each of the other three connections may have had a last byte to read.
+    # Each of the other three connections may still be reading its last byte.
     assert len(finished_segments(tmp_path)) >= len(others) - 3
 
 

@@ -1,4 +1,4 @@
-"""TLS certificates, insecure hosts and redirects."""
+"""Certificates are verified except for insecure hosts, and redirects never leave https."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ def test_insecure_host_applies_to_that_host_only(tmp_path: Path, tar: bytes, aut
         assert Path(found.location).read_bytes() == tar
         named.requests.clear()
         acquire(source_of(named, md5=None), tmp_path / "named", insecure_hosts=("localhost",))
-        assert [a.method for a in named.requests] == ["HEAD"]
+        assert [r.method for r in named.requests] == ["HEAD"]
         with pytest.raises(DownloadError, match="certificate is not valid"):
             acquire(source_of(numbered, md5=None), tmp_path / "numbered", insecure_hosts=("localhost",))
 
 
 def test_redirects_are_followed(tmp_path: Path, tar: bytes) -> None:
-    with serve(Host(tar)) as store, serve(Host(b"", lambda call: call.plain(302, location=store.url))) as host:
+    with serve(Host(tar)) as target, serve(Host(b"", lambda call: call.plain(302, location=target.url))) as host:
         found = acquire(source_of(host, md5=None), tmp_path)
     assert (found.origin, Path(found.location).read_bytes()) == (host.url, tar)
-    assert {a.if_range for a in store.fetches} == {store.etag}
+    assert {r.if_range for r in target.fetches} == {target.etag}
 
 
 def test_redirect_from_https_to_http_is_refused(
@@ -68,19 +68,19 @@ def test_redirect_from_https_to_http_is_refused(
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
     with (
-        serve(Host(tar)) as bare,
-        serve(Host(b"", status(302, location=bare.url)), served_as(authority, "localhost"), "localhost") as host,
+        serve(Host(tar)) as plain,
+        serve(Host(b"", status(302, location=plain.url)), served_as(authority, "localhost"), "localhost") as host,
     ):
-        with pytest.raises(DownloadError, match=f"from https to {bare.url}") as caught:
+        with pytest.raises(DownloadError, match=f"from https to {plain.url}") as caught:
             acquire(source_of(host, md5=None), tmp_path)
         assert_one_clear_line(str(caught.value), tmp_path, host.url)
-    assert bare.requests == []
+    assert plain.requests == []
 
 
 def test_each_range_may_be_redirected_to_another_node(tmp_path: Path, tar: bytes) -> None:
-    with serve(Host(tar, etag='"one"')) as one, serve(Host(tar, etag='"two"')) as two:
-        targets = itertools.cycle([one.url, two.url])
+    with serve(Host(tar, etag='"one"')) as node_a, serve(Host(tar, etag='"two"')) as node_b:
+        targets = itertools.cycle([node_a.url, node_b.url])
         with serve(Host(b"", lambda call: call.plain(302, location=next(targets)))) as host:
             found = acquire(source_of(host, md5=md5(tar)), tmp_path)
     assert Path(found.location).read_bytes() == tar
-    assert one.sent + two.sent < 2 * len(tar)
+    assert node_a.sent + node_b.sent < 2 * len(tar)

@@ -1,4 +1,4 @@
-"""The user's own archives, local or on a server, with and without MD5SUMS."""
+"""The user's archives are read locally or from a server, with and without MD5SUMS."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_missing_own_archive_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["{}", "file://{}", "file://localhost{}"])
 @pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "device", "kernel"])
-def test_endless_own_archive_is_one_line(tmp_path: Path, own: Path, kind: str, form: str) -> None:
+def test_special_file_as_own_archive_is_a_one_line_error(tmp_path: Path, own: Path, kind: str, form: str) -> None:
     (own / NAME).unlink()
     if kind.endswith("pipe"):
         os.mkfifo(own / ("pipe" if kind.startswith("link") else NAME))
@@ -109,7 +109,7 @@ def test_endless_own_archive_is_one_line(tmp_path: Path, own: Path, kind: str, f
 
 
 @pytest.mark.parametrize("form", ["{}", "file://{}"])
-def test_endlessly_growing_archive_is_not_read_forever(tmp_path: Path, own: Path, form: str) -> None:
+def test_own_archive_that_grows_endlessly_is_refused(tmp_path: Path, own: Path, form: str) -> None:
     def append(what: str, done: int, total: int, unit: str) -> None:
         with open(own / NAME, "ab") as file:
             file.write(bytes(4 << 20))
@@ -118,7 +118,7 @@ def test_endlessly_growing_archive_is_not_read_forever(tmp_path: Path, own: Path
         acquire(user_sources(form.format(own))["T1"], tmp_path / "got", progress=append)
 
 
-def test_unreadable_store_is_one_line(tmp_path: Path) -> None:
+def test_unknown_protocol_is_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match=r"cannot read nosuch://store/IXI-T1.tar: .*nosuch") as caught:
         acquire(Source("IXI-T1.tar", ("nosuch://store/IXI-T1.tar",), None), tmp_path)
     assert_one_clear_line(str(caught.value), tmp_path)
@@ -141,7 +141,7 @@ def test_md5sums_of_an_own_host_verifies_its_archives(tmp_path: Path, tar: bytes
         assert host.requests == []
 
 
-def test_md5sums_is_read_with_any_declared_charset(tar: bytes) -> None:
+def test_md5sums_with_any_declared_charset_is_read(tar: bytes) -> None:
     sums = f"{md5(tar)}  IXI-T1.tar\n{md5(tar)}  IXI-T2.tar\n".encode()
     with serve(Host(tar, lambda call: call.plain(200, sums, content_type="text/plain; charset=rot13"))) as host:
         assert user_sources(host.url, HTTP)["T1"].md5 == md5(tar)
@@ -167,7 +167,7 @@ def slow_endless_body(call: Call) -> None:
 
 
 @pytest.mark.parametrize("answer", [endless_body, slow_endless_body, drip_headers])
-def test_endless_md5sums_is_given_up(tar: bytes, answer: Answer) -> None:
+def test_endless_md5sums_is_refused(tar: bytes, answer: Answer) -> None:
     with serve(Host(tar, answer)) as host, pytest.raises(DownloadError, match=r"cannot use .*/MD5SUMS: "):
         user_sources(host.url, replace(HTTP, **DRIP))
 
