@@ -1,4 +1,4 @@
-"""One subject: the T2 slab is the stored voxels, the T1 slab is on its planes, and each fault gives its reason."""
+"""The T2 slab has the stored voxels, the T1 slab is on its planes, and each fault gives its reason."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ T2 = pack_nifti(textured(T2_GRID[1], seed=1), T2_GRID[0])
 
 
 def cut(folder: Path, t1: bytes, t2: bytes, config: DatasetConfig = CONFIG, cut: bool = True) -> dict[str, Any]:
-    place = str(folder / "members")
-    if not Path(place).exists() or Path(place).read_bytes() != t1 + t2:  # else it keeps its fingerprint
-        Path(place).write_bytes(t1 + t2)
-    present = fingerprint(place)
-    members = {"T1": MemberRef(place, 0, len(t1), present), "T2": MemberRef(place, len(t1), len(t2), present)}
+    path = folder / "members"
+    if not path.exists() or path.read_bytes() != t1 + t2:  # an unchanged file keeps its fingerprint
+        path.write_bytes(t1 + t2)
+    archive, stamp = str(path), fingerprint(str(path))
+    members = {"T1": MemberRef(archive, 0, len(t1), stamp), "T2": MemberRef(archive, len(t1), len(t2), stamp)}
     return cut_subject(CutJob("IXI002-Guys-0828", members, cut), config, folder)
 
 
 def cut_arrays(
     folder: Path, record: dict[str, Any], pairing: str = "anatomical", names: tuple[str, ...] = ("t1", "t2")
 ) -> dict[str, NDArray[np.int16]]:
-    """The voxels of a shard, read back as a reader would."""
+    """The voxels of the shards, read from a store that is assembled from them."""
     affine = {name: np.array(record["affines"][name]) for name in names}
     shards = {name: shard_path(folder, "IXI002-Guys-0828", name.upper()) for name in names}
     assemble(folder / "slices.zarr", [shards], [affine], tuple(record["slab_shape"]), pairing, {})
@@ -73,7 +73,7 @@ def centre_of(affine: NDArray[Any], shape: tuple[int, int, int]) -> NDArray[Any]
 
 @settings(max_examples=examples(15))
 @given(st.data(), st.tuples(*[st.integers(12, 20)] * 3), st.tuples(*[st.integers(12, 20)] * 3))
-def test_anatomical_slabs_are_the_stored_t2_and_the_t1_at_the_same_place(
+def test_anatomical_slabs_are_the_stored_t2_and_the_t1_at_the_same_positions(
     data: st.DataObject, shape1: tuple[int, int, int], shape2: tuple[int, int, int]
 ) -> None:
     affine2 = data.draw(affines(shape2))
@@ -87,29 +87,29 @@ def test_anatomical_slabs_are_the_stored_t2_and_the_t1_at_the_same_place(
     with tempfile.TemporaryDirectory() as name:
         record = cut(Path(name), pack_nifti(stored1, affine1, slope, 30.0), pack_nifti(stored2, affine2, slope))
         assume(record.get("reason") not in ("outside_fov", "intensity_range", "empty_image"))
-        got = cut_arrays(Path(name), record)
+        actual = cut_arrays(Path(name), record)
     assert "reason" not in record
     image1, image2 = (
         nib.Nifti1Image.from_bytes(gzip.decompress(pack_nifti(s, a, slope, i)))
         for s, a, i in ((stored1, affine1, 30.0), (stored2, affine2, 0.0))
     )
-    # the T2: reoriented by nibabel, sliced, nothing else
+    # the T2: only reoriented by nibabel and sliced
     start, stop = record["t2_window_start"], record["t2_window_stop"]
-    upright = nib.as_closest_canonical(image2)
-    np.testing.assert_array_equal(got["t2"], np.rint(upright.get_fdata()).transpose(2, 1, 0)[start:stop])
-    assert (stop - start, start) == (6, (upright.shape[2] - 6) // 2)
+    canonical = nib.as_closest_canonical(image2)
+    np.testing.assert_array_equal(actual["t2"], np.rint(canonical.get_fdata()).transpose(2, 1, 0)[start:stop])
+    assert (stop - start, start) == (6, (canonical.shape[2] - 6) // 2)
     # the T1: scipy's order-1 samples of nibabel's voxels through the recorded matrix
     motion, slab_affine = np.array(json.loads(record["t2_to_t1_ras_mm"])), np.array(record["affines"]["t1"])
     np.testing.assert_array_equal(record["affines"]["t1"], record["affines"]["t2"])
-    ijk = world_of(np.linalg.inv(image1.affine) @ motion @ slab_affine, got["t1"].shape)
-    clear = (np.minimum(np.abs(ijk), np.abs(ijk - (np.array(shape1) - 1))) > 1e-4).all(axis=-1)
-    want = map_coordinates(image1.get_fdata(), np.moveaxis(ijk, -1, 0), order=1, mode="constant")
-    assert np.abs(got["t1"] - want)[clear].max() <= 0.51
+    ijk = world_of(np.linalg.inv(image1.affine) @ motion @ slab_affine, actual["t1"].shape)
+    off_edge = (np.minimum(np.abs(ijk), np.abs(ijk - (np.array(shape1) - 1))) > 1e-4).all(axis=-1)
+    expected = map_coordinates(image1.get_fdata(), np.moveaxis(ijk, -1, 0), order=1, mode="constant")
+    assert np.abs(actual["t1"] - expected)[off_edge].max() <= 0.51
 
 
 @settings(max_examples=examples(10))
 @given(st.data(), st.tuples(*[st.integers(12, 20)] * 3), st.integers(1, 12))
-def test_index_slabs_are_the_stored_slices_exactly(
+def test_index_slabs_are_exactly_the_stored_slices(
     data: st.DataObject, shape: tuple[int, int, int], slices: int
 ) -> None:
     affine1, affine2 = data.draw(affines(shape)), data.draw(affines(shape))
@@ -119,33 +119,33 @@ def test_index_slabs_are_the_stored_slices_exactly(
     with tempfile.TemporaryDirectory() as name:
         record = cut(Path(name), pack_nifti(stored1, affine1), pack_nifti(stored2, affine2), config)
         assume(record.get("reason") != "intensity_range")
-        got = cut_arrays(Path(name), record, "index")
-    np.testing.assert_array_equal(got["t1"], stored1[start : start + slices])
-    np.testing.assert_array_equal(got["t2"], stored2[start : start + slices])
-    moved = np.float32(affine1).astype(float) @ np.array([0, 0, start, 1])
-    np.testing.assert_allclose(np.array(record["affines"]["t1"])[:, 3], moved, atol=1e-4)
+        actual = cut_arrays(Path(name), record, "index")
+    np.testing.assert_array_equal(actual["t1"], stored1[start : start + slices])
+    np.testing.assert_array_equal(actual["t2"], stored2[start : start + slices])
+    origin = np.float32(affine1).astype(float) @ np.array([0, 0, start, 1])
+    np.testing.assert_allclose(np.array(record["affines"]["t1"])[:, 3], origin, atol=1e-4)
     assert "t2_to_t1_ras_mm" not in record
 
 
 def test_extreme_voxels_do_not_become_the_whole_foreground() -> None:
     voxels = np.random.default_rng(0).integers(0, 1000, (12, 40, 40)).astype(np.int16)
-    heads = []
+    masks = []
     for spike in (500, 32767, -32768):
         voxels[0, 0, :3] = spike
         slab = slabs.Slab(to_int16(voxels, Quantisation(1.0, 0.0)), np.eye(4), None)
-        heads.append(slabs.foreground_mask(slab)[1:])
-    assert all((head == heads[0]).mean() > 0.95 for head in heads)
+        masks.append(slabs.foreground_mask(slab)[1:])
+    assert all((mask == masks[0]).mean() > 0.95 for mask in masks)
 
 
 def test_record_has_hashes_windows_and_percentiles(tmp_path: Path) -> None:
     record = cut(tmp_path, T1, T2)
-    got = cut_arrays(tmp_path, record)
+    actual = cut_arrays(tmp_path, record)
     assert record["t1_sha256"] == hashlib.sha256(T1).hexdigest()
     assert record["t2_sha256"] == hashlib.sha256(T2).hexdigest()
     assert (record["t2_window_start"], record["t2_window_stop"]) == (4, 10)
     assert "t1_window_start" not in record
     for name in ("t1", "t2"):
-        assert [record[f"{name}_p_low"], record[f"{name}_p_high"]] == np.percentile(got[name], [0.1, 99.9]).tolist()
+        assert [record[f"{name}_p_low"], record[f"{name}_p_high"]] == np.percentile(actual[name], [0.1, 99.9]).tolist()
 
 
 def replaced(values: NDArray[Any], value: float) -> NDArray[Any]:
@@ -159,21 +159,21 @@ def packed_as(values: NDArray[Any], affine: NDArray[Any] = T2_GRID[0]) -> bytes:
 
 
 STORED2 = textured(T2_GRID[1], seed=1)
-SCALED = {  # what is stored of a T2: the voxels as in the file, their dtype, slope, intercept; and the scale, offset
+SCALED = {  # voxels, dtype, slope and intercept of a T2's file; the expected scale and offset, or None
     "few levels": (STORED2 // 30, "<i2", 1.0, 0.0, 1.0, 0.0),
     "a mask": (STORED2 % 2, "|u1", 1.0, 0.0, 1.0, 0.0),
     "whole numbers as floats": (STORED2 // 30, "<f4", 1.0, 0.0, 1.0, 0.0),
     "a whole slope": (STORED2 // 30, "<i2", 2.0, -7.0, 1.0, 0.0),
-    "a slope as IXI has": (STORED2, "<i2", 1.75, 0.0, 1.0, 0.0),
+    "a slope of IXI": (STORED2, "<i2", 1.75, 0.0, 1.0, 0.0),
     "negative values": (STORED2 - 1500, "<i2", 1.0, 0.0, 1.0, 0.0),
     "uint16 to 65535": (STORED2.astype("<u2") * 21 + 2000, "<u2", 1.0, 0.0, 1.0, None),
-    "int32, far up": (STORED2.astype("<i4") + 1_000_000_000, "<i4", 1.0, 0.0, 1.0, None),
+    "int32 around 1e9": (STORED2.astype("<i4") + 1_000_000_000, "<i4", 1.0, 0.0, 1.0, None),
     "a small slope": (STORED2, "<i2", 0.01, 0.0, 0.01, 0.0),
     "a small slope and few levels": (STORED2 // 300, "<i2", 0.01, 5.0, 0.01, 5.0),
     "a negative slope": (STORED2, "<i2", -0.01, 0.0, 0.01, 0.0),
-    "a slope that leads to 1e5": (STORED2, "<i2", 32.5, 0.0, 32.5, 0.0),
+    "a slope that gives values of 1e5": (STORED2, "<i2", 32.5, 0.0, 32.5, 0.0),
     "a large intercept": (STORED2, "<i2", 1.0, 1e6, 1.0, 1e6),
-    "half a unit beside": (STORED2 // 30, "<i2", 1.0, 0.5, 1.0, 0.5),
+    "an intercept of half a unit": (STORED2 // 30, "<i2", 1.0, 0.5, 1.0, 0.5),
     "floats from 0 to 1": (STORED2 / 2999.7, "<f4", 1.0, 0.0, None, None),
     "doubles from -1 to 1": (STORED2 / 1500.3 - 1, "<f8", 1.0, 0.0, None, None),
     "large floats": (STORED2 * 1e20 / 3, "<f4", 1.0, 0.0, None, None),
@@ -182,48 +182,48 @@ SCALED = {  # what is stored of a T2: the voxels as in the file, their dtype, sl
 
 
 @pytest.mark.parametrize("pairing", ["anatomical", "index"])
-@pytest.mark.parametrize("what", SCALED)
-def test_the_quantisation_depends_on_the_rounding_loss(what: str, pairing: Any, tmp_path: Path) -> None:
-    stored, dtype, slope, intercept, scale, offset = SCALED[what]
+@pytest.mark.parametrize("case", SCALED)
+def test_the_quantisation_depends_on_the_rounding_loss(case: str, pairing: Any, tmp_path: Path) -> None:
+    stored, dtype, slope, intercept, scale, offset = SCALED[case]
     stored = stored.astype(dtype)
-    t1 = pack_nifti(textured(T2_GRID[1]), T2_GRID[0])  # on the same grid, so that pairs by index can be made of it
+    t1 = pack_nifti(textured(T2_GRID[1]), T2_GRID[0])  # on the grid of the T2, as pairing by index needs
     record = cut(
         tmp_path, t1, pack_nifti(stored, T2_GRID[0], slope, intercept), DatasetConfig(pairing=pairing, slices=6)
     )
     assert "reason" not in record
-    got = cut_arrays(tmp_path, record, pairing, ("t2",))["t2"]
+    actual = cut_arrays(tmp_path, record, pairing, ("t2",))["t2"]
     assert scale is None or record["t2_scale"] == pytest.approx(scale)
     assert offset is None or record["t2_offset"] == pytest.approx(offset)
-    want = stored.astype(float) * np.float32(slope) + intercept
-    want = want[4:10, :, ::-1] if pairing == "anatomical" else want[4:10]
-    spread = np.subtract(*np.percentile(want, [99.9, 0.1]))
-    loss = np.abs(got * record["t2_scale"] + record["t2_offset"] - want).max()
+    expected = stored.astype(float) * np.float32(slope) + intercept
+    expected = expected[4:10, :, ::-1] if pairing == "anatomical" else expected[4:10]
+    spread = np.subtract(*np.percentile(expected, [99.9, 0.1]))
+    loss = np.abs(actual * record["t2_scale"] + record["t2_offset"] - expected).max()
     if slope == 1.75:
-        assert loss <= 0.5  # as it always was
+        assert loss <= 0.5  # rounding to whole units
     elif stored.dtype.kind == "f" and scale is None:
         assert loss < spread / 100_000
     else:
-        assert loss < 1e-6 * spread  # every stored integer can be had back
-    assert [record["t2_p_low"], record["t2_p_high"]] == np.percentile(got, [0.1, 99.9]).tolist()
+        assert loss < 1e-6 * spread  # every stored integer can be recovered
+    assert [record["t2_p_low"], record["t2_p_high"]] == np.percentile(actual, [0.1, 99.9]).tolist()
 
 
-@pytest.mark.parametrize("what", SCALED)
-def test_an_interpolated_t1_loses_no_more_than_its_own_rounding_did(what: str, tmp_path: Path) -> None:
-    stored, dtype, slope, intercept, _, _ = SCALED[what]
+@pytest.mark.parametrize("case", SCALED)
+def test_an_interpolated_t1_loses_no_more_than_the_rounding_of_its_file(case: str, tmp_path: Path) -> None:
+    stored, dtype, slope, intercept, _, _ = SCALED[case]
     stored = stored.astype(dtype)
-    beside = T2_GRID[0].copy()
-    beside[:3, 3] += T2_GRID[0][:3, 0] / 2  # half a voxel to the Left, along i
-    record = cut(tmp_path, pack_nifti(stored, beside, slope, intercept), T2)
+    shifted = T2_GRID[0].copy()
+    shifted[:3, 3] += T2_GRID[0][:3, 0] / 2  # half a voxel to the left, along i
+    record = cut(tmp_path, pack_nifti(stored, shifted, slope, intercept), T2)
     assert "reason" not in record
-    got = cut_arrays(tmp_path, record, names=("t1",))["t1"] * record["t1_scale"] + record["t1_offset"]
+    actual = cut_arrays(tmp_path, record, names=("t1",))["t1"] * record["t1_scale"] + record["t1_offset"]
     values = stored.astype(float) * np.float32(slope) + intercept
-    want = ((values[:, :, 1:] + values[:, :, :-1]) / 2)[4:10, :, ::-1]
-    spread = np.subtract(*np.percentile(want, [99.9, 0.1]))
-    own = abs(slope) / 2 if (stored == np.rint(stored)).all() and spread < 1e9 * abs(slope) else spread / 50_000
-    loss = np.abs(got[:, :, :-1] - want).max()  # the last column is outside
-    assert loss <= max(own, spread / 512 if record["t1_scale"] == 1 else 0) * 1.0001
-    outside = 0 if values.min() < spread else want.min()
-    np.testing.assert_allclose(got[:, :, -1], outside, atol=max(own, 1e-9 * spread))
+    expected = ((values[:, :, 1:] + values[:, :, :-1]) / 2)[4:10, :, ::-1]
+    spread = np.subtract(*np.percentile(expected, [99.9, 0.1]))
+    rounding = abs(slope) / 2 if (stored == np.rint(stored)).all() and spread < 1e9 * abs(slope) else spread / 50_000
+    loss = np.abs(actual[:, :, :-1] - expected).max()  # the last column is outside
+    assert loss <= max(rounding, spread / 512 if record["t1_scale"] == 1 else 0) * 1.0001
+    outside = 0 if values.min() < spread else expected.min()
+    np.testing.assert_allclose(actual[:, :, -1], outside, atol=max(rounding, 1e-9 * spread))
 
 
 flipped = bytearray(T1)
@@ -232,8 +232,8 @@ FAULTS = {
     "truncated": (T1[: len(T1) // 2], T2, "corrupt_voxels", "T1"),
     "flipped byte": (bytes(flipped), T2, "corrupt_voxels", "T1"),
     "both damaged": (bytes(flipped), T2[:-4], "corrupt_voxels", "T1"),
-    "CRC cut off": (T1, T2[:-4], "corrupt_voxels", "T2"),
-    "bytes behind the voxels": (gzip.compress(gzip.decompress(T1) + bytes(9)), T2, "corrupt_voxels", "T1"),
+    "truncated CRC": (T1, T2[:-4], "corrupt_voxels", "T2"),
+    "bytes after the voxels": (gzip.compress(gzip.decompress(T1) + bytes(9)), T2, "corrupt_voxels", "T1"),
     "NaN voxel": (pack_nifti(replaced(textured(T1_GRID[1], "<f4"), np.nan), T1_GRID[0]), T2, "corrupt_voxels", "T1"),
     "infinite voxel": (
         T1,
@@ -254,20 +254,20 @@ FAULTS = {
         "empty_image",
         "T1",
     ),
-    "T1 is too wide, T2 is empty": (
+    "T1 range too wide, T2 empty": (
         packed_as((textured(T1_GRID[1]) / 1500 - 1) * 1.6e308, T1_GRID[0]),
         pack_nifti(np.zeros(T2_GRID[1], "<i2"), T2_GRID[0]),
         "empty_image",
         "T2",
     ),
-    "next to nothing in it": (
+    "one voxel differs": (
         T1,
         pack_nifti(replaced(np.zeros(T2_GRID[1], "<i2"), 900), T2_GRID[0]),
         "empty_image",
         "T2",
     ),
-    "the same of floats": (T1, packed_as(replaced(np.full(T2_GRID[1], 0.25), 1e5)), "empty_image", "T2"),
-    "next to nothing in the T1": (
+    "one float voxel differs": (T1, packed_as(replaced(np.full(T2_GRID[1], 0.25), 1e5)), "empty_image", "T2"),
+    "one voxel of the T1 differs": (
         pack_nifti(replaced(np.full(T1_GRID[1], 70, "<i2"), 90), grid_affine((24, 24, 20), (9, 9, 9), "PSR")),
         T2,
         "empty_image",
@@ -279,10 +279,15 @@ FAULTS = {
         "intensity_range",
         "T2",
     ),
-    "elsewhere": (pack_nifti(textured(T1_GRID[1]), rigid((0, 0, 0), (0, 0, 60)) @ T1_GRID[0]), T2, "outside_fov", "T2"),
+    "no overlap": (
+        pack_nifti(textured(T1_GRID[1]), rigid((0, 0, 0), (0, 0, 60)) @ T1_GRID[0]),
+        T2,
+        "outside_fov",
+        "T2",
+    ),
     "infinite after scaling": (T1, pack_nifti(textured(T2_GRID[1]), T2_GRID[0], slope=3e38), "intensity_range", "T2"),
-    "as wide as float64": (T1, packed_as((textured(T2_GRID[1]) / 1500 - 1) * 1.6e308), "intensity_range", "T2"),
-    "T1 as wide as float64": (
+    "range of float64": (T1, packed_as((textured(T2_GRID[1]) / 1500 - 1) * 1.6e308), "intensity_range", "T2"),
+    "T1 range of float64": (
         packed_as((textured(T1_GRID[1]) / 1500 - 1) * 1.6e308, T1_GRID[0]),
         T2,
         "intensity_range",
@@ -292,9 +297,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("what", FAULTS)
-def test_each_fault_is_a_record_with_its_reason(what: str, tmp_path: Path) -> None:
-    t1, t2, reason, modality = FAULTS[what]
+@pytest.mark.parametrize("case", FAULTS)
+def test_each_fault_is_recorded_with_its_reason(case: str, tmp_path: Path) -> None:
+    t1, t2, reason, modality = FAULTS[case]
     record = cut(tmp_path, t1, t2)
     assert record["reason"] == reason
     assert modality in record["detail"]
@@ -311,12 +316,12 @@ def test_every_supported_dtype_gives_the_same_slabs(dtype: str, tmp_path: Path) 
     for grid, seed in ((T1_GRID, 0), (T2_GRID, 1)):
         image = nib.Nifti1Image(textured(grid[1], dtype, seed).T, grid[0], header)
         members.append(gzip.compress(image.to_bytes()))
-    got = cut_arrays(tmp_path, cut(tmp_path, *members))
+    actual = cut_arrays(tmp_path, cut(tmp_path, *members))
     plain = tmp_path / "plain"
     plain.mkdir()
-    want = cut_arrays(plain, cut(plain, T1, T2))
+    expected = cut_arrays(plain, cut(plain, T1, T2))
     for name in ("t1", "t2"):
-        np.testing.assert_array_equal(got[name], want[name])
+        np.testing.assert_array_equal(actual[name], expected[name])
 
 
 def test_an_excluded_subject_is_hashed_but_not_cut(tmp_path: Path) -> None:
@@ -324,7 +329,7 @@ def test_an_excluded_subject_is_hashed_but_not_cut(tmp_path: Path) -> None:
     hashes = {f"{m}_{column}" for m in ("t1", "t2") for column in ("sha256", "gzip_crc32")}
     assert set(record) == hashes | {"made_for", "fingerprints", "record_sha256"}
     assert record["t1_gzip_crc32"] == f"crc32:{zlib.crc32(gzip.decompress(T1)):08x}"
-    assert record["t2_gzip_crc32"] == ""  # no gzip file has no trailer
+    assert record["t2_gzip_crc32"] == ""  # not a gzip file, so it has no trailer
     assert not list(tmp_path.glob("*.shard"))
 
 
@@ -336,32 +341,32 @@ def cut_before(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
 
 
 @pytest.fixture
-def first(cut_before: tuple[Path, dict[str, Any]], tmp_path: Path) -> dict[str, Any]:
+def first_record(cut_before: tuple[Path, dict[str, Any]], tmp_path: Path) -> dict[str, Any]:
     """The record of the pair, already cut in `tmp_path`."""
     folder, record = cut_before
     shutil.copytree(folder, tmp_path, ignore=shutil.ignore_patterns("members"), dirs_exist_ok=True)
-    (tmp_path / "members").symlink_to(folder / "members")  # which keeps its fingerprint
+    (tmp_path / "members").symlink_to(folder / "members")  # a link keeps the fingerprint
     return record
 
 
 def test_a_finished_subject_is_not_cut_again(tmp_path: Path) -> None:
-    first = cut(tmp_path, T1, T2)
+    record = cut(tmp_path, T1, T2)
     shard = shard_path(tmp_path, "IXI002-Guys-0828", "T1")
     before = shard.stat().st_mtime_ns
-    assert cut(tmp_path, T1, T2) == json.loads(json.dumps(first))
+    assert cut(tmp_path, T1, T2) == json.loads(json.dumps(record))
     assert shard.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("loss", ["shard gone", "shard cut short", "picture gone"])
-def test_a_record_with_missing_files_is_not_reused(loss: str, first: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", ["shard missing", "shard truncated", "picture missing"])
+def test_a_record_with_missing_files_is_not_reused(loss: str, first_record: dict[str, Any], tmp_path: Path) -> None:
     shard = shard_path(tmp_path, "IXI002-Guys-0828", "T2")
-    whole = shard.read_bytes()
-    if loss == "shard cut short":
-        shard.write_bytes(whole[:1000])
+    original = shard.read_bytes()
+    if loss == "shard truncated":
+        shard.write_bytes(original[:1000])
     else:
-        (shard if loss == "shard gone" else tmp_path / "IXI002-Guys-0828.jpg").unlink()
-    assert cut(tmp_path, T1, T2) == first
-    assert shard.read_bytes() == whole
+        (shard if loss == "shard missing" else tmp_path / "IXI002-Guys-0828.jpg").unlink()
+    assert cut(tmp_path, T1, T2) == first_record
+    assert shard.read_bytes() == original
     assert (tmp_path / "IXI002-Guys-0828.jpg").exists()
 
 
@@ -379,40 +384,40 @@ def test_a_record_with_missing_files_is_not_reused(loss: str, first: dict[str, A
     ],
     ids=str,
 )
-def test_an_edited_record_is_not_reused(change: dict[str, Any], first: dict[str, Any], tmp_path: Path) -> None:
+def test_an_edited_record_is_not_reused(change: dict[str, Any], first_record: dict[str, Any], tmp_path: Path) -> None:
     path = record_path(tmp_path, "IXI002-Guys-0828")
-    whole = path.read_text()
-    path.write_text(to_json(json.loads(whole) | change))
-    assert cut(tmp_path, T1, T2) == first
-    assert path.read_text() == whole
+    original = path.read_text()
+    path.write_text(to_json(json.loads(original) | change))
+    assert cut(tmp_path, T1, T2) == first_record
+    assert path.read_text() == original
 
 
 @pytest.mark.parametrize(
     "text", ['{"made_for": "half', "[]", "{}", "5", "[" * 200_000, '{"a":' * 900 + "1" + "}" * 900, "1" * 5000]
 )
-def test_an_invalid_record_is_not_reused(text: str, first: dict[str, Any], tmp_path: Path) -> None:
+def test_an_invalid_record_is_not_reused(text: str, first_record: dict[str, Any], tmp_path: Path) -> None:
     record_path(tmp_path, "IXI002-Guys-0828").write_text(text)
-    assert cut(tmp_path, T1, T2) == first
+    assert cut(tmp_path, T1, T2) == first_record
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
 def test_volumes_are_freed_before_their_slabs_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = []
+    traced_bytes = []
 
-    def watched(*arguments: Any) -> dict[str, str]:
-        held.append(tracemalloc.get_traced_memory()[0])
+    def measure_and_write(*arguments: Any) -> dict[str, str]:
+        traced_bytes.append(tracemalloc.get_traced_memory()[0])
         return write_shards(*arguments)
 
-    monkeypatch.setattr("ixi_etl.pairing.cut.write_shards", watched)
+    monkeypatch.setattr("ixi_etl.pairing.cut.write_shards", measure_and_write)
     grids = [(grid_affine((80, 80, 60), (1, 1, 1), "RAS"), (60, 80, 80))] * 2
     t1, t2 = (pack_nifti(textured(shape, seed=seed), affine) for seed, (affine, shape) in enumerate(grids))
-    cut(tmp_path, t1, t2, CONFIG)  # what is imported where it is used
+    cut(tmp_path, t1, t2, CONFIG)  # a first run, which imports modules on use
     record_path(tmp_path, "IXI002-Guys-0828").unlink()
     tracemalloc.start()
     try:
         cut(tmp_path, t1, t2, CONFIG)
     finally:
         tracemalloc.stop()
-    assert held[-1] < 2 * 60 * 80 * 80  # bytes of one of them
+    assert traced_bytes[-1] < 2 * 60 * 80 * 80  # the bytes of one volume

@@ -1,4 +1,4 @@
-"""Geometry: every voxel of a slab is at the position given by its affine, for all orientations."""
+"""Every voxel of a slab is at the position that its affine gives, for all orientations."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def test_resample_equals_scipy_at_every_voxel(
     slab, inside = geometry.resample(volume, matrix, slab_shape[::-1])
     ijk = world_of(matrix, slab_shape[::-1])
     edge = np.array(shape) - 1
-    clear = (np.abs(ijk) > 1e-5).all(axis=-1) & (np.abs(ijk - edge) > 1e-5).all(axis=-1)
+    off_edge = (np.abs(ijk) > 1e-5).all(axis=-1) & (np.abs(ijk - edge) > 1e-5).all(axis=-1)
     expected = map_coordinates(volume.astype(float), np.moveaxis(ijk[..., ::-1], -1, 0), order=1, mode="constant")
-    np.testing.assert_allclose(slab[clear], expected[clear], atol=0.01)
-    np.testing.assert_array_equal(inside[clear], ((ijk > 0) & (ijk < edge)).all(axis=-1)[clear])
+    np.testing.assert_allclose(slab[off_edge], expected[off_edge], atol=0.01)
+    np.testing.assert_array_equal(inside[off_edge], ((ijk > 0) & (ijk < edge)).all(axis=-1)[off_edge])
     assert (slab[~inside] == 0).all()
 
 
@@ -119,13 +119,13 @@ def test_the_inside_mask_equals_a_check_of_every_voxel(
 ) -> None:
     matrix = np.array([*rows, (0, 0, 0, 1)])
     z, y, x = np.indices(shape_zyx).reshape(3, -1)
-    at = (matrix @ np.stack([x, y, z, np.ones_like(x)]))[:3]
+    position = (matrix @ np.stack([x, y, z, np.ones_like(x)]))[:3]
     last = np.array(shape_kji[::-1])[:, None] - 1
-    clear = (np.abs(at) > 1e-5) & (np.abs(at - last) > 1e-5)  # on the edge itself, rounding decides
-    expected = ((at > 0) & (at < last)).all(axis=0)
+    off_edge = (np.abs(position) > 1e-5) & (np.abs(position - last) > 1e-5)  # on the edge itself, rounding decides
+    expected = ((position > 0) & (position < last)).all(axis=0)
     found = geometry._inside(matrix, shape_zyx, shape_kji).ravel()
-    sure = clear.all(axis=0)
-    np.testing.assert_array_equal(found[sure], expected[sure])
+    certain = off_edge.all(axis=0)
+    np.testing.assert_array_equal(found[certain], expected[certain])
 
 
 @settings(max_examples=examples(60))
@@ -141,21 +141,23 @@ def test_cropping_to_the_footprint_does_not_change_samples(
         patch.setattr(geometry, "_crop_to_footprint", lambda volume, matrix, _: (volume, matrix))
         expected = geometry.trilinear(volume, matrix, shape_zyx).ravel()
     z, y, x = np.indices(shape_zyx).reshape(3, -1)
-    at = (matrix @ np.stack([x, y, z, np.ones_like(x)]))[:3]
+    position = (matrix @ np.stack([x, y, z, np.ones_like(x)]))[:3]
     last = np.array(shape_kji[::-1])[:, None] - 1
-    # Half a voxel beyond an edge, and where ITK goes from one cell to the next, rounding decides.
-    sure = (np.minimum(np.abs(at + 0.5), np.abs(at - last - 0.5)) > 1e-5).all(axis=0)
-    np.testing.assert_allclose(found[sure], expected[sure], rtol=1e-4, atol=1e-2)
+    # Rounding decides half a voxel beyond an edge, and where ITK crosses from one cell to the next.
+    certain = (np.minimum(np.abs(position + 0.5), np.abs(position - last - 0.5)) > 1e-5).all(axis=0)
+    np.testing.assert_allclose(found[certain], expected[certain], rtol=1e-4, atol=1e-2)
 
 
 @given(st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=9), st.integers(-8, 8))
 def test_rounding_removes_only_the_last_bits(values: list[float], ulps: int) -> None:
     exact = np.array(values)
-    kept = geometry.rounded(exact)
-    np.testing.assert_allclose(kept, exact, rtol=0, atol=2.0**-geometry.GRID_BITS / 2)
-    np.testing.assert_array_equal(geometry.rounded(kept), kept)
-    np.testing.assert_array_equal(geometry.rounded(kept + ulps * np.spacing(kept)), kept)  # another CPU's last bits
-    assert not np.signbit(geometry.rounded([-0.0, -1e-12])).any()  # -0.0 would be another text in the manifest
+    rounded = geometry.rounded(exact)
+    np.testing.assert_allclose(rounded, exact, rtol=0, atol=2.0**-geometry.GRID_BITS / 2)
+    np.testing.assert_array_equal(geometry.rounded(rounded), rounded)
+    np.testing.assert_array_equal(
+        geometry.rounded(rounded + ulps * np.spacing(rounded)), rounded
+    )  # another CPU's last bits
+    assert not np.signbit(geometry.rounded([-0.0, -1e-12])).any()  # -0.0 would be written differently in the manifest
 
 
 def test_rounding_keeps_exact_values() -> None:

@@ -81,7 +81,7 @@ def test_known_motion_is_found(found: np.ndarray, still: tuple[register.Volume, 
 
 @pytest.mark.stack  # each takes seconds
 @pytest.mark.parametrize("number", range(len(MOTIONS)))
-def test_random_motions_are_found(number: int, still: tuple[register.Volume, register.Volume]) -> None:
+def test_several_motions_are_found(number: int, still: tuple[register.Volume, register.Volume]) -> None:
     motion, (t1, t2) = MOTIONS[number], still
     moved = displaced(t2, motion)
     assert error_mm(register.register(t1, moved), motion, moved) < 0.3
@@ -100,15 +100,15 @@ def test_the_coarse_grid_is_not_shifted(still: tuple[register.Volume, register.V
     """ITK's Shrink displaces an image by up to half a coarse voxel; our coarse images keep their position."""
     for scan in still:
         fine, coarse = register._to_itk_image(scan, 0.1), register._to_itk_image(scan, 8.0)
-        middle = [
+        centres = [
             np.array(i.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in i.GetSize()]))
             for i in (fine, coarse)
         ]
         cut_off = np.array(scan.voxels.shape[::-1]) % np.round(8 / np.linalg.norm(scan.affine[:3, :3], axis=0)).astype(
             int
         )
-        expected = -(scan.affine[:3, :3] @ (cut_off / 2))  # what does not fill a block is left out at the far end
-        np.testing.assert_allclose(middle[1] - middle[0], expected, atol=1e-6)
+        expected = -(scan.affine[:3, :3] @ (cut_off / 2))  # voxels that do not fill a block are dropped at the far end
+        np.testing.assert_allclose(centres[1] - centres[0], expected, atol=1e-6)
 
 
 def test_the_same_input_gives_the_same_matrix(
@@ -131,7 +131,7 @@ def test_nmi_is_between_0_and_1_symmetric_and_1_with_itself(a: np.ndarray, seed:
     assert register.nmi(a, b) == pytest.approx(register.nmi(b, a))
     if len(np.unique(np.clip(a, *np.percentile(a, (0.5, 99.5))))) > 1:
         assert register.nmi(a, a) == pytest.approx(1)
-        assert register.nmi(a, 4.0 * a) == pytest.approx(1)  # a factor that rounds no value into another bin
+        assert register.nmi(a, 4.0 * a) == pytest.approx(1)  # a factor that moves no value into another bin
 
 
 @settings(max_examples=examples(20))
@@ -171,7 +171,7 @@ def test_motion_is_the_angle_and_the_mean_displacement(angles: tuple[float, ...]
     assert mm == pytest.approx(np.linalg.norm(points @ matrix[:3, :3].T + shift - points, axis=1).mean(), abs=1e-6)
 
 
-# -- what becomes of a pair -------------------------------------------------------------------------------------------
+# -- pairs ------------------------------------------------------------------------------------------------------------
 
 CONFIG = DatasetConfig(slices=6, pictures=False)
 GRID1, GRID2 = grid_affine((24, 24, 20), (5, 5, 6), "PSR"), grid_affine((26, 22, 14), (4, 4, 5), "LAS")
@@ -214,14 +214,14 @@ def moved_pair(motion: Any, widen: float = 1.6, header: Any = None) -> tuple[byt
 
 
 def cut_with(found: Any, folder: Path, patch: pytest.MonkeyPatch, pair: tuple[bytes, bytes]) -> dict[str, Any]:
-    """The record of a pair whose registration gives the stated result."""
+    """The record of a pair whose registration returns or raises `found`."""
 
-    def search(t1: Any, t2: Any) -> Any:
+    def fake_register(t1: Any, t2: Any) -> Any:
         if isinstance(found, Exception):
             raise found
         return found
 
-    patch.setattr(register, "register", search)
+    patch.setattr(register, "register", fake_register)
     return cut(folder, *pair)
 
 
@@ -265,7 +265,10 @@ def test_a_motion_that_brings_the_head_into_the_field_of_view_is_applied(
         (rigid((0, 0, 0), (0.4, 0, 0)), "registration_no_gain"),
         (SHIFTED, "registration_no_gain,alignment_uncertain"),
         (TURNED, "registration_no_gain,alignment_uncertain"),
-        (rigid((0, 0, 0), (80, 0, 0)), "registration_no_gain,alignment_uncertain"),  # leaves next to nothing to compare
+        (
+            rigid((0, 0, 0), (80, 0, 0)),
+            "registration_no_gain,alignment_uncertain",
+        ),  # leaves almost no overlap to compare
         (register.RegistrationError("all samples map outside"), "registration_failed"),
     ],
 )
@@ -282,16 +285,16 @@ def test_a_motion_without_gain_is_discarded_and_flagged(
 
 def test_similarities_are_compared_on_the_same_voxels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The part of the head that the motion moves out of the T1's grid counts for neither NMI."""
-    compared = []
+    masks = []
 
-    def spy(mask: Any, a: Any, b: Any) -> float:
-        compared.append(mask)
+    def record_mask(mask: Any, a: Any, b: Any) -> float:
+        masks.append(mask)
         return nmi_within(mask, a, b)
 
     nmi_within = slabs.nmi_within
-    monkeypatch.setattr(slabs, "nmi_within", spy)
+    monkeypatch.setattr(slabs, "nmi_within", record_mask)
     cut_with(SHIFTED, tmp_path, monkeypatch, moved_pair(SHIFTED, widen=0.92))
-    before, after = compared[-2:]
+    before, after = masks[-2:]
     np.testing.assert_array_equal(before, after)
 
 
@@ -310,11 +313,11 @@ def test_dissimilar_pairs_are_flagged_or_excluded(rule: str, status: str, tmp_pa
     record = cut(tmp_path, T1, T2, config)
     assert record.get("reason", "") == status
     assert ("low_similarity" in record.get("flags", "")) == (rule == "flag")
-    assert record["nmi_after"] < 0.99  # an excluded row says it too
+    assert record["nmi_after"] < 0.99  # also recorded for an excluded pair
     assert bool(list(tmp_path.glob("*.shard"))) == (rule == "flag")
 
 
-# -- the whole --------------------------------------------------------------------------------------------------------
+# -- refreshes --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +348,7 @@ def test_a_refresh_finds_the_motion_of_every_subject(moving: Path, tmp_path: Pat
     assert moved >= 1
 
 
-@pytest.mark.stack  # half a minute on two cores; without registration it is a test of `make test`
+@pytest.mark.stack  # half a minute on two cores; `make test` checks the same without registration
 def test_workers_and_repeats_do_not_change_registered_bytes(moving: Path, tmp_path: Path) -> None:
     config = config_for(tmp_path, moving, registration="rigid", slices=20)
     done = refresh(config)
@@ -370,11 +373,11 @@ def test_depth_any_keeps_subjects_that_the_modal_rule_excludes(
     published: PublishedVersion, archives: Path, tmp_path: Path
 ) -> None:
     modal = metadata.read_manifest(published.folder)
-    everybody = metadata.read_manifest(refresh(config_for(tmp_path, archives, depth="any", pictures=False)).folder)
-    assert not (everybody["reason"] == "depth_not_modal").any()
-    gained = set(manifest.used_rows(everybody)["subject_id"]) - set(manifest.used_rows(modal)["subject_id"])
+    all_depths = metadata.read_manifest(refresh(config_for(tmp_path, archives, depth="any", pictures=False)).folder)
+    assert not (all_depths["reason"] == "depth_not_modal").any()
+    gained = set(manifest.used_rows(all_depths)["subject_id"]) - set(manifest.used_rows(modal)["subject_id"])
     assert {s.split("-")[1] for s in gained} == {"IOP", "HH"}
-    thick = everybody.set_index("subject_id").loc["IXI010-HH-1070"]
+    thick = all_depths.set_index("subject_id").loc["IXI010-HH-1070"]
     assert (thick["reason"], "mm" in thick["detail"] or "does not fit" in thick["detail"]) == ("grid_not_modal", True)
 
 
