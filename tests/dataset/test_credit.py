@@ -1,4 +1,4 @@
-"""Credit, licence and software of versions and runs depend on contents only, and are shown everywhere."""
+"""Credit and licence depend on the contents of files, and every version and run states them and its software."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ T1, OTHER = "IXI-T1.tar", "0" * 32
     ("kind", "arguments"),
     [
         (IXI, {"md5": MD5[T1]}),
-        (IXI, {"md5": MD5[T1], "volumes": 3, "simulated": 3}),  # the MD5 decides first
+        (IXI, {"md5": MD5[T1], "volumes": 3, "simulated": 3}),  # the MD5 takes precedence
         (OWN, {"md5": OTHER}),
-        (OWN, {"md5": OTHER, "from_ixi": True}),  # a mirror's other file
+        (OWN, {"md5": OTHER, "from_ixi": True}),  # another file of a mirror
         (OWN, {"md5": MD5["IXI-T2.tar"]}),  # the published MD5 of another file
         (OWN, {"md5": None}),
         (UNVERIFIED, {"md5": None, "from_ixi": True}),
@@ -42,7 +42,7 @@ T1, OTHER = "IXI-T1.tar", "0" * 32
         (SIMULATED, {"md5": None, "from_ixi": True, "volumes": 3, "simulated": 1}),
     ],
 )
-def test_the_source_of_a_file_follows_from_its_md5_and_volumes(kind: str, arguments: dict[str, Any]) -> None:
+def test_the_source_of_a_file_depends_on_its_md5_and_volumes(kind: str, arguments: dict[str, Any]) -> None:
     source = describe_source(T1, **arguments)
     credited = credit_and_licence({"T1": source, "T2": source})
     assert (source["source"], source["md5_is_published"]) == (kind, kind == IXI)
@@ -65,18 +65,18 @@ def test_simulated_and_generated_volumes_are_marked(tmp_path: Path) -> None:
     values = np.arange(24, dtype="<i2").reshape(2, 3, 4)
     simulated = pack_nifti(values, grid_affine((4, 3, 2), (1, 1, 1), "RAS"))
     plain = gzip.decompress(simulated)
-    heads = {
+    volumes = {
         "simulated": simulated,
         "synthetic": gzip.compress(pack_like(plain, values, "SYNTHETIC T2 of a T1, ixi-etl 0")),
-        "scan": gzip.compress(pack_like(plain, values, "MPRAGE, was SIMULATED by nobody")),
+        "scan": gzip.compress(pack_like(plain, values, "MPRAGE, was not SIMULATED")),
     }
-    write_tar(tmp_path / T1, {f"IXI{n}-Guys-0001-T1.nii.gz": data for n, data in enumerate(heads.values())})
+    write_tar(tmp_path / T1, {f"IXI{n}-Guys-0001-T1.nii.gz": data for n, data in enumerate(volumes.values())})
     assert survey({"T1": str(tmp_path / T1)})["simulated"].tolist() == [True, True, False]
 
 
 def test_a_version_of_the_phantom_is_never_credited_to_ixi(published: PublishedVersion) -> None:
-    facts = metadata.read_metadata(published.folder)
-    assert {source["source"] for source in facts["sources"].values()} == {SIMULATED}
+    record = metadata.read_metadata(published.folder)
+    assert {source["source"] for source in record["sources"].values()} == {SIMULATED}
     for name in ("dataset.json", "report.html", "slices.zarr/zarr.json"):
         text = (published.folder / name).read_text()
         assert "simulated" in text
@@ -84,7 +84,7 @@ def test_a_version_of_the_phantom_is_never_credited_to_ixi(published: PublishedV
         assert "CC BY-SA" not in text
 
 
-def test_published_md5s_give_the_credit_of_ixi_whatever_the_file_names(
+def test_published_md5s_give_the_credit_of_ixi_with_and_without_md5sums(
     archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A user's archives with IXI's MD5s, with and without MD5SUMS, give the same version, credited to IXI."""
@@ -96,14 +96,14 @@ def test_published_md5s_give_the_credit_of_ixi_whatever_the_file_names(
         if name == "without":
             (tmp_path / name / "MD5SUMS").unlink()
         made.append(refresh(config_for(tmp_path / f"root-{name}", tmp_path / name, pictures=False)).folder)
-    facts = [(folder / "dataset.json").read_bytes() for folder in made]
-    assert facts[0] == facts[1]
-    content = json.loads(facts[0])
-    assert {s["source"] for s in content["sources"].values()} == {IXI}
-    assert (content["credit"], content["licence"]) == (catalog.CREDIT, catalog.LICENCE)
+    records = [(folder / "dataset.json").read_bytes() for folder in made]
+    assert records[0] == records[1]
+    record = json.loads(records[0])
+    assert {s["source"] for s in record["sources"].values()} == {IXI}
+    assert (record["credit"], record["licence"]) == (catalog.CREDIT, catalog.LICENCE)
 
 
-def test_software_json_is_not_among_the_hashed_files(published: PublishedVersion, tmp_path: Path) -> None:
+def test_software_json_is_not_one_of_the_hashed_files(published: PublishedVersion, tmp_path: Path) -> None:
     made_by = read_json(published.folder / metadata.SOFTWARE)
     assert made_by["ixi-etl"] == software.describe()["ixi-etl"]
     assert {"commit", "code_sha256", "python", "platform", "numpy", "zarr"} <= set(made_by)
@@ -119,8 +119,8 @@ def test_software_json_is_not_among_the_hashed_files(published: PublishedVersion
     assert verify.verify(copy) == []
 
 
-def test_the_commit_is_that_of_the_code_s_own_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A repository around the environment is ignored; without git or pip, the environment gives the commit."""
+def test_the_commit_is_that_of_the_repository_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository around the environment is ignored; without git or pip, an environment variable gives the commit."""
     (tmp_path / "venv/site-packages").mkdir(parents=True)
     (tmp_path / ".git").mkdir()
     monkeypatch.setattr(software, "TOP", tmp_path / "venv/site-packages")
@@ -134,18 +134,18 @@ def test_the_commit_is_that_of_the_code_s_own_repository(tmp_path: Path, monkeyp
 def test_versions_compares_configuration_and_libraries(published: PublishedVersion, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(published.folder, other)
-    facts = json.loads((other / "dataset.json").read_text())
-    facts["inputs"]["config"]["slices"] += 1
-    facts["inputs"]["libraries"]["numpy"] = "9.9"
-    (other / "dataset.json").write_text(to_json(metadata.with_digest(facts)))
-    found = compare.compare_inputs(published.folder, other).set_index("what")
-    assert sorted(found.index) == ["config.slices", "libraries.numpy"]
-    assert found.at["libraries.numpy", "new"] == "9.9"
+    record = json.loads((other / "dataset.json").read_text())
+    record["inputs"]["config"]["slices"] += 1
+    record["inputs"]["libraries"]["numpy"] = "9.9"
+    (other / "dataset.json").write_text(to_json(metadata.with_digest(record)))
+    differences = compare.compare_inputs(published.folder, other).set_index("what")
+    assert sorted(differences.index) == ["config.slices", "libraries.numpy"]
+    assert differences.at["libraries.numpy", "new"] == "9.9"
     assert compare.compare_inputs(other, other).empty
 
 
-def test_a_crc_is_text_to_a_spreadsheet(published: PublishedVersion) -> None:
-    table = pd.read_csv(published.folder / "manifest.csv")  # as pandas guesses, and spreadsheets too
+def test_crcs_are_read_as_text_by_spreadsheets(published: PublishedVersion) -> None:
+    table = pd.read_csv(published.folder / "manifest.csv")  # with guessed types, as spreadsheets do
     for column in ("t1_gzip_crc32", "t2_gzip_crc32"):
         assert table[column].dropna().str.fullmatch("crc32:[0-9a-f]{8}").all()
 

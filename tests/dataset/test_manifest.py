@@ -1,4 +1,4 @@
-"""Every subject of the union has a row in the manifest, and every excluded subject has a reason."""
+"""Every subject with a T1 or a T2 has a row in the manifest, and every excluded subject has a reason."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_selection_keeps_all_subjects_and_gives_the_first_reason(
         members = table[table["subject_id"] == row.subject_id]
         expected = [f"missing_{m.lower()}" for m in ("T1", "T2") if m not in set(members["modality"])]
         expected += ["duplicate_member"] * bool(members.duplicated("modality").any())
-        # only the first of several equally named members is looked at further
+        # of several members with one name, only the first is checked further
         for member in shuffled[shuffled["subject_id"] == row.subject_id].drop_duplicates("modality").itertuples():
             expected += [member.reason] if member.reason else []
             if not member.reason and member.depth != modal[member.modality]:
@@ -99,10 +99,12 @@ def test_final_manifests_are_valid_and_survive_the_csv(table: pd.DataFrame, data
     assert manifest.exclusions(final)["all"].sum() == len(final) - len(used)
 
 
-@pytest.mark.parametrize("odd", ["a\rb/", "a\r\nb/", 'a"b,c/', "=1+1/"])
-def test_an_odd_folder_in_an_archive_survives_the_csv(odd: str, published: PublishedVersion, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["a\rb/", "a\r\nb/", 'a"b,c/', "=1+1/"])
+def test_special_characters_in_a_folder_name_survive_the_csv(
+    folder: str, published: PublishedVersion, tmp_path: Path
+) -> None:
     final = metadata.read_manifest(published.folder)
-    final["t1_member"] = odd + final["t1_member"]
+    final["t1_member"] = folder + final["t1_member"]
     write_atomic(tmp_path / metadata.MANIFEST, IXI.to_csv(final))
     write_atomic(tmp_path / metadata.METADATA, (published.folder / metadata.METADATA).read_bytes())
     pd.testing.assert_frame_equal(metadata.read_manifest(tmp_path), final)
@@ -135,17 +137,17 @@ def test_no_cell_of_the_csv_is_a_formula_and_names_survive(published: PublishedV
     cells = pd.read_csv(io.StringIO(text), dtype="str", keep_default_na=False, lineterminator="\n")
     for column in (name for name, dtype in IXI.dtypes.items() if dtype == "str"):
         assert not cells[column].str.match("[=+@\t\r＝-]").any()
-    pd.testing.assert_frame_equal(IXI.from_csv(text, "it"), table)
+    pd.testing.assert_frame_equal(IXI.from_csv(text, "m.csv"), table)
 
 
 def test_columns_are_in_the_documented_order() -> None:
-    of_volume = "{m}_member {m}_sha256 {m}_depth {m}_shape {m}_spacing_mm {m}_orientation"
-    of_volume += " {m}_window_start {m}_window_stop {m}_p_low {m}_p_high "
-    contract = "subject_id site status reason detail split store_row age sex "
-    contract += of_volume.format(m="t1") + of_volume.format(m="t2")
-    contract += "t2_to_t1_ras_mm motion_mm motion_deg nmi_before nmi_after flags "
-    contract += "t1_gzip_crc32 t2_gzip_crc32 t1_scale t1_offset t2_scale t2_offset"
-    assert " ".join(IXI.columns) == contract
+    volume_columns = "{m}_member {m}_sha256 {m}_depth {m}_shape {m}_spacing_mm {m}_orientation"
+    volume_columns += " {m}_window_start {m}_window_stop {m}_p_low {m}_p_high "
+    expected = "subject_id site status reason detail split store_row age sex "
+    expected += volume_columns.format(m="t1") + volume_columns.format(m="t2")
+    expected += "t2_to_t1_ras_mm motion_mm motion_deg nmi_before nmi_after flags "
+    expected += "t1_gzip_crc32 t2_gzip_crc32 t1_scale t1_offset t2_scale t2_offset"
+    assert " ".join(IXI.columns) == expected
 
 
 @pytest.fixture(scope="module")
@@ -168,10 +170,10 @@ def two_used() -> pd.DataFrame:
         (lambda t: t.assign(reason="not_3d"), "reason"),
         (lambda t: t.iloc[::-1], "dense"),
         (lambda t: t.drop(columns="flags"), "flags"),
-        (lambda t: t.assign(more=1), "more"),
+        (lambda t: t.assign(extra=1), "extra"),
         (lambda t: pd.concat([t, t.iloc[:1]]), "duplicate"),
         (lambda t: t.assign(t1_depth="many"), "many"),
-        (lambda t: t.assign(detail="a used row has none"), "detail"),
+        (lambda t: t.assign(detail="text in a used row"), "detail"),
         (lambda t: t.assign(t1_sha256=""), "complete"),
         (lambda t: t.assign(t2_member=""), "complete"),
         (lambda t: t.assign(t2_p_high=-1.0), "complete"),
@@ -203,7 +205,7 @@ def test_an_edited_manifest_is_rejected(change: Any, message: str, two_used: pd.
         lambda t: t.astype({"store_row": "Float64"}),
         lambda t: t.assign(site=pd.Series([None, "HH"], dtype="str")),
     ],
-    ids=["doubled", "missing", "in another order", "of another type", "with a missing text"],
+    ids=["duplicate", "missing", "another order", "another type", "missing text"],
 )
 def test_a_table_with_wrong_columns_is_not_written(change: Any, two_used: pd.DataFrame) -> None:
     with pytest.raises(ValueError, match=r"columns|text_is_never_missing"):
@@ -224,7 +226,7 @@ def test_a_table_with_wrong_columns_is_not_written(change: Any, two_used: pd.Dat
             },
             "",
         ),
-        # a coronal stack of the modal depth: its axial slices are others
+        # a coronal stack of the modal depth has other axial slices
         (
             {
                 "orientation": "RSA",
@@ -234,13 +236,13 @@ def test_a_table_with_wrong_columns_is_not_written(change: Any, two_used: pd.Dat
         ),
     ],
 )
-def test_anatomical_pairs_need_the_t2_s_modal_grid(t2: dict[str, Any], reason: str) -> None:
+def test_anatomical_pairs_need_a_t2_on_the_modal_grid(t2: dict[str, Any], reason: str) -> None:
     rows = [row for n in range(3) for row in pair(f"IXI{n:03d}-HH-1")] + pair("IXI900-HH-1", **t2)
     selected = selection.screen_headers(table_of(rows), DatasetConfig()).set_index("subject_id")
     assert selected.loc["IXI900-HH-1", "reason"] == reason
 
 
-def test_a_window_that_does_not_fit_excludes_each_subject() -> None:
+def test_a_window_that_does_not_fit_excludes_the_subject() -> None:
     selected = selection.screen_headers(table_of(pair("IXI001-HH-1")), DatasetConfig(window=(120, 140)))
     assert selected["detail"].tolist() == ["T2: 130 slices; the window [120, 140) does not fit"]
 
@@ -280,12 +282,12 @@ def test_the_split_of_known_persons_never_changes() -> None:
 PINNED = ["train", "train", "test", "test", "train", "val"]
 
 
-# -- equal scans ------------------------------------------------------------------------------------------------------
+# -- duplicate scans --------------------------------------------------------------------------------------------------
 
 
 def finalized_with(scans: dict[str, tuple[str, str]]) -> pd.DataFrame:
     table = table_of([row for subject in scans for row in pair(subject)])
-    found = {s: CUT | {"voxels_sha256": dict(zip(("T1", "T2"), of, strict=True))} for s, of in scans.items()}
+    found = {s: CUT | {"voxels_sha256": dict(zip(("T1", "T2"), hashes, strict=True))} for s, hashes in scans.items()}
     return manifest.finalize(selection.screen_headers(table, DatasetConfig()), found, DatasetConfig()).set_index(
         "subject_id"
     )
@@ -299,18 +301,18 @@ PERSONS = {
 
 @pytest.mark.parametrize("splits", [("train", "test"), ("test", "val"), ("test", "train"), ("val", "train", "test")])
 def test_persons_who_share_a_scan_get_the_first_of_their_splits(splits: tuple[str, ...]) -> None:
-    """Also along a chain in which each person shares a scan with the next."""
+    """Including a chain in which each person shares a scan with the next."""
     chain = [PERSONS[split][n] for n, split in enumerate(splits)]
     scans = {subject: (f"scan {n}", f"scan {n + 1}") for n, subject in enumerate(chain)}
-    alone = {PERSONS[split][-1]: (f"{split} T1", f"{split} T2") for split in SPLITS}
-    final = finalized_with(scans | alone)
+    unrelated = {PERSONS[split][-1]: (f"{split} T1", f"{split} T2") for split in SPLITS}
+    final = finalized_with(scans | unrelated)
     assert set(final.loc[chain, "split"]) == {min(splits, key=SPLITS.index)}
     assert set(final.loc[chain, "flags"]) == {"duplicate_scan"}
-    assert final.loc[list(alone), "split"].tolist() == [*SPLITS]
-    assert set(final.loc[list(alone), "flags"]) == {""}
+    assert final.loc[list(unrelated), "split"].tolist() == [*SPLITS]
+    assert set(final.loc[list(unrelated), "flags"]) == {""}
 
 
-def test_a_t2_that_is_the_t1_is_flagged() -> None:
+def test_a_t2_that_equals_the_t1_is_flagged() -> None:
     assert finalized_with({"IXI001-HH-1": ("same", "same")})["flags"].tolist() == ["duplicate_scan"]
 
 

@@ -1,4 +1,4 @@
-"""The store is plain Zarr v3 that others open, and its bytes depend on the voxels alone."""
+"""The store is plain Zarr v3 that other libraries can open, and its bytes depend on the voxels alone."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def test_arrays_read_back_as_written(
 def test_equal_slabs_give_equal_bytes_and_no_leftovers(tmp_path: Path) -> None:
     slab = np.random.default_rng(0).integers(-999, 999, (20, 256, 256)).astype(np.int16)
     digests = {}
-    for paths in ("0", "12", "345"):  # whatever is written with it
+    for paths in ("0", "12", "345"):  # whatever other slabs are written with it
         digests |= write_shards({tmp_path / f"{n}.shard": slab for n in paths})
     assert digests == {f"{n}.shard": sha256_file(tmp_path / f"{n}.shard") for n in range(6)}
     assert len({(tmp_path / f"{n}.shard").read_bytes() for n in range(6)}) == 1
     assert len(list(tmp_path.iterdir())) == 6
 
 
-def test_xarray_opens_it_with_named_dimensions_and_no_warning(published: PublishedVersion) -> None:
+def test_xarray_opens_the_store_with_named_dimensions_and_no_warning(published: PublishedVersion) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data = xr.open_zarr(published.folder / STORE)
@@ -71,7 +71,7 @@ def test_xarray_opens_it_with_named_dimensions_and_no_warning(published: Publish
     np.testing.assert_array_equal(data["t2"][2].values, open_arrays(published.folder)["t2"][2])
 
 
-def test_one_slice_a_chunk_one_subject_a_shard_with_checksums(published: PublishedVersion) -> None:
+def test_a_chunk_is_a_slice_and_a_shard_is_a_subject_with_checksums(published: PublishedVersion) -> None:
     array = zarr.open_group(published.folder / STORE, mode="r")["t1"]
     assert isinstance(array, zarr.Array)
     assert (array.chunks, array.shards) == ((1, 1, 64, 64), (1, 12, 64, 64))

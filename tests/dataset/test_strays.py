@@ -1,4 +1,4 @@
-"""Foreign files are not damage, and no version is lost while another is being made."""
+"""Stray files are not damage, and no version is lost while another is being made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import config_for
-from test_prune import lay, start_run
+from test_prune import start_run, write_versions
 
 from flows.cli import main
 from ixi_etl.core.files import to_json
@@ -48,7 +48,7 @@ def root(published: PublishedVersion, tmp_path: Path) -> Path:
     return Path(shutil.copytree(published.folder.parents[2], tmp_path / "root"))
 
 
-def put(folder: Path, *names: str) -> None:
+def write_junk(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"junk")
@@ -59,7 +59,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("text", ["not json", "{}", '{"version": 1, "history": []}', ""])
-def test_a_damaged_pointer_is_kept(
+def test_a_damaged_pointer_is_replaced_and_kept_as_a_copy(
     text: str, published: PublishedVersion, root: Path, archives: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pointer = root / "datasets/ixi-t1-t2/latest.json"
@@ -76,14 +76,14 @@ def test_a_stray_file_is_a_warning(
     copy = Path(shutil.copytree(published.folder, tmp_path / published.version))
     for stray in STRAYS:
         caplog.clear()
-        put(copy, stray)
+        write_junk(copy, stray)
         assert verify.read_verified(copy)[0] == metadata.read_metadata(published.folder), stray
         (message,) = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
         assert "ignored files that do not belong to the version" in message
         assert message.encode()  # it can be written to any log
         assert "\n" not in message
         (copy / stray).unlink()
-    put(copy, *STRAYS)
+    write_junk(copy, *STRAYS)
     assert verify.verify(copy, deep=True) == []
 
 
@@ -91,8 +91,8 @@ def test_a_refresh_reuses_a_version_with_stray_files(
     root: Path, archives: Path, published: PublishedVersion, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = DataRoot(root).version(published.version)
-    put(folder, *STRAYS)
-    put(folder.parent, ".DS_Store", "Thumbs.db", ".directory")
+    write_junk(folder, *STRAYS)
+    write_junk(folder.parent, ".DS_Store", "Thumbs.db", ".directory")
     before = contents(folder)
     assert not refresh(config_for(root, archives)).is_new
     assert contents(folder) == before
@@ -130,12 +130,12 @@ def test_a_damaged_version_stays_until_it_is_replaced(
     damage(folder)
     before = contents(folder)
 
-    def killed(*arguments: Any, **more: Any) -> Any:
+    def interrupt(*arguments: Any, **more: Any) -> Any:
         raise KeyboardInterrupt
 
     for stage in ("survey_archives", "publish_version"):
         with monkeypatch.context() as patch:
-            patch.setattr(jobs, stage, killed)
+            patch.setattr(jobs, stage, interrupt)
             with pytest.raises(KeyboardInterrupt):
                 refresh(config_for(root, archives))
         assert contents(folder) == before
@@ -147,20 +147,20 @@ def test_a_damaged_version_stays_until_it_is_replaced(
 def test_a_kill_during_the_replacement_loses_no_version(
     root: Path, archives: Path, published: PublishedVersion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also if the next refresh makes another version and clears leftovers of interrupted ones."""
+    """Even if the next refresh makes another version and removes the leftovers of interrupted ones."""
     data_root = DataRoot(root)
     folder = data_root.version(published.version)
     damage(folder)
     before = contents(folder)
     rename = Path.rename
 
-    def killed(path: Path, target: Any) -> Path:
+    def interrupt(path: Path, target: Any) -> Path:
         if path.name == "version":
             raise KeyboardInterrupt
         return rename(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", killed)
+        patch.setattr(Path, "rename", interrupt)
         with pytest.raises(KeyboardInterrupt):
             refresh(config_for(root, archives))
     assert not folder.exists()
@@ -203,7 +203,7 @@ def test_one_damaged_file_does_not_hide_the_other_versions(
 
 def test_prune_removes_a_version_with_damaged_metadata(published: PublishedVersion, tmp_path: Path) -> None:
     data_root = DataRoot(tmp_path)
-    a, b, c, latest = lay(data_root, published, 4)
+    a, b, c, latest = write_versions(data_root, published, 4)
     start_run(tmp_path, "x", f"{DEFAULT_DATASET}@{b}")
     for version in (a, b, c):
         (data_root.version(version) / metadata.METADATA).write_text('{"half')
@@ -216,7 +216,7 @@ def test_prune_keeps_referenced_versions_without_metadata(
     named_by: str, published: PublishedVersion, tmp_path: Path
 ) -> None:
     data_root = DataRoot(tmp_path)
-    old, latest = lay(data_root, published, 2)
+    old, latest = write_versions(data_root, published, 2)
     start_run(tmp_path, "x", f"{DEFAULT_DATASET}@{old}")
     (data_root.version(latest if named_by == "the pointer" else old) / metadata.METADATA).unlink()
     assert not [v for v in prune_versions(data_root, 1) if v.removed]
