@@ -1,4 +1,4 @@
-"""Credit and licence depend on the contents of files, and every version and run states them and its software."""
+"""Credit and licence depend on the contents of files; every version and run records them and its software."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pruning removes old versions, except the latest, versions that runs use, and unfinished ones."""
+"""Pruning removes old versions, but keeps the latest, those that runs use, and unfinished ones."""
 
 from __future__ import annotations
 
@@ -84,30 +84,28 @@ class WatchedRoot(DataRoot):
 def test_latest_resolves_while_another_version_is_published(
     count: int, published: PublishedVersion, tmp_path: Path
 ) -> None:
-    """At each step of the lookup, another version becomes the latest and the previous one is removed."""
-    steps = 0
-    for at in range(1, 100):
-        data_root, steps = DataRoot(tmp_path / f"{at}"), 0
+    """At each access of the lookup, another version becomes the latest and the previous one is removed."""
+    accesses = 0
+    for publish_at in range(1, 100):
+        data_root, accesses = DataRoot(tmp_path / f"{publish_at}"), 0
         before = write_versions(data_root, published, count) if count else []
 
-        def publish_and_prune(data_root: DataRoot = data_root, at: int = at) -> None:
-            nonlocal steps
-            steps += 1
-            if steps == at:
+        def publish_and_prune(data_root: DataRoot = data_root, publish_at: int = publish_at) -> None:
+            nonlocal accesses
+            accesses += 1
+            if accesses == publish_at:
                 write_versions(data_root, published, count + 1)
                 prune_versions(data_root, 1)
 
         try:
-            assert versions.resolve_version(WatchedRoot(data_root.root, on_access=publish_and_prune)) in [
-                *before,
-                f"{count + 1:012x}",
-            ]
+            latest = versions.resolve_version(WatchedRoot(data_root.root, on_access=publish_and_prune))
+            assert latest in [*before, f"{count + 1:012x}"]
         except DatasetError as error:
             assert not count
             assert "has no published version" in str(error)
-        if steps < at:
+        if accesses < publish_at:
             break
-    assert 3 < steps < 99
+    assert 3 < accesses < 99
 
 
 def test_a_version_not_in_the_history_is_kept(published: PublishedVersion, tmp_path: Path) -> None:
@@ -136,7 +134,7 @@ def test_a_killed_removal_is_completed_by_the_next(
     assert not data_root.version(old).exists()
 
 
-def test_a_user_s_own_folder_is_kept(published: PublishedVersion, tmp_path: Path) -> None:
+def test_folders_of_the_user_are_kept(published: PublishedVersion, tmp_path: Path) -> None:
     data_root = DataRoot(tmp_path)
     _, new = write_versions(data_root, published, 2)
     for name in ("my-notes", "000000000001-copy"):

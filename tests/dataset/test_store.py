@@ -44,7 +44,7 @@ def test_arrays_read_back_as_written(
 def test_equal_slabs_give_equal_bytes_and_no_leftovers(tmp_path: Path) -> None:
     slab = np.random.default_rng(0).integers(-999, 999, (20, 256, 256)).astype(np.int16)
     digests = {}
-    for paths in ("0", "12", "345"):  # whatever other slabs are written with it
+    for paths in ("0", "12", "345"):  # independent of the slabs written with it
         digests |= write_shards({tmp_path / f"{n}.shard": slab for n in paths})
     assert digests == {f"{n}.shard": sha256_file(tmp_path / f"{n}.shard") for n in range(6)}
     assert len({(tmp_path / f"{n}.shard").read_bytes() for n in range(6)}) == 1

@@ -76,7 +76,7 @@ def test_resample_equals_scipy_at_every_voxel(
     assert (slab[~inside] == 0).all()
 
 
-def test_resample_on_the_volume_s_own_grid_is_the_volume() -> None:
+def test_resample_on_the_grid_of_the_volume_returns_the_volume() -> None:
     volume = numbered((5, 6, 7)).astype(np.int16)
     slab, inside = geometry.resample(volume, np.eye(4), volume.shape)
     np.testing.assert_array_equal(slab, volume)
@@ -154,9 +154,8 @@ def test_rounding_removes_only_the_last_bits(values: list[float], ulps: int) -> 
     rounded = geometry.rounded(exact)
     np.testing.assert_allclose(rounded, exact, rtol=0, atol=2.0**-geometry.GRID_BITS / 2)
     np.testing.assert_array_equal(geometry.rounded(rounded), rounded)
-    np.testing.assert_array_equal(
-        geometry.rounded(rounded + ulps * np.spacing(rounded)), rounded
-    )  # another CPU's last bits
+    other_cpu = rounded + ulps * np.spacing(rounded)  # differs in the last bits
+    np.testing.assert_array_equal(geometry.rounded(other_cpu), rounded)
     assert not np.signbit(geometry.rounded([-0.0, -1e-12])).any()  # -0.0 would be written differently in the manifest
 
 

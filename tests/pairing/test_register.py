@@ -265,10 +265,8 @@ def test_a_motion_that_brings_the_head_into_the_field_of_view_is_applied(
         (rigid((0, 0, 0), (0.4, 0, 0)), "registration_no_gain"),
         (SHIFTED, "registration_no_gain,alignment_uncertain"),
         (TURNED, "registration_no_gain,alignment_uncertain"),
-        (
-            rigid((0, 0, 0), (80, 0, 0)),
-            "registration_no_gain,alignment_uncertain",
-        ),  # leaves almost no overlap to compare
+        # This motion leaves almost no overlap to compare.
+        (rigid((0, 0, 0), (80, 0, 0)), "registration_no_gain,alignment_uncertain"),
         (register.RegistrationError("all samples map outside"), "registration_failed"),
     ],
 )
@@ -298,7 +296,7 @@ def test_similarities_are_compared_on_the_same_voxels(tmp_path: Path, monkeypatc
     np.testing.assert_array_equal(before, after)
 
 
-def test_errors_of_the_registration_library_are_flags() -> None:
+def test_errors_of_the_registration_library_are_registration_errors() -> None:
     far = register.Volume(blobs((20, 24, 24), 0), rigid((0, 0, 0), (0, 0, 9000)) @ GRID1)
     flat = register.Volume(np.zeros((20, 24, 24), "<i2"), GRID1)
     t2 = register.Volume(blobs((14, 22, 26), 1), GRID2)

@@ -97,8 +97,8 @@ def stretched(*factors: float) -> Matrix:
         "thinner in plane": ((stretched(0.98, 0.98, 1), 1, None, 0), "the pixdim gives"),
         "sheared": ((GRID @ SHEAR, 1, None, 0), "at angles of 78.7"),
         "quaternion too long": ((None, 0, GRID, 1, {"quatern_b": 1.5}), "quaternion has length"),
-        "quaternion too long beside an sform": ((GRID, 1, GRID, 1, {"quatern_b": 1.5}), "quaternion has length"),
-        "rows of zeros beside a qform": ((np.diag([0, 0, 0, 1.0]), 1, GRID, 1), "sform is singular"),
+        "quaternion too long, with an sform": ((GRID, 1, GRID, 1, {"quatern_b": 1.5}), "quaternion has length"),
+        "rows of zeros, with a qform": ((np.diag([0, 0, 0, 1.0]), 1, GRID, 1), "sform is singular"),
         "millimetres labelled as metres": ((GRID, 1, GRID, 1, {"xyzt_units": 1}), "given in metres, is 937.5"),
         "micrometres without a unit": ((None, 0, stretched(1e3, 1e3, 1e3), 1), "unit may be wrong"),
         "pixdim of 0": ((GRID, 1, None, 0, {"pixdim": (0, 1, 1)}), "spacing is 0 x 1 x 1"),
@@ -237,7 +237,7 @@ def with_moved_sform(packed: bytes, motion: Matrix, **codes: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def mixed(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, Any, str]:
-    """A version of pairs in many spaces and of duplicates: manifest, stored arrays, and log text."""
+    """A version with pairs in many spaces and with duplicates: manifest, stored arrays, and log text."""
     one, two, three, four = scans(archives)[:4]
     pairs = {
         "IXI100-A-1": (one["T1"], one["T2"]),

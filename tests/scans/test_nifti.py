@@ -89,7 +89,7 @@ NAN = np.full(12, np.nan, "<f4").tobytes()
 NO_SFORM = changed(252, b"\1\0\0\0")
 HEADER_4D = changed(40, np.array([4, 8, 7, 3, 2], "<i2").tobytes())
 COMPLEX = changed(70, np.array([32, 64], "<i2").tobytes())
-HOSTILE = {
+INVALID = {
     "empty": (b"", "unreadable"),
     "not NIfTI": (b"<html>" * 100, "unreadable"),
     "Analyze": (changed(344, b"\0\0\0\0"), "unreadable"),
@@ -124,9 +124,9 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_headers_get_their_reason(case: str) -> None:
-    raw, reason = HOSTILE[case]
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_headers_get_their_reason(case: str) -> None:
+    raw, reason = INVALID[case]
     header = nifti.parse_header(raw, len(PACKED))
     assert header.reason == reason
     assert "\n" not in header.problem

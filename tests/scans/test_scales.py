@@ -62,9 +62,8 @@ def test_xarray_values_convert_to_scanner_units(rescaled: PublishedVersion, publ
     for name in ("t1", "t2"):
         units = small[name] * small[f"{name}_scale"] + small[f"{name}_offset"]
         assert units.dims == small[name].dims
-        assert (
-            float(abs(units / float(UNIT) - original[name]).max()) <= 2
-        )  # half a rounding step of each; slopes are up to 2.4
+        # Each may differ by half a rounding step; slopes are up to 2.4.
+        assert float(abs(units / float(UNIT) - original[name]).max()) <= 2
 
 
 def test_training_sees_the_same_slices_and_planes_are_in_scanner_units(
@@ -96,9 +95,8 @@ def test_a_scale_that_differs_from_the_manifest_is_detected(rescaled: PublishedV
     folder = tmp_path / rescaled.folder.name
     shutil.copytree(rescaled.folder, folder)
     zarr.open_array(str(folder / STORE / "t2_scale"), mode="r+")[0] = 7.0
-    record = metadata.read_metadata(folder) | {
-        "files": publish.list_files(folder)
-    }  # as if the list of files was updated too
+    # As if the list of files had been updated too.
+    record = metadata.read_metadata(folder) | {"files": publish.list_files(folder)}
     (folder / metadata.METADATA).write_text(to_json(metadata.with_digest(record)))
     assert any("array t2_scale differs from the manifest's column" in problem for problem in verify.verify(folder))
     assert float(open_arrays(folder)["t2_scale"][0]) == 7.0

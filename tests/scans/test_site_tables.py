@@ -1,4 +1,4 @@
-"""Sites may have any name, also that of a column of a table."""
+"""Sites may have any name, including that of a column of a table."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("isolated_network")
         (('W/"first"', 'W/"second"'), True, "same"),
     ],
 )
-def test_file_that_changes_during_the_download_is_never_mixed(
+def test_states_of_a_changing_file_are_never_mixed(
     request: pytest.FixtureRequest,
     tmp_path: Path,
     tar: bytes,

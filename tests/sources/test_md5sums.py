@@ -1,4 +1,4 @@
-"""An MD5SUMS beside a user's archives is read in any common format, or refused in one line."""
+"""An MD5SUMS next to a user's archives is read in any common format, or refused in one line."""
 
 from __future__ import annotations
 

@@ -69,11 +69,11 @@ def test_whole_file_is_downloaded_in_four_parallel_ranges(
     events: list[tuple[str, int, int, str]] = []
     with serve_folder(tmp_path / "served") as url:
         source = Source(NAME, (f"{url}/{NAME}",), md5(tar))
-        found = acquire(source, tmp_path / "got", progress=lambda *args: events.append(args))
-    assert Path(found.location) == tmp_path / "got" / NAME
+        found = acquire(source, tmp_path / "downloaded", progress=lambda *args: events.append(args))
+    assert Path(found.location) == tmp_path / "downloaded" / NAME
     assert Path(found.location).read_bytes() == tar
     assert (found.size, found.md5, found.checked, found.origin) == (len(tar), md5(tar), True, source.urls[0])
-    assert names_in(tmp_path / "got") == {NAME, f"{NAME}.json"}
+    assert names_in(tmp_path / "downloaded") == {NAME, f"{NAME}.json"}
 
     ranges = [r for r in Watched.requests if r.get("range") != PROBE]
     assert len({r["port"] for r in ranges}) == 4
