@@ -32,50 +32,50 @@ pytestmark = pytest.mark.usefixtures("isolated_network")
 
 
 def test_own_archives_are_used_in_place(tmp_path: Path, own: Path, tar: bytes) -> None:
-    got, seen = tmp_path / "got", Counter[str]()
+    records, reports = tmp_path / "records", Counter[str]()
 
     def count(what: str, done: int, total: int, unit: str) -> None:
-        seen[what] += 1
+        reports[what] += 1
 
     (own / "MD5SUMS").write_text("".join(f"{md5(p.read_bytes())}  {p.name}\n" for p in own.glob("*.tar")))
     sources = user_sources(str(own))
-    found = {m: acquire(source, got, progress=count) for m, source in sources.items()}
+    found = {m: acquire(source, records, progress=count) for m, source in sources.items()}
     assert {m: f.location for m, f in found.items()} == {m: str(own / f"IXI-{m}.tar") for m in ("T1", "T2")}
     assert all(f.checked for f in found.values())
     assert found["T1"].md5 == md5(tar)
-    assert names_in(got) == {"IXI-T1.tar.json", "IXI-T2.tar.json"}
+    assert names_in(records) == {"IXI-T1.tar.json", "IXI-T2.tar.json"}
 
-    assert set(seen) == {"verify IXI-T1.tar", "verify IXI-T2.tar"}
-    seen.clear()
-    assert {m: acquire(source, got, progress=count, offline=True) for m, source in sources.items()} == found
-    assert not seen  # nothing was read again
+    assert set(reports) == {"verify IXI-T1.tar", "verify IXI-T2.tar"}
+    reports.clear()
+    assert {m: acquire(source, records, progress=count, offline=True) for m, source in sources.items()} == found
+    assert not reports  # nothing was read again
 
     stat = (own / NAME).stat()
     os.utime(own / NAME, ns=(stat.st_atime_ns, stat.st_mtime_ns - 10**9))
-    assert acquire(sources["T1"], got, progress=count).md5 == md5(tar)
-    assert seen["verify IXI-T1.tar"] > 0
+    assert acquire(sources["T1"], records, progress=count).md5 == md5(tar)
+    assert reports["verify IXI-T1.tar"] > 0
     with open(own / NAME, "r+b") as file:
         file.seek(500_000)
         file.write(b"changed")
     os.utime(own / NAME, ns=(stat.st_atime_ns, stat.st_mtime_ns - 10**9))
     with pytest.raises(DownloadError, match="MD5SUMS"):
-        acquire(sources["T1"], got)
+        acquire(sources["T1"], records)
 
 
 def test_own_archive_without_md5sums_is_accepted_unchecked(tmp_path: Path, own: Path, tar: bytes) -> None:
-    unchecked = acquire(user_sources(str(own))["T1"], tmp_path / "got")
+    unchecked = acquire(user_sources(str(own))["T1"], tmp_path / "records")
     assert (unchecked.md5, unchecked.checked) == (md5(tar), False)
     (own / "MD5SUMS").write_text(f"{md5(tar)} *{NAME}\n{md5(b'')} *IXI-T2.tar\n")
-    assert acquire(user_sources(str(own))["T1"], tmp_path / "got").checked
+    assert acquire(user_sources(str(own))["T1"], tmp_path / "records").checked
 
 
 def test_own_archive_with_another_md5_is_refused(tmp_path: Path, own: Path, other: bytes) -> None:
     source = user_sources(str(own))["T1"]
-    acquire(source, tmp_path / "got")
+    acquire(source, tmp_path / "records")
     (own / "MD5SUMS").write_text(f"{md5(other)}  {NAME}\n{md5(other)}  IXI-T2.tar\n")
     with pytest.raises(DownloadError, match="MD5SUMS") as caught:
-        acquire(user_sources(str(own))["T1"], tmp_path / "got")
-    assert_one_clear_line(str(caught.value), tmp_path / "got", str(own / NAME), md5(other))
+        acquire(user_sources(str(own))["T1"], tmp_path / "records")
+    assert_one_clear_line(str(caught.value), tmp_path / "records", str(own / NAME), md5(other))
 
 
 def test_own_archive_that_is_being_written_is_refused(tmp_path: Path, own: Path) -> None:
@@ -85,8 +85,8 @@ def test_own_archive_that_is_being_written_is_refused(tmp_path: Path, own: Path)
                 file.write(b"more")
 
     with pytest.raises(DownloadError, match="changed while it was read"):
-        acquire(user_sources(str(own))["T1"], tmp_path / "got", progress=append)
-    assert names_in(tmp_path / "got") == set()
+        acquire(user_sources(str(own))["T1"], tmp_path / "records", progress=append)
+    assert names_in(tmp_path / "records") == set()
 
 
 def test_missing_own_archive_is_an_error(tmp_path: Path) -> None:
@@ -104,8 +104,8 @@ def test_special_file_as_own_archive_is_a_one_line_error(tmp_path: Path, own: Pa
     if kind != "pipe":
         (own / NAME).symlink_to({"device": "/dev/zero", "kernel": "/proc/self/clear_refs"}.get(kind, "pipe"))
     with pytest.raises(DownloadError, match=r"is (not a regular|an empty) file; give a --source") as caught:
-        acquire(user_sources(form.format(own))["T1"], tmp_path / "got")
-    assert_one_clear_line(str(caught.value), tmp_path / "got", str(own / NAME))
+        acquire(user_sources(form.format(own))["T1"], tmp_path / "records")
+    assert_one_clear_line(str(caught.value), tmp_path / "records", str(own / NAME))
 
 
 @pytest.mark.parametrize("form", ["{}", "file://{}"])
@@ -115,7 +115,7 @@ def test_own_archive_that_grows_endlessly_is_refused(tmp_path: Path, own: Path, 
             file.write(bytes(4 << 20))
 
     with pytest.raises(DownloadError, match="changed while it was read"):
-        acquire(user_sources(form.format(own))["T1"], tmp_path / "got", progress=append)
+        acquire(user_sources(form.format(own))["T1"], tmp_path / "records", progress=append)
 
 
 def test_unknown_protocol_is_a_one_line_error(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_unknown_protocol_is_a_one_line_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failures", [0, 2])
-def test_md5sums_of_an_own_host_verifies_its_archives(tmp_path: Path, tar: bytes, failures: int) -> None:
+def test_md5sums_on_the_server_of_the_user_verifies_its_archives(tmp_path: Path, tar: bytes, failures: int) -> None:
     def answer(call: Call) -> None:
         call.plain(200, sums.encode()) if call.path == "/MD5SUMS" else call.correct()
 
@@ -172,7 +172,7 @@ def test_endless_md5sums_is_refused(tar: bytes, answer: Answer) -> None:
         user_sources(host.url, replace(HTTP, **DRIP))
 
 
-def test_own_host_without_md5sums_is_accepted_unchecked(tmp_path: Path, tar: bytes) -> None:
+def test_server_of_the_user_without_md5sums_is_accepted_unchecked(tmp_path: Path, tar: bytes) -> None:
     with serve(Host(tar, lambda call: call.plain(404) if call.path == "/MD5SUMS" else call.correct())) as host:
         source = user_sources(host.url, HTTP)["T1"]
         assert source == source_of(host, md5=None)
