@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+from contextlib import suppress
 from pathlib import Path
 
 from ixi_etl.core.http_options import DEFAULT_HTTP, HttpOptions
 from ixi_etl.core.storage import filesystem_of, is_url
+from ixi_etl.core.text import printable
 from ixi_etl.errors import ArchiveError, ConfigError, DownloadError
 from ixi_etl.modalities import MODALITIES, archive_name, modality_of
 from ixi_etl.scans.tar import describe_non_file
@@ -14,6 +18,10 @@ from ixi_etl.sources.catalog import Source, basename, normalize_location, not_fo
 from ixi_etl.sources.http import MAX_SMALL_FILE, HttpClient, read_small_file
 from ixi_etl.sources.md5sums import find_md5, parse_md5sums
 from ixi_etl.sources.retries import UnusableError, retry
+
+log = logging.getLogger(__name__)
+
+_CHECKSUM_NAME = re.compile(r"(md5|sha\d|checksum)", re.IGNORECASE)
 
 
 def find_archives(source: str) -> dict[str, str]:
@@ -58,10 +66,27 @@ def user_sources(location: str, http: HttpOptions = DEFAULT_HTTP) -> dict[str, S
     for m, path in locations.items():
         if data is not None and md5s[m] is None:
             raise DownloadError(f"{md5sums} has no line with the MD5 of {basename(path)}; {_HOW_TO_FIX}")
+    if data is None and not is_url(md5sums):
+        _warn_of_other_checksums(Path(md5sums))
     return {m: Source(archive_name(m), (path,), md5s[m]) for m, path in locations.items()}
 
 
-_HOW_TO_FIX = "write it with `md5sum *.tar > MD5SUMS`, or remove it to use the archives unchecked"
+_HOW_TO_WRITE = "write it with `md5sum *.tar > MD5SUMS`"
+_HOW_TO_FIX = f"{_HOW_TO_WRITE}, or remove it to use the archives unchecked"
+
+
+def _warn_of_other_checksums(md5sums: Path) -> None:
+    """Warn if the folder has a file of checksums under another name than `MD5SUMS`: only that one is used."""
+    others: list[str] = []
+    with suppress(OSError):  # a folder whose files can be read but not listed
+        others = sorted(path.name for path in md5sums.parent.iterdir() if _CHECKSUM_NAME.search(path.name))
+    if others:
+        log.warning(
+            "%s does not exist, so the archives are used unchecked; %s is not read; %s",
+            md5sums,
+            printable(", ".join(others)),
+            _HOW_TO_WRITE,
+        )
 
 
 def _read_md5sums(location: str, http: HttpOptions) -> bytes | None:

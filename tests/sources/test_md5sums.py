@@ -147,8 +147,19 @@ def test_most_exact_file_name_takes_precedence() -> None:
 # -- local files ------------------------------------------------------------------------------------------------------
 
 
-def test_archives_without_md5sums_are_unchecked(own: Path) -> None:
+def test_archives_without_md5sums_are_unchecked(own: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert md5s_of(own) == {"T1": None, "T2": None}
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("name", ["md5sums.txt", "SHA256SUMS", "IXI-T1.tar.md5", "checksums.csv"])
+def test_checksums_under_another_name_are_named_in_a_warning(
+    name: str, own: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (own / name).write_text(f"{'0' * 32}  IXI-T1.tar\n")
+    assert md5s_of(own) == {"T1": None, "T2": None}
+    (message,) = caplog.messages
+    assert f"used unchecked; {name} is not read; write it with" in message
 
 
 def pipe(path: Path) -> None:
