@@ -21,7 +21,7 @@ help:
 	@echo "make test-stack    run PostgreSQL, Prefect, workers, Dask and S3 as processes and test them (10 minutes)"
 	@echo "make faults        test kills, bad servers, full disks and hostile files, in all variants (15 minutes); ONLY=name: some"
 	@echo "make audit         run bandit, and pip-audit if its advisories can be reached"
-	@echo "make bench         measure speed beside other tools; ONLY=survey,refresh: some rows, QUICK=1: a trial run"
+	@echo "make bench         compare the speed with that of other tools; ONLY=survey,refresh: some rows, QUICK=1: a trial run"
 	@echo "make api           write docs/api.md from the docstrings"
 	@echo "make deploy        create pools, deployments and the automation on the Prefect server at PREFECT_API_URL"
 	@echo "make lint          run ruff and mypy"

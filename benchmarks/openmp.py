@@ -30,7 +30,7 @@ WARM_UP = 3
 
 
 def train(steps: int) -> None:
-    """Print milliseconds a step (mean) and the losses of the last one, as JSON."""
+    """Print milliseconds per step (mean) and the losses of the last one, as JSON."""
     from model.config import preset
     from model.devices import keep_freed_memory
     from model.trainer import Trainer
@@ -66,7 +66,7 @@ def busy(processes: int) -> Iterator[None]:
 
 
 def measure(case: dict[str, str], steps: int) -> tuple[float, list[str]]:
-    """Milliseconds a step and the last losses of a training process with these environment variables."""
+    """Milliseconds per step and the last losses of a training process with these environment variables."""
     env = {name: value for name, value in os.environ.items() if name not in VARIABLES} | case
     line = [sys.executable, "-m", "benchmarks.openmp", "--one", "--steps", str(steps)]
     found = json.loads(subprocess.run(line, env=env, capture_output=True, text=True, check=True).stdout)
@@ -85,7 +85,7 @@ def main() -> None:
         train(given.steps)
         return
     cases = CASES | {str(count): {"GOMP_SPINCOUNT": str(count)} for count in given.spin}
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before; ms a step: median (least to most)\n")
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before; ms per step: median (minimum to maximum)\n")
     print(f"| machine | {' | '.join(cases)} |\n|{'---|' * (len(cases) + 1)}")
     all_losses = set()
     for processes in (0, given.busy):

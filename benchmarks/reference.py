@@ -88,28 +88,28 @@ class Trainer:
         self.generator = generator(side, width, norm=norm, dropout=dropout).to(device)
         self.discriminator = discriminator(width, norm=norm).to(device)
         self.lambda_l1 = lambda_l1
-        self.optimizers = [
+        self.optimisers = [
             torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999))
             for network in (self.generator, self.discriminator)
         ]
 
     def step(self, source: Tensor, target: Tensor) -> Losses:
         """Update the discriminator, then the generator, from one batch (B, 1, H, W)."""
-        generator_optimizer, discriminator_optimizer = self.optimizers
+        generator_optimiser, discriminator_optimiser = self.optimisers
         generated = self.generator(source)
 
         real = _distance_from(1, self.discriminator(torch.cat([source, target], dim=1)))
         fake = _distance_from(0, self.discriminator(torch.cat([source, generated.detach()], dim=1)))
-        discriminator_optimizer.zero_grad()
+        discriminator_optimiser.zero_grad()
         ((real + fake) / 2).backward()
-        discriminator_optimizer.step()
+        discriminator_optimiser.step()
 
         self.discriminator.requires_grad_(False)
         adversarial = _distance_from(1, self.discriminator(torch.cat([source, generated], dim=1)))
         l1 = l1_loss(generated, target)
-        generator_optimizer.zero_grad()
+        generator_optimiser.zero_grad()
         (adversarial + self.lambda_l1 * l1).backward()
-        generator_optimizer.step()
+        generator_optimiser.step()
         self.discriminator.requires_grad_(True)
         return Losses(*(loss.detach() for loss in (real, fake, adversarial, l1)))
 

@@ -48,7 +48,7 @@ def survey(settings: Settings) -> list[Row]:
         speed_row(what, "nibabel.load, extracted before", headers, ours, None),
         speed_row(what, "extractall + TorchIO", torchio, ours, None),
         _limit_row(f"survey, {count:,} members", seconds(whole), 3, "s"),
-        Row("survey, inflated a member", "", f"{most} B", "-", "-", "8 KiB", most <= 8 << 10),
+        Row("survey, bytes inflated per member", "", f"{most} B", "-", "-", "8 KiB", most <= 8 << 10),
     ]
 
 
@@ -95,7 +95,7 @@ def remote(settings: Settings) -> list[Row]:
 
 def members(settings: Settings) -> list[Row]:
     """Fetch only the members that selection keeps."""
-    what = "refresh --fetch members, bytes over the selected members'"
+    what = "refresh --fetch members, bytes beyond the selected members"
     odd = 2 if settings.quick else 8
     source = inputs.archives(Path(settings.folder), 6 if settings.quick else 24, _shrink(settings), odd)
     (ours,) = alternate(1, (E + "fetch_members", {"source": str(source), "scratch": settings.folder}))
@@ -161,7 +161,7 @@ def growth(settings: Settings) -> list[Row]:
         ", ".join(f"{n}: {p:.0f} MB" for n, p in zip(sizes, values, strict=True)) for values in (peaks, process)
     )
     return [
-        Row("refresh, time by pairs, off a line", "-", f"{off:.1%}", "-", "-", "10%", off <= 0.1, shown),
+        Row("refresh, run time, deviation from linear", "-", f"{off:.1%}", "-", "-", "10%", off <= 0.1, shown),
         Row("refresh, peak memory grown", "-", f"{grown:.0%}", "-", "-", "flat (10%)", grown <= 0.1, memory),
         Row("the same, of the whole process", "-", f"{process_grown:.0%}", "-", "-", "-", None, process_memory),
     ]
@@ -242,7 +242,7 @@ def _rate(runs: list[Measured]) -> str:
 
 
 def step(settings: Settings) -> list[Row]:
-    """A training step on this CPU: `model` beside plain PyTorch, with both norms."""
+    """A training step on this CPU: `model` compared with plain PyTorch, with both norms."""
     side, width = (64, 8) if settings.quick else (256, 64)
     rows = []
     for batch in (1, 8):

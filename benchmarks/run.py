@@ -1,7 +1,7 @@
 """Run the benchmark and print its table: ``make bench`` all rows, ``make bench ONLY=survey,refresh`` some rows,
 ``make bench QUICK=1`` small inputs and one run, as a trial.
 
-Each figure is a median over runs that alternate between ours and the peers', each in its own process.
+Each time is a median over runs that alternate between ours and the peers', each in its own process.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def machine(load: float) -> str:
     return (
         f"{datetime.now(UTC):%Y-%m-%d}. {cpu}, {os.cpu_count()} cores, {flags}; {memory:.0f} GiB of memory; "
         f"Linux {platform.release().partition('-')[0]}, Python {platform.python_version()}; {versions}. "
-        f"Load average when it began: {load:.1f}."
+        f"Load average at the start: {load:.1f}."
     )
 
 

@@ -21,7 +21,7 @@ BLOCK = 1 << 20
 class _Call(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     folder = Path()
-    counts = {"requests": 0, "bytes": 0}  # noqa: RUF012 - one server a process
+    counts = {"requests": 0, "bytes": 0}  # noqa: RUF012 - one server per process
     lock = Lock()
 
     def do_GET(self) -> None:

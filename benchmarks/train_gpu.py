@@ -1,4 +1,4 @@
-"""Speed and loss of the `paper` preset at full width on a GPU: bf16 and fp32 beside plain PyTorch, in one command.
+"""Compare speed and loss of the `paper` preset at full width on a GPU, in bf16 and fp32, with plain PyTorch.
 
 ::
 
@@ -6,9 +6,9 @@
     python -m benchmarks.train_gpu --root ixi-data --steps 5000  # on the latest version under a root
     python -m benchmarks.train_gpu --device cpu --steps 4 --batch-size 1   # a trial run
 
-Prints for each batch size: ms a step, images a second and peak memory of each precision, the time of a step of
+Prints for each batch size: ms per step, images per second and peak memory of each precision, the time of a step of
 `benchmarks.reference` in the same run, the share of time in which the GPU is idle, the least that a step computes and
-moves, and the loss curves of both precisions side by side. The last line compares images a second at the best batch
+moves, and the loss curves of both precisions side by side. The last line compares images per second at the best batch
 size of each. Our time covers the whole loop including drawing batches; the reference's covers its step alone, with its
 images on the device. Convolutions in float32 use TF32 on a GPU, which is PyTorch's default, for both.
 """
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def compare(root: Path, dataset: str, steps: int, batch: int, device: str) -> tuple[float, float]:
-    """Train at one batch size in each precision and print the results; return images a second, ours and the
+    """Train at one batch size in each precision and print the results; return images per second, ours and the
     reference's.
     """
     curves, idle, whole = {}, {}, {}
@@ -96,7 +96,7 @@ def compare(root: Path, dataset: str, steps: int, batch: int, device: str) -> tu
     print(pd.DataFrame({name: curve[columns].median() for name, curve in warm.items()}).round(2).to_string())
     ours = {name: curve["ms_per_step"].median() for name, curve in warm.items()}
     reference_ms, gflop, gigabytes = measure_reference(device, batch, min(steps, REFERENCE_STEPS))
-    print(f"reference, fp32, batch norm: {reference_ms:.2f} ms a step, {1000 * batch / reference_ms:.2f} images/s")
+    print(f"reference, fp32, batch norm: {reference_ms:.2f} ms per step, {1000 * batch / reference_ms:.2f} images/s")
     print(
         "times as fast as the reference: " + ", ".join(f"{name} {reference_ms / ms:.2f}" for name, ms in ours.items())
     )
@@ -118,7 +118,7 @@ def compare(root: Path, dataset: str, steps: int, batch: int, device: str) -> tu
 
 
 def train(root: Path, config: TrainConfig) -> tuple[pd.DataFrame, float]:
-    """Train; return the logged metrics by step, and the seconds of the whole training."""
+    """Train; return the logged metrics by step, and the seconds of the whole run."""
     gc.collect()  # trainers and their CUDA graphs refer to each other
     run = prepare_run(root, config)
     with tempfile.TemporaryDirectory() as folder:
@@ -162,7 +162,7 @@ def idle_shares(root: Path, config: TrainConfig) -> tuple[float, float]:
 
 
 def measure_reference(device: str, batch: int, steps: int) -> tuple[float, float, float]:
-    """The reference's ms a step; GFLOP of a step, and GB that Adam alone must read and write in it."""
+    """The reference's ms per step; GFLOP of a step, and GB that Adam alone must read and write in it."""
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     trainer = reference.Trainer(device=device)
