@@ -39,7 +39,7 @@ class SegmentedConfig(RefreshConfig):
 
 
 def acquire(source: Source, folder: Path, *, progress: Progress = no_progress, **options: Any) -> cache.VerifiedFile:
-    """`cache.acquire` with the options `HTTP`, some of them changed."""
+    """`cache.acquire` with the options `HTTP`, changed by `options`."""
     return cache.acquire(source, folder, http=replace(HTTP, **options), progress=progress)
 
 
@@ -81,7 +81,7 @@ class Unfinished:
         self.segments = -(-len(self.host.body) // SEGMENT)
 
     def restore(self, folder: Path, done: set[int], **changes: Any) -> None:
-        """Write a `.part` file in which only the segments `done` are right, and its record, with `changes`."""
+        """Write a `.part` file in which only the segments `done` are correct, and its record, with `changes`."""
         body, wrong = self.host.body, b"\xa5" * SEGMENT
         parts = [body[i * SEGMENT : (i + 1) * SEGMENT] if i in done else wrong for i in range(self.segments)]
         (folder / f"{NAME}.part").write_bytes(b"".join(parts)[: len(body)])
@@ -108,7 +108,7 @@ def page(call: Call) -> None:
 
 
 def crop(length: int, end: Answer) -> Answer:
-    """Send the first `length` bytes of each response; end the connection if there would be more."""
+    """Send the first `length` bytes of each response; end the connection if the response is longer."""
 
     def answer(call: Call) -> None:
         data = call.start()
@@ -133,8 +133,8 @@ def close(call: Call) -> None:
 
 
 def drip(call: Call) -> None:
-    for at in range(len(data := call.start())):
-        call.send(data[at : at + 1])
+    for i in range(len(data := call.start())):
+        call.send(data[i : i + 1])
         if call.host.closing.wait(0.01):
             break
 
@@ -192,8 +192,8 @@ def first(n: int, faulty: Answer, then: Answer = Call.correct) -> Answer:
     return lambda call: (faulty if next(calls) < n else then)(call)
 
 
-def flip_bit(data: bytes, at: int) -> bytes:
-    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+def flip_bit(data: bytes, offset: int) -> bytes:
+    return data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :]
 
 
 @dataclass

@@ -26,11 +26,11 @@ from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.recipes.ixi import refresh
 from ixi_etl.testing.phantom import write_phantom
 
-# Threads cost more than they save on networks of a few channels. Processes that tests start inherit the variable.
+# With networks of a few channels, threads cost more than they save. Child processes inherit the variable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SHRINK = 4  # of the phantom's grids: IXI's shapes, a quarter of the voxels along each axis
-SLICES = 12  # of the 33 that are left of the T2's 130
+SHRINK = 4  # the phantom has IXI's shapes with a quarter of the voxels along each axis
+SLICES = 12  # of the 33 slices of a shrunk T2
 
 SMALL_NETWORKS: dict[str, Any] = {
     "side": 32,
@@ -40,7 +40,7 @@ SMALL_NETWORKS: dict[str, Any] = {
     "precision": "fp32",
     "device": "cpu",
 }
-"""Settings of a training that takes milliseconds a step."""
+"""Training settings with which a step takes milliseconds."""
 
 TRAINED = SMALL_NETWORKS | {
     "batch_size": 2,
@@ -50,11 +50,11 @@ TRAINED = SMALL_NETWORKS | {
     "samples": 0,
     "ema": 0.9,
 }
-"""Settings of the run that `trained` makes."""
+"""Settings of the run of the fixture `trained`."""
 
 
 TORCH_MISSING = (
-    "needs torch, which a base install does not have; test_extras pins what each command says without it; to run this: "
+    "needs torch, which a base install does not have; test_extras covers the messages without it; to run this: "
     "pip install -c constraints.txt -e '.[train]'"
 )
 
@@ -64,11 +64,11 @@ GROUPS = {
     ),
     "s3": "s3 remote_runs strays odd_filesystems security prune",
 }
-"""Files that share what takes long to make: trained runs, versions on S3. A worker makes it once."""
+"""Test files that share slow fixtures (trained runs, versions on S3). One worker runs a whole group."""
 
 
 def group_of(test: str) -> str:
-    """The group of a test, given the path of its file or its id, which begins with that path."""
+    """The group of a test, given its id or the path of its file."""
     stem = Path(test.partition("::")[0]).stem.removeprefix("test_")
     return next((group for group, stems in GROUPS.items() if stem in stems.split()), stem)
 
@@ -93,7 +93,7 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the groups first, which take longest, so that the workers end together. Within each, file after file."""
+    """Run the slow groups first, so that the workers finish together. Files keep their order within a group."""
     order = list(GROUPS)
 
     def rank(item: pytest.Item) -> int:
@@ -104,7 +104,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Exclude imported modules from later garbage collections, which took a seventh of the time."""
+    """Exclude imported modules from later garbage collections, which took a seventh of the run time."""
     gc.collect()
     gc.freeze()
 
@@ -121,36 +121,36 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def stranger(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A file with one authority, who signs nothing: every new client reads the authorities that it is to trust."""
-    path = tmp_path_factory.mktemp("stranger") / "ca.pem"
+def unrelated_ca(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The file of one CA that signed nothing. Every new client reads its trusted CAs, and one is read quickly."""
+    path = tmp_path_factory.mktemp("unrelated_ca") / "ca.pem"
     trustme.CA().cert_pem.write_to_path(str(path))
     return str(path)
 
 
 @pytest.fixture(scope="session")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both archives, oddities and MD5SUMS; tests only read it."""
+    """A folder with both archives, with irregular members, and MD5SUMS; tests only read it."""
     folder = tmp_path_factory.mktemp("archives")
     write_phantom(folder, subjects=6, seed=3, shrink=SHRINK)
     return folder
 
 
 def config_for(root: Path | str, source: Path | str, scratch: Path | None = None, **dataset: object) -> RefreshConfig:
-    """A refresh of the phantom without registration, which has tests of its own and takes most of the time."""
+    """The configuration of a refresh without registration, which is slow and has its own tests."""
     chosen = DatasetConfig.model_validate({"slices": SLICES, "registration": "none"} | dataset)
     return RefreshConfig(root=str(root), scratch=scratch, source=str(source), dataset=chosen, workers=2)
 
 
 @pytest.fixture(scope="session")
 def published(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> PublishedVersion:
-    """The version that `paired` makes of the phantom; tests only read it."""
+    """A version refreshed from the phantom; tests only read it."""
     return refresh(config_for(tmp_path_factory.mktemp("root"), archives))
 
 
 @pytest.fixture
 def refreshed(published: PublishedVersion, tmp_path: Path) -> PublishedVersion:
-    """The same version in a root of its own, `tmp_path`, as `refresh(config_for(tmp_path, archives))` leaves it."""
+    """A copy of `published` in `tmp_path`, the same as `refresh(config_for(tmp_path, archives))` would make."""
     shutil.copytree(published.folder.parents[2], tmp_path, dirs_exist_ok=True)
     return replace(published, folder=tmp_path / published.folder.relative_to(published.folder.parents[2]))
 
@@ -163,13 +163,13 @@ def every_split(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Pub
 
 @pytest.fixture(scope="session")
 def torch() -> Any:
-    """The module; tests that use this fixture are skipped without it, as in a base install."""
+    """The module torch. Tests that use this fixture are skipped if torch is not installed."""
     return pytest.importorskip("torch", reason=TORCH_MISSING)
 
 
 @pytest.fixture(scope="session")
-def whole_run(torch: Any, every_split: PublishedVersion) -> Any:
-    """A `model.run.Run` of 6 steps on `every_split`, with samples, validated and evaluated; tests only read it."""
+def finished_run(torch: Any, every_split: PublishedVersion) -> Any:
+    """A `model.run.Run` of 6 steps on `every_split` with samples, validation and evaluation; tests only read it."""
     from model.config import TrainConfig
     from model.jobs import evaluate_run, prepare_run, train_run
 
@@ -194,21 +194,21 @@ def trained(torch: Any, published: PublishedVersion, tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="module")
 def prefect() -> Iterator[None]:
-    """A Prefect server of its own; tests of other modules must find none."""
+    """A Prefect server for one test module. Other modules need an environment without a server."""
     from prefect.testing.utilities import prefect_test_harness
 
     with prefect_test_harness(server_startup_timeout=300):  # on a busy machine
         yield
 
 
-S3_SECRET = "hunter2-of-s3"  # what must come out nowhere
+S3_SECRET = "hunter2-of-s3"  # must not appear in any output or file
 
 
 @contextmanager
-def s3_at(values: Mapping[str, str]) -> Iterator[None]:
-    """Point the environment to a server with S3's interface by its `AWS_...` variables.
+def s3_environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set the `AWS_...` variables of an S3-compatible server.
 
-    s3fs keeps its file systems by their arguments, not by the environment, so those of another server are forgotten.
+    s3fs caches its file systems by their arguments, not by the environment, so the cache is cleared.
     """
     from s3fs import S3FileSystem
 
@@ -222,7 +222,7 @@ def s3_at(values: Mapping[str, str]) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[None]:
-    """A server with S3's interface on this machine, which the environment points to."""
+    """A local S3-compatible server, to which the environment points."""
     from moto import backends
     from moto.server import ThreadedMotoServer
 
@@ -236,14 +236,14 @@ def s3() -> Iterator[None]:
         "AWS_SECRET_ACCESS_KEY": S3_SECRET,
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    with pytest.MonkeyPatch.context() as patch, s3_at(values):
-        patch.setattr(backends, "list_of_moto_modules", lambda: services)  # else each request lists moto's folders
+    with pytest.MonkeyPatch.context() as patch, s3_environment(values):
+        patch.setattr(backends, "list_of_moto_modules", lambda: services)  # otherwise each request lists moto's folders
         yield
     server.stop()
 
 
 def new_s3_root() -> str:
-    """A prefix in a bucket of its own."""
+    """A prefix in a new bucket."""
     bucket = f"bucket-{uuid.uuid4().hex}"
     to_path(f"s3://{bucket}").mkdir()
     return f"s3://{bucket}/some/prefix"
@@ -256,39 +256,39 @@ def s3_root(s3: None) -> str:
 
 @dataclass(frozen=True)
 class OnS3:
-    """A refresh onto S3: its config, what it made, what was logged meanwhile, and the requests that the server got."""
+    """A refresh to S3: its configuration, the version it made, its log messages and the requests to the server."""
 
     config: RefreshConfig
     made: PublishedVersion
     log: list[str]
-    requests: list[list[str]]  # each a method, a URL, and a protocol
+    requests: list[list[str]]  # method, URL and protocol of each
 
 
 @contextmanager
-def logged(least: int = logging.INFO) -> Iterator[list[logging.LogRecord]]:
-    """What is logged in the block of this program, its libraries, and the server of S3."""
+def capture_logs(level: int = logging.INFO) -> Iterator[list[logging.LogRecord]]:
+    """Collect the records that the project, its libraries and the S3 server log in the block."""
     records: list[logging.LogRecord] = []
     handler, root = logging.Handler(), logging.getLogger()
     handler.emit = records.append  # type: ignore[method-assign]
-    level = root.level
+    previous = root.level
     root.addHandler(handler)
-    root.setLevel(least)
+    root.setLevel(level)
     try:
         yield records
     finally:
-        root.setLevel(level)
+        root.setLevel(previous)
         root.removeHandler(handler)
 
 
 def requests_in(records: list[logging.LogRecord]) -> list[list[str]]:
-    """Those that the server of S3 logged: method, URL and protocol of each."""
+    """Method, URL and protocol of each request that the S3 server logged."""
     return [r.getMessage().split('"')[1].split() for r in records if r.name == "werkzeug" and '"' in r.getMessage()]
 
 
 @pytest.fixture(scope="session")
 def on_s3(s3: None, archives: Path, tmp_path_factory: pytest.TempPathFactory) -> OnS3:
-    """The version of `published`, made by a refresh onto S3; tests only read it."""
+    """A refresh to S3 with the same result as `published`; tests only read it."""
     config = config_for(new_s3_root(), archives, tmp_path_factory.mktemp("scratch"))
-    with logged(logging.DEBUG) as records:
+    with capture_logs(logging.DEBUG) as records:
         made = refresh(config)
     return OnS3(config, made, [record.getMessage() for record in records], requests_in(records))

@@ -1,4 +1,4 @@
-"""Fixtures of the tests that download: small archives, a network without proxies, an interrupted download."""
+"""Fixtures for download tests: small archives, a network without proxies, an interrupted download."""
 
 from __future__ import annotations
 
@@ -47,12 +47,13 @@ def authority() -> trustme.CA:
 
 
 @pytest.fixture
-def isolated_network(monkeypatch: pytest.MonkeyPatch, stranger: str) -> None:
-    isolate_network(monkeypatch, stranger)
+def isolated_network(monkeypatch: pytest.MonkeyPatch, unrelated_ca: str) -> None:
+    isolate_network(monkeypatch, unrelated_ca)
 
 
 @pytest.fixture
 def own(tmp_path: Path, tar: bytes, other: bytes) -> Path:
+    """A folder with the user's own archives."""
     folder = tmp_path / "own"
     folder.mkdir()
     (folder / "IXI-T1.tar").write_bytes(tar)
@@ -61,12 +62,13 @@ def own(tmp_path: Path, tar: bytes, other: bytes) -> Path:
 
 
 @pytest.fixture(scope="module")
-def unfinished(tar: bytes, stranger: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Unfinished]:
+def unfinished(tar: bytes, unrelated_ca: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Unfinished]:
+    """A download that was interrupted after four segments."""
     folder = tmp_path_factory.mktemp("unfinished")
     with serve(Host(tar)) as host:
         host.answer = after_probe(first(4, Call.correct, status(403)))
         with pytest.MonkeyPatch.context() as patch:
-            isolate_network(patch, stranger)
+            isolate_network(patch, unrelated_ca)
             with pytest.raises(DownloadError):
                 acquire(source_of(host, md5=None), folder, connections=1)
         host.answer = Call.correct

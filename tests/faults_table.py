@@ -1,4 +1,4 @@
-"""The table of outcomes of the faults that `make faults` tries."""
+"""The table of faults and their outcomes that `make faults` prints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Row = Callable[[str, int, str, str], None]
 
 @pytest.fixture
 def row(record_property: Callable[[str, object], None]) -> Row:
-    """Record a row of the table: fault, tries, outcome, data lost. Only what was asserted may be told."""
+    """Record a row of the table: fault, tries, outcome, data lost. A test records only what it asserted."""
 
     def record(fault: str, count: int, outcome: str, lost: str = "none") -> None:
         record_property("fault", [fault, count, outcome, lost])
@@ -22,19 +22,19 @@ def row(record_property: Callable[[str, object], None]) -> Row:
 
 @pytest.hookimpl(tryfirst=True, wrapper=True)
 def pytest_terminal_summary(terminalreporter: Any) -> Generator[None]:
-    """The table, and below it what pytest says of failures, so that the end tells of them."""
+    """Print the table before pytest's summary, so that failures stay at the end."""
     _print_table(terminalreporter)
     return (yield)
 
 
 def _print_table(terminalreporter: Any) -> None:
-    """A fault whose test failed or was skipped stands in it as such."""
+    """Print the recorded rows, and a row for each test that failed or was skipped."""
     rows: list[list[Any]] = []
     for kind in ("passed", "failed", "skipped"):
         for report in terminalreporter.stats.get(kind, ()):
             if kind == "passed":
                 rows += [value for name, value in report.user_properties if name == "fault"]
-            elif "faults" in getattr(report, "keywords", ()):  # a module that is skipped or fails to import has none
+            elif "faults" in getattr(report, "keywords", ()):  # reports of skipped or broken modules have no keywords
                 rows.append([report.nodeid.rpartition("::")[2], 0, kind.upper(), "?" if kind == "failed" else "none"])
     if not rows:
         return

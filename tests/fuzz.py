@@ -35,8 +35,8 @@ def run_seed(seed: int, only: str, more: list[str]) -> tuple[int, list[str], str
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=10, help="how many seeds to draw")
-    parser.add_argument("--seed", type=int, nargs="*", default=[], help="these seeds instead")
+    parser.add_argument("--seeds", type=int, default=10, help="number of seeds to draw")
+    parser.add_argument("--seed", type=int, nargs="*", default=[], help="use these seeds instead")
     parser.add_argument("--only", default="", help="the tests to run, as for pytest -k")
     chosen, more = parser.parse_known_args()
     seeds = chosen.seed or [random.SystemRandom().randrange(1 << 32) for _ in range(chosen.seeds)]
@@ -53,14 +53,12 @@ def main() -> int:
             print(output)
         for name in failed:
             found.setdefault(name, []).append(seed)
-        last = output.strip().splitlines()[-1:] or [
-            f"no output, exit code {code}"
-        ]  # a signal can end pytest at any time
-        print(f"seed {seed} ({number} of {len(seeds)}): {last[0]}", flush=True)
-    for name, at in found.items():
-        print(
-            f"{name} failed with {', '.join(map(str, at))}; to repeat: make fuzz SEED={at[0]} ONLY={name.split('[')[0]}"
-        )
+        lines = output.strip().splitlines()  # none if a signal ended pytest early
+        last = lines[-1] if lines else f"no output, exit code {code}"
+        print(f"seed {seed} ({number} of {len(seeds)}): {last}", flush=True)
+    for name, failing in found.items():
+        command = f"make fuzz SEED={failing[0]} ONLY={name.split('[')[0]}"
+        print(f"{name} failed with {', '.join(map(str, failing))}; to repeat: {command}")
     for seed in broken:
         print(f"pytest ended early with {seed}; to repeat: make fuzz SEED={seed}")
     if not found and not broken:

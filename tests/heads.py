@@ -15,7 +15,7 @@ from model.synthesize import Trained
 
 def identity(shape: tuple[int, int] = (24, 24), spacing_mm: float = 2.0, low_high: tuple[float, float] = (0, 1)) -> Any:
     """A generator that returns its source, for planes of that shape and spacing and targets in `low_high`."""
-    wanted = PlaneSummary(
+    summary = PlaneSummary(
         shape=shape,
         spacing_mm=(spacing_mm, spacing_mm),
         slab_mm=14.0,
@@ -25,7 +25,7 @@ def identity(shape: tuple[int, int] = (24, 24), spacing_mm: float = 2.0, low_hig
         source_histogram=tuple(np.eye(planes.BINS)[20]),
         target_histogram=tuple(np.eye(planes.BINS)[1]),
     )
-    return Trained(lambda source, _: source, wanted, ("t1", "t2"), "cpu", {"GeneratorSHA256": "0" * 64})
+    return Trained(lambda source, _: source, summary, ("t1", "t2"), "cpu", {"GeneratorSHA256": "0" * 64})
 
 
 def head(shape_ijk: tuple[int, ...], affine: np.ndarray) -> np.ndarray:

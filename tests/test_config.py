@@ -12,7 +12,7 @@ from model.config import TrainConfig
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"),
+    ("typed", "intended"),
     [
         ("learning_rate", "lr"),
         ("LR", "lr"),
@@ -29,8 +29,8 @@ from model.config import TrainConfig
         ("", None),
     ],
 )
-def test_nearest_name_finds_the_field(typed: str, meant: str | None) -> None:
-    assert nearest_name(typed, list(TrainConfig.model_fields)) == meant
+def test_nearest_name_finds_the_intended_field(typed: str, intended: str | None) -> None:
+    assert nearest_name(typed, list(TrainConfig.model_fields)) == intended
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_nearest_name_finds_the_field(typed: str, meant: str | None) -> None:
         (DatasetConfig, {"zzz": 1}, "there is no field zzz; the fields are pairing, window, slices, depth,"),
     ],
 )
-def test_the_error_names_the_nearest_field_in_one_line(model: Any, given: dict[str, Any], expected: str) -> None:
+def test_error_names_the_nearest_field_in_one_line(model: Any, given: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValidationError) as error:
         model.model_validate(given)
     line = format_validation_error(error.value)
@@ -55,7 +55,7 @@ def test_the_error_names_the_nearest_field_in_one_line(model: Any, given: dict[s
 
 
 @pytest.mark.parametrize(("window", "length"), [("middle", 20), ((3, 8), 5)])
-def test_the_window_length_is_that_of_the_slab(window: Any, length: int) -> None:
+def test_window_length_is_the_length_of_the_slab(window: Any, length: int) -> None:
     config = DatasetConfig(window=window)
     assert config.window_length == length
     start, stop = config.window_in(100) or (0, 0)

@@ -55,7 +55,7 @@ def test_dataset_page_lists_the_columns_of_the_manifest() -> None:
     for cell, kind, _ in rows("dataset.md", "| column | type | what it holds |"):
         documented |= dict.fromkeys(names(cell), next(kinds[k] for k in kinds if kind.startswith(k)))
     assert documented == dict(IXI.dtypes)
-    for modality in ("t1_", "t2_"):  # both modalities share a row; within one the order is that of the file
+    for modality in ("t1_", "t2_"):  # both modalities share a row; within one, the order is that of the file
         page, schema = ([c for c in columns if c.startswith(modality)] for columns in (documented, IXI.columns))
         assert page == schema
 
@@ -118,7 +118,7 @@ def test_modules_and_functions_named_on_the_pages_exist() -> None:
     unknown = [
         f"{page.name}: {name}"
         for page in PAGES
-        if page.name != "CHANGELOG.md"  # it names what was removed too
+        if page.name != "CHANGELOG.md"  # it also names removed modules
         for name in re.findall(r"`((?:ixi_etl|model|flows|benchmarks)(?:\.\w+)+)", page.read_text())
         if not name.endswith(".py") and not is_defined(name)
     ]
@@ -134,7 +134,7 @@ def is_defined(name: str) -> bool:
     return module.exists() and bool(re.search(rf"^(def|class) {attribute}\b|^{attribute}\b", module.read_text(), re.M))
 
 
-def test_the_tree_on_the_architecture_page_lists_every_module() -> None:
+def test_architecture_page_lists_every_module() -> None:
     tree = (TOP / "docs/architecture.md").read_text().partition("## The tree")[2].partition("## Layers")[0]
     modules = [path for package in ("ixi_etl", "model", "flows") for path in (TOP / package).rglob("*.py")]
     listed = set(re.findall(r"\w+", tree))
@@ -209,21 +209,19 @@ def folder(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from model.export import export
     from model.jobs import prepare_run, train_run
 
-    here = tmp_path_factory.mktemp("reader")
-    root = here / "ixi-data"
+    folder = tmp_path_factory.mktemp("reader")
+    root = folder / "ixi-data"
     version = refresh(config_for(root, archives, split=(0.4, 0.3, 0.3), pictures=False))
     assert set(metadata.read_metadata(version.folder)["splits"]) == {"train", "val", "test"}
     config = TrainConfig.model_validate(SMALL_NETWORKS | {"steps": 1, "samples": 0, "checkpoint_every": 1})
-    export(train_run(prepare_run(root, config, "a")), "onnx", here / "exported")
-    return here
+    export(train_run(prepare_run(root, config, "a")), "onnx", folder / "exported")
+    return folder
 
 
 @pytest.mark.stack  # half a minute for imports and the export
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
-def test_the_python_of_a_page_runs_from_top_to_bottom(
-    page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`test_flow` runs that of the README, which needs a Prefect server."""
+def test_python_of_a_page_runs_from_top_to_bottom(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`test_flow` runs the Python of the README, which needs a Prefect server."""
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {}
     for block in blocks(page, "python"):
@@ -232,8 +230,8 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(
         check_loaded(names)
 
 
-def test_the_napari_line_names_arrays_that_its_reader_takes(published: PublishedVersion) -> None:
-    """For a group, that reader takes all arrays as scales of one image. The test opens no display."""
+def test_napari_command_names_arrays_not_groups(published: PublishedVersion) -> None:
+    """The reader treats the arrays of a group as scales of one image. The test opens no display."""
     import zarr
 
     [line] = [
@@ -245,7 +243,7 @@ def test_the_napari_line_names_arrays_that_its_reader_takes(published: Published
 
 
 def check_loaded(names: dict[str, Any]) -> None:
-    """The ways of loading on the page give the same values."""
+    """Check that every loading method on the page gives the same values."""
     store = open_arrays(names["version"])
     row = int(names["used"]["store_row"].iloc[0])
     assert np.array_equal(names["one"].to_numpy(), store["t2"][row])
@@ -259,6 +257,6 @@ def check_loaded(names: dict[str, Any]) -> None:
     index = int(names["pairs"].subject[7]), int(names["pairs"].position[7])
     row = int(names["used"].set_index("subject_id").loc[names["pairs"].subjects[index[0]], "store_row"])
     low, high = names["used"].set_index("store_row").loc[row, ["t1_p_low", "t1_p_high"]]
-    by_hand = (np.asarray(store["t1"][row, index[1]], np.float64) - low) / (high - low)
-    assert np.allclose(names["source"][1, 0], by_hand.clip(0, 1) * 2 - 1, atol=1e-5)
+    expected = (np.asarray(store["t1"][row, index[1]], np.float64) - low) / (high - low)
+    assert np.allclose(names["source"][1, 0], expected.clip(0, 1) * 2 - 1, atol=1e-5)
     assert names["batch"]["t1"].shape[:2] == names["batch"]["t2"].shape[:2] == (2, 1)

@@ -19,7 +19,7 @@ def run_example(name: str, *arguments: object) -> None:
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
-def test_read_a_version_prints_the_counts_and_a_subject(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_read_a_version_prints_counts_and_a_subject(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_example("read_a_version.py", trained)
     out = capsys.readouterr().out
     assert "subjects are used" in out
@@ -45,9 +45,9 @@ def test_synthesize_a_volume_writes_it_on_the_grid_of_the_input(
         assert file
         source.write_bytes(file.read())
     run_example("synthesize_a_volume.py", trained, "a", source, out)
-    made, given = nib.load(out), nib.load(source)
-    assert made.shape == given.shape
-    assert (made.affine == given.affine).all()
+    output, given = nib.load(out), nib.load(source)
+    assert output.shape == given.shape
+    assert (output.affine == given.affine).all()
     assert "t1 to t2" in capsys.readouterr().out
 
 

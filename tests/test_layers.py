@@ -1,4 +1,4 @@
-"""Imports point down, between the packages and inside them, and never in a circle: `docs/architecture.md`."""
+"""Imports point down, between and inside the packages, and form no cycle: `docs/architecture.md`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 
 PROJECT = Path(__file__).parents[1]
 PACKAGES = ("flows", "model", "ixi_etl")
-"""From the top down."""
+"""Packages from the top down."""
 
 LAYERS = (
     *("recipes", "testing", "report", "pairing", "dataset", "sources", "scans"),
     *("config", "modalities", "core", "errors"),
 )
-"""Of `ixi_etl`, packages and modules, from the top down."""
+"""Packages and modules of `ixi_etl` from the top down."""
 
 INFERENCE = ("generator", "evaluate", "planes", "synthesize", "volumes", "export")
 TRAINING_LOOP = {"model.train", "model.trainer", "model.jobs"}
@@ -32,7 +32,7 @@ MODULES = {module_name(path): path for package in PACKAGES for path in sorted((P
 
 
 def imports_of(tree: ast.AST) -> Iterator[str]:
-    """The project's modules that the code imports, at its top or inside a function, but for type checkers alone."""
+    """The project's modules that the code imports at its top or in a function, except those for type checkers only."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             continue
@@ -50,7 +50,7 @@ IMPORTS = {name: set(imports_of(ast.parse(path.read_text()))) - {name} for name,
 
 
 def rank(module: str) -> tuple[int, int]:
-    """Where a module stands: it imports those of the same or a higher rank."""
+    """The layer of a module. It may import modules of the same or a higher rank."""
     package, _, rest = module.partition(".")
     layer = rest.partition(".")[0]
     if module == "ixi_etl":  # constants
@@ -64,15 +64,15 @@ def test_imports_point_down(module: str) -> None:
     assert not upward
 
 
-def test_there_is_no_circle() -> None:
-    list(TopologicalSorter(IMPORTS).static_order())  # raises CycleError, which names it
+def test_imports_form_no_cycle() -> None:
+    list(TopologicalSorter(IMPORTS).static_order())  # a CycleError names the cycle
 
 
 def test_inference_does_not_import_the_training_loop() -> None:
     for module in INFERENCE:
-        found: set[str] = set()
+        reached: set[str] = set()
         new = {f"model.{module}"}
         while new:
-            found |= new
-            new = set().union(*(IMPORTS[name] for name in new)) - found
-        assert not found & TRAINING_LOOP, module
+            reached |= new
+            new = set().union(*(IMPORTS[name] for name in new)) - reached
+        assert not reached & TRAINING_LOOP, module

@@ -19,11 +19,11 @@ def draw_examples(profile: str, number: int | None = None) -> list[str]:
     """The first examples of a property test with a profile and, optionally, a seed."""
     examples: list[str] = []
 
-    def take(values: list[int | str | float]) -> None:
+    def record(values: list[int | str | float]) -> None:
         examples.append(repr(values))
 
     test = settings(settings.get_profile(profile), database=None, max_examples=COUNT)(
-        given(st.lists(st.integers() | st.floats()))(take)
+        given(st.lists(st.integers() | st.floats()))(record)
     )
     (test if number is None else seed(number)(test))()
     return examples
@@ -39,7 +39,7 @@ def test_examples_do_not_depend_on_imported_modules(tmp_path: Path, monkeypatch:
     assert draw_examples("test") == first
 
 
-def test_fuzz_draws_more_examples_and_by_seed() -> None:
+def test_fuzz_draws_more_examples_which_the_seed_decides() -> None:
     assert draw_examples("fuzz", 1) == draw_examples("fuzz", 1) != draw_examples("fuzz", 2)
     test, fuzz = settings.get_profile("test"), settings.get_profile("fuzz")
     assert fuzz.max_examples > test.max_examples
@@ -55,9 +55,9 @@ def test_no_profile_has_a_deadline() -> None:
 
 @pytest.mark.parametrize("path", sorted({*TESTS.rglob("test_*.py")} - {Path(__file__)}), ids=lambda path: path.stem)
 def test_tests_set_only_the_number_of_examples(path: Path) -> None:
-    """With `examples`, so that `make fuzz` gets more. Any other setting would override the profile."""
+    """They set it through `examples`, so that `make fuzz` draws more. Any other setting would override the profile."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "settings":
-            given_ = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            assert given_.keys() == {"max_examples"}
-            assert given_["max_examples"].startswith("examples(")
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert keywords.keys() == {"max_examples"}
+            assert keywords["max_examples"].startswith("examples(")

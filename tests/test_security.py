@@ -1,4 +1,4 @@
-"""Who may get in: no secret comes out, nothing from outside is run, and no path leads out."""
+"""Secrets are not shown or stored, input data is not executed, and no path leads out of a version."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ FORBIDDEN = {
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PROJECT)))
-def test_nothing_from_outside_is_run_or_unpacked(path: Path) -> None:
+def test_source_does_not_execute_or_extract_input(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
@@ -68,8 +68,8 @@ def test_nothing_from_outside_is_run_or_unpacked(path: Path) -> None:
             assert not any(k.arg == "allow_pickle" and ast.unparse(k.value) != "False" for k in node.keywords)
 
 
-class Owned:
-    """Unpickled, it would leave a file."""
+class TouchOnUnpickle:
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,17 +78,17 @@ class Owned:
         return Path.touch, (self.path,)
 
 
-def test_a_store_of_zarr_2_whose_codecs_include_pickle_is_not_opened(tmp_path: Path) -> None:
+def test_zarr_2_store_with_a_pickle_codec_is_refused(tmp_path: Path) -> None:
     array = tmp_path / "version/slices.zarr/t1"
     array.mkdir(parents=True)
     (array.parent / ".zgroup").write_text('{"zarr_format": 2}')
     metadata = {"zarr_format": 2, "shape": [1, 1, 2, 2], "chunks": [1, 1, 2, 2], "dtype": "<i2", "order": "C"}
     metadata |= {"compressor": {"id": "pickle"}, "fill_value": 0, "filters": None}
     (array / ".zarray").write_text(json.dumps(metadata))
-    (array / "0.0.0.0").write_bytes(pickle.dumps(Owned(tmp_path / "owned")))
+    (array / "0.0.0.0").write_bytes(pickle.dumps(TouchOnUnpickle(tmp_path / "executed")))
     with pytest.raises(DatasetError, match="cannot be opened as a Zarr group"):
         np.asarray(open_arrays(tmp_path / "version")["t1"])
-    assert not (tmp_path / "owned").exists()
+    assert not (tmp_path / "executed").exists()
 
 
 # -- secrets ----------------------------------------------------------------------------------------------------------
@@ -107,13 +107,13 @@ SECRET = "hunter2hunter2"
     ids=str,
 )
 @pytest.mark.parametrize("kind", [RefreshConfig, DigitsConfig])
-def test_a_secret_in_a_url_is_refused_and_not_repeated(kind: Any, given: dict[str, str]) -> None:
+def test_secret_in_a_url_is_refused_and_not_shown(kind: Any, given: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"put those into ~/\.netrc") as caught:
         kind(**given)
     assert SECRET not in str(caught.value)
 
 
-def test_a_process_that_is_given_a_secret_does_not_repeat_it() -> None:
+def test_command_refuses_a_secret_and_does_not_show_it() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "flows", "refresh", f"--source=https://me:{SECRET}@example.org/ixi"],
         capture_output=True,
@@ -159,16 +159,14 @@ URLS = [
     ],
     ids=" ".join,
 )
-def test_a_secret_is_refused_wherever_a_person_can_give_it(
-    command: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_secret_is_refused_in_every_option(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     from flows.cli import main
 
     with pytest.raises(SystemExit) as ended:
         main(command)
-    said = capsys.readouterr()
-    assert (ended.value.code, said.out) == (2, "")
-    assert re.fullmatch(r"error: .*a URL with a password or a key in it; put those into ~/\.netrc.*\n", said.err)
+    output = capsys.readouterr()
+    assert (ended.value.code, output.out) == (2, "")
+    assert re.fullmatch(r"error: .*a URL with a password or a key in it; put those into ~/\.netrc.*\n", output.err)
 
 
 SECRET_URLS = [
@@ -203,7 +201,7 @@ SECRET_URLS = [
 
 
 @pytest.mark.parametrize("url", SECRET_URLS)
-def test_a_secret_is_refused_however_it_is_written(url: str) -> None:
+def test_secret_is_refused_in_every_notation(url: str) -> None:
     attempts: list[Any] = [
         lambda: reject_url_credentials(url),
         lambda: find_archives(url),
@@ -225,7 +223,7 @@ def test_a_secret_is_refused_however_it_is_written(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "place",
+    "location",
     [
         "/data/a@b",
         "/data/what?/x#y",
@@ -244,59 +242,64 @@ def test_a_secret_is_refused_however_it_is_written(url: str) -> None:
         "C:/data/a@b",
     ],
 )
-def test_an_at_sign_in_a_path_is_no_secret(place: str) -> None:
-    reject_url_credentials(place)
-    assert str(IxiError(f"cannot read {place}: 403")) == f"cannot read {place}: 403"
+def test_harmless_at_signs_and_colons_are_accepted(location: str) -> None:
+    reject_url_credentials(location)
+    assert str(IxiError(f"cannot read {location}: 403")) == f"cannot read {location}: 403"
 
 
-def test_what_others_say_is_repeated_without_the_secrets_of_its_urls() -> None:
-    said = (
+def test_messages_of_libraries_are_shown_without_url_secrets() -> None:
+    message = (
         f"403, url='https://cdn/x?X-Amz-Signature={SECRET}'; s3://AKIA:ab/{SECRET}@bucket/k: no; "
         f"(https://me:{SECRET}@h:9/x#{SECRET}), http://h/a?b={SECRET}: 404"
     )
-    wanted = "403, url='https://cdn/x?***'; s3://***@bucket/k: no; (https://***@h:9/x#***), http://h/a?***: 404"
-    for error in (IxiError(said), DownloadError(said), BadVolumeError("unreadable", said), UnusableError(said)):
-        assert str(error).removeprefix("unreadable: ") == wanted
+    redacted = "403, url='https://cdn/x?***'; s3://***@bucket/k: no; (https://***@h:9/x#***), http://h/a?***: 404"
+    for error in (
+        IxiError(message),
+        DownloadError(message),
+        BadVolumeError("unreadable", message),
+        UnusableError(message),
+    ):
+        assert str(error).removeprefix("unreadable: ") == redacted
 
 
 @pytest.mark.parametrize("over_tls", [False, True])
-def test_the_signature_of_a_link_that_a_server_leads_to_comes_out_nowhere(
+def test_signature_of_a_redirect_is_not_shown_or_stored(
     over_tls: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tar, authority, once = make_tar(tmp_path, 4, 200_000), trustme.CA(), HttpOptions(tries=1)
+    tar, authority, single_try = make_tar(tmp_path, 4, 200_000), trustme.CA(), HttpOptions(tries=1)
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
     caplog.set_level(logging.DEBUG)
-    said = []
+    outputs = []
     with serve(Host(tar)) as store:
 
-        def lead(call: Call) -> None:
+        def redirect(call: Call) -> None:
             call.plain(302, location=f"{store.url}?X-Amz-Signature={SECRET}")
 
         tls = served_as(authority, "localhost") if over_tls else None
-        with serve(Host(b"", lead), tls, "localhost" if over_tls else "127.0.0.1") as host:
+        with serve(Host(b"", redirect), tls, "localhost" if over_tls else "127.0.0.1") as host:
             source = Source(NAME, (host.url,), None)
             if not over_tls:
-                said.append(repr(acquire(source, tmp_path / "got")))
+                outputs.append(repr(acquire(source, tmp_path / "got")))
             for answer in (lambda call: call.plain(403), lambda call: call.plain(200, b"x" * 600), Call.reset):
                 store.answer = answer
                 for attempt in (
-                    lambda: acquire(source, tmp_path / "other", http=once),
+                    lambda: acquire(source, tmp_path / "other", http=single_try),
                     lambda: index_archive(host.url),
-                    lambda: user_sources(host.url, once),
+                    lambda: user_sources(host.url, single_try),
                 ):
                     with pytest.raises(IxiError) as caught:
                         attempt()
-                    said.append("".join(traceback.format_exception(caught.value)))
+                    outputs.append("".join(traceback.format_exception(caught.value)))
             if not over_tls:
-                said.append(repr(acquire(source, tmp_path / "got")))  # of which the server now says another thing
-    assert said
-    assert SECRET not in "".join(said) + caplog.text
+                outputs.append(repr(acquire(source, tmp_path / "got")))  # already downloaded; the server fails now
+    assert outputs
+    assert SECRET not in "".join(outputs) + caplog.text
     for path in [*(tmp_path / "other").iterdir(), *tmp_path.glob("got/*.json")]:
         assert SECRET.encode() not in path.read_bytes()
 
 
-def test_the_password_of_an_endpoint_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_password_of_an_s3_endpoint_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     import s3fs
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://me:{SECRET}@127.0.0.1:9")
@@ -308,34 +311,34 @@ def test_the_password_of_an_endpoint_is_not_repeated(monkeypatch: pytest.MonkeyP
     assert SECRET not in str(caught.value)
 
 
-def test_a_password_in_netrc_is_used_and_told_to_nobody_else(
+def test_netrc_password_is_sent_only_to_its_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tar = make_tar(tmp_path, 4, 200_000)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".netrc").write_text(f"machine 127.0.0.1 login me password {SECRET}\n")
     (tmp_path / ".netrc").chmod(0o600)
-    said: list[str | None] = []
+    received: list[str | None] = []
 
     def answer(call: Call) -> None:
-        said.append(call.headers.get("authorization"))
-        call.correct() if said[-1] else call.plain(401)
+        received.append(call.headers.get("authorization"))
+        call.correct() if received[-1] else call.plain(401)
 
     caplog.set_level(logging.DEBUG)
     with serve(Host(tar, answer)) as host, serve(Host(tar, answer), name="localhost") as elsewhere:
         found = acquire(Source(NAME, (host.url,), None), tmp_path / "got")
-        assert set(said) == {f"Basic {base64.b64encode(f'me:{SECRET}'.encode()).decode()}"}
-        said.clear()
+        assert set(received) == {f"Basic {base64.b64encode(f'me:{SECRET}'.encode()).decode()}"}
+        received.clear()
         with pytest.raises(DownloadError, match="401"):
             acquire(Source(NAME, (elsewhere.url,), None), tmp_path / "elsewhere")
-        assert set(said) == {None}
+        assert set(received) == {None}
     assert Path(found.location).read_bytes() == tar
     written = [p.read_bytes() for p in (tmp_path / "got").iterdir()]
     assert not any(SECRET.encode() in data for data in written)
     assert SECRET not in caplog.text + repr(found)
 
 
-def test_s3_keys_come_out_nowhere(on_s3: OnS3) -> None:
+def test_s3_keys_are_not_logged_or_stored(on_s3: OnS3) -> None:
     config = on_s3.config
     assert config.scratch
     assert len(on_s3.log) > 100
@@ -345,9 +348,9 @@ def test_s3_keys_come_out_nowhere(on_s3: OnS3) -> None:
             assert S3_SECRET.encode() not in (top / name).read_bytes()
 
 
-def test_no_file_of_the_project_has_a_secret() -> None:
-    said = r"(?i:password|secret|token)\s*[=:]\s*['\"][^'\"$]"
-    keys = re.compile(rf"AKIA[0-9A-Z]{{16}}|-----BEGIN [A-Z ]*PRIVATE KEY|{said}")
+def test_project_files_contain_no_secret() -> None:
+    assignment = r"(?i:password|secret|token)\s*[=:]\s*['\"][^'\"$]"
+    keys = re.compile(rf"AKIA[0-9A-Z]{{16}}|-----BEGIN [A-Z ]*PRIVATE KEY|{assignment}")
     others = ("docker-compose.yml", "Dockerfile", "prefect.yaml", ".env.example")
     for path in [*SOURCES, *(PROJECT / name for name in others)]:
         assert not keys.search(path.read_text()), path
@@ -356,8 +359,8 @@ def test_no_file_of_the_project_has_a_secret() -> None:
 # -- paths ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_manifest_cannot_lead_out_of_its_run(published: Any, tmp_path: Path) -> None:
-    """A subject's id becomes part of the name of a sample; a version that somebody else made may say anything."""
+def test_manifest_with_a_path_as_subject_id_is_refused(published: Any, tmp_path: Path) -> None:
+    """A subject id becomes part of a sample's file name, and a version from elsewhere may contain any text."""
     import shutil
 
     copy = Path(shutil.copytree(published.folder, tmp_path / published.version))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import OnS3, config_for, logged, requests_in
+from conftest import OnS3, capture_logs, config_for, requests_in
 from pydantic import ValidationError
 
 from flows.cli import main
@@ -198,7 +198,7 @@ def test_s3_requests_stay_within_the_prefix_of_the_root(on_s3: OnS3) -> None:
     """An access key can therefore be restricted to it."""
     root = str(on_s3.config.root)
     bucket, _, prefix = root.removeprefix("s3://").partition("/")
-    with logged() as records:
+    with capture_logs() as records:
         for command in (["verify"], ["versions"], ["prune", "--keep", "1", "--dry-run"]):
             with pytest.raises(SystemExit) as ended:
                 main([*command, "--root", root])

@@ -34,8 +34,8 @@ pytestmark = pytest.mark.faults
 
 
 @pytest.fixture(autouse=True)
-def _isolated_network(monkeypatch: pytest.MonkeyPatch, stranger: str) -> None:
-    isolate_network(monkeypatch, stranger)
+def _isolated_network(monkeypatch: pytest.MonkeyPatch, unrelated_ca: str) -> None:
+    isolate_network(monkeypatch, unrelated_ca)
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def deployments(prefect: None) -> dict[str, UUID]:
 def find_deployment(
     deployments: dict[str, UUID], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], Coroutine[Any, Any, UUID]]:
-    """The look-up of `prefect deployment run` in a process that has loaded the plugin."""
+    """The lookup of `prefect deployment run` in a process that has loaded the plugin."""
     from prefect import get_client
     from prefect.client.orchestration import PrefectClient
     from prefect.plugins import HookContext
@@ -58,7 +58,7 @@ def find_deployment(
 @pytest.mark.parametrize(
     ("name", "full"), [("lone", "lone/lone"), ("lone/lone", "lone/lone"), ("two/twin", "two/twin")]
 )
-def test_a_deployment_is_found_by_its_bare_and_its_full_name(
+def test_deployment_is_found_by_bare_and_full_name(
     name: str,
     full: str,
     deployments: dict[str, UUID],
@@ -67,17 +67,17 @@ def test_a_deployment_is_found_by_its_bare_and_its_full_name(
     assert asyncio.run(find_deployment(name)) == deployments[full]
 
 
-@pytest.mark.parametrize("name", ["twin", "nobody"])
-def test_an_ambiguous_or_unknown_bare_name_gets_the_error_of_prefect(
+@pytest.mark.parametrize("name", ["twin", "unknown"])
+def test_ambiguous_or_unknown_bare_name_raises_the_error_of_prefect(
     name: str, find_deployment: Callable[[str], Coroutine[Any, Any, UUID]]
 ) -> None:
-    wrong = f"Invalid deployment name format: {name}. Expected format: <FLOW_NAME>/<DEPLOYMENT_NAME>"
-    with pytest.raises(ValueError, match=re.escape(wrong)):
+    message = f"Invalid deployment name format: {name}. Expected format: <FLOW_NAME>/<DEPLOYMENT_NAME>"
+    with pytest.raises(ValueError, match=re.escape(message)):
         asyncio.run(find_deployment(name))
 
 
-def test_the_prefect_command_in_this_folder_accepts_a_bare_name(deployments: dict[str, UUID]) -> None:
-    """`prefect.toml` of this folder turns the plugin on."""
+def test_prefect_command_in_the_project_folder_accepts_a_bare_name(deployments: dict[str, UUID]) -> None:
+    """`prefect.toml` in the project folder enables the plugin."""
     from prefect.settings import get_current_settings
 
     done = subprocess.run(

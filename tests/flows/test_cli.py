@@ -1,4 +1,4 @@
-"""Every command has help and stands in the README; mistakes are one line; nothing heavy is imported for nothing."""
+"""Every command has help and is in the README; user errors print one line; slow imports are deferred."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as ended:
         main(list(arguments))
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, said.err
+    output = capsys.readouterr()
+    return int(ended.value.code or 0), output.out, output.err
 
 
 def root_of(published: PublishedVersion) -> str:
@@ -40,7 +40,7 @@ def root_of(published: PublishedVersion) -> str:
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_every_command_has_help_and_stands_in_the_readme(name: str) -> None:
+def test_every_command_has_help_and_is_in_the_readme(name: str) -> None:
     assert COMMANDS[name].help
     for parameter in COMMANDS[name].params:
         assert getattr(parameter, "help", None) or parameter.name == "help", f"{name} {parameter.name} has no help"
@@ -55,7 +55,9 @@ def test_every_command_in_the_readme_exists() -> None:
     assert set(re.findall(r"ixi-etl ([a-z]+)", README)) == set(COMMANDS)
 
 
-def test_survey_prints_writes_and_draws(archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_survey_prints_and_writes_a_table_and_a_chart(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, out, _ = run("survey", "--source", str(archives), "--out", str(tmp_path / "s"), capsys=capsys)
     assert code == 0
     assert "38 (modal)" in out
@@ -64,14 +66,18 @@ def test_survey_prints_writes_and_draws(archives: Path, tmp_path: Path, capsys: 
     assert (tmp_path / "s/survey.csv").read_text().count("\n") >= 36
 
 
-def test_survey_of_one_tar_is_of_that_one(archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_survey_of_one_tar_reads_only_that_tar(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, out, _ = run("survey", "--source", str(archives / "IXI-T2.tar"), "--out", str(tmp_path), capsys=capsys)
     assert code == 0
     assert "T2" in out
     assert "T1 " not in out
 
 
-def test_verify_and_versions(published: PublishedVersion, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_and_versions_report_on_a_published_version(
+    published: PublishedVersion, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = root_of(published)
     code, out, _ = run("verify", "--deep", "--root", root, capsys=capsys)
     assert (code, "is sound (every byte checked)" in out) == (0, True)
@@ -83,7 +89,7 @@ def test_verify_and_versions(published: PublishedVersion, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["survey", "--source", "foo://x"], "cannot read 'foo://x': give a folder, or a URL of http, https or s3"),
         (["survey", "--source", "github://a/b"], "cannot read 'github://a/b': give a folder, or a URL of http, https"),
@@ -110,31 +116,31 @@ def test_verify_and_versions(published: PublishedVersion, capsys: pytest.Capture
         (["refresh", "--window", "-5", "10"], "window"),
     ],
 )
-def test_a_mistake_is_one_line_and_no_trace(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+def test_user_error_prints_one_line_without_a_traceback(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = run(*arguments, capsys=capsys)
-    assert code in (1, 2, 3)  # which one: test_each_class_of_error_has_its_exit_code
+    assert code in (1, 2, 3)  # test_each_class_of_error_has_its_exit_code checks which one
     assert out == ""
     assert err.startswith("error: ")
-    assert said in err
+    assert message in err
     assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("inputs", ["{}", '{"config": 5}', '{"config": {}, "x": NaN}'])
-def test_facts_of_which_no_version_can_be_are_one_line(
+def test_invalid_metadata_prints_one_line(
     inputs: str, published: PublishedVersion, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(published.folder.parents[2], tmp_path / "root")
-    facts = tmp_path / "root/datasets/ixi-t1-t2" / published.version / "dataset.json"
-    facts.write_text(facts.read_text().replace('"inputs": {', f'"inputs": {inputs}, "others": {{'))
-    for command, status, lines in (("versions", 0, 1), ("verify", 1, 1)):  # the others, if any, are listed
+    metadata = tmp_path / "root/datasets/ixi-t1-t2" / published.version / "dataset.json"
+    metadata.write_text(metadata.read_text().replace('"inputs": {', f'"inputs": {inputs}, "others": {{'))
+    for command, status, lines in (("versions", 0, 1), ("verify", 1, 1)):  # `versions` still lists the other versions
         code, _, err = run(command, "--root", str(tmp_path / "root"), capsys=capsys)
         assert (code, "dataset.json is missing, damaged" in err) == (status, True)
         assert err.count("\n") == lines
 
 
-def test_verify_takes_a_folder_wherever_it_was_copied(
+def test_verify_accepts_the_folder_of_a_copy(
     published: PublishedVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     same, renamed = tmp_path / "a" / published.version, tmp_path / "copied @home"
@@ -153,32 +159,35 @@ def test_verify_takes_a_folder_wherever_it_was_copied(
     (renamed / "manifest.csv").write_text("")
     code, _, err = run("verify", "copied @home", capsys=capsys)
     assert (code, "copy it again from an intact copy" in err) == (1, True)
-    for wrong, said in (("./none", "none is not a folder"), ("./a", "a has no dataset.json")):
+    for wrong, message in (("./none", "none is not a folder"), ("./a", "a has no dataset.json")):
         code, _, err = run("verify", wrong, capsys=capsys)
-        assert (code, said in err, err.count("\n")) == (2, True, 1)
+        assert (code, message in err, err.count("\n")) == (2, True, 1)
 
 
-OWN_MODULES = {"model.py": "raise SystemExit('the user's model')", "flows/__init__.py": "raise SystemExit('own flows')"}
+USER_MODULES = {
+    "model.py": "raise SystemExit('the user's model')",
+    "flows/__init__.py": "raise SystemExit('the user's flows')",
+}
 
 
-@pytest.mark.parametrize("where", ["working directory", "PYTHONPATH"])
+@pytest.mark.parametrize("location", ["working directory", "PYTHONPATH"])
 @pytest.mark.parametrize(
     "start", [["{bin}/ixi-etl"], ["{python}", "-m", "ixi_etl"]], ids=["ixi-etl", "python -m ixi_etl"]
 )
-def test_modules_of_the_users_hide_none_of_ours(where: str, start: list[str], tmp_path: Path) -> None:
-    for name, text in OWN_MODULES.items():
+def test_user_modules_do_not_shadow_the_packages(location: str, start: list[str], tmp_path: Path) -> None:
+    for name, text in USER_MODULES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    program = [word.format(bin=Path(sys.executable).parent, python=sys.executable) for word in start]
-    environment = os.environ | ({"PYTHONPATH": str(tmp_path)} if where == "PYTHONPATH" else {})
-    environment["PYTHONVERBOSE"] = "1"  # names the files that are imported
-    done = subprocess.run([*program, "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    command_line = [word.format(bin=Path(sys.executable).parent, python=sys.executable) for word in start]
+    environment = os.environ | ({"PYTHONPATH": str(tmp_path)} if location == "PYTHONPATH" else {})
+    environment["PYTHONVERBOSE"] = "1"  # names the imported files
+    done = subprocess.run([*command_line, "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"ixi-etl {__version__}\n"), done.stderr
     for package in ("ixi_etl", "model", "flows"):
         assert str(TOP / package / "__init__.py") in done.stderr
 
 
-def test_a_users_model_that_was_imported_before_is_named(tmp_path: Path) -> None:
+def test_error_names_a_user_module_that_shadows_a_package(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text("")
     (tmp_path / "mine.py").write_text("import model\nimport flows\n")
     done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
@@ -186,17 +195,17 @@ def test_a_users_model_that_was_imported_before_is_named(tmp_path: Path) -> None
     assert "model.py was imported as `model`, which hides ixi-etl's own" in done.stderr.splitlines()[-1]
 
 
-def test_then_train_trains_on_the_version_that_the_refresh_ended_with(
+def test_then_train_trains_on_the_refreshed_version(
     published: PublishedVersion,
     s3_root: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    asked = []
+    started = []
 
-    def run_flow(name: str, *arguments: object, **parameters: object) -> object:  # the flows have tests of their own
-        asked.append((name, parameters))
+    def run_flow(name: str, *arguments: object, **parameters: object) -> object:  # other tests cover the flows
+        started.append((name, parameters))
         return published if name == "refresh_dataset" else tmp_path
 
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
@@ -204,32 +213,39 @@ def test_then_train_trains_on_the_version_that_the_refresh_ended_with(
     arguments = ("--root", s3_root, "--scratch", str(tmp_path))
     assert run("refresh", "--then-train", "smoke", *arguments, capsys=capsys)[0] == 0
     settings = {"dataset": f"ixi-t1-t2@{published.version}"}
-    told = {"preset": "smoke", "settings": settings, "root": s3_root, "scratch": tmp_path, "run": None, "resume": True}
-    assert asked[1:] == [("train_pix2pix", told)]
-    asked.clear()
+    expected = {
+        "preset": "smoke",
+        "settings": settings,
+        "root": s3_root,
+        "scratch": tmp_path,
+        "run": None,
+        "resume": True,
+    }
+    assert started[1:] == [("train_pix2pix", expected)]
+    started.clear()
     assert run("refresh", *arguments, capsys=capsys)[0] == 0
-    assert [name for name, _ in asked] == ["refresh_dataset"]
+    assert [name for name, _ in started] == ["refresh_dataset"]
 
 
-def test_then_train_names_its_preset_of_a_closed_list(capsys: pytest.CaptureFixture[str]) -> None:
-    """49,200 steps do not begin unasked."""
+def test_then_train_requires_a_known_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    """A default preset would start 49,200 steps by accident."""
     for arguments in (["--then-train"], ["--then-train", "smok"]):
-        code, _, said = run("refresh", *arguments, capsys=capsys)
-        assert (code, "--then-train" in said) == (2, True)
+        code, _, err = run("refresh", *arguments, capsys=capsys)
+        assert (code, "--then-train" in err) == (2, True)
 
 
 @pytest.mark.usefixtures("torch")
-def test_the_presets_on_the_command_line_are_those_that_there_are() -> None:
-    from model.config import PRESETS as TRAININGS
+def test_command_line_offers_every_training_preset() -> None:
+    from model.config import PRESETS as TRAINING_PRESETS
 
-    assert set(get_args(Preset)) == TRAININGS.keys()
+    assert set(get_args(Preset)) == TRAINING_PRESETS.keys()
 
 
 @pytest.mark.usefixtures("torch")
-def test_without_a_server_the_plain_functions_run_and_prefect_is_not_imported(
+def test_without_a_server_commands_run_and_prefect_is_not_imported(
     published: PublishedVersion, archives: Path, tmp_path: Path
 ) -> None:
-    """Also with no home, behind a proxy, and with a Prefect home that cannot be used; no part of `model` imports it."""
+    """This holds behind a proxy and with an unusable Prefect home. No module of `model` imports Prefect."""
     (tmp_path / "home").mkdir()
     (tmp_path / "home/.prefect").write_text("not a folder")
     root = tmp_path / "root"
@@ -259,49 +275,47 @@ assert "prefect" not in sys.modules
     assert len(list(root.glob("runs/*/generator.safetensors"))) == 2
 
 
-def test_presets_can_be_over_ridden() -> None:
+def test_presets_can_be_overridden() -> None:
     assert DatasetConfig.model_validate(PRESETS["paper"]).registration == "none"
     assert DatasetConfig.model_validate(PRESETS["paper"] | {"pairing": "anatomical"}).registration == "rigid"
     assert DatasetConfig.model_validate(PRESETS["paired"]) == DatasetConfig()
 
 
-def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_option_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version", capsys=capsys)[:2] == (0, f"ixi-etl {__version__}\n")
 
 
-def test_a_wrong_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_preset_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("refresh", "--preset", "best", capsys=capsys)[0] == 2
 
 
-def test_the_demo_does_not_clear_a_folder_that_is_not_its_own(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_demo_does_not_clear_a_foreign_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     code, _, err = run("demo", "--folder", str(tmp_path), capsys=capsys)
     assert (code, "is not empty" in err) == (2, True)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-HEAVY = ("prefect", "torch", "SimpleITK", "matplotlib", "dask", "distributed", "zarr", "pandera")
+SLOW_IMPORTS = ("prefect", "torch", "SimpleITK", "matplotlib", "dask", "distributed", "zarr", "pandera")
 
 
-def imported(code: str) -> set[str]:
+def imported_packages(code: str) -> set[str]:
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"], capture_output=True, text=True, check=True
     )
     return {name.partition(".")[0] for name in done.stdout.split()}
 
 
-def test_help_imports_nothing_heavy() -> None:
-    assert not imported("import flows.cli") & {*HEAVY, "pandas", "numpy", "nibabel"}
+def test_help_needs_no_slow_import() -> None:
+    assert not imported_packages("import flows.cli") & {*SLOW_IMPORTS, "pandas", "numpy", "nibabel"}
 
 
-def test_the_library_imports_neither_prefect_nor_torch() -> None:
+def test_library_imports_neither_prefect_nor_torch() -> None:
     names = [
         module.name for module in pkgutil.walk_packages(ixi_etl.__path__, "ixi_etl.") if "__main__" not in module.name
     ]
     assert len(names) > 25
-    assert not imported(f"import {', '.join(names)}") & {"prefect", "torch", "flows", "model"}
+    assert not imported_packages(f"import {', '.join(names)}") & {"prefect", "torch", "flows", "model"}
 
 
 @pytest.mark.parametrize(
@@ -314,5 +328,5 @@ def test_the_library_imports_neither_prefect_nor_torch() -> None:
         ("digits@latest", ("digits", "latest")),
     ],
 )
-def test_a_version_is_named_in_one_way_everywhere(text: str, parsed: tuple[str, str]) -> None:
+def test_parse_version_returns_dataset_and_version(text: str, parsed: tuple[str, str]) -> None:
     assert versions.parse_version(text) == parsed

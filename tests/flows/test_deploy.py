@@ -1,4 +1,4 @@
-"""The deployments fit the flows and the server, and the containers fit the deployments."""
+"""The deployments match the flows and the server; the containers match the deployments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def flow_of(deployment: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("name", sorted(DEPLOYMENTS))
-def test_a_deployment_has_the_name_and_parameters_of_its_flow(name: str) -> None:
+def test_deployment_has_the_name_and_parameters_of_its_flow(name: str) -> None:
     deployment = DEPLOYMENTS[name]
     flow = flow_of(deployment)
     given = set(deployment["parameters"])
@@ -37,20 +37,20 @@ def test_a_deployment_has_the_name_and_parameters_of_its_flow(name: str) -> None
     assert deployment["work_pool"]["name"] in POOLS
 
 
-def test_the_parameters_of_the_refresh_are_a_configuration() -> None:
+def test_refresh_parameters_are_a_valid_configuration() -> None:
     given = DEPLOYMENTS["refresh-dataset"]["parameters"]["config"]
     assert given.keys() == {"root", "scratch", "dask"}
     for root, scratch in (("/data", "/data"), ("/data", ""), ("s3://bucket", "/data")):
-        config = RefreshConfig(root=root, scratch=scratch, dask="")  # a variable that is not set is ""
+        config = RefreshConfig(root=root, scratch=scratch, dask="")  # an unset variable gives ""
         assert (config.data_root.root, config.dask or None) == (root, None)
 
 
-def test_an_empty_root_is_not_the_working_directory() -> None:
+def test_empty_root_is_refused() -> None:
     with pytest.raises(ValueError, match="'' is neither a folder nor s3://"):
-        RefreshConfig(root="")  # what prefect.yaml gives if IXI_ROOT is not set
+        RefreshConfig(root="")  # prefect.yaml gives this if IXI_ROOT is not set
 
 
-def test_the_training_waits_for_the_event_that_the_refresh_emits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_is_triggered_by_the_event_of_the_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
     from flows import refresh_dataset
     from ixi_etl.dataset.publish import PublishedVersion
 
@@ -71,7 +71,7 @@ def test_the_training_waits_for_the_event_that_the_refresh_emits(monkeypatch: py
     assert emitted["payload"] == {"version": "0123456789ab", "root": "s3://b/x"}
 
 
-def test_an_unknown_preset_for_the_hand_over_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_preset_in_the_environment_prints_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from flows import deploy
 
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
@@ -81,14 +81,14 @@ def test_an_unknown_preset_for_the_hand_over_is_one_line(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", sorted(DEPLOYMENTS))
-def test_every_variable_of_a_deployment_has_a_default(name: str) -> None:
+def test_every_deployment_variable_has_a_default(name: str) -> None:
     from flows import deploy
 
     variables = set(re.findall(r"\{\{ \$(\w+) \}\}", str(DEPLOYMENTS[name])))
     assert variables <= deploy.DEFAULTS.keys()
 
 
-def test_a_run_is_lost_only_after_several_heartbeats() -> None:
+def test_run_counts_as_lost_after_three_missed_heartbeats() -> None:
     from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: 40}):
@@ -103,9 +103,9 @@ def test_a_run_is_lost_only_after_several_heartbeats() -> None:
         (None, "no Prefect server is configured; set PREFECT_API_URL"),
         ("http://127.0.0.1:9/api", "no Prefect server answers at http://127.0.0.1:9/api"),
     ],
-    ids=["none", "one that does not answer"],
+    ids=["not configured", "no answer"],
 )
-def test_deploying_without_a_server_is_one_line(
+def test_deploying_without_a_server_prints_one_line(
     url: str | None, message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -127,27 +127,27 @@ SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 ENV_EXAMPLE = (PROJECT / ".env.example").read_text()
 
 
-def test_the_compose_file_is_valid() -> None:
+def test_compose_file_is_valid() -> None:
     checker = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
     done = subprocess.run([*checker, PROJECT / "docker-compose.yml"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
-def test_the_example_environment_has_every_variable_of_the_compose_file() -> None:
+def test_example_environment_has_every_variable_of_the_compose_file() -> None:
     text = (PROJECT / "docker-compose.yml").read_text()
-    demanded = set(re.findall(r"\$\{(\w+):\?", text))
-    assert demanded == {"POSTGRES_PASSWORD", "PREFECT_AUTH"}
+    required = set(re.findall(r"\$\{(\w+):\?", text))
+    assert required == {"POSTGRES_PASSWORD", "PREFECT_AUTH"}
     for name in set(re.findall(r"\$\{(\w+)", text)):
         assert f"\n{name}=" in ENV_EXAMPLE
 
 
-def test_profiles_in_the_example_exist() -> None:
+def test_profiles_in_the_example_environment_exist() -> None:
     [given] = re.findall(r"^COMPOSE_PROFILES=(.+)$", ENV_EXAMPLE, re.MULTILINE)
     assert {profile for service in SERVICES.values() for profile in service.get("profiles", ())} >= {given, "no-gpu"}
 
 
 @pytest.mark.parametrize("name", sorted(SERVICES))
-def test_a_service_is_pinned_closed_and_unprivileged(name: str) -> None:
+def test_service_is_pinned_local_and_unprivileged(name: str) -> None:
     service = SERVICES[name]
     image, _, tag = service["image"].partition(":")
     assert tag not in ("", "latest")
@@ -159,11 +159,11 @@ def test_a_service_is_pinned_closed_and_unprivileged(name: str) -> None:
         assert "user" not in service  # the unprivileged user of the image
     else:
         assert service["user"] not in ("root", "0")
-    for other, wanted in service.get("depends_on", {}).items():
-        assert wanted["condition"] != "service_healthy" or "healthcheck" in SERVICES[other]
+    for dependency, options in service.get("depends_on", {}).items():
+        assert options["condition"] != "service_healthy" or "healthcheck" in SERVICES[dependency]
 
 
-def test_images_are_built_from_the_constraints_and_end_unprivileged() -> None:
+def test_images_use_the_constraints_and_an_unprivileged_user() -> None:
     stages = re.split(r"^FROM ", (PROJECT / "Dockerfile").read_text(), flags=re.MULTILINE)[1:]
     assert {re.search(r"AS (\w+)", stage)[1] for stage in stages} == {  # type: ignore[index]
         service["build"]["target"] for service in SERVICES.values() if "build" in service
@@ -173,14 +173,12 @@ def test_images_are_built_from_the_constraints_and_end_unprivileged() -> None:
         assert re.findall(r"^USER (\w+)$", stage, re.MULTILINE)[-1] == "ixi"
 
 
-def test_only_the_server_and_postgres_know_the_database_password() -> None:
-    knows = {name for name, service in SERVICES.items() if "POSTGRES_PASSWORD" in str(service)}
-    assert knows == {"postgres", "server"}
+def test_only_server_and_postgres_get_the_database_password() -> None:
+    with_password = {name for name, service in SERVICES.items() if "POSTGRES_PASSWORD" in str(service)}
+    assert with_password == {"postgres", "server"}
 
 
-def test_prefect_s_settings_do_not_show_the_passwords(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prefect_settings_hide_passwords(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from prefect.cli.config import view
     from prefect.settings import temporary_settings
     from prefect.settings.models.root import Settings

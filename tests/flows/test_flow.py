@@ -1,4 +1,4 @@
-"""The flows make what the plain functions make, and a user's mistake is one line instead of a traceback."""
+"""The flows give the results of the plain functions; a user error prints one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ pytestmark = [pytest.mark.usefixtures("prefect"), pytest.mark.stack]
 
 @dataclass(frozen=True)
 class Runs:
-    """A refresh as a flow, twice, and what the server has of the first run."""
+    """Two refreshes as flows, the events of both, and the artifacts and progress of the first."""
 
     root: Path
     source: str
     first: PublishedVersion
     second: PublishedVersion
     events: list[Any]
-    keyed: dict[str, tuple[str, Any]]
+    artifacts: dict[str, tuple[str, Any]]
     progress: set[tuple[str, float]]
 
 
@@ -51,25 +51,25 @@ def runs(prefect: None, archives: Path, tmp_path_factory: pytest.TempPathFactory
     try:
         with serve_folder(archives) as url:
             first = refresh_dataset(config_for(root, url))
-            keyed, progress = artifacts_of_the_last_run()
+            artifacts, progress = artifacts_of_last_run()
             second = refresh_dataset(config_for(root, url))
         EventsWorker.instance().drain()
     finally:
         EventsWorker.set_client_override(None)
     events = [event for client in AssertingEventsClient.all for event in client.events]
-    return Runs(root, url, first, second, events, keyed, progress)
+    return Runs(root, url, first, second, events, artifacts, progress)
 
 
-def test_the_flow_publishes_the_same_version_from_http(runs: Runs, published: PublishedVersion) -> None:
+def test_flow_publishes_the_same_version_from_http(runs: Runs, published: PublishedVersion) -> None:
     assert (runs.first.version, runs.first.is_new) == (published.version, True)
     assert (runs.second.version, runs.second.is_new) == (published.version, False)
     assert (runs.first.folder / "manifest.csv").read_bytes() == (published.folder / "manifest.csv").read_bytes()
     assert not list((runs.root / "archives").glob("*.part*"))
 
 
-def test_a_new_version_is_announced_once(runs: Runs) -> None:
-    told = [(event.resource.id, event.payload) for event in runs.events if event.event == "ixi.dataset.published"]
-    assert told == [("ixi.dataset.ixi-t1-t2", {"version": runs.first.version, "root": str(runs.root)})]
+def test_new_version_is_announced_once(runs: Runs) -> None:
+    announced = [(event.resource.id, event.payload) for event in runs.events if event.event == "ixi.dataset.published"]
+    assert announced == [("ixi.dataset.ixi-t1-t2", {"version": runs.first.version, "root": str(runs.root)})]
 
 
 def test_runs_have_readable_names(runs: Runs) -> None:
@@ -80,27 +80,27 @@ def test_runs_have_readable_names(runs: Runs) -> None:
     assert f"refresh anatomical from {runs.source}" in names
 
 
-def test_a_refresh_leaves_its_summary_tables_pictures_and_progress_on_the_server(runs: Runs) -> None:
-    made, keyed = runs.first, runs.keyed
-    assert {name: kind for name, (kind, _) in keyed.items()} == {
+def test_refresh_creates_artifacts_on_the_server(runs: Runs) -> None:
+    version, artifacts = runs.first, runs.artifacts
+    assert {name: kind for name, (kind, _) in artifacts.items()} == {
         "ixi-t1-t2-summary": "markdown",
         "ixi-t1-t2-exclusions": "table",
         "ixi-t1-t2-depths": "image",
         "ixi-t1-t2-pairs": "image",
-        "ixi-t1-t2-report": "markdown",  # how Prefect keeps a link
+        "ixi-t1-t2-report": "markdown",  # Prefect stores a link as markdown
     }
-    manifest = read_manifest(made.folder)
-    out = manifest[manifest["status"] == "excluded"]
-    summary, listed = keyed["ixi-t1-t2-summary"][1], json.loads(keyed["ixi-t1-t2-exclusions"][1])
+    manifest = read_manifest(version.folder)
+    excluded = manifest[manifest["status"] == "excluded"]
+    summary, listed = artifacts["ixi-t1-t2-summary"][1], json.loads(artifacts["ixi-t1-t2-exclusions"][1])
     assert f"| found | {' | '.join(str(n) for n in funnel(manifest).loc['found'])} |" in summary
-    assert [row["subject_id"] for row in listed] == out["subject_id"].tolist()
-    assert all(len(data) < 300_000 for kind, data in keyed.values() if kind == "image")
-    assert f"]({(made.folder / 'report.html').as_uri()})" in keyed["ixi-t1-t2-report"][1]
+    assert [row["subject_id"] for row in listed] == excluded["subject_id"].tolist()
+    assert all(len(data) < 300_000 for kind, data in artifacts.values() if kind == "image")
+    assert f"]({(version.folder / 'report.html').as_uri()})" in artifacts["ixi-t1-t2-report"][1]
     assert runs.progress >= {("verify IXI-T1.tar", 100.0), ("survey T2", 100.0), ("cut", 100.0)}
 
 
-def artifacts_of_the_last_run() -> tuple[dict[str, tuple[str, Any]], set[tuple[str, float]]]:
-    """By key the type and data of those that have one, and the descriptions and percents of the stages."""
+def artifacts_of_last_run() -> tuple[dict[str, tuple[str, Any]], set[tuple[str, float]]]:
+    """The artifacts with a key (key: type, data), and the progress artifacts (description, percent)."""
     from prefect import get_client
     from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
     from prefect.client.schemas.sorting import FlowRunSort
@@ -110,16 +110,16 @@ def artifacts_of_the_last_run() -> tuple[dict[str, tuple[str, Any]], set[tuple[s
         found = client.read_artifacts(
             artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
         )
-    keyed = {a.key: (str(a.type), a.data) for a in found if a.key}
-    return keyed, {(str(a.description), float(a.data)) for a in found if a.type == "progress"}  # type: ignore[arg-type]
+    artifacts = {a.key: (str(a.type), a.data) for a in found if a.key}
+    return artifacts, {(str(a.description), float(a.data)) for a in found if a.type == "progress"}  # type: ignore[arg-type]
 
 
-def test_a_server_that_accepts_no_artifact_costs_a_warning_only(
+def test_refused_artifacts_only_log_a_warning(
     archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from flows.refresh_dataset import refresh_dataset
 
-    def refuse(*_: object, **__: object) -> None:  # a real server cannot be made to fail at this moment
+    def refuse(*_: object, **__: object) -> None:  # a real server cannot fail on demand
         raise ConnectionError("gone")
 
     monkeypatch.setattr("flows.artifacts.create_markdown_artifact", refuse)
@@ -135,14 +135,14 @@ def test_parameters_are_checked_before_the_flow_runs() -> None:
         refresh_dataset(config={"root": "x", "wormhole": 1})
 
 
-def test_a_mistake_of_the_user_is_not_retried(tmp_path: Path) -> None:
+def test_user_error_is_not_retried(tmp_path: Path) -> None:
     from flows.refresh_dataset import refresh_dataset
 
-    with pytest.raises(DownloadError, match="is not there"):  # three tries would last minutes
+    with pytest.raises(DownloadError, match="is not there"):  # three tries would take minutes
         refresh_dataset(config_for(tmp_path, tmp_path / "nowhere"))
 
 
-def test_the_command_line_reports_a_mistake_in_one_line(
+def test_command_line_reports_a_user_error_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PREFECT_API_URL", api_url())
@@ -153,8 +153,8 @@ def test_the_command_line_reports_a_mistake_in_one_line(
     assert message == f"error: {tmp_path}/nowhere/IXI-T1.tar is not there; give a --source that has IXI-T1.tar\n"
 
 
-def runs_of(flow: str) -> int:
-    """How many runs of a flow the server knows."""
+def count_runs(flow: str) -> int:
+    """The number of runs of a flow on the server."""
     from prefect import get_client
     from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 
@@ -162,7 +162,7 @@ def runs_of(flow: str) -> int:
         return len(client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=[flow]))))
 
 
-def test_the_command_line_refreshes_without_a_server_and_as_a_flow_where_one_is_configured(
+def test_command_line_runs_the_refresh_as_a_flow_only_if_a_server_is_configured(
     refreshed: PublishedVersion,
     archives: Path,
     tmp_path: Path,
@@ -171,19 +171,19 @@ def test_the_command_line_refreshes_without_a_server_and_as_a_flow_where_one_is_
 ) -> None:
     arguments = ["refresh", "--root", str(tmp_path), "--source", str(archives)]
     arguments += ["--slices", "12", "--registration", "none"]
-    said = f"version   {refreshed.version}\nstate     published before, nothing to do\n"
-    before = runs_of("refresh-dataset")
+    summary = f"version   {refreshed.version}\nstate     published before, nothing to do\n"
+    before = count_runs("refresh-dataset")
     monkeypatch.setenv("PREFECT_API_URL", "")
     with pytest.raises(SystemExit):
         main(arguments)
-    assert said in capsys.readouterr().out
-    assert runs_of("refresh-dataset") == before
+    assert summary in capsys.readouterr().out
+    assert count_runs("refresh-dataset") == before
     monkeypatch.setenv("PREFECT_API_URL", api_url())
     monkeypatch.setattr("logging.raiseExceptions", True)
     with pytest.raises(SystemExit):
         main(arguments)
-    assert said in capsys.readouterr().out
-    assert runs_of("refresh-dataset") == before + 1
+    assert summary in capsys.readouterr().out
+    assert count_runs("refresh-dataset") == before + 1
 
 
 def api_url() -> str:
@@ -192,36 +192,36 @@ def api_url() -> str:
     return str(get_current_settings().api.url)
 
 
-STOPS = """
+INTERRUPTED_TRAINING = """
 import os, signal, sys
 from flows import cli
 from model.trainer import Trainer
 step = Trainer.step
-def stops(*batch):
+def interrupted_step(*batch):
     os.kill(os.getpid(), signal.SIGINT)
     return step(*batch)
-Trainer.step = stops
+Trainer.step = interrupted_step
 sys.argv = ["ixi-etl", *sys.argv[1:]]
 cli.main()
 """
 
 
 @pytest.mark.usefixtures("torch")
-def test_a_training_as_a_flow_saves_and_ends_in_one_line(published: PublishedVersion, tmp_path: Path) -> None:
+def test_interrupted_training_flow_saves_and_ends_in_one_line(published: PublishedVersion, tmp_path: Path) -> None:
     (tmp_path / "datasets").symlink_to(published.folder.parents[1])
     settings = [f"--set={name}={value}" for name, value in SMALL.items()]
     arguments = ["train", "--preset", "smoke", "--root", str(tmp_path), "--run-id", "a", "--quiet", *settings]
     done = subprocess.run(
-        [sys.executable, "-c", STOPS, *arguments],
+        [sys.executable, "-c", INTERRUPTED_TRAINING, *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"PREFECT_API_URL": api_url()},
         check=False,
     )
     assert done.returncode == 130, done.stderr
-    *_, saving, said = done.stderr.splitlines()
+    *_, saving, stopped = done.stderr.splitlines()
     assert saving == "SIGINT: saving after this step"
-    assert said.startswith("stopped at step 1 of 2 and saved in")
+    assert stopped.startswith("stopped at step 1 of 2 and saved in")
     assert "Traceback" not in done.stderr
     assert list(tmp_path.glob("runs/a/checkpoints/step-00000001.safetensors"))
 
@@ -230,18 +230,18 @@ SMALL = SMALL_NETWORKS | {"steps": 2, "samples": 1}
 
 
 @pytest.mark.usefixtures("torch")
-def test_the_training_flow_trains_and_evaluates_once(published: PublishedVersion, tmp_path: Path) -> None:
+def test_training_flow_trains_and_evaluates_once(published: PublishedVersion, tmp_path: Path) -> None:
     from flows.train_pix2pix import train_pix2pix
 
     (tmp_path / "datasets").symlink_to(published.folder.parents[1])
     folder = train_pix2pix(preset="smoke", root=tmp_path, settings=SMALL)
     assert folder.parent == tmp_path / "runs"
-    assert published.version in folder.name  # `latest`, resolved
+    assert published.version in folder.name  # the default `latest` is resolved
     assert (folder / "generator.safetensors").exists()
     splits = read_metadata(published.folder)["splits"]
     assert (folder / "evaluation-test.csv").exists() == ("test" in splits)
-    keyed, progress = artifacts_of_the_last_run()
-    assert keyed.keys() >= {"pix2pix-summary", "pix2pix-report", "pix2pix-samples"}
+    artifacts, progress = artifacts_of_last_run()
+    assert artifacts.keys() >= {"pix2pix-summary", "pix2pix-report", "pix2pix-samples"}
     assert ("train", 100.0) in progress
     before = (folder / "checkpoints" / "step-00000002.safetensors").stat().st_mtime_ns
     assert train_pix2pix(preset="smoke", root=tmp_path, settings=SMALL) == folder
@@ -249,7 +249,7 @@ def test_the_training_flow_trains_and_evaluates_once(published: PublishedVersion
 
 
 @pytest.mark.usefixtures("torch")
-def test_the_synthesis_flow_writes_what_the_plain_function_writes(published: PublishedVersion, tmp_path: Path) -> None:
+def test_synthesis_flow_writes_the_file_of_the_plain_function(published: PublishedVersion, tmp_path: Path) -> None:
     import numpy as np
 
     from flows.synthesize import synthesize
@@ -265,27 +265,25 @@ def test_the_synthesis_flow_writes_what_the_plain_function_writes(published: Pub
     arrays = open_arrays(published.folder)
     source = tmp_path / "slab-T1.nii.gz"
     source.write_bytes(pack_nifti(np.asarray(arrays["t1"][0]), np.asarray(arrays["t1_affine"][0])))
-    (made,) = synthesize("latest", [source], tmp_path / "out", root=tmp_path)
-    assert made == tmp_path / "out" / "slab-T2.nii.gz"
+    (written,) = synthesize("latest", [source], tmp_path / "out", root=tmp_path)
+    assert written == tmp_path / "out" / "slab-T2.nii.gz"
     plain = volumes.synthesize_file(synthesis.load_trained(generator), source, tmp_path / "plain.nii.gz")
-    assert made.read_bytes() == plain.read_bytes()
-    assert json.loads(artifacts_of_the_last_run()[0]["synthesized-volumes"][1]) == [{"volume": str(made)}]
+    assert written.read_bytes() == plain.read_bytes()
+    assert json.loads(artifacts_of_last_run()[0]["synthesized-volumes"][1]) == [{"volume": str(written)}]
 
 
 README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.mark.usefixtures("torch")
-def test_the_python_of_the_readme_runs_from_top_to_bottom(
-    archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_readme_python_runs_from_top_to_bottom(archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 
     from ixi_etl.scans.tar import index_archive, read_member
     from model.config import PRESETS
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(PRESETS, "smoke", SMALL | {"steps": 1, "samples": 0})  # small phantoms, and no minute to wait
+    monkeypatch.setitem(PRESETS, "smoke", SMALL | {"steps": 1, "samples": 0})  # fits the small phantom
     monkeypatch.setattr("ixi_etl.pairing.register.register", lambda t1, t2: np.eye(4))
     text = README.read_text().replace("/data/ixi", str(archives))
     names: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Options of the command line are those of the pydantic models: name, type, bounds, help, default."""
+"""Command-line options take name, type, bounds, help and default from the pydantic models."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ class Settings(BaseModel):
 
 
 def parse(*arguments: str, only: tuple[str, ...] = ()) -> Any:
-    """What a command receives, or the output of a failure."""
+    """Run a command: the options that it receives, or its output if it fails."""
     received: dict[str, Any] = {}
-    small = typer.Typer()
+    app_under_test = typer.Typer()
 
-    @small.command()
+    @app_under_test.command()
     @options_from(only=only, settings=Settings)
     def command(settings: dict[str, Any], other: int = 7) -> None:
         received.update(settings, other=other)
 
-    done = CliRunner().invoke(small, list(arguments), env={"COLUMNS": "200", "NO_COLOR": "1"})
+    done = CliRunner().invoke(app_under_test, list(arguments), env={"COLUMNS": "200", "NO_COLOR": "1"})
     return received if done.exit_code == 0 and received else done.output
 
 
@@ -59,7 +59,7 @@ def parse(*arguments: str, only: tuple[str, ...] = ()) -> Any:
         ("--shown --other 1", {"shown": True, "other": 1}),
     ],
 )
-def test_a_command_receives_what_the_user_gave(arguments: str, received: dict[str, Any]) -> None:
+def test_command_receives_only_the_given_options(arguments: str, received: dict[str, Any]) -> None:
     assert parse(*arguments.split()) == {"other": 7} | received
     assert Settings.model_validate({k: v for k, v in received.items() if k != "other"})
 
@@ -73,11 +73,11 @@ def test_a_command_receives_what_the_user_gave(arguments: str, received: dict[st
         ("--part 1", "No such option"),
     ],
 )
-def test_bounds_and_choices_are_those_of_the_field(arguments: str, message: str) -> None:
+def test_bounds_and_choices_of_the_field_are_enforced(arguments: str, message: str) -> None:
     assert message in parse(*arguments.split())
 
 
-def test_the_help_is_the_description_with_the_default() -> None:
+def test_help_shows_the_description_and_the_default() -> None:
     text = " ".join(parse("--help").split())
     assert "Name of the thing. [default: a]" in text
     assert "x: first; y: second. [default: x]" in text
@@ -100,7 +100,7 @@ def test_only_the_chosen_fields_get_options() -> None:
         ("survey", [RefreshConfig], ("source", "insecure_hosts")),
     ],
 )
-def test_every_field_has_its_option_and_a_description(
+def test_every_field_has_an_option_and_a_description(
     command: str, models: list[type[BaseModel]], only: tuple[str, ...]
 ) -> None:
     parameters = {parameter.name: parameter for parameter in COMMANDS[command].params}

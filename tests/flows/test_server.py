@@ -1,4 +1,4 @@
-"""Prefect's server: used where one is configured, started by the demo alone, and its faults are one line."""
+"""The Prefect server: used if configured, started only by the demo; its failures print one line."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ PROFILE = f'active = "a"\n[profiles.a]\nPREFECT_API_URL = "{URL}"'
 
 
 @pytest.fixture
-def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory, which is also the home, and no setting of Prefect's."""
+def no_prefect_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory that is also the home, and an environment without Prefect settings."""
     for name in [n for n in os.environ if n.startswith("PREFECT_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -61,74 +61,74 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({}, {"HOME": "/nonexistent"}, False),
     ],
 )  # fmt: skip
-def test_a_server_is_configured_where_prefect_s_settings_name_one(
+def test_server_is_configured_if_a_prefect_setting_names_one(
     files: dict[str, str],
     environment: dict[str, str],
     configured: bool,
-    nowhere: Path,
+    no_prefect_settings: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Held against Prefect itself, in the same surroundings."""
+    """Prefect's own settings must agree in the same environment."""
     for name, text in files.items():
-        (nowhere / name).parent.mkdir(exist_ok=True)
-        (nowhere / name).write_text(text)
+        (no_prefect_settings / name).parent.mkdir(exist_ok=True)
+        (no_prefect_settings / name).write_text(text)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("prefect.settings.sources.DEFAULT_PREFECT_HOME", Path("~/.prefect").expanduser())
     from prefect.settings.models.root import Settings
 
-    monkeypatch.setattr("prefect.settings.get_current_settings", Settings)  # not those of when it was imported
+    monkeypatch.setattr("prefect.settings.get_current_settings", Settings)  # instead of those read at import
     assert is_configured() == configured
     assert bool(Settings().api.url) == configured
 
 
-def test_settings_that_cannot_be_read_are_one_line(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_settings_raise_a_one_line_error(no_prefect_settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from prefect.settings.models.root import Settings
 
     monkeypatch.setattr("prefect.settings.get_current_settings", Settings)
-    (nowhere / "prefect.toml").write_text("[api]\nurl = http://127.0.0.1:9/api")
+    (no_prefect_settings / "prefect.toml").write_text("[api]\nurl = http://127.0.0.1:9/api")
     with pytest.raises(ServerError, match=r"Prefect's settings cannot be read: .*prefect\.toml") as error:
         is_configured()
     assert "\n" not in str(error.value)
 
 
-def test_without_a_server_prefect_is_not_imported(nowhere: Path) -> None:
-    work = (
+def test_without_a_server_prefect_is_not_imported(no_prefect_settings: Path) -> None:
+    code = (
         f"import sys\nsys.path[:0] = {sys.path!r}\nfrom flows.server import is_configured\nassert not is_configured()\n"
     )
-    subprocess.run([sys.executable, "-c", f"{work}assert 'prefect' not in sys.modules"], check=True)
+    subprocess.run([sys.executable, "-c", f"{code}assert 'prefect' not in sys.modules"], check=True)
 
 
-# -- a server that is not as it should be -----------------------------------------------------------------------------
+# -- faulty servers ---------------------------------------------------------------------------------------------------
 
 
-class Answers(http.server.BaseHTTPRequestHandler):
+class FixedResponse(http.server.BaseHTTPRequestHandler):
     status, body = 200, b""
 
-    def answer(self) -> None:
+    def respond(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.send_response(self.status)
         self.send_header("Content-Length", str(len(self.body)))
         self.end_headers()
         self.wfile.write(self.body)
 
-    do_GET = do_POST = answer  # noqa: N815
+    do_GET = do_POST = respond  # noqa: N815
 
     def log_message(self, *_: object) -> None:
         pass
 
 
 @pytest.fixture
-def answering() -> Iterator[str]:
-    """A server that answers everything as `Answers` says."""
-    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+def responding_server() -> Iterator[str]:
+    """The address of a server that answers every request with `FixedResponse`."""
+    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FixedResponse)
     threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield f"127.0.0.1:{served.server_port}"
     served.shutdown()
     served.server_close()
 
 
-def refused(url: str) -> str:
+def server_error(url: str) -> str:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     with temporary_settings({PREFECT_API_URL: url}), pytest.raises(ServerError) as error:
@@ -138,7 +138,7 @@ def refused(url: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "line"),
+    ("status", "body", "pattern"),
     [
         (401, b"{}", r"refuses the password .* answers 401\); set PREFECT_API_AUTH_STRING"),
         (403, b"{}", r"refuses the password .* answers 403\); set PREFECT_API_AUTH_STRING"),
@@ -148,38 +148,38 @@ def refused(url: str) -> str:
         (200, b'"2.20.1"', r"incompatible versions: .*PREFECT_API_URL"),
     ],
 )
-def test_a_server_that_answers_something_else_is_one_line(
-    status: int, body: bytes, line: str, answering: str, monkeypatch: pytest.MonkeyPatch
+def test_unexpected_response_raises_a_one_line_error(
+    status: int, body: bytes, pattern: str, responding_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Answers, "status", status)
-    monkeypatch.setattr(Answers, "body", body)
-    said = refused(f"http://user:hunter2@{answering}/api")
-    assert re.search(line, said), said
-    assert "hunter2" not in said
+    monkeypatch.setattr(FixedResponse, "status", status)
+    monkeypatch.setattr(FixedResponse, "body", body)
+    message = server_error(f"http://user:hunter2@{responding_server}/api")
+    assert re.search(pattern, message), message
+    assert "hunter2" not in message
 
 
 @pytest.mark.parametrize("url", [URL, "localhost:4200", "http://no-such-host.invalid/api", "nonsense"])
-def test_a_server_that_is_not_there_is_one_line(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = refused(url)
-    assert "no Prefect server answers at" in said
-    assert "PREFECT_API_URL" in said
+def test_unreachable_server_raises_a_one_line_error(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = server_error(url)
+    assert "no Prefect server answers at" in message
+    assert "PREFECT_API_URL" in message
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    assert "NO_PROXY" in refused(url)
+    assert "NO_PROXY" in server_error(url)
 
 
-def test_what_prefect_raises_of_a_server_of_its_own_names_the_setting() -> None:
-    for said, setting in (
+def test_errors_of_a_temporary_server_name_the_setting() -> None:
+    for message, setting in (
         ("Timed out while attempting to connect to ephemeral Prefect API server.", server.START_TIMEOUT),
         ("Can't locate revision identified by '5b0bd3b41a23'", "prefect.db"),
         ("Could not determine home directory.", "HOME"),
     ):
         with pytest.raises(ServerError, match=setting), errors_as_user_errors():
-            raise RuntimeError(said)
+            raise RuntimeError(message)
     with pytest.raises(RuntimeError, match="a bug"), errors_as_user_errors():
         raise RuntimeError("a bug")
 
 
-# -- one of our own ---------------------------------------------------------------------------------------------------
+# -- the temporary server ---------------------------------------------------------------------------------------------
 
 PARENT = """
 import sys, pathlib
@@ -192,7 +192,7 @@ start_server(pathlib.Path({home!r}))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda n: n.name)
-def test_the_server_ends_with_who_started_it_also_while_it_starts(number: signal.Signals, tmp_path: Path) -> None:
+def test_starting_server_ends_with_its_parent(number: signal.Signals, tmp_path: Path) -> None:
     code = PARENT.format(path=sys.path, home=str(tmp_path))
     parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     children: list[psutil.Process] = []
@@ -200,15 +200,15 @@ def test_the_server_ends_with_who_started_it_also_while_it_starts(number: signal
         assert parent.poll() is None
         children = psutil.Process(parent.pid).children()
     parent.send_signal(number)
-    _, said = parent.communicate(timeout=60)
-    assert "Traceback" not in said
+    _, stderr = parent.communicate(timeout=60)
+    assert "Traceback" not in stderr
     for child in children:
         with suppress(psutil.NoSuchProcess):
-            while child.status() != psutil.STATUS_ZOMBIE:  # a container may have nobody to reap it
+            while child.status() != psutil.STATUS_ZOMBIE:  # a container may have no process that reaps it
                 time.sleep(0.01)
 
 
-def test_a_server_that_does_not_start_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_does_not_start_raises_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text("raise SystemExit('no')")
     silent = tmp_path / "silent.py"

@@ -214,8 +214,8 @@ def test_a_training_resumes_when_a_full_disk_emptied_its_logs(ended: Path, caplo
 # -- files of a run ---------------------------------------------------------------------------------------------------
 
 
-def test_a_run_writes_the_documented_files(whole_run: Run) -> None:
-    run = whole_run
+def test_a_run_writes_the_documented_files(finished_run: Run) -> None:
+    run = finished_run
     files = {str(p.relative_to(run.folder)) for p in run.folder.rglob("*")}
     assert {"config.json", "metrics.csv", "generator.safetensors", "samples", "tensorboard"} <= files
     assert [c.step for c in checkpoint.list_checkpoints(run.folder / "checkpoints")][-2:] == [4, 6]

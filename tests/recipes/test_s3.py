@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import OnS3, config_for, logged, requests_in
+from conftest import OnS3, capture_logs, config_for, requests_in
 from upath import UPath
 
 from ixi_etl.config import RefreshConfig
@@ -82,7 +82,7 @@ def test_a_damaged_version_on_s3_is_repaired_in_place(config: RefreshConfig, pub
     assert verify.verify(made, deep=True) != []
     shard.write_bytes(whole[:-1])
     assert verify.verify(made) != []
-    with logged() as records:
+    with capture_logs() as records:
         assert refresh(config).is_new
     assert not [asked for asked in requests_in(records) if asked[0] == "DELETE" or "?delete" in asked[1]]
     assert shard.read_bytes() == whole

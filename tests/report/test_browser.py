@@ -41,7 +41,7 @@ def pages(every_split: PublishedVersion, request: pytest.FixtureRequest) -> dict
     made = {"dataset": every_split.folder / metadata.REPORT}
     if not find_spec("torch"):  # an environment without the extra `train`
         return made
-    return made | {"run": request.getfixturevalue("whole_run").folder / "report.html"}
+    return made | {"run": request.getfixturevalue("finished_run").folder / "report.html"}
 
 
 class Opened:

@@ -25,8 +25,8 @@ T1, T2 = md5(b"T1"), md5(b"T2")
 
 
 @pytest.fixture(autouse=True)
-def _isolated_network(monkeypatch: pytest.MonkeyPatch, stranger: str) -> None:
-    isolate_network(monkeypatch, stranger)
+def _isolated_network(monkeypatch: pytest.MonkeyPatch, unrelated_ca: str) -> None:
+    isolate_network(monkeypatch, unrelated_ca)
 
 
 def gnu(*lines: str) -> bytes:

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from conftest import config_for, s3_at
+from conftest import config_for, s3_environment
 from services import PROJECT, SERVICES, Stack, wait_for
 
 from ixi_etl.core.storage import DataRoot, to_path
@@ -52,7 +52,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
     with Stack(folder, values) as stack:
         try:
             start_services(stack)
-            with s3_at({name: value for name, value in stack.values.items() if name.startswith("AWS_")}):
+            with s3_environment({name: value for name, value in stack.values.items() if name.startswith("AWS_")}):
                 yield stack  # the tests also read the bucket
         finally:
             if request.session.testsfailed:
