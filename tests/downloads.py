@@ -52,9 +52,9 @@ def isolated_network(monkeypatch: pytest.MonkeyPatch, unrelated_ca: str) -> None
 
 
 @pytest.fixture
-def own(tmp_path: Path, tar: bytes, other: bytes) -> Path:
+def user_folder(tmp_path: Path, tar: bytes, other: bytes) -> Path:
     """A folder with the user's own archives."""
-    folder = tmp_path / "own"
+    folder = tmp_path / "user_folder"
     folder.mkdir()
     (folder / "IXI-T1.tar").write_bytes(tar)
     (folder / "IXI-T2.tar").write_bytes(other)

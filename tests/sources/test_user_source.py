@@ -31,16 +31,18 @@ pytest_plugins = ["downloads"]
 pytestmark = pytest.mark.usefixtures("isolated_network")
 
 
-def test_own_archives_are_used_in_place(tmp_path: Path, own: Path, tar: bytes) -> None:
+def test_own_archives_are_used_in_place(tmp_path: Path, user_folder: Path, tar: bytes) -> None:
     records, reports = tmp_path / "records", Counter[str]()
 
     def count(what: str, done: int, total: int, unit: str) -> None:
         reports[what] += 1
 
-    (own / "MD5SUMS").write_text("".join(f"{md5(p.read_bytes())}  {p.name}\n" for p in own.glob("*.tar")))
-    sources = user_sources(str(own))
+    (user_folder / "MD5SUMS").write_text(
+        "".join(f"{md5(p.read_bytes())}  {p.name}\n" for p in user_folder.glob("*.tar"))
+    )
+    sources = user_sources(str(user_folder))
     found = {m: acquire(source, records, progress=count) for m, source in sources.items()}
-    assert {m: f.location for m, f in found.items()} == {m: str(own / f"IXI-{m}.tar") for m in ("T1", "T2")}
+    assert {m: f.location for m, f in found.items()} == {m: str(user_folder / f"IXI-{m}.tar") for m in ("T1", "T2")}
     assert all(f.checked for f in found.values())
     assert found["T1"].md5 == md5(tar)
     assert names_in(records) == {"IXI-T1.tar.json", "IXI-T2.tar.json"}
@@ -50,42 +52,42 @@ def test_own_archives_are_used_in_place(tmp_path: Path, own: Path, tar: bytes) -
     assert {m: acquire(source, records, progress=count, offline=True) for m, source in sources.items()} == found
     assert not reports  # nothing was read again
 
-    stat = (own / NAME).stat()
-    os.utime(own / NAME, ns=(stat.st_atime_ns, stat.st_mtime_ns - 10**9))
+    stat = (user_folder / NAME).stat()
+    os.utime(user_folder / NAME, ns=(stat.st_atime_ns, stat.st_mtime_ns - 10**9))
     assert acquire(sources["T1"], records, progress=count).md5 == md5(tar)
     assert reports["verify IXI-T1.tar"] > 0
-    with open(own / NAME, "r+b") as file:
+    with open(user_folder / NAME, "r+b") as file:
         file.seek(500_000)
         file.write(b"changed")
-    os.utime(own / NAME, ns=(stat.st_atime_ns, stat.st_mtime_ns - 10**9))
+    os.utime(user_folder / NAME, ns=(stat.st_atime_ns, stat.st_mtime_ns - 10**9))
     with pytest.raises(DownloadError, match="MD5SUMS"):
         acquire(sources["T1"], records)
 
 
-def test_own_archive_without_md5sums_is_accepted_unchecked(tmp_path: Path, own: Path, tar: bytes) -> None:
-    unchecked = acquire(user_sources(str(own))["T1"], tmp_path / "records")
+def test_own_archive_without_md5sums_is_accepted_unchecked(tmp_path: Path, user_folder: Path, tar: bytes) -> None:
+    unchecked = acquire(user_sources(str(user_folder))["T1"], tmp_path / "records")
     assert (unchecked.md5, unchecked.checked) == (md5(tar), False)
-    (own / "MD5SUMS").write_text(f"{md5(tar)} *{NAME}\n{md5(b'')} *IXI-T2.tar\n")
-    assert acquire(user_sources(str(own))["T1"], tmp_path / "records").checked
+    (user_folder / "MD5SUMS").write_text(f"{md5(tar)} *{NAME}\n{md5(b'')} *IXI-T2.tar\n")
+    assert acquire(user_sources(str(user_folder))["T1"], tmp_path / "records").checked
 
 
-def test_own_archive_with_another_md5_is_refused(tmp_path: Path, own: Path, other: bytes) -> None:
-    source = user_sources(str(own))["T1"]
+def test_own_archive_with_another_md5_is_refused(tmp_path: Path, user_folder: Path, other: bytes) -> None:
+    source = user_sources(str(user_folder))["T1"]
     acquire(source, tmp_path / "records")
-    (own / "MD5SUMS").write_text(f"{md5(other)}  {NAME}\n{md5(other)}  IXI-T2.tar\n")
+    (user_folder / "MD5SUMS").write_text(f"{md5(other)}  {NAME}\n{md5(other)}  IXI-T2.tar\n")
     with pytest.raises(DownloadError, match="MD5SUMS") as caught:
-        acquire(user_sources(str(own))["T1"], tmp_path / "records")
-    assert_one_clear_line(str(caught.value), tmp_path / "records", str(own / NAME), md5(other))
+        acquire(user_sources(str(user_folder))["T1"], tmp_path / "records")
+    assert_one_clear_line(str(caught.value), tmp_path / "records", str(user_folder / NAME), md5(other))
 
 
-def test_own_archive_that_is_being_written_is_refused(tmp_path: Path, own: Path) -> None:
+def test_own_archive_that_is_being_written_is_refused(tmp_path: Path, user_folder: Path) -> None:
     def append(what: str, done: int, total: int, unit: str) -> None:
         if done <= total:
-            with open(own / NAME, "ab") as file:
+            with open(user_folder / NAME, "ab") as file:
                 file.write(b"more")
 
     with pytest.raises(DownloadError, match="changed while it was read"):
-        acquire(user_sources(str(own))["T1"], tmp_path / "records", progress=append)
+        acquire(user_sources(str(user_folder))["T1"], tmp_path / "records", progress=append)
     assert names_in(tmp_path / "records") == set()
 
 
@@ -97,25 +99,27 @@ def test_missing_own_archive_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["{}", "file://{}", "file://localhost{}"])
 @pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "device", "kernel"])
-def test_special_file_as_own_archive_is_a_one_line_error(tmp_path: Path, own: Path, kind: str, form: str) -> None:
-    (own / NAME).unlink()
+def test_special_file_as_own_archive_is_a_one_line_error(
+    tmp_path: Path, user_folder: Path, kind: str, form: str
+) -> None:
+    (user_folder / NAME).unlink()
     if kind.endswith("pipe"):
-        os.mkfifo(own / ("pipe" if kind.startswith("link") else NAME))
+        os.mkfifo(user_folder / ("pipe" if kind.startswith("link") else NAME))
     if kind != "pipe":
-        (own / NAME).symlink_to({"device": "/dev/zero", "kernel": "/proc/self/clear_refs"}.get(kind, "pipe"))
+        (user_folder / NAME).symlink_to({"device": "/dev/zero", "kernel": "/proc/self/clear_refs"}.get(kind, "pipe"))
     with pytest.raises(DownloadError, match=r"is (not a regular|an empty) file; give a --source") as caught:
-        acquire(user_sources(form.format(own))["T1"], tmp_path / "records")
-    assert_one_clear_line(str(caught.value), tmp_path / "records", str(own / NAME))
+        acquire(user_sources(form.format(user_folder))["T1"], tmp_path / "records")
+    assert_one_clear_line(str(caught.value), tmp_path / "records", str(user_folder / NAME))
 
 
 @pytest.mark.parametrize("form", ["{}", "file://{}"])
-def test_own_archive_that_grows_endlessly_is_refused(tmp_path: Path, own: Path, form: str) -> None:
+def test_own_archive_that_grows_endlessly_is_refused(tmp_path: Path, user_folder: Path, form: str) -> None:
     def append(what: str, done: int, total: int, unit: str) -> None:
-        with open(own / NAME, "ab") as file:
+        with open(user_folder / NAME, "ab") as file:
             file.write(bytes(4 << 20))
 
     with pytest.raises(DownloadError, match="changed while it was read"):
-        acquire(user_sources(form.format(own))["T1"], tmp_path / "records", progress=append)
+        acquire(user_sources(form.format(user_folder))["T1"], tmp_path / "records", progress=append)
 
 
 def test_unknown_protocol_is_a_one_line_error(tmp_path: Path) -> None:
