@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ixi_etl.errors import CheckpointError
 from model import checkpoint
@@ -24,11 +24,18 @@ DATASET_FIELDS = ("dataset", "direction", "side")
 
 
 def as_predictor(generator: UNetGenerator, *, dropout: bool = False) -> Predictor:
-    """The generator as synthesis uses it. `dropout` leaves dropout on, as the publication does at test time."""
+    """The generator as synthesis uses it. `dropout` keeps dropout on, as the publication does at test time.
+
+    Batch norm always uses its running statistics, and does not update them.
+    """
+
+    batch_norms = [layer for layer in generator.modules() if isinstance(layer, nn.BatchNorm2d)]
 
     def predict(source: Tensor, _position: Tensor) -> Tensor:
         training = generator.training
         generator.train(dropout)
+        for layer in batch_norms:
+            layer.eval()
         generated = generator.forward_padded(source).float()
         generator.train(training)
         return generated
@@ -62,7 +69,7 @@ def check_same_dataset(weights: Path, config: TrainConfig, run: TrainConfig) -> 
     differing = [name for name in DATASET_FIELDS if getattr(config, name) != getattr(run, name)]
     if differing:
         difference = ", ".join(f"{name} {getattr(config, name)}, not {getattr(run, name)}" for name in differing)
-        raise CheckpointError(f"{weights} is of another training ({difference}); evaluate it in its own run")
+        raise CheckpointError(f"{weights} is of another training run ({difference}); evaluate it in its own run")
 
 
 def generator_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -187,6 +187,17 @@ def test_dropout_is_off_unless_requested() -> None:
     assert network.training  # restored
 
 
+def test_dropout_leaves_batch_norm_in_evaluation_mode() -> None:
+    torch.manual_seed(0)
+    network = UNetGenerator(32, width=4, dropout=0.0, norm="batch")
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    source, position = torch.rand(3, 1, 32, 32), torch.zeros(3)
+    with torch.no_grad():
+        on, off = (generator.as_predictor(network, dropout=dropout)(source, position) for dropout in (True, False))
+    torch.testing.assert_close(on, off, atol=1e-5, rtol=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
 def test_slices_of_any_size_are_generated() -> None:
     generator = UNetGenerator(32, width=4).eval()
     source = torch.rand(2, 1, 64, 96) * 2 - 1
@@ -253,10 +264,10 @@ def test_weights_of_another_training_are_refused_with_the_difference(
     if "side" in config:  # other shapes would be refused first
         monkeypatch.setattr(evaluate.checkpoint, "require_tensors", lambda *_: None)
         monkeypatch.setattr(UNetGenerator, "load_state_dict", lambda *_: None)
-    with pytest.raises(CheckpointError, match="is of another training") as error:
+    with pytest.raises(CheckpointError, match="is of another training run") as error:
         evaluate_run(evaluated, split="train", weights=other)
     assert difference in str(error.value)
-    with pytest.raises(CheckpointError, match="is of another training"):  # in place of the run's own, too
+    with pytest.raises(CheckpointError, match="is of another training run"):  # in place of the run's own, too
         evaluate.evaluate(evaluated.folder, evaluated.version, evaluated.config, other, split="train")
     assert evaluations(evaluated) == before
 
