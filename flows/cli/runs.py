@@ -1,11 +1,10 @@
-"""Commands of a training and its generator: train, evaluate, synthesize, export."""
+"""Commands of a training run and its generator: train, evaluate, synthesize, export."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,7 +28,7 @@ COMMON_FIELDS = ("dataset", "direction", "steps", "batch_size", "lr", "width", "
 def train(
     config: dict[str, Any],
     preset: Annotated[
-        Preset, typer.Option(help="paper: as published. digits: MNIST. smoke: seconds, on a CPU. gpu: large batches.")
+        Preset, typer.Option(help="paper: as published. digits: MNIST. smoke: a minute on a CPU. gpu: large batches.")
     ] = "paper",
     root: Root = DEFAULT_ROOT,
     scratch: Scratch = None,
@@ -68,20 +67,23 @@ def run_training(
     *,
     resume: bool,
 ) -> Path | None:
-    """Train and evaluate: as a flow if a Prefect server is configured, otherwise (and under torchrun) as functions.
+    """Train and evaluate: as a flow if a Prefect server is configured, otherwise as functions.
+
+    Always as functions in several processes of torchrun: each would be a flow run of its own.
 
     Returns the folder of the run, or None in every process of torchrun but the first.
     """
     from flows.server import is_configured, run_flow
+    from model.devices import keep_freed_memory, torchrun_rank
 
-    if "RANK" not in os.environ and is_configured():
+    rank = torchrun_rank()
+    if rank is None and is_configured():
         given = {"preset": preset, "settings": settings, "root": root, "scratch": scratch, "run": run_id}
         kept: Path = run_flow("train_pix2pix", **given, resume=resume)
         return kept
     from flows.progress import show_progress
     from model import jobs
     from model.config import preset as preset_of
-    from model.devices import keep_freed_memory, torchrun_rank
 
     prepared = jobs.prepare_run(root, preset_of(preset, **settings), run_id, scratch)
     log = logging.getLogger("model")
@@ -90,8 +92,7 @@ def run_training(
         keep_freed_memory()
     with show_progress() as progress:
         jobs.train_run(prepared, resume=resume, progress=progress)
-        place = torchrun_rank()
-        if place is not None and place.rank > 0:
+        if rank is not None and rank.rank > 0:
             return None
         try:
             jobs.evaluate_run(prepared, progress=progress)
@@ -119,7 +120,7 @@ def evaluate(
     run: Annotated[str, typer.Argument(help="Name of a run, a unique prefix of it, or latest.")] = "latest",
     root: Root = DEFAULT_ROOT,
     scratch: Scratch = None,
-    split: Annotated[Literal["train", "val", "test"], typer.Option(help="Subjects to measure.")] = "test",
+    split: Annotated[Literal["train", "val", "test"], typer.Option(help="Split to evaluate.")] = "test",
     weights: Annotated[
         Path | None,
         typer.Option(help=r"A checkpoint file.  \[default: the run's best generator]", show_default=False),
@@ -128,7 +129,7 @@ def evaluate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a trained generator by subject (PSNR, SSIM, MAE) beside three baselines.
+    """Measure a trained generator by subject (PSNR, SSIM, MAE), compared with three baselines.
 
     Writes evaluation-SPLIT.csv (one row per subject, method and mask) and evaluation-SPLIT.json into the run. With
     --weights or --dropout the files have other names.
@@ -175,7 +176,7 @@ def synthesize(
 ) -> None:
     """Generate a whole volume of the other modality from each input, on the grid of the input.
 
-    Writes a JSON file beside each output that records how it was made.
+    Writes a JSON file next to each output that records how it was made.
     """
     output = Output(quiet, as_json)
     require_extra("train")
@@ -203,7 +204,7 @@ def synthesize(
 def export(
     run: Annotated[str, typer.Argument(help="Name of a run, a unique prefix of it, or latest; or a generator file.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the generator and its config.json.")],
-    form: Annotated[Literal["safetensors", "onnx"], typer.Option("--format", help="File format.")] = "onnx",
+    file_format: Annotated[Literal["safetensors", "onnx"], typer.Option("--format", help="File format.")] = "onnx",
     root: Root = DEFAULT_ROOT,
     scratch: Scratch = None,
     quiet: Quiet = False,
@@ -212,12 +213,12 @@ def export(
     """Export the generator for use elsewhere; the exported file is read back and compared with the original."""
     output = Output(quiet, as_json)
     require_extra("train")
-    if form == "onnx":
+    if file_format == "onnx":
         require_extra("export")
     from model.export import export as export_generator
     from model.synthesize import find_generator
 
-    path, difference = export_generator(find_generator(root, run, scratch), form, out)
+    path, difference = export_generator(find_generator(root, run, scratch), file_format, out)
     sentence = f"{path}\nread back: slices differ from the original by at most {difference:.1e} of [-1, 1]"
     output.text(sentence, written=path, difference=difference)
     output.end()

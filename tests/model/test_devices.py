@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from flows import server
 from flows.cli.runs import run_training
 from ixi_etl.errors import ConfigError
 from model import devices, jobs
@@ -59,6 +60,24 @@ def test_the_command_line_keeps_freed_memory_for_a_training_on_a_cpu(
 
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(("environment", "called"), [({"RANK": "3"}, ["flow"]), (TORCHRUN, ["train"])])
+def test_with_a_server_a_run_is_a_flow_unless_it_has_several_processes(
+    environment: dict[str, str], called: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    run = SimpleNamespace(folder=tmp_path, config=preset("smoke", device="cuda"))
+    monkeypatch.setattr(server, "is_configured", lambda: True)
+    monkeypatch.setattr(server, "run_flow", lambda *_, **__: calls.append("flow"))
+    monkeypatch.setattr(jobs, "prepare_run", lambda *_: run)
+    monkeypatch.setattr(jobs, "train_run", lambda *_, **__: calls.append("train"))
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run_training("smoke", {}, str(tmp_path), None, resume=False) is None
+    assert calls == called
 
 
 @pytest.mark.parametrize(
