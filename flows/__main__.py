@@ -2,7 +2,7 @@
 
 import signal
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # no trace of what is being imported; `main` has a handler of its own
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of what is being imported; `main` has a handler of its own
 
 from flows.cli import main  # noqa: E402
 

@@ -64,7 +64,7 @@ def show_version(published: PublishedVersion) -> None:
 
 
 def show_run(run: Path) -> None:
-    """Create artifacts of a run: evaluation beside the baselines, last sample sheet, and a link to its report."""
+    """Create artifacts of a run: scores compared with the baselines, last sample sheet, and a link to its report."""
     with _errors_as_warnings():
         evaluation = summaries.evaluation_summary(run)
         create_markdown_artifact(_run_markdown(run, evaluation), "pix2pix-summary")

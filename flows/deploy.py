@@ -7,8 +7,8 @@ It can be run again at any time, and changes only its own objects. `prefect.yaml
 - IXI_ROOT: a folder that all workers see, or s3://bucket/prefix; by default `ixi-data`.
 - IXI_SCRATCH: if the root is on S3, the folder for archives and unfinished work.
 - IXI_DASK: the Dask scheduler to cut subjects on; by default the worker uses threads.
-- IXI_PRESET: the preset of the trainings that new versions start; by default `smoke`, because a worker may have no GPU
-  and the published recipe, `paper`, has 49,200 steps.
+- IXI_PRESET: the preset of the training runs that new versions start; by default `smoke`, because a worker may have
+  no GPU and the published recipe, `paper`, has 49,200 steps.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ async def prepare_server() -> None:
 
 
 def main() -> None:
-    """Run the command; exit status 1 and one line if no server is configured."""
+    """Run the command; exit status 1 and a one-line error message if no server is configured."""
     environment = DEFAULTS | {name: value for name, value in os.environ.items() if value or name not in DEFAULTS}
     if environment["IXI_PRESET"] not in get_args(Preset):
         sys.exit(f"error: IXI_PRESET is {environment['IXI_PRESET']}; set one of {', '.join(get_args(Preset))}")

@@ -1,4 +1,4 @@
-"""The presets of a training as a closed list, for the command line and the parameter form of the server.
+"""The presets of a training run as a closed list, for the command line and the parameter form of the server.
 
 Their settings are in `model.config.PRESETS`.
 """

@@ -1,4 +1,6 @@
-"""Flow `refresh-dataset`: archives in, a published version out. Its tasks are the stages of `ixi_etl.recipes.ixi`.
+"""Flow `refresh-dataset`: archives in, a published version out.
+
+Its tasks are the stages of `ixi_etl.recipes` (`ixi`, `ixi_inputs`, `ixi_version`).
 
 Run it from Python, ``refresh_dataset(RefreshConfig(...))``, or on the server named by PREFECT_API_URL::
 
@@ -49,7 +51,7 @@ publish_version = task(task_run_name="publish {job.version}", cache_policy=NO_CA
 
 
 def announce(config: RefreshConfig, refreshed: PublishedVersion) -> None:
-    """Emit the event of a new version, which triggers the training (`prefect.yaml`)."""
+    """Emit the event of a new version, which triggers a training run (`prefect.yaml`)."""
     resource = {"prefect.resource.id": f"ixi.dataset.{DEFAULT_DATASET}", "prefect.resource.name": DEFAULT_DATASET}
     emit_event("ixi.dataset.published", resource, payload={"version": refreshed.version, "root": config.root})
 
@@ -65,7 +67,7 @@ def _run_name() -> str:
 def refresh_dataset(config: RefreshConfig | None = None) -> PublishedVersion:
     """Publish the dataset version of this configuration and these archives, unless it is published already.
 
-    A new version emits an event, which starts a training; an existing version does not.
+    A new version emits an event, which starts a training run; an existing version does not.
 
     Args:
         config: Sources, root, parallelism and the dataset to make.
@@ -78,17 +80,17 @@ def refresh_dataset(config: RefreshConfig | None = None) -> PublishedVersion:
         else:
             sources = ixi_inputs.find_sources(config)
             downloads = {key: download.submit(config, source, progress) for key, source in sources.items()}
-            inputs = ixi_inputs.collect_inputs(config, {key: job.result() for key, job in downloads.items()})
+            inputs = ixi_inputs.collect_inputs(config, {key: future.result() for key, future in downloads.items()})
         job = ixi_inputs.create_job(config, inputs, progress)
         published = ixi.find_published(job)
         if published:
             log.info("version %s is published already: %s", job.version, published.folder)
             show_version(published)
             return published
-        table = survey_archives(job)
-        candidates = select_subjects(job, table)
-        settled, records = cut_subjects(job, table, candidates)
-        refreshed = publish_version(job, table, settled, records)
+        survey_table = survey_archives(job)
+        screened = select_subjects(job, survey_table)
+        final, records = cut_subjects(job, survey_table, screened)
+        refreshed = publish_version(job, survey_table, final, records)
         announce(config, refreshed)
         show_version(refreshed)
         log.info("published version %s: %s", job.version, refreshed.folder)

@@ -37,7 +37,7 @@ def exclusions_summary(folder: Path) -> Summary:
 
 
 def evaluation_summary(folder: Path, evaluation: str = "evaluation-test") -> Summary | None:
-    """The generator of a run beside the baselines: mean and standard deviation over subjects; None if not evaluated."""
+    """Scores of a run's generator and of the baselines, mean and standard deviation over subjects; None if missing."""
     import pandas as pd
 
     from ixi_etl.core.files import read_json
@@ -61,7 +61,7 @@ def evaluation_summary(folder: Path, evaluation: str = "evaluation-test") -> Sum
 
 
 def last_sample_sheet(folder: Path) -> Path | None:
-    """The newest sample sheet of a run, in gray."""
+    """The newest sample sheet of a run, in grey."""
     return max((folder / "samples").glob("*-gray.png"), default=None)
 
 

@@ -12,7 +12,7 @@ import threading
 
 
 def end_with_parent() -> None:
-    """The system closes the pipe when the other process is gone, also after SIGKILL."""
+    """The system closes the pipe when the other process is gone, even after SIGKILL."""
     os.read(0, 1)
     os._exit(0)
 

@@ -1,4 +1,4 @@
-"""`ixi-etl` and `python -m ixi_etl`: the command line, also in a folder that has a `flows` or a `model` of its own.
+"""`ixi-etl` and `python -m ixi_etl`: the command line, even in a folder that has a `flows` or a `model` of its own.
 
 The command line is in `flows`, a name that users have too; it is imported from beside this package, by name at run
 time, as nothing here depends on it.

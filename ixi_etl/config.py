@@ -83,34 +83,34 @@ def format_validation_error(error: ValidationError) -> str:
     return redacted("; ".join(problems))
 
 
-def _without_credentials(place: str) -> str:
-    """Return `place`; reject a URL with credentials."""
+def _without_credentials(location: str) -> str:
+    """Return `location`; reject a URL with credentials."""
     try:
-        reject_url_credentials(place)
+        reject_url_credentials(location)
     except IxiError as error:
         raise ValueError(str(error)) from None
-    return place
+    return location
 
 
-def _usable(place: Any) -> str:
-    """Return `place` as text; reject a path at which no store can be opened."""
+def _check_path(location: Any) -> str:
+    """Return `location` as text; reject a path at which no store can be opened."""
     try:
-        reject_unusable_path(place)
+        reject_unusable_path(location)
     except IxiError as error:
         raise ValueError(str(error)) from None
-    return str(place)
+    return str(location)
 
 
-def _text(place: Any) -> Any:
-    """Return `place`; reject text that is not UTF-8, whose path pydantic's own message would not name."""
+def _check_utf8(location: Any) -> Any:
+    """Return `location`; reject text that is not UTF-8, whose path pydantic's own message would not name."""
     try:
-        str(place).encode()
+        str(location).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{printable(str(place))} is not UTF-8; give another name") from None
-    return place
+        raise ValueError(f"{printable(str(location))} is not UTF-8; give another name") from None
+    return location
 
 
-UserText = Annotated[str, BeforeValidator(_text), AfterValidator(_without_credentials)]
+UserText = Annotated[str, BeforeValidator(_check_utf8), AfterValidator(_without_credentials)]
 UserPath = Annotated[UserText, Field(min_length=1)]
 
 
@@ -134,7 +134,7 @@ class DatasetConfig(StrictModel):
         description="rigid: correct the motion between the scans; none: align by headers only (always none for index)",
     )
     min_nmi: Annotated[float, Field(ge=0, le=1)] = Field(
-        MIN_NMI, description="a pair with less normalised mutual information has low similarity"
+        MIN_NMI, description="minimum normalised mutual information (NMI); pairs below it have low similarity"
     )
     low_similarity: Literal["flag", "exclude"] = Field("flag", description="flag or exclude low-similarity pairs")
     pictures: bool = Field(True, description="draw a picture of each pair, and a sheet of the ten least similar")
@@ -194,21 +194,21 @@ class JobConfig(StrictModel):
 
     @field_validator("root", mode="before")
     @classmethod
-    def _whole_root(cls, root: Any) -> str:
+    def _normalise_root(cls, root: Any) -> str:
         _without_credentials(str(root))
-        _usable(root)
+        _check_path(root)
         if re.match(r"s3://[^/]", str(root)):
             return str(root).rstrip("/")
         if not str(root) or re.match(r"[a-z0-9]+:/", str(root)):
             raise ValueError(f"{str(root)!r} is neither a folder nor s3://bucket/prefix")
-        return _usable(str(expand_home(root).resolve()))  # absolute, for workers in other folders
+        return _check_path(str(expand_home(root).resolve()))  # absolute, for workers in other folders
 
     @field_validator("scratch", mode="before")
     @classmethod
-    def _whole_scratch(cls, scratch: Any) -> Any:
+    def _normalise_scratch(cls, scratch: Any) -> Any:
         _without_credentials(str(scratch))
         return (
-            Path(_usable(expand_home(scratch).resolve())) if scratch else None
+            Path(_check_path(expand_home(scratch).resolve())) if scratch else None
         )  # an unset variable of prefect.yaml gives ""
 
 
@@ -241,7 +241,7 @@ class RefreshConfig(JobConfig):
     )
 
     @model_validator(mode="after")
-    def _members_are_asked_for(self) -> RefreshConfig:
+    def _members_need_network(self) -> RefreshConfig:
         if self.fetch == "members" and self.offline:
             raise ValueError("fetch = members needs the network to find the members; leave out offline")
         return self

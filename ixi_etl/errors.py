@@ -13,8 +13,8 @@
         ├── ArchiveError        1   a file is not a readable tar archive
         ├── DatasetError        1   a dataset version is missing, damaged or cannot be made
         │   └── EmptySplitError     a version has no subject in a split
-        ├── CheckpointError     1   a checkpoint is damaged, missing, or of another training
-        ├── TrainingError       1   a training cannot continue
+        ├── CheckpointError     1   a checkpoint is damaged, missing, or of another training run
+        ├── TrainingError       1   a training run cannot continue
         ├── SynthesisError      1   a generator cannot be applied to a volume
         ├── ExportError         1   a generator cannot be exported
         ├── BadVolumeError      -   one volume is unusable: becomes an excluded row of the manifest, never an exit
@@ -117,11 +117,11 @@ class DeviceError(IxiError):
 
 
 class CheckpointError(IxiError):
-    """A checkpoint is damaged, missing, or of another training."""
+    """A checkpoint is damaged, missing, or of another training run."""
 
 
 class TrainingError(IxiError):
-    """A training cannot continue."""
+    """A training run cannot continue."""
 
 
 class SynthesisError(IxiError):

@@ -12,6 +12,6 @@ def archive_name(modality: str) -> str:
 
 
 def modality_of(tar_name: str) -> str | None:
-    """The modality, `T1` or `T2`, in the name of an archive; None if it has neither or both."""
-    names = set(re.findall("T[12]", tar_name))
+    """The one of `MODALITIES` that the name of an archive contains; None if it contains none or several."""
+    names = set(re.findall("|".join(MODALITIES), tar_name))
     return names.pop() if len(names) == 1 else None

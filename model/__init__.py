@@ -1,8 +1,8 @@
-"""pix2pix on a published dataset version: train, evaluate, synthesize volumes, export. Imports no Prefect.
+"""pix2pix on a published dataset version: train, evaluate, synthesise volumes, export. Imports no Prefect.
 
 Public functions, in the order in which a run uses them:
 
-- `model.config.preset`, `model.config.TrainConfig`: the configuration of a training.
+- `model.config.preset`, `model.config.TrainConfig`: the configuration of a training run.
 - `model.jobs.prepare_run`, `train_run`, `evaluate_run`: whole jobs on a data root, as the command line runs them.
 - `model.train.train`: the training loop. `model.trainer.Trainer`: networks, optimisers and one step.
 - `model.data.load_pairs`: one split of a version in memory.

@@ -1,4 +1,4 @@
-"""Configure a training: one validated object that rejects unknown keys, and its presets."""
+"""Configure a training run: one validated object that rejects unknown keys, and its presets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SEEDS = 1 << 63  # torch's seeds are 64-bit integers: from -SEEDS to SEEDS - 1
 
 
 class TrainConfig(StrictModel):
-    """The configuration of one training. The defaults are the published recipe.
+    """The configuration of one training run. The defaults are the published recipe.
 
     `prepare_run` resolves it: it sets the version in `dataset`, `direction`, `side`, `precision` and `device`.
     """
@@ -38,9 +38,7 @@ class TrainConfig(StrictModel):
         None, description="SOURCE->TARGET, for example t2->t1; by default that of the dataset"
     )
     side: int | None = Field(None, description="pixels of the square training crop; omit for whole slices")
-    augment: Augment = Field(
-        "none", description="none; flip left and right; jitter: flip, enlarge by 286/256, and crop"
-    )
+    augment: Augment = Field("none", description="none; flip: left-right; jitter: flip, enlarge by 286/256, and crop")
 
     width: Annotated[int, Field(ge=1, le=MAX_WIDTH)] = Field(
         64, description="channels of the generator's outermost level"
@@ -56,7 +54,7 @@ class TrainConfig(StrictModel):
     )
 
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = Field(49_200, description="optimiser steps")
-    batch_size: Annotated[int, Field(ge=1, le=1 << 24)] = Field(1, description="pairs per step on each GPU")
+    batch_size: Annotated[int, Field(ge=1, le=1 << 24)] = Field(1, description="pairs per step and process")
     lr: Annotated[float, Field(gt=0)] = Field(2e-4, description="learning rate")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.5, 0.999)
     decay: Annotated[float, Field(ge=0, le=1)] = Field(

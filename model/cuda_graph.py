@@ -63,7 +63,7 @@ class CudaGraphStep:
         """
         graph, batch = torch.cuda.CUDAGraph(), (source.clone(), target.clone())
         current = torch.cuda.current_stream(source.device)
-        gc.collect()  # graphs of earlier trainings must not be freed during capture
+        gc.collect()  # graphs of earlier training runs must not be freed during capture
         try:
             # "thread_local": other threads, which write logs and show progress, may use CUDA during capture.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):

@@ -65,7 +65,7 @@ def describe_hardware(device: str) -> dict[str, str | int]:
 
 
 class TorchrunRank(NamedTuple):
-    """This process among all processes of a training, and among those on this machine."""
+    """This process among all processes of a training run, and among those on this machine."""
 
     rank: int
     processes: int

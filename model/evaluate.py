@@ -36,7 +36,7 @@ DATA_RANGE = 1.0
 
 
 class Evaluation(NamedTuple):
-    """The results of `summarize` and `compare`; `name` is that of the files in the run, without suffix."""
+    """The results of `summarise` and `compare`; `name` is that of the files in the run, without suffix."""
 
     summary: pd.DataFrame
     comparison: pd.DataFrame
@@ -90,7 +90,7 @@ def measure(pairs: Pairs, methods: Mapping[str, Predictor], progress: Progress =
     tables = []
     for (name, mask_name), batches in scores.items():
         slices = {k: torch.cat([b[k] for b in batches]) for k in batches[0]}
-        by_subject = average_over_subjects(slices, pairs.subject.cpu(), len(pairs.subjects))
+        by_subject = score_subjects(slices, pairs.subject.cpu(), len(pairs.subjects))
         columns = {"subject_id": list(pairs.subjects), "method": name, "mask": mask_name}
         tables.append(pd.DataFrame(columns | {m: by_subject[m].numpy() for m in MEASURES}))
     return pd.concat(tables, ignore_index=True)
@@ -111,7 +111,7 @@ def _head_mask(source: Tensor, target: Tensor, thresholds: Tensor) -> Tensor:
     return (source > low[:, 0]) | (target > low[:, 1])
 
 
-def summarize(table: pd.DataFrame) -> pd.DataFrame:
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard deviation of each measure over the subjects of `measure`: a row per method and mask."""
     groups = table.groupby(["mask", "method"], sort=False)[list(MEASURES)]
     summary = groups.agg(["mean", "std"])
@@ -187,7 +187,7 @@ def evaluate(
     table = measure(pairs, methods, progress)
     table.insert(1, "split", split)
     table = table.assign(normalisation=NORMALISATION, data_range=DATA_RANGE)
-    summary, comparison = summarize(table), compare(table)
+    summary, comparison = summarise(table), compare(table)
     write_atomic(run / f"{name}.csv", table.to_csv(index=False))
     record: dict[str, Any] = {
         "split": split,
@@ -210,6 +210,8 @@ def evaluate(
 def score_slices(generated: Tensor, target: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
     """Scores (B,) of slices (B, 1, H, W) in [0, 1]: `mae`, `mse` and `ssim` over the mask, and `pixels`, its size.
 
+    `score_subjects` computes PSNR from `mse`.
+
     SSIM is that of Wang et al. (2004), with a Gaussian window of sigma 1.5. A slice with an empty mask scores 0.
     """
     # Imported here since it also imports scipy.signal, which takes more than a second.
@@ -228,10 +230,11 @@ def score_slices(generated: Tensor, target: Tensor, mask: Tensor | None = None) 
     return {"mae": mean(error.abs()), "mse": mean(error**2), "ssim": mean(similarity), "pixels": pixels}
 
 
-def average_over_subjects(slices: dict[str, Tensor], subject: Tensor, subjects: int) -> dict[str, Tensor]:
-    """Scores (S,) of subjects from those of slices (N,): `mae`, `ssim`, and `psnr` in dB from the mean MSE.
+def score_subjects(slices: dict[str, Tensor], subject: Tensor, subjects: int) -> dict[str, Tensor]:
+    """Scores (S,) of subjects from those of slices (N,): `mae`, `psnr` and `ssim`.
 
-    `subject` (N,) is the subject of each slice. Slices are weighted by their `pixels`.
+    `subject` (N,) is the subject of each slice. Slices are weighted by their `pixels`. `psnr` is in dB, from
+    the MSE over all slices of a subject; it is infinite if the MSE is 0.
     """
     weight = slices["pixels"].double()
 

@@ -33,7 +33,7 @@ TOLERANCE = 1e-4
 """Largest difference of outputs in [-1, 1]: torch and ONNX Runtime sum in another order and differ by about 1e-6."""
 
 
-def export(generator: Path, form: Format, out: Path) -> tuple[Path, float]:
+def export(generator: Path, file_format: Format, out: Path) -> tuple[Path, float]:
     """Write the generator in the file `generator`, and config.json, into the folder `out`.
 
     Returns:
@@ -43,14 +43,15 @@ def export(generator: Path, form: Format, out: Path) -> tuple[Path, float]:
         CheckpointError: the generator is missing or damaged.
         ExportError: `out` would overwrite the generator, or the outputs differ by more than `TOLERANCE`.
     """
-    if form == "onnx":
+    if file_format == "onnx":
         require_extra("export")
     network, config, step = load_generator(generator)
     metadata = checkpoint.read_metadata(generator)
     trained_on = planes.parse(generator, metadata)
     shape = trained_on.shape if trained_on else (network.side, network.side)
     out.mkdir(parents=True, exist_ok=True)
-    path, write = (out / GENERATOR_FILE, _write_safetensors) if form == "safetensors" else (out / ONNX, _write_onnx)
+    path = out / (GENERATOR_FILE if file_format == "safetensors" else ONNX)
+    write = _write_safetensors if file_format == "safetensors" else _write_onnx
     if path.resolve() == generator.resolve():
         raise ExportError(f"{path} is the generator itself; give another -o")
     part = path.with_name(f".part-{path.name}")
@@ -93,13 +94,14 @@ def _onnx_metadata(description: Mapping[str, Any]) -> dict[str, str]:
     """The description as the string properties of an ONNX model; other values than strings become JSON."""
     config = description["config"]
     source, target = description["input"], description["output"]
+    orientation = "; x increases to the right, y to anterior (RAS+)" if description["planes"] else ""
     texts = {
         "direction": config["direction"],
         "dataset": config["dataset"],
         "step": description["step"],
         "input_range": source["range"],
         "output_range": target["range"],
-        "axes": "[batch, 1, y, x]; y to the Anterior, x to the Right" if description["planes"] else "[batch, 1, y, x]",
+        "axes": f"[batch, 1, y, x]{orientation}",
         "normalisation": source["normalisation"],
         "planes": description["planes"],
         "licence": description.get("licence", f"not recorded; that of {config['dataset']}"),

@@ -82,7 +82,7 @@ def _largest_side(height: int, width: int) -> int:
 
 @os_errors_as_user_errors()
 def train_run(run: Run, *, resume: bool = False, progress: Progress = no_progress) -> Path:
-    """Train, write the report, and return the best generator's file. A lock allows one training per folder.
+    """Train, write the report, and return the best generator's file. A lock allows one process to train in a folder.
 
     Raises:
         IxiError: as `model.train.train`; or another process trains in this folder.
@@ -105,7 +105,7 @@ def train_run(run: Run, *, resume: bool = False, progress: Progress = no_progres
             }
             upload = partial(push_if_possible, run.folder, run.remote) if run.remote else do_nothing
 
-            def write_config() -> None:  # only for a new training: a resumed one keeps its record
+            def write_config() -> None:  # only for a new run: a resumed one keeps its record
                 write_atomic(run.folder / CONFIG_FILE, to_json(record))
                 upload()  # now, since this is what prevents `ixi-etl prune` from removing the version
 

@@ -1,4 +1,4 @@
-"""Log a training: a line of losses now and then, metrics.csv, validation.csv, TensorBoard."""
+"""Log a training run: a line of losses every `log_every` steps, metrics.csv, validation.csv, TensorBoard."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SPEED = ("lr", "ms_per_step", "images_per_s", "peak_memory_mb")
 class MetricsLog:
     """The metrics of one training process, which starts after `start` steps.
 
-    Rows that an earlier process wrote of later steps are removed: these steps are about to be repeated.
+    Rows of steps after `start`, left by an interrupted process, are removed: these steps are about to be repeated.
     """
 
     def __init__(self, run: Path, config: TrainConfig, trainer: Trainer, start: int, images_per_step: int) -> None:
@@ -40,7 +40,7 @@ class MetricsLog:
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
         self._sums = torch.zeros(len(LOSSES), device=trainer.device)
         if trainer.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(trainer.device)  # exclude earlier trainings of this process
+            torch.cuda.reset_peak_memory_stats(trainer.device)  # exclude earlier training runs of this process
         self._since, self._steps = time.perf_counter(), 0
 
     def record(self, losses: Tensor) -> None:
@@ -78,7 +78,7 @@ class MetricsLog:
         self._since, self._steps = now, 0  # the time of this call counts: a GPU waits meanwhile
 
     def _peak_memory_mb(self) -> float:
-        """Peak memory of this training on a GPU; on a CPU, of the process."""
+        """Peak memory of this training run on a GPU; on a CPU, of the process."""
         if self.trainer.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.trainer.device) / 1e6
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

@@ -1,7 +1,7 @@
-"""Summarise the planes that a generator was trained on, and lay the same planes through another volume.
+"""Summarise the planes that a generator was trained on, and define the same planes in another volume.
 
-Legend: volumes are [k, j, i] as stored; planes are [z, y, x] with x to the Right, y to the Anterior and z to the
-Superior, along the volume's own axes; matrices are 4 x 4, to RAS mm. `PlaneSummary` is stored in
+Legend: volumes are [k, j, i] as stored; planes are [z, y, x]: x increases to the right, y to
+anterior, z to superior (RAS+), along the volume's own axes; matrices are 4 x 4, to RAS mm. `PlaneSummary` is stored in
 `generator.safetensors`, so a generator can be used without its dataset.
 """
 
@@ -78,7 +78,7 @@ def parse(path: Path, generator: dict[str, Any]) -> PlaneSummary | None:
         raise CheckpointError(f"the planes in {path} cannot be used: {format_validation_error(error)}") from error
 
 
-def summarize(version: Path, pairs: Pairs) -> PlaneSummary | None:
+def summarise(version: Path, pairs: Pairs) -> PlaneSummary | None:
     """Summarise the training split `pairs` of a version; None if its slices are not axial planes of a head.
 
     That is the case for pairs by index, whose source and target show different planes, and for digits.
@@ -158,9 +158,9 @@ def resampling_grid(
 
     The grid is aligned with the volume's axes, ordered nearest to R, A, S: training planes too are aligned with the
     axes of their scan, not of the scanner. Along z it has one plane per voxel of the volume, so nothing is interpolated
-    along z in either direction. Along x and y pixels have the training's size and number, and one pixel is at the
-    volume's first voxel, so equal spacing gives equal positions. If the volume is wider than a training slice, the grid
-    is centred on the head. `head` has the number of head voxels at each index along k, j and i.
+    along z in either direction. Along x and y pixels have the size and number of the training pixels, and one pixel is
+    at the volume's first voxel, so equal spacing gives equal positions. If the volume is wider than a training slice,
+    the grid is centred on the head. `head` has the number of head voxels at each index along k, j and i.
     """
     orientation = nib.io_orientation(affine)
     reoriented = affine @ nib.orientations.inv_ornt_aff(orientation, shape_kji[::-1])
@@ -184,7 +184,7 @@ def resampling_grid(
 
 
 def trained_slab(planes: PlaneSummary, depth: int, spacing_mm: float) -> slice:
-    """The planes, of `depth` with `spacing_mm` between them, that correspond to the slab that was trained on."""
+    """The part of a stack of `depth` planes, `spacing_mm` apart, that matches the trained slab."""
     thick = min(depth, max(1, round(planes.slab_mm / spacing_mm)))
     start = math.floor((depth - thick) / 2 + planes.slab_offset_mm / spacing_mm + 1e-4)
     start = min(max(start, 0), depth - thick)

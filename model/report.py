@@ -1,6 +1,6 @@
 """Write `report.html` of a run: losses, validation, samples over time, and scores next to the baselines.
 
-It uses only the files in the run's folder, so it can be written at any time during a training, and without torch.
+It uses only the files in the run's folder, so it can be written at any time during training, and without torch.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ IMMUTABLE = (CHECKPOINTS, SAMPLES)
 
 @dataclass(frozen=True)
 class Run:
-    """A training that is set up.
+    """A training run that is set up.
 
     Attributes:
         folder: the local folder that it works in.
@@ -87,7 +87,7 @@ def find_run(root: str | Path, name: str, scratch: Path | None = None) -> Path:
 
 
 def open_run(root: str | Path, name: str, scratch: Path | None = None) -> Run:
-    """A run that was trained before, named as for `find_run`, with the dataset version that it was trained on.
+    """A run that was trained before, with the dataset version that it was trained on; see `find_run` for the names.
 
     Raises:
         CheckpointError: there is no such run, or its configuration is damaged.
@@ -131,7 +131,7 @@ def push(folder: Path, remote: Path) -> None:
 
 
 def push_if_possible(folder: Path, remote: Path) -> None:
-    """`push`, but log errors: the training continues, and the next checkpoint tries again."""
+    """`push`, but log errors: the run continues, and the next checkpoint tries again."""
     try:
         push(folder, remote)
     except Exception as error:  # exceptions of botocore, aiohttp and fsspec

@@ -1,4 +1,4 @@
-"""Draw sample sheets: source, target, generated and absolute error of fixed subjects, in gray and in colour."""
+"""Draw sample sheets: source, target, generated and absolute error of fixed subjects, in grey and in colour."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Generate a whole volume of the other modality from a volume, on the input's own grid.
 
-The steps mirror training: interpolate the volume once onto planes of the training's size and spacing, normalise by the
-percentiles of its central slab, generate plane by plane, scale to the median percentiles of the training's targets, and
-interpolate back. This is done block by block, so memory depends on the volume alone, not on the number of planes. All
-that must be known about the training is in `generator.safetensors`; the dataset is not needed. Volumes are [k, j, i] as
-stored, planes [z, y, x].
+The steps mirror training: interpolate the volume once onto planes with the size and spacing of the training planes,
+normalise by the percentiles of its central slab, generate plane by plane, scale to the median percentiles of the
+training targets, and interpolate back. This is done block by block, so memory depends on the volume alone, not on the
+number of planes. All that must be known about the training run is in `generator.safetensors`; the dataset is not
+needed. Volumes are [k, j, i] as stored, planes [z, y, x].
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ often nearer to another protocol's T2 than to its T1; docs/synthesis.md has the 
 
 @dataclass(frozen=True)
 class Trained:
-    """A loaded generator with what synthesis needs to know about its training.
+    """A loaded generator with what synthesis needs to know about its training run.
 
     Attributes:
         predict: generates planes (B, 1, H, W) in [-1, 1].
@@ -75,7 +75,7 @@ class Synthesis:
     Attributes:
         values: [k, j, i] float32, in the scanner's units of the training targets.
         source_low_high: the input values that were mapped to -1 and 1.
-        warnings: how the input differs from the training's sources, one line each.
+        warnings: how the input differs from the training sources, one line each.
     """
 
     values: NDArray[np.float32]
@@ -84,7 +84,7 @@ class Synthesis:
 
 
 def find_generator(root: str | Path, name: str, scratch: Path | None = None) -> Path:
-    """The generator's file: `name` is that file, a folder that holds it, or a run as for `find_run`.
+    """The generator's file: `name` is that file, a folder that holds it, or a run (see `find_run` for the names).
 
     Raises:
         CheckpointError: it does not exist.
@@ -99,7 +99,7 @@ def find_generator(root: str | Path, name: str, scratch: Path | None = None) -> 
 
 
 def load_trained(path: Path, device: str = "cpu", *, dropout: bool = False, seed: int = 0) -> Trained:
-    """Load the generator in `path`. `dropout` leaves dropout on, with random numbers from `seed`.
+    """Load the generator in `path`. `dropout` keeps dropout on, with random numbers from `seed`.
 
     Raises:
         CheckpointError: the file is missing or damaged, or its metadata is invalid.
@@ -149,7 +149,7 @@ def synthesize_volume(
     names the volume in `progress`.
 
     Raises:
-        SynthesisError: the volume is empty, or its voxel size is far from the training's.
+        SynthesisError: the volume is empty, or its voxel size is far from that of the training sources.
     """
     summary = trained.planes
     warnings = _spacing_warnings(summary, planes.spacing_of(affine))
@@ -259,7 +259,7 @@ def _translation(axis: int, by: int) -> Matrix:
 
 
 def _spacing_warnings(summary: PlaneSummary, spacing_mm: NDArray[np.float64]) -> list[str]:
-    """A warning if the voxel size is far from the training's; `SynthesisError` if no scan could have it."""
+    """A warning if the voxel size is far from the training sources'; `SynthesisError` if no scan could have it."""
     ratio = spacing_mm / summary.source_spacing_mm
     furthest = float(np.maximum(ratio, 1 / ratio).max())
     size, expected = (" x ".join(f"{mm:.4g}" for mm in each) for each in (spacing_mm, summary.source_spacing_mm))
@@ -270,7 +270,7 @@ def _spacing_warnings(summary: PlaneSummary, spacing_mm: NDArray[np.float64]) ->
 
 
 def _modality_warnings(trained: Trained, slab: NDArray[np.float32]) -> list[str]:
-    """A warning if a normalised slab has the histogram of the training's targets."""
+    """A warning if a normalised slab has the histogram of the training targets."""
     found, (source, target) = planes.histogram(slab), trained.direction
     to_source = planes.histogram_distance(found, trained.planes.source_histogram)
     to_target = planes.histogram_distance(found, trained.planes.target_histogram)

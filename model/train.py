@@ -52,7 +52,7 @@ def train(
 ) -> Path:
     """Train with the resolved `config` on the dataset version in `version`; return the best generator's file.
 
-    `run` is the folder to work in. `on_start` is called before data are read, unless the training resumes;
+    `run` is the folder to work in. `on_start` is called before data are read, unless the run resumes;
     `on_saved` after each checkpoint.
 
     Raises:
@@ -127,14 +127,14 @@ def train(
                     with metrics_log.untimed():
                         on_saved()
 
-            # Stop if any process received a signal, also one that came while the last checkpoint was saved.
+            # Stop if any process received a signal, including one that came while the last checkpoint was saved.
             if stop_signal or (last_step and received):
                 message = f"stopped at step {steps_done} of {config.steps} and saved in {run}; continue with --resume"
                 raise StoppedError(message, stop_signal or received[0])
 
     if metrics_log is not None:
         metrics_log.close()
-        save_best_generator(run, config, planes.summarize(version, pairs), metadata.licence_of(version))
+        save_best_generator(run, config, planes.summarise(version, pairs), metadata.licence_of(version))
     return run / GENERATOR_FILE
 
 

@@ -31,7 +31,7 @@ class Trainer:
 
     Attributes:
         networks: `generator` and, unless `adversarial` is `none`, `discriminator`.
-        optimizers: an Adam for each of them.
+        optimisers: an Adam for each of them.
         average: the moving average of the generator; None if `ema` is 0.
     """
 
@@ -47,7 +47,7 @@ class Trainer:
         torch.manual_seed(config.seed + self.rank)  # different dropout in each
         both = {"generator": self.generator, "discriminator": self.discriminator}
         self.networks: dict[str, nn.Module] = {k: network for k, network in both.items() if network is not None}
-        self.optimizers = {name: self._adam(network) for name, network in self.networks.items()}
+        self.optimisers = {name: self._adam(network) for name, network in self.networks.items()}
         self.average: AveragedModel | None = None
         self._ema_initialised = False  # the first step copies the generator
         self._ema_update = get_ema_multi_avg_fn(config.ema)
@@ -98,8 +98,8 @@ class Trainer:
         return losses
 
     def _set_lr(self, lr: float) -> None:
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
+        for optimiser in self.optimisers.values():
+            for group in optimiser.param_groups:
                 if self._uses_cuda_graph:
                     group["lr"].fill_(lr)
                 else:
@@ -138,13 +138,13 @@ class Trainer:
         return real, fake
 
     def _backward_and_step(self, name: str, loss: Tensor) -> None:
-        network, optimizer = self.networks[name], self.optimizers[name]
-        optimizer.zero_grad(set_to_none=True)  # its parameters are views, with gradients of their own
+        network, optimiser = self.networks[name], self.optimisers[name]
+        optimiser.zero_grad(set_to_none=True)  # its parameters are views, with gradients of their own
         network.zero_grad(set_to_none=True)
         loss.backward()
-        for weight, view in zip(network.parameters(), optimizer.param_groups[0]["params"], strict=True):
+        for weight, view in zip(network.parameters(), optimiser.param_groups[0]["params"], strict=True):
             view.grad = None if weight.grad is None else channels_last_view(weight.grad)
-        optimizer.step()
+        optimiser.step()
 
     def _update_ema(self, average: AveragedModel) -> None:
         """Do what `AveragedModel.update_parameters` does, without its copy of a count to the GPU, which blocks."""
@@ -168,8 +168,8 @@ class Trainer:
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that the next step depends on. Collective: under `torchrun` every process must call it."""
         state = self._weights()
-        for name, optimizer in self.optimizers.items():
-            for number, values in optimizer.state_dict()["state"].items():
+        for name, optimiser in self.optimisers.items():
+            for number, values in optimiser.state_dict()["state"].items():
                 state |= {f"{name}_optimizer.{number}.{k}": logical_view(v) for k, v in values.items()}
         return state | self._random_states()
 
@@ -205,8 +205,8 @@ class Trainer:
             for values in moments.values():
                 for moment in ("exp_avg", "exp_avg_sq"):
                     values[moment] = channels_last_view(values[moment]).contiguous()
-            groups = self.optimizers[name].state_dict()["param_groups"]
-            self.optimizers[name].load_state_dict({"state": moments, "param_groups": groups})
+            groups = self.optimisers[name].state_dict()["param_groups"]
+            self.optimisers[name].load_state_dict({"state": moments, "param_groups": groups})
         if self.average is not None:
             self.average.load_state_dict(with_prefix(state, "average"))
             self._ema_initialised = bool(self.average.n_averaged)

@@ -1,4 +1,4 @@
-"""Synthesize NIfTI files: plan the output names, read, generate, write."""
+"""Synthesise NIfTI files: plan the output names, read, generate, write."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _name_warnings(name: str, direction: tuple[str, str]) -> list[str]:
 def synthesize_file(trained: Trained, source: Path, out: Path, progress: Progress = no_progress) -> Path:
     """Generate `out` from the volume `source`, with a JSON sidecar that records how; return `out`.
 
-    Voxels are int16, as the training's targets are, with a slope and intercept where whole units are too coarse.
+    Voxels are int16, as the training targets are, with a slope and intercept where whole units are too coarse.
 
     Raises:
         SynthesisError: the input cannot be used; the message names it.

@@ -266,7 +266,7 @@ PERMANENT_FAULTS = {
     "endless hints": Fault(endless_hints, "no complete response headers in 0.5 s, 1 times", QUICK),
     "stall": Fault(Call.stall, "timed out, 1 times", QUICK),
     "stall midway": Fault(after_probe(Call.stall), "timed out, 1 times", QUICK),
-    "slow drip": Fault(after_probe(drip), "slower than 1048576 bytes a second, 1 times", DRIP),
+    "slow drip": Fault(after_probe(drip), "slower than 1048576 bytes per second, 1 times", DRIP),
     "slow drip of a stream": Fault(after_probe(drip), "slower than 1048576", DRIP, host={"ranges": False}),
 }
 

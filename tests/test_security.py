@@ -108,7 +108,7 @@ SECRET = "hunter2hunter2"
 )
 @pytest.mark.parametrize("kind", [RefreshConfig, DigitsConfig])
 def test_secret_in_a_url_is_refused_and_not_shown(kind: Any, given: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match=r"put those into ~/\.netrc") as caught:
+    with pytest.raises(ValueError, match=r"put them into ~/\.netrc") as caught:
         kind(**given)
     assert SECRET not in str(caught.value)
 
@@ -166,7 +166,7 @@ def test_secret_is_refused_in_every_option(command: list[str], capsys: pytest.Ca
         main(command)
     output = capsys.readouterr()
     assert (ended.value.code, output.out) == (2, "")
-    assert re.fullmatch(r"error: .*a URL with a password or a key in it; put those into ~/\.netrc.*\n", output.err)
+    assert re.fullmatch(r"error: .*a URL with a password or a key in it; put them into ~/\.netrc.*\n", output.err)
 
 
 SECRET_URLS = [

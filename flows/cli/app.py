@@ -48,7 +48,7 @@ def _global_options(
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line. A user-correctable error ends in one line and the exit code of its class."""
+    """Run the command line. A user-correctable error stops it with a one-line message and its class's exit code."""
     if arguments is None:  # in a process of its own
         end_on_signals()
         _open_missing_streams()

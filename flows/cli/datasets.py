@@ -99,7 +99,7 @@ def refresh(
     ] = "paired",
     then_train: Annotated[
         Preset | None,
-        typer.Option(help="Train pix2pix on the version with this preset; resume a training that was stopped."),
+        typer.Option(help="Train pix2pix on the version with this preset; resume a run that was stopped."),
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -147,7 +147,7 @@ def run_refresh(config: RefreshConfig) -> PublishedVersion:
 @app.command()
 @options_from(config=DigitsConfig, dataset=DigitsDataset)
 def digits(config: dict[str, Any], dataset: dict[str, Any], quiet: Quiet = False, as_json: Json = False) -> None:
-    """Make a version of MNIST (outlines and digits) to try the training on: download, verify, publish."""
+    """Make a version of MNIST (outlines and digits) to try training on: download, verify, publish."""
     from flows.progress import show_progress
     from ixi_etl.recipes.digits import make_digits
 

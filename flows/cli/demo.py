@@ -1,4 +1,4 @@
-"""The demo: the whole job on a small simulated IXI."""
+"""The demo: the whole pipeline on a small simulated IXI."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SPLIT_SEED = 6  # puts one of the six subjects into validation and one into test
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option(help="Folder to work in; its earlier demo is replaced.")] = Path("demo"),
+    folder: Annotated[Path, typer.Option(help="Folder to work in; an earlier demo in it is replaced.")] = Path("demo"),
     subjects: Annotated[int, typer.Option(min=4, help="Number of valid subjects to simulate.")] = 6,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Run the whole job on a small simulated IXI served over HTTP on this machine: refresh, then a smoke training."""
+    """Run the whole pipeline on a small simulated IXI, served over HTTP on this machine: refresh, then a smoke run."""
     output = Output(quiet, as_json)
     require_extra("train")
     from flows.progress import show_progress

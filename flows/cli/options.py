@@ -1,6 +1,13 @@
 """Command-line options made from the fields of pydantic models (`ixi_etl.config`, `model.config`).
 
-A new field there is a new option; nothing in this module changes.
+A new field of the right model is a new option; nothing in this module changes:
+
+- `refresh`: `DatasetConfig` if it changes bytes of a version, otherwise `RefreshConfig`.
+- `digits`: `DigitsDataset` if it changes bytes of a version, otherwise `DigitsConfig`.
+- `survey`: `RefreshConfig`; also add the name to the fields listed at `survey` in `flows/cli/datasets.py`.
+- `train`: `TrainConfig`; also add the name to `COMMON_FIELDS` in `flows/cli/runs.py`, otherwise only `--set` takes it.
+
+Options of other commands are parameters of their functions.
 
 ::
 

@@ -42,7 +42,7 @@ def verify(
         )
     checked = "every byte" if deep else "files, schema and counts"
     named = f"{described['name']}@{described['version']}"
-    output.text(f"{folder} is sound ({checked} checked)", folder=folder, sound=True, checked=checked, version=named)
+    output.text(f"{folder} is intact ({checked} checked)", folder=folder, sound=True, checked=checked, version=named)
     if folder.name != described["version"]:
         output.text(f"it is a copy of {named}")
     made_by = read_json(folder / metadata.SOFTWARE) or {}
@@ -141,7 +141,7 @@ def prune(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Remove old versions, except the latest and those that a run uses.
+    """Remove old versions, except the newest KEEP, the latest, and those that a run uses.
 
     Prints for each version whether it is kept or removed, and why.
     """

@@ -86,7 +86,7 @@ def os_errors_as_user_errors(error_type: type[IxiError] = IxiError) -> Iterator[
 
 
 def to_json(value: Any) -> str:
-    """Serialize to the canonical JSON of this project: sorted keys, so equal values have equal bytes."""
+    """Serialise to the canonical JSON of this project: sorted keys, so equal values have equal bytes."""
     return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
@@ -104,7 +104,7 @@ def parse_json(data: bytes) -> Any:
     try:
         value = json.loads(data)
         to_json(value)  # rejects NaN, and nesting deeper than Python's recursion limit
-    except (ValueError, RecursionError):  # ValueError also for an integer of over 4,300 digits
+    except (ValueError, RecursionError):  # ValueError is also raised for an integer of over 4,300 digits
         return None
     return value
 

@@ -21,8 +21,8 @@ class HttpOptions:
         tries: consecutive failed requests, with no data received in between, after which a URL is given up.
         backoff_s: seconds to wait after the first failure. Doubled after each further one, with jitter, so that
             clients do not return to a busy server all at once.
-        max_wait_s: longest wait in seconds, even if a `Retry-After` header asks for more: a refresh must not sleep
-            for hours on the word of one server.
+        max_wait_s: longest wait in seconds, even if a `Retry-After` header asks for more, so that one server cannot
+            delay a refresh for hours.
         timeout_s: seconds to wait for a connection, for all headers of a response, and for each block of its body.
         min_rate: bytes per second, measured over `timeout_s`. A slower response is treated as stalled, because a
             server that sends a byte now and then would never time out.

@@ -1,4 +1,4 @@
-"""Handle SIGINT, SIGTERM and SIGHUP: a command ends at once; a training saves first.
+"""Handle SIGINT, SIGTERM and SIGHUP: a command ends at once; a training run saves first.
 
 Python runs signal handlers in the main thread, between two bytecode instructions, so not while a library computes or
 blocks. Libraries such as Prefect also replace handlers. Therefore, `end_on_signals` waits for signals in a thread.
@@ -19,7 +19,7 @@ from types import FrameType
 log = logging.getLogger(__name__)
 
 GRACE_S = 5.0
-"""Seconds that a command may take to end after a training has saved; its Prefect server may no longer answer."""
+"""Seconds that a command may take to end after a training run has saved; its Prefect server may no longer answer."""
 
 at_end: list[Callable[[], None]] = []
 """Callbacks that end the child processes of this process, run before a signal ends it."""
@@ -68,7 +68,7 @@ def catch_signals() -> Iterator[list[int]]:
 
 
 def end_on_signals() -> None:
-    """From now on, end this process on a signal, with status 128 + its number, one line and no traceback.
+    """From now on, end this process on a signal: status 128 + its number, a one-line message and no traceback.
 
     Nothing is cleaned up, because all files on disk survive a kill. Running `catch_signals` blocks are waited for.
     """

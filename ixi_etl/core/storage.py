@@ -46,23 +46,23 @@ def reject_unusable_path(path: str | Path | None) -> None:
     """
     text, shown = str(path), printable(str(path))
     if "::" in text:  # fsspec and Zarr chain URLs with it
-        raise ConfigError(f"{shown} has :: in it, which no store can be opened by; give a folder of another name")
+        raise ConfigError(f"{shown} contains ::, which Zarr cannot open; choose another folder name")
     if shown != text:
-        raise ConfigError(f"{shown} is not UTF-8, or has control characters; give a folder of another name")
+        raise ConfigError(f"{shown} is not UTF-8, or has control characters; choose another folder name")
 
 
 def reject_url_credentials(location: str | Path | None) -> None:
     """Refuse a URL with a secret, because locations appear in logs, flow parameters, `latest.json` and error messages.
 
     Raises:
-        ConfigError: it is a URL with a password, a key, a query or a fragment, also if percent-encoded; the message
+        ConfigError: it is a URL with a password, a key, a query or a fragment, even if percent-encoded; the message
             does not repeat it.
     """
     text = re.sub(r"[\s'\"<>]", "_", str(location))
     for _ in range(4):  # percent-encoding can be nested
         if redacted(text) != text or re.match(r"(//)?[^/@:]{2,}:(?!/)[^@]*@", text):  # the latter has no scheme
             raise ConfigError(
-                "a URL with a password or a key in it; put those into ~/.netrc, or of S3 into the environment "
+                "a URL with a password or a key in it; put them into ~/.netrc (for S3: environment variables) "
                 "(what follows ? or # counts as a key: leave it out, or download such a link by other means)"
             )
         text = unquote(text)
@@ -77,7 +77,7 @@ def expand_home(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{path}: this machine knows no home folder of that name; write the path out") from error
+        raise ConfigError(f"{path}: no such user; give the full path") from error
 
 
 def to_path(location: str | Path) -> Path:

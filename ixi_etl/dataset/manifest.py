@@ -1,6 +1,6 @@
 """The manifest: one row per subject of the union of both archives, used or excluded with a reason.
 
-`selection.screen_headers` makes the rows from headers alone; `finalize` adds the results of the cut. `schema` defines
+`selection.screen_headers` makes the rows from headers alone; `finalise` adds the results of the cut. `schema` defines
 the columns.
 """
 
@@ -26,7 +26,9 @@ FLAGS = {
 """Flags set from headers and from the comparison of scans. The cut has further flags."""
 
 
-def finalize(manifest: pd.DataFrame, records: Mapping[str, Mapping[str, Any]], config: DatasetConfig) -> pd.DataFrame:
+def finalise(
+    manifest: pd.DataFrame, records: Mapping[str, Mapping[str, Any]], dataset_config: DatasetConfig
+) -> pd.DataFrame:
     """The final manifest, with the cut's `records` (subject_id -> record), splits, and dense store rows."""
     rows = []
     for row in to_records(manifest):
@@ -38,7 +40,7 @@ def finalize(manifest: pd.DataFrame, records: Mapping[str, Mapping[str, Any]], c
         rows.append(row)
     used = [row for row in rows if row["status"] == USED]
     duplicates = find_equal_scans({row["subject_id"]: records[row["subject_id"]] for row in used})
-    splits = assign_splits({person_of(row["subject_id"]) for row in used}, duplicates, config)
+    splits = assign_splits({person_of(row["subject_id"]) for row in used}, duplicates, dataset_config)
     duplicated = {subject for group in duplicates for subject, _ in group}
     for store_row, row in enumerate(used):
         row |= {"store_row": store_row, "split": splits[person_of(row["subject_id"])]}
@@ -67,7 +69,7 @@ def used_rows(manifest: pd.DataFrame) -> pd.DataFrame:
 
 
 def funnel(manifest: pd.DataFrame, schema: Schema = IXI) -> pd.DataFrame:
-    """Number of subjects left after each step of the schema: one row per step, columns as of `site_table`."""
+    """Number of subjects left after each step of the schema: one row per step, columns as in `site_table`."""
     remaining = manifest
     steps = []
     sites = sorted(set(manifest["site"]) - {""})
@@ -90,7 +92,7 @@ def counts(manifest: pd.DataFrame, schema: Schema = IXI) -> dict[str, Any]:
 
 
 def exclusions(manifest: pd.DataFrame) -> pd.DataFrame:
-    """Number of excluded subjects by reason, in the order of the checks; columns as of `site_table`."""
+    """Number of excluded subjects by reason, in the order of the checks; columns as in `site_table`."""
     excluded = manifest[manifest["status"] == EXCLUDED]
     return count_by_site(excluded, ["reason"]).reindex([r for r in REASONS if r in set(excluded["reason"])])
 

@@ -1,4 +1,4 @@
-"""Remove old versions of a dataset, except the latest, those that a run uses, and those being made."""
+"""Remove old versions of a dataset."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ class PruneDecision:
 
 @os_errors_as_user_errors()
 def prune_versions(data_root: DataRoot, keep: int, *, dry_run: bool = False) -> list[PruneDecision]:
-    """Remove all versions of a dataset except the newest `keep` and those in use.
+    """Remove all versions except the latest, the newest `keep`, those in use, and those not in the pointer's history.
+
+    Also remove folders that an interrupted removal or upload left.
 
     `dataset.json` is removed first, so an interrupted removal leaves no version, and the next call completes it.
 
@@ -134,7 +136,7 @@ def _remove_version(data_root: DataRoot, decision: PruneDecision) -> PruneDecisi
             content = metadata.read_bytes()
             metadata.unlink()
             users = find_users(data_root).get(decision.version)
-            if users:  # started since the decision; without dataset.json no further training can start
+            if users:  # started since the decision; without dataset.json no further training run can start
                 metadata.write_bytes(content)
                 return PruneDecision(decision.version, False, f"used by {', '.join(users)}", decision.size)
         if is_local(folder):

@@ -87,7 +87,7 @@ def publish(
 
     Args:
         summary: the content of `dataset.json`, without the list of files.
-        origins: as of `origins_of`; they go into the pointer's history.
+        origins: as returned by `origins_of`; they go into the pointer's history.
 
     Raises:
         DatasetError: the staged version does not verify.
@@ -114,8 +114,8 @@ def publish(
 
 
 def _warn_of_empty_splits(splits: Mapping[str, int]) -> None:
-    """Warn now, because a training would fail hours later."""
-    consequences = {"train": "no training", "val": "no validation during a training", "test": "no evaluation after it"}
+    """Warn now, because a training run would fail hours later."""
+    consequences = {"train": "no training", "val": "no validation during training", "test": "no evaluation after it"}
     empty = [name for name in SPLITS if not splits.get(name)]
     if empty:
         existing = ", ".join(f"{count} {name}" for name, count in splits.items())

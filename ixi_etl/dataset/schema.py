@@ -1,4 +1,7 @@
-"""The schema of each dataset's manifest: columns, allowed values and rules, checked on every write and read.
+"""The schema of each dataset's manifest: columns, reasons for exclusion, allowed values and rules.
+
+The rules are checked on every write and read. The checks that exclude a subject are elsewhere: those of headers in
+`selection`, others in `scans` and `pairing` (CONTRIBUTING.md, "Add an exclusion reason").
 
 All manifests begin with the same columns and have percentiles of both slabs of a pair, named after the arrays.
 """
@@ -182,7 +185,7 @@ _FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")  # some spreadsheets also 
 def without_formulas(table: pd.DataFrame) -> pd.DataFrame:
     """Prefix each text that a spreadsheet would read as a formula with a quote. Member names may be formulas.
 
-    `_with_formulas` removes that quote again, also from texts that began with quotes themselves.
+    `_with_formulas` removes that quote again, even from texts that began with quotes themselves.
     """
     return _map_texts(table, lambda text: f"'{text}" if _FORMULA.match(text) else text)
 

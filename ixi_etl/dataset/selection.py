@@ -1,4 +1,8 @@
-"""Screen subjects by their headers, with the exclusion rules that need no voxels."""
+"""Screen subjects by their headers, with the exclusion rules that need no voxels.
+
+`schema.REASONS` lists all reasons, in the order of the checks. Checks that need voxels are in `scans` and `pairing`;
+CONTRIBUTING.md says where each kind of check belongs.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ pixels of 0.9375 or 0.9766 mm, 4% apart. The next spacing that occurs, 4.98 mm o
 
 
 def screen_headers(
-    table: pd.DataFrame, config: DatasetConfig, demographics: Mapping[str, Mapping[str, Any]] | None = None
+    table: pd.DataFrame, dataset_config: DatasetConfig, demographics: Mapping[str, Mapping[str, Any]] | None = None
 ) -> pd.DataFrame:
     """One manifest row per subject of the survey `table`: `excluded` by its headers, or a `candidate` to be cut.
 
@@ -38,7 +42,7 @@ def screen_headers(
         subjects.setdefault(record["subject_id"], {m: [] for m in MODALITIES})[record["modality"]].append(record)
     flags = {subject: _use_common_space(scans) for subject, scans in subjects.items()}
     records = [record for scans in subjects.values() for members in scans.values() for record in members]
-    checks = HeaderChecks(modal_depths(volumes), records, config)
+    checks = HeaderChecks(modal_depths(volumes), records, dataset_config)
     rows = []
     for subject, scans in sorted(subjects.items()):
         failures = checks.check(scans)
@@ -61,7 +65,7 @@ def screen_headers(
 
 
 def _use_common_space(scans: Mapping[str, list[dict[str, Any]]]) -> list[str]:
-    """Set spacing and orientation in the records of a subject's scans to those in a common space; returns flags.
+    """Choose a common space for a subject's scans, set their spacing and orientation in place, and return the flags.
 
     The cut uses the same `choose_spaces`. Without a common space, the T2's record gets the reason `bad_affine`.
     """
@@ -90,22 +94,22 @@ def _use_common_space(scans: Mapping[str, list[dict[str, Any]]]) -> list[str]:
 class HeaderChecks:
     """Checks that need headers only, against the modal depth and grid of all volumes."""
 
-    def __init__(self, depth: Mapping[str, int], volumes: list[dict[str, Any]], config: DatasetConfig) -> None:
-        self.config = config
-        self.depth = depth
-        self.grid: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {}
+    def __init__(self, depth: Mapping[str, int], volumes: list[dict[str, Any]], dataset_config: DatasetConfig) -> None:
+        self.dataset_config = dataset_config
+        self.modal_depth = depth
+        self.modal_grid: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {}
         for modality in MODALITIES:
-            sound = [record for record in volumes if record["modality"] == modality and record["reason"] == ""]
-            grids = [self._grid(record) for record in sound]
+            readable = [record for record in volumes if record["modality"] == modality and record["reason"] == ""]
+            grids = [self._grid(record) for record in readable]
             # Rounded to hundredths of a millimetre, because scanners write spacings with noise in the last digits.
             spacings = [tuple(round(mm, 2) for mm in spacing) for _, spacing in grids]
-            self.grid[modality] = (_mode(shape[:2] for shape, _ in grids) or (), _mode(spacings) or ())
+            self.modal_grid[modality] = (_mode(shape[:2] for shape, _ in grids) or (), _mode(spacings) or ())
 
     def _grid(self, record: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Shape and spacing (mm) along the axes of the slab: I, J, K (index pairing) or x, y, z (anatomical)."""
         shape, spacing = json.loads(record["shape"]), json.loads(record["spacing_mm"])
         axes = [0, 1, 2]
-        if self.config.pairing == "anatomical":
+        if self.dataset_config.pairing == "anatomical":
             axes.sort(key=lambda axis: "RLAPSI".index(record["orientation"][axis]))
         return tuple(shape[a] for a in axes), tuple(spacing[a] for a in axes)
 
@@ -126,24 +130,24 @@ class HeaderChecks:
                     "",
                     "grid_not_modal",
                 ):  # the latter: too large a volume
-                    failures += self._depth(modality, record)
+                    failures += self._check_depth(modality, record)
                 if record["reason"]:
                     failures.append((record["reason"], f"{modality}: {record['problem']}"))
                 else:
-                    failures += self._geometry(modality, record)
+                    failures += self._check_grid(modality, record)
         return failures
 
-    def _depth(self, modality: str, record: Mapping[str, Any]) -> list[tuple[str, str]]:
-        depth, modal = int(record["depth"]), self.depth[modality]
-        if depth == modal or self.config.depth != "modal":
+    def _check_depth(self, modality: str, record: Mapping[str, Any]) -> list[tuple[str, str]]:
+        depth, modal = int(record["depth"]), self.modal_depth[modality]
+        if depth == modal or self.dataset_config.depth != "modal":
             return []
         return [("depth_not_modal", f"{modality}: {depth} slices; the modal depth is {modal}")]
 
-    def _geometry(self, modality: str, record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def _check_grid(self, modality: str, record: Mapping[str, Any]) -> list[tuple[str, str]]:
         failures: list[tuple[str, str]] = []
-        if modality == "T1" and self.config.pairing == "anatomical":
+        if modality == "T1" and self.dataset_config.pairing == "anatomical":
             return failures  # the T1 is resampled, whatever its grid
-        plane, spacing = self.grid[modality]
+        plane, spacing = self.modal_grid[modality]
         shape, size_mm = self._grid(record)
         if shape[:2] != plane:
             failures.append(
@@ -159,14 +163,16 @@ class HeaderChecks:
                     f"{modality}: voxels of {_sizes(size_mm)} mm; the modal spacing is {_sizes(spacing)} mm",
                 )
             )
-        elif self.config.pairing == "index" and plane != self.grid["T1"][0]:
-            t1 = _sizes(self.grid["T1"][0])
+        elif self.dataset_config.pairing == "index" and plane != self.modal_grid["T1"][0]:
+            t1 = _sizes(self.modal_grid["T1"][0])
             failures.append(
                 ("grid_not_modal", f"T2: slices of {_sizes(plane)} voxels; index pairing needs the T1's size, {t1}")
             )
-        if self.config.window_in(shape[2]) is None:
-            window = self.config.window
-            slices = f"of the middle {self.config.slices}" if window == "middle" else f"[{window[0]}, {window[1]})"
+        if self.dataset_config.window_in(shape[2]) is None:
+            window = self.dataset_config.window
+            slices = (
+                f"of the middle {self.dataset_config.slices}" if window == "middle" else f"[{window[0]}, {window[1]})"
+            )
             failures.append(("grid_not_modal", f"{modality}: {shape[2]} slices; the window {slices} does not fit"))
         return failures
 

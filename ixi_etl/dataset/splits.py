@@ -13,19 +13,19 @@ def person_of(subject_id: str) -> str:
     return subject_id.partition("-")[0]
 
 
-def split_of(person: str, config: DatasetConfig) -> str:
+def split_of(person: str, dataset_config: DatasetConfig) -> str:
     """The split of one person (`IXI002`), from a hash of the person and the split seed.
 
     So a refresh never moves a person, as long as seed and shares stay the same; `assign_splits` makes one exception.
     """
-    digest = hashlib.sha256(f"{config.split_seed}:{person}".encode()).digest()
+    digest = hashlib.sha256(f"{dataset_config.split_seed}:{person}".encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64
-    train, val, _ = config.split
+    train, val, _ = dataset_config.split
     return SPLITS[0] if position < train else SPLITS[1] if position < train + val else SPLITS[2]
 
 
 def assign_splits(
-    persons: Iterable[str], duplicates: Iterable[list[tuple[str, str]]], config: DatasetConfig
+    persons: Iterable[str], duplicates: Iterable[list[tuple[str, str]]], dataset_config: DatasetConfig
 ) -> dict[str, str]:
     """Person -> split, with all persons who share a scan in one split.
 
@@ -35,10 +35,12 @@ def assign_splits(
     Args:
         persons: of the used subjects.
         duplicates: groups of (subject_id, modality) with equal voxels.
-        config: the shares and the seed.
+        dataset_config: the shares and the seed.
     """
     groups = {person: {person} for person in persons}
     for scans in duplicates:
         merged = set().union(*(groups[person_of(subject)] for subject, _ in scans))
         groups |= dict.fromkeys(merged, merged)
-    return {p: min((split_of(other, config) for other in group), key=SPLITS.index) for p, group in groups.items()}
+    return {
+        p: min((split_of(other, dataset_config) for other in group), key=SPLITS.index) for p, group in groups.items()
+    }

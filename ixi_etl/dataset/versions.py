@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 def parse_version(text: str) -> tuple[str, str]:
     """Split `NAME@VERSION` into dataset and version; without a name, the dataset is `ixi-t1-t2`.
 
-    `VERSION` is `latest`, a name, or the unique beginning of one, as for `resolve_version`.
+    `VERSION` is `latest`, a name, or the unique beginning of one; see `resolve_version`.
 
     Raises:
         ConfigError: the dataset does not exist, or the version after @ is empty.
@@ -73,7 +73,7 @@ def find_version(root: str | Path, text: str) -> Path:
 
 
 def dataset_of(text: str) -> str:
-    """The name of the dataset of a version, given as for `find_version`.
+    """The name of the dataset of a version; see `find_version` for the accepted names.
 
     Raises:
         ConfigError: there is no such dataset.

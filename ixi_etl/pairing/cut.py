@@ -56,7 +56,7 @@ class CutJob:
 
     Attributes:
         members: modality -> member, for the modalities it has; empty if they were not fetched.
-        cut: whether the subject is still a candidate.
+        is_candidate: whether its headers passed the screening.
         version: the name of the version, a hash of archives, configuration and code. A record made for another
             version is not reused.
     """
@@ -102,7 +102,7 @@ def archive_changed(archive: str) -> DatasetError:
 
 
 @os_errors_as_user_errors()  # here, so that Dask workers also report errors of their disks
-def cut_subject(job: CutJob, config: DatasetConfig, work: Path) -> dict[str, Any]:
+def cut_subject(job: CutJob, dataset_config: DatasetConfig, work: Path) -> dict[str, Any]:
     """Cut one subject into `work` and return its record.
 
     The record holds the manifest columns, `affines`, `files` with their SHA-256, the version and archives that it was
@@ -137,7 +137,7 @@ def cut_subject(job: CutJob, config: DatasetConfig, work: Path) -> dict[str, Any
         }
         if job.is_candidate:
             try:
-                _cut(job, packed, config, work, record)
+                _cut(job, packed, dataset_config, work, record)
             except BadVolumeError as error:
                 record |= {"reason": error.reason, "detail": error.detail}
     record = _with_digest(record)
@@ -177,29 +177,31 @@ def _with_digest(record: Mapping[str, Any]) -> dict[str, Any]:
     return content | {DIGEST_KEY: hashlib.sha256(to_json(content).encode()).hexdigest()}
 
 
-def _cut(job: CutJob, packed: dict[str, bytes], config: DatasetConfig, work: Path, record: dict[str, Any]) -> None:
-    """Cut both slabs and write them into `work`. Results go into `record` as they are found, also if this raises."""
+def _cut(
+    job: CutJob, packed: dict[str, bytes], dataset_config: DatasetConfig, work: Path, record: dict[str, Any]
+) -> None:
+    """Cut both slabs and write them into `work`. Results go into `record` as they are found, even if this raises."""
     volumes = {m: ScanVolume(m, packed.pop(m)) for m in MODALITIES}
     use_common_space(volumes)
     record["voxels_sha256"] = {m: volume.voxels_sha256 for m, volume in volumes.items()}
-    if config.pairing == "index":
-        slabs = {m: index_slab(volume, config) for m, volume in volumes.items()}
+    if dataset_config.pairing == "index":
+        slabs = {m: index_slab(volume, dataset_config) for m, volume in volumes.items()}
         similarity = nmi_within(foreground_mask(slabs["T2"]), slabs["T1"], slabs["T2"])
         record |= {"nmi_before": similarity, "nmi_after": similarity}
     else:
-        slabs = anatomical_slabs(volumes.pop("T1"), volumes.pop("T2"), config, record)
+        slabs = anatomical_slabs(volumes.pop("T1"), volumes.pop("T2"), dataset_config, record)
     voxels = usable_voxels(slabs, record)
     for modality, slab in slabs.items():
         name = modality.lower()
         if slab.window:
             record |= {f"{name}_window_start": slab.window[0], f"{name}_window_stop": slab.window[1]}
-    if record["nmi_after"] < config.min_nmi:
-        if config.low_similarity == "exclude":
-            detail = f"NMI is {record['nmi_after']:.3f}; the minimum is {config.min_nmi:g}"
+    if record["nmi_after"] < dataset_config.min_nmi:
+        if dataset_config.low_similarity == "exclude":
+            detail = f"NMI is {record['nmi_after']:.3f}; the minimum is {dataset_config.min_nmi:g}"
             raise BadVolumeError("low_similarity", detail)
         record["flags"] = ",".join(filter(None, [record.get("flags"), "low_similarity"]))
     files = {}
-    if config.pictures:
+    if dataset_config.pictures:
         middle = len(voxels["T2"]) // 2
         path = picture_path(work, job.subject_id)
         files[path.name] = pictures.save_picture(

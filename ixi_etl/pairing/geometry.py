@@ -1,8 +1,8 @@
 """Geometry of the slabs: axes, windows, and resampling of the T1 on the T2's planes.
 
-Legend: I, J, K are voxel axes as stored; x, y, z are the slab's, x to the Right, y to the Anterior, z to the Superior;
-world points are RAS mm. Arrays are indexed slowest axis first: [k, j, i] and [z, y, x]. Matrices are 4 x 4 and act
-on (i, j, k, 1) or (x, y, z, 1).
+Legend: I, J, K are voxel axes as stored; x, y, z are the slab's: x increases to the right, y to anterior, z to
+superior (RAS+). World points are RAS mm. Arrays are indexed slowest axis first: [k, j, i] and [z, y, x]. Matrices are
+4 x 4 and act on (i, j, k, 1) or (x, y, z, 1).
 """
 
 from __future__ import annotations

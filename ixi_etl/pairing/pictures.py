@@ -1,7 +1,7 @@
 """Draw pictures for checking a pair by eye: T1, T2, and the T1's edges on the T2.
 
-Slices are [y, x] with x to the Right and y to the Anterior; they are drawn with Anterior up and the subject's right on
-the right.
+Slices are [y, x]; x increases to the right, y to anterior (RAS+). They are drawn with anterior up and the subject's
+right on the right.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ QUALITY = 85  # of JPEG: about 40 kB a pair
 
 @dataclass(frozen=True)
 class PairLayers:
-    """One slice of a pair as layers of equal size: T1 and T2 in gray, and the T1's edges on transparent ground."""
+    """One slice of a pair as layers of equal size: T1 and T2 in grey, and the T1's edges on transparent ground."""
 
     t1: Image.Image
     t2: Image.Image
@@ -73,17 +73,17 @@ def contact_sheet(paths: Sequence[Path], captions: Sequence[str]) -> Image.Image
 
 
 def _gray(slice_yx: NDArray[Any]) -> NDArray[np.uint8]:
-    """Gray levels [y, x] from percentile 1 (black) to 99.5 (white)."""
+    """Grey levels [y, x] from percentile 1 (black) to 99.5 (white)."""
     low, high = np.percentile(slice_yx, (1, 99.5))
     scaled = (slice_yx - low) / ((high - low) or 1.0)
-    gray: NDArray[np.uint8] = (np.clip(scaled, 0, 1) * 255).astype(np.uint8)
-    return gray
+    grey: NDArray[np.uint8] = (np.clip(scaled, 0, 1) * 255).astype(np.uint8)
+    return grey
 
 
-def _edges(gray: NDArray[np.uint8]) -> NDArray[np.bool_]:
+def _edges(grey: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Mask of Canny edges at a scale of about 1.5 voxels."""
     sitk = import_sitk()
-    image = sitk.GetImageFromArray(gray.astype(np.float32))
+    image = sitk.GetImageFromArray(grey.astype(np.float32))
     detected = sitk.CannyEdgeDetection(image, lowerThreshold=5, upperThreshold=12, variance=[2.0, 2.0])
     edges: NDArray[np.bool_] = sitk.GetArrayFromImage(detected) > 0
     return edges

@@ -28,8 +28,8 @@ class Level:
 
 
 LEVELS = (Level(4.0, 33_000, 2.0, 0.8, 200), Level(1.0, 85_000, 0.5, 0.5, 60))
-"""First a coarse grid, which must converge from far, then the stored grid: a hundredth of its voxels suffices, and no
-coarser grid is accurate to a tenth of a millimetre. Measured in docs/registration.md."""
+"""First a coarse grid, which must converge from far; then one of about 1 mm, for IXI the stored grid. A hundredth of
+its voxels suffices, and no coarser grid is accurate to a tenth of a millimetre. Measured in docs/registration.md."""
 
 HISTOGRAM_BINS = 48
 NMI_BINS = 64

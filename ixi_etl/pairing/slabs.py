@@ -1,6 +1,7 @@
 """Cut the slabs of a pair from two volumes, by index as stored or in anatomical space on the T2's planes.
 
-Legend: volumes are [k, j, i] as stored; slabs are [z, y, x], z to the Superior, y to the Anterior, x to the Right.
+Legend: volumes are [k, j, i] as stored; slabs are [z, y, x]: x increases to the right, y to anterior,
+z to superior (RAS+).
 """
 
 from __future__ import annotations
@@ -91,17 +92,17 @@ def use_common_space(volumes: Mapping[str, ScanVolume]) -> None:
         volume.header.use(space)
 
 
-def index_slab(volume: ScanVolume, config: DatasetConfig) -> Slab:
+def index_slab(volume: ScanVolume, dataset_config: DatasetConfig) -> Slab:
     """The window of slices as stored, whatever their plane: the published recipe."""
-    window = config.window_in(len(volume.voxels))
+    window = dataset_config.window_in(len(volume.voxels))
     assert window is not None, "selection accepted a window that does not fit"
     stored, affine = geometry.stored_slab(volume.voxels, volume.affine, window)
     return Slab(volume.to_stored_slab(stored), affine, window)
 
 
-def _axial_slab(t2: ScanVolume, config: DatasetConfig) -> Slab:
+def _axial_slab(t2: ScanVolume, dataset_config: DatasetConfig) -> Slab:
     """The window of the T2's axial slices, never resampled."""
-    window = config.window_in(geometry.axial_depth(t2.header.shape, t2.affine))
+    window = dataset_config.window_in(geometry.axial_depth(t2.header.shape, t2.affine))
     assert window is not None, "selection accepted a window that does not fit"
     stored, affine = geometry.axial_slab(t2.voxels, t2.affine, window)
     # Copied, because a flipped view is read repeatedly at half the speed and keeps the whole volume in memory.
@@ -126,7 +127,9 @@ class Alignment:
     nmi_after: float
 
 
-def anatomical_slabs(t1: ScanVolume, t2: ScanVolume, config: DatasetConfig, record: dict[str, Any]) -> dict[str, Slab]:
+def anatomical_slabs(
+    t1: ScanVolume, t2: ScanVolume, dataset_config: DatasetConfig, record: dict[str, Any]
+) -> dict[str, Slab]:
     """Both slabs on the T2's planes, the T1 interpolated once from its stored voxels.
 
     NMI, motion, matrix and flags go into `record`.
@@ -134,8 +137,8 @@ def anatomical_slabs(t1: ScanVolume, t2: ScanVolume, config: DatasetConfig, reco
     Raises:
         BadVolumeError: `outside_fov`.
     """
-    target = _axial_slab(t2, config)
-    is_registered = config.registration == "rigid"
+    target = _axial_slab(t2, dataset_config)
+    is_registered = dataset_config.registration == "rigid"
     if not is_registered:
         del t2  # the caller keeps no reference, so this frees the volume: each worker holds its own
     foreground = foreground_mask(target)

@@ -1,4 +1,4 @@
-"""Make a version of the dataset `digits` from MNIST, to try a training: generate a digit from its outline.
+"""Make a version of the dataset `digits` from MNIST, to try training: generate a digit from its outline.
 
 Legend: N images. Images in the files are [N, 28, 28]; the arrays of the store, `sketch` and `digit`, are
 [N, 1, 32, 32]. All are uint8, with y downwards as in the files.

@@ -61,10 +61,10 @@ def refresh(config: RefreshConfig, progress: Progress = no_progress) -> Publishe
         published = find_published(job)
         if published:
             return published
-        table = survey_archives(job)
-        screened = select_subjects(job, table)
-        final, records = cut_subjects(job, table, screened)
-        return publish_version(job, table, final, records)
+        survey_table = survey_archives(job)
+        screened = select_subjects(job, survey_table)
+        final, records = cut_subjects(job, survey_table, screened)
+        return publish_version(job, survey_table, final, records)
 
 
 @os_errors_as_user_errors()
@@ -80,7 +80,7 @@ def survey_archives(job: RefreshJob) -> pd.DataFrame:
     _check_unchanged(inputs)
     try:
         return survey(inputs.locations, job.progress)
-    finally:  # also if the survey fails, which may be because an archive is being replaced
+    finally:  # even if the survey fails, which may be because an archive is being replaced
         _check_unchanged(inputs)
 
 
@@ -90,28 +90,28 @@ def find_published(job: RefreshJob) -> PublishedVersion | None:
     return publish.find_published(job.config.data_root, job.version, job.inputs.origins)
 
 
-def select_subjects(job: RefreshJob, table: pd.DataFrame) -> pd.DataFrame:
+def select_subjects(job: RefreshJob, survey_table: pd.DataFrame) -> pd.DataFrame:
     """Screen the subjects by their headers: one row per subject, a candidate or excluded.
 
     Raises:
         DatasetError: the demographics match no person in the archives.
     """
     dataset_config, inputs = job.config.dataset, job.inputs
-    for sentence in describe_skipped_members(table, inputs.archives):
+    for sentence in describe_skipped_members(survey_table, inputs.archives):
         log.warning("%s", sentence)
-    people = _read_people(inputs.demographics, table) if inputs.demographics else None
-    planes = modal_planes(table)
+    people = _read_people(inputs.demographics, survey_table) if inputs.demographics else None
+    planes = modal_planes(survey_table)
     if dataset_config.pairing == "index" and len(set(planes.values())) > 1:
         slices = " and ".join(f"{m} slices are {plane}" for m, plane in planes.items())
         log.warning("index pairing: %s, so the two pictures of a pair show different planes of the head", slices)
-    screened = selection.screen_headers(table, dataset_config, people)
+    screened = selection.screen_headers(survey_table, dataset_config, people)
     _warn_about_flags(screened, ("unlike_spaces", "template_space", "affine_not_pixdim"))
     return screened
 
 
-def _read_people(file: DemographicsFile, table: pd.DataFrame) -> dict[str, dict[str, float | str]]:
+def _read_people(file: DemographicsFile, survey_table: pd.DataFrame) -> dict[str, dict[str, float | str]]:
     path, demographics = file.path, read_demographics(file.path, file.data)
-    persons = {person_of(subject) for subject in table["subject_id"] if subject}
+    persons = {person_of(subject) for subject in survey_table["subject_id"] if subject}
     wanted, matched, message = demographics.match(persons)
     if not matched:
         raise DatasetError(f"{path}: {message}; give the table of these people, or omit --demographics")
@@ -120,17 +120,19 @@ def _read_people(file: DemographicsFile, table: pd.DataFrame) -> dict[str, dict[
     return demographics.people
 
 
-def _warn_about_flags(table: pd.DataFrame, flags: Sequence[str]) -> None:
+def _warn_about_flags(manifest_table: pd.DataFrame, flags: Sequence[str]) -> None:
     for flag in flags:
-        has_flag = table["flags"].str.split(",").map(lambda names, flag=flag: flag in names)
-        subjects = table.loc[has_flag, "subject_id"].tolist()
+        has_flag = manifest_table["flags"].str.split(",").map(lambda names, flag=flag: flag in names)
+        subjects = manifest_table.loc[has_flag, "subject_id"].tolist()
         if subjects:
             shown = ", ".join(subjects[:MAX_SUBJECTS_SHOWN]) + (", ..." if len(subjects) > MAX_SUBJECTS_SHOWN else "")
             log.warning("%d flagged %s (%s): %s", len(subjects), flag, manifest.FLAGS[flag], shown)
 
 
 @os_errors_as_user_errors()
-def cut_subjects(job: RefreshJob, table: pd.DataFrame, screened: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any]]:
+def cut_subjects(
+    job: RefreshJob, survey_table: pd.DataFrame, screened: pd.DataFrame
+) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Cut every candidate and hash every member.
 
     Returns:
@@ -142,10 +144,10 @@ def cut_subjects(job: RefreshJob, table: pd.DataFrame, screened: pd.DataFrame) -
     """
     config, inputs, work = job.config, job.inputs, job.work
     work.mkdir(parents=True, exist_ok=True)
-    cut_jobs = create_cut_jobs(table, screened, inputs, job.version)
+    cut_jobs = create_cut_jobs(survey_table, screened, inputs, job.version)
     _check_disk(work, screened, config.dataset.window_length)
     results = parallel_map(
-        partial(cut_subject, config=config.dataset, work=work.resolve()),
+        partial(cut_subject, dataset_config=config.dataset, work=work.resolve()),
         [_without_fingerprints(cut_job) for cut_job in cut_jobs] if config.dask else cut_jobs,
         workers=config.workers,
         address=config.dask,
@@ -160,11 +162,11 @@ def cut_subjects(job: RefreshJob, table: pd.DataFrame, screened: pd.DataFrame) -
             if cut_job.is_candidate:
                 records[cut_job.subject_id] = _with_unchecked_flag(records[cut_job.subject_id])
     _check_files_exist(work, records)
-    final = manifest.finalize(screened, records, config.dataset)
+    final = manifest.finalise(screened, records, config.dataset)
     _warn_about_flags(final, (manifest.DUPLICATE,))
     audit = job.staging / metadata.MANIFEST
     write_atomic(audit, IXI.to_csv(final))
-    _check_enough_subjects(final, config.max_unreadable, audit, describe_skipped_members(table, inputs.archives))
+    _check_enough_subjects(final, config.max_unreadable, audit, describe_skipped_members(survey_table, inputs.archives))
     return final, records
 
 
@@ -236,7 +238,7 @@ def _check_enough_subjects(final: pd.DataFrame, max_unreadable: float, audit: Pa
         raise DatasetError(
             f"{len(unreadable)} of {len(paired)} paired subjects are unreadable "
             f"({', '.join(unreadable['subject_id'])}); "
-            f"{audit} lists the reasons; fetch the archives again, or raise max_unreadable"
+            f"{audit} lists the reasons; fetch the archives again, or raise --max-unreadable"
         )
     if manifest.used_rows(final).empty:
         if final.empty:

@@ -143,20 +143,20 @@ def acquire_inputs(config: RefreshConfig, progress: Progress = no_progress) -> I
     """Fetch and verify all files concurrently."""
     sources = find_sources(config)
     with ThreadPoolExecutor(len(sources)) as pool:
-        jobs = {key: pool.submit(acquire_file, config, source, progress) for key, source in sources.items()}
-        return collect_inputs(config, {key: job.result() for key, job in jobs.items()})
+        downloads = {key: pool.submit(acquire_file, config, source, progress) for key, source in sources.items()}
+        return collect_inputs(config, {key: future.result() for key, future in downloads.items()})
 
 
 def acquire_members(config: RefreshConfig, progress: Progress = no_progress) -> Inputs:
     """Survey the remote archives, and fetch only the members of subjects whose headers pass the screening."""
     sources = find_sources(config)
     remotes = {m: find_remote(sources[m], config.http) for m in MODALITIES}
-    table = survey({m: remote.url for m, remote in remotes.items()}, progress, config.http)
-    candidates = selection.screen_headers(table, config.dataset)
-    wanted = set(candidates.loc[candidates["status"] == CANDIDATE, "subject_id"])
+    survey_table = survey({m: remote.url for m, remote in remotes.items()}, progress, config.http)
+    screened = selection.screen_headers(survey_table, config.dataset)
+    wanted = set(screened.loc[screened["status"] == CANDIDATE, "subject_id"])
 
     def fetch(modality: str) -> VerifiedFile:
-        members = table[table["modality"] == modality]
+        members = survey_table[survey_table["modality"] == modality]
         return fetch_members(
             remotes[modality],
             config.data_root.archives,
@@ -169,7 +169,7 @@ def acquire_members(config: RefreshConfig, progress: Progress = no_progress) -> 
     with ThreadPoolExecutor(len(MODALITIES)) as pool:
         acquired = dict(zip(MODALITIES, pool.map(fetch, MODALITIES), strict=True))
     acquired |= {key: acquire_file(config, s, progress) for key, s in sources.items() if key not in MODALITIES}
-    return replace(collect_inputs(config, acquired), surveyed=table)
+    return replace(collect_inputs(config, acquired), surveyed=survey_table)
 
 
 @os_errors_as_user_errors()
@@ -216,17 +216,19 @@ def _members_inputs(config: RefreshConfig, inputs: Inputs) -> dict[str, Any]:
     return hashes | {"members_of_ixi": [m for m, archive in inputs.archives.items() if is_from_ixi(m, archive)]}
 
 
-def create_cut_jobs(table: pd.DataFrame, candidates: pd.DataFrame, inputs: Inputs, version: str = "") -> list[CutJob]:
-    """A job for each subject, with the members that are available locally."""
-    first = table[table["subject_id"] != ""].drop_duplicates(["subject_id", "modality"])
+def create_cut_jobs(
+    survey_table: pd.DataFrame, screened: pd.DataFrame, inputs: Inputs, version: str = ""
+) -> list[CutJob]:
+    """A job for each screened subject, with the members that are available locally."""
+    first = survey_table[survey_table["subject_id"] != ""].drop_duplicates(["subject_id", "modality"])
     members: dict[str, dict[str, MemberRef]] = {}
     for row in first.to_dict("records"):
         archive = inputs.archives[row["modality"]]
         member = MemberRef(archive.location, row["offset"], row["size"], archive.fingerprint)
         members.setdefault(row["subject_id"], {})[row["modality"]] = member
-    wanted = set(candidates.loc[candidates["status"] == CANDIDATE, "subject_id"])
-    available = set(candidates["subject_id"]) if inputs.surveyed is None else wanted
-    return [CutJob(s, members[s] if s in available else {}, s in wanted, version) for s in candidates["subject_id"]]
+    wanted = set(screened.loc[screened["status"] == CANDIDATE, "subject_id"])
+    available = set(screened["subject_id"]) if inputs.surveyed is None else wanted
+    return [CutJob(s, members[s] if s in available else {}, s in wanted, version) for s in screened["subject_id"]]
 
 
 def is_from_ixi(modality: str, archive: VerifiedFile) -> bool:

@@ -26,17 +26,17 @@ from ixi_etl.scans.survey import depth_histogram, modal_depths, modal_planes
 
 @os_errors_as_user_errors()
 def publish_version(
-    job: RefreshJob, table: pd.DataFrame, final: pd.DataFrame, records: Mapping[str, Any]
+    job: RefreshJob, survey_table: pd.DataFrame, final: pd.DataFrame, records: Mapping[str, Any]
 ) -> PublishedVersion:
     """Assemble the store, write manifest, report and pictures beside it, and publish the version.
 
     Raises:
         DatasetError: the staged version does not verify.
     """
-    config, data_root = job.config.dataset, job.config.data_root
+    dataset_config, data_root = job.config.dataset, job.config.data_root
     work, staged = job.work, publish.start_staging(data_root, job.version)
     subjects = manifest.used_rows(final)["subject_id"].tolist()
-    sources = _sources(table, job.inputs)
+    sources = _sources(survey_table, job.inputs)
     summary = {
         "name": data_root.name,
         "version": job.version,
@@ -44,10 +44,10 @@ def publish_version(
         "target": "t2",
         "inputs": job.version_inputs,
         **manifest.counts(final),
-        "modal_depth": modal_depths(table),
-        "planes": modal_planes(table),
-        "histogram": site_table_to_records(depth_histogram(table)),
-        "not_volumes": table.loc[table["subject_id"] == "", "member"].tolist(),
+        "modal_depth": modal_depths(survey_table),
+        "planes": modal_planes(survey_table),
+        "histogram": site_table_to_records(depth_histogram(survey_table)),
+        "not_volumes": survey_table.loc[survey_table["subject_id"] == "", "member"].tolist(),
         "sources": sources,
         **credit.credit_and_licence(sources),
     }
@@ -56,7 +56,7 @@ def publish_version(
         shards=[{m.lower(): shard_path(work, s, m) for m in MODALITIES} for s in subjects],
         affines=[{name: np.array(matrix) for name, matrix in records[s]["affines"].items()} for s in subjects],
         slab_shape=tuple(records[subjects[0]]["slab_shape"]),
-        pairing=config.pairing,
+        pairing=dataset_config.pairing,
         attributes={"subject_id": subjects, **{k: summary[k] for k in ("name", "version", "licence", "credit")}},
         scales=[
             {m.lower(): (records[s][f"{m.lower()}_scale"], records[s][f"{m.lower()}_offset"]) for m in MODALITIES}
@@ -64,17 +64,17 @@ def publish_version(
         ],
         subjects=subjects,
     )
-    if config.pictures:
+    if dataset_config.pictures:
         _write_pictures(work, staged / metadata.PICTURES, final)
     write_atomic(staged / metadata.MANIFEST, IXI.to_csv(final))
-    layers = _middle_layers(staged, final) if config.pictures else {}
+    layers = _middle_layers(staged, final) if dataset_config.pictures else {}
     write_atomic(staged / metadata.REPORT, dataset_report.dataset_report(summary, final, layers))
     return publish.publish(data_root, staged, summary, job.inputs.origins, job.progress)
 
 
-def _sources(table: pd.DataFrame, inputs: Inputs) -> dict[str, Any]:
+def _sources(survey_table: pd.DataFrame, inputs: Inputs) -> dict[str, Any]:
     """The source of each input file; see `credit`."""
-    volumes = table[(table["subject_id"] != "") & table["readable"]]
+    volumes = survey_table[(survey_table["subject_id"] != "") & survey_table["readable"]]
     sources = {}
     for modality, archive in inputs.archives.items():
         marked = volumes.loc[volumes["modality"] == modality, "simulated"]

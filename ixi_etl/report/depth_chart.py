@@ -24,7 +24,7 @@ def depth_bars(histogram: Sequence[Mapping[str, Any]], modality: str, modal_dept
 
 
 def depths_svg(histogram: Sequence[Mapping[str, Any]], modal_depths: Mapping[str, int]) -> str:
-    """The text of an SVG file with a chart for each modality; arguments as of `depth_bars`."""
+    """The text of an SVG file with a chart for each modality; arguments as in `depth_bars`."""
     sites = list(dict.fromkeys(site for row in histogram for site in row["sites"]))
     panels = {
         f"{modality} volumes by number of slices": depth_bars(histogram, modality, depth, sites)

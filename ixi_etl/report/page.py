@@ -36,7 +36,7 @@ def _environment(package: str) -> Environment:
 
 
 def jpeg_uri(picture: Image.Image) -> str:
-    """A gray or colour picture as a data URI in JPEG."""
+    """A grey or colour picture as a data URI in JPEG."""
     return _data_uri(picture, "JPEG", quality=QUALITY)
 
 

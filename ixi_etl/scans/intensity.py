@@ -18,7 +18,7 @@ PERCENTILES = (0.1, 99.9)
 
 MIN_LEVELS = 256
 """Least range between the two percentiles of a slab that is rounded to whole scanner units: the rounding error is at
-most 1/512 of that range, half a level of 8-bit gray. IXI T1s of slope 1.68 and 1.84 have a range of 4,000; one of slope
+most 1/512 of that range, half a level of 8-bit grey. IXI T1s of slope 1.68 and 1.84 have a range of 4,000; one of slope
 1 has 97, but its values are integers, which rounding does not change."""
 
 INT16 = np.iinfo(np.int16)
@@ -75,7 +75,7 @@ def count_values(image: NDArray[Any]) -> Counts:
 
 
 def in_blocks(image: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """The values, flattened, in cache-sized blocks: `numpy.bincount` converts its input to 8 bytes a value."""
+    """The values, flattened, in cache-sized blocks: `numpy.bincount` converts its input to 8 bytes per value."""
     flat = image.ravel()
     return (flat[start : start + BLOCK_VALUES] for start in range(0, flat.size, BLOCK_VALUES))
 

@@ -202,7 +202,7 @@ def pack_like(
     fields and extensions are left out, because they may identify the person.
 
     Args:
-        head: first bytes of the other volume, as of `read_head`.
+        head: first bytes of the other volume, as returned by `read_head`.
         values: int16 [k, j, i]; values x slope + intercept are in scanner units.
         description: free text, truncated to 80 bytes.
     """

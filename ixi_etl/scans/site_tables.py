@@ -10,7 +10,7 @@ import pandas as pd
 
 
 def count_by_site(rows: pd.DataFrame, labels: list[str]) -> pd.DataFrame:
-    """Count `rows` by `labels` (the index) and site; columns as of `site_table`."""
+    """Count `rows` by `labels` (the index) and site; columns as in `site_table`."""
     counts = rows.groupby([*labels, "site"]).size().unstack("site", fill_value=0)
     return site_table(counts, counts.sum(axis=1))
 

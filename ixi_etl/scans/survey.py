@@ -191,7 +191,7 @@ def _exceeds_limits(header: Header) -> bool:
 
 
 def depth_histogram(table: pd.DataFrame) -> pd.DataFrame:
-    """Number of 3-D volumes: one row per (modality, depth), columns as of `count_by_site`."""
+    """Number of 3-D volumes: one row per (modality, depth), columns as in `count_by_site`."""
     return count_by_site(_volumes(table), ["modality", "depth"])
 
 

@@ -77,11 +77,11 @@ def is_published(name: str, md5: str) -> bool:
 
 def mnist(folder: str | None = None) -> dict[str, Source]:
     """The four files of MNIST by name, from their hosts or from a user's folder or URL, with the published MD5s."""
-    hosts = MNIST_HOSTS if folder is None else (normalize_location(folder),)
+    hosts = MNIST_HOSTS if folder is None else (normalise_location(folder),)
     return {name: Source(name, tuple(f"{host}/{name}" for host in hosts), md5) for name, md5 in MNIST_MD5.items()}
 
 
-def normalize_location(location: str) -> str:
+def normalise_location(location: str) -> str:
     """An absolute path, or a URL of `SCHEMES`, without trailing slash; `file://` URLs become paths.
 
     Raises:

@@ -30,7 +30,7 @@ PROBE_RANGE = "bytes=0-511"
 MAX_SMALL_FILE = 8 << 20
 """Maximum bytes of a file that is read into memory. MD5SUMS of all members of IXI has 70 KB."""
 
-for _logger in ("httpx", "httpcore"):  # they log every URL, also the signed URLs of redirects
+for _logger in ("httpx", "httpcore"):  # they log every URL, including the signed URLs of redirects
     logging.getLogger(_logger).setLevel(logging.WARNING)
 
 
@@ -183,7 +183,7 @@ def validator_of(response: httpx.Response) -> str | None:
 def get(client: HttpClient, url: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
     """Send a GET request and yield a response with status 200 or 206.
 
-    Every failure, also one while the body is read in the block, is translated to one of three exceptions.
+    Every failure, including one while the body is read in the block, is translated to one of three exceptions.
 
     Raises:
         ChangedError: the server has no such range any more.
@@ -234,5 +234,5 @@ def body_blocks(client: HttpClient, response: httpx.Response) -> Iterator[bytes]
         elapsed = time.monotonic() - period_start
         if elapsed > http.timeout_s:
             if period_bytes < http.min_rate * elapsed:
-                raise TransientError(f"slower than {http.min_rate} bytes a second")
+                raise TransientError(f"slower than {http.min_rate} bytes per second")
             period_start, period_bytes = time.monotonic(), 0

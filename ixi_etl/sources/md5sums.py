@@ -36,12 +36,12 @@ def find_md5(name: str, entries: Iterable[tuple[str, str]]) -> str | None:
     Raises:
         ArchiveError: the list has two MD5s for the file.
     """
-    for normalize in (
+    for normalise in (
         lambda text: text.removeprefix("./"),
         lambda text: re.split(r"[/\\]", text)[-1],
         lambda text: re.split(r"[/\\]", text)[-1].casefold(),
     ):
-        digests = {md5 for text, md5 in entries if normalize(text) == normalize(name)}
+        digests = {md5 for text, md5 in entries if normalise(text) == normalise(name)}
         if len(digests) > 1:
             raise ArchiveError(f"its lines for {name} contradict each other")
         if digests:

@@ -1,4 +1,7 @@
-"""A partial download: `NAME.part`, written at any offset, and `NAME.part.json`, the record of its finished segments."""
+"""A partial download: `NAME.part`, written at any offset, and `NAME.part.json`, the record of its finished segments.
+
+`PartialFile` finds the segments that an earlier download finished; `ranges.fetch_ranges` fetches the others.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from ixi_etl.errors import DownloadError
 from ixi_etl.sources.http import RemoteFile
 
 Pieces = Sequence[tuple[int, int]]
-"""[start, stop) of each piece of a file, in bytes."""
+"""[start, stop) of each segment of a file, in bytes, if the caller chooses the segments: the members of a tar."""
 
 SPARE_BYTES = 64 << 20
 """Bytes of the disk to leave free."""
@@ -24,7 +27,10 @@ SPARE_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a file that is fetched and recorded as a whole: its index, and [start, stop) in bytes."""
+    """A part of a file that is recorded as done as a whole: its index, and [start, stop) in bytes.
+
+    One request can fetch a group of several segments (`ranges`).
+    """
 
     index: int
     start: int
@@ -120,8 +126,8 @@ class PartialFile:
         free = shutil.disk_usage(self.path.parent).free
         if need > free:
             raise DownloadError(
-                f"{self.path.parent} has {free / 1e9:.2f} GB free, but {self.path.stem} needs {need / 1e9:.2f} GB "
-                "more; free some, or choose another --root"
+                f"{self.path.parent} has {free / 1e9:.2f} GB free, but the downloads in progress, one of them "
+                f"{self.path.stem}, need {need / 1e9:.2f} GB more; free some, or choose another --root"
             )
 
     def write(self, data: bytes, offset: int) -> None:

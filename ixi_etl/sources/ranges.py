@@ -1,6 +1,7 @@
 """Fetch the bytes of a file: its missing segments in parallel range requests, or the whole file in one stream.
 
-A resumed download fetches the segments that its partial file has no record of.
+A resumed download fetches the wanted segments that are not in `PartialFile.done`, which `partial` reads from its
+record. The record marks single segments as done; one request fetches a group of adjacent segments.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def fetch_ranges(
     part.truncate(remote_file.size or 0)  # at once: `PartialFile` does not resume a part of another length
     with server_load(remote_file.url) as server, ThreadPoolExecutor(client.http.connections) as pool:
         download = _RangeDownload(client, remote_file, part, wanted, server, progress)
-        jobs = [pool.submit(download.fetch, run) for run in _coalesce_ranges(download.missing, max_request_bytes)]
+        jobs = [pool.submit(download.fetch, group) for group in _coalesce_ranges(download.missing, max_request_bytes)]
         try:
             for job in jobs:
                 job.result()
@@ -60,15 +61,15 @@ def fetch_ranges(
 
 
 def _coalesce_ranges(segments: Sequence[Segment], max_request_bytes: int) -> Iterator[list[Segment]]:
-    """Group segments that (almost) touch into runs of up to `max_request_bytes`; a larger segment is a run alone."""
-    run: list[Segment] = []
+    """Group segments that (almost) touch, up to `max_request_bytes` per group; a larger segment is a group alone."""
+    group: list[Segment] = []
     for segment in segments:
-        if run and (segment.start - run[-1].stop > MAX_GAP or segment.stop - run[0].start > max_request_bytes):
-            yield run
-            run = []
-        run.append(segment)
-    if run:
-        yield run
+        if group and (segment.start - group[-1].stop > MAX_GAP or segment.stop - group[0].start > max_request_bytes):
+            yield group
+            group = []
+        group.append(segment)
+    if group:
+        yield group
 
 
 class _RangeDownload:
@@ -97,16 +98,16 @@ class _RangeDownload:
         self._fetched_bytes = self._wanted_bytes - _total_bytes(self.missing)
         self._report(0)
 
-    def fetch(self, run: Sequence[Segment]) -> None:
+    def fetch(self, group: Sequence[Segment]) -> None:
         """Fetch adjacent segments, with retries; a failure halts the other connections."""
         try:
-            self._fetch(run)
+            self._fetch(group)
         except BaseException:
             self.halt.set()
             raise
 
-    def _fetch(self, run: Sequence[Segment]) -> None:
-        offset, stop, unfinished = run[0].start, run[-1].stop, list(run)
+    def _fetch(self, group: Sequence[Segment]) -> None:
+        offset, stop, unfinished = group[0].start, group[-1].stop, list(group)
         while offset < stop and not self.halt.is_set():
             start = offset
             try:
@@ -117,7 +118,7 @@ class _RangeDownload:
                     attempt = self._policy.start_attempt()
                     for block in _range_blocks(self._client, self._remote_file, self._part, offset, stop):
                         self._part.write(block, offset)
-                        self._count(run, offset, offset + len(block))
+                        self._count(group, offset, offset + len(block))
                         offset += len(block)
                         while unfinished and unfinished[0].stop <= offset:
                             self._part.mark_done(unfinished.pop(0))
@@ -136,11 +137,11 @@ class _RangeDownload:
                     raise UnusableError(f"{given_up} at byte {offset}", transient=True) from None
                 self.halt.wait(wait)
 
-    def _count(self, run: Sequence[Segment], start: int, stop: int) -> None:
+    def _count(self, group: Sequence[Segment], start: int, stop: int) -> None:
         """Count the bytes [start, stop) as received; the progress excludes gaps between segments."""
         self._policy.add_saved(stop - start)
         self._server.add_received(stop - start)
-        self._report(sum(max(0, min(stop, segment.stop) - max(start, segment.start)) for segment in run))
+        self._report(sum(max(0, min(stop, segment.stop) - max(start, segment.start)) for segment in group))
 
     def _report(self, new_bytes: int) -> None:
         with self._progress_lock:

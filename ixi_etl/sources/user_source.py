@@ -14,7 +14,7 @@ from ixi_etl.core.text import printable
 from ixi_etl.errors import ArchiveError, ConfigError, DownloadError
 from ixi_etl.modalities import MODALITIES, archive_name, modality_of
 from ixi_etl.scans.tar import describe_non_file
-from ixi_etl.sources.catalog import Source, basename, normalize_location, not_found
+from ixi_etl.sources.catalog import Source, basename, normalise_location, not_found
 from ixi_etl.sources.http import MAX_SMALL_FILE, HttpClient, read_small_file
 from ixi_etl.sources.md5sums import find_md5, parse_md5sums
 from ixi_etl.sources.retries import UnusableError, retry
@@ -33,7 +33,7 @@ def find_archives(source: str) -> dict[str, str]:
     Raises:
         ConfigError: the name of the tar does not contain a modality, or the location is invalid.
     """
-    location = normalize_location(source)
+    location = normalise_location(source)
     if location.endswith(".tar") and not os.path.isdir(location):
         folder, _, name = location.rpartition("/")
         modality = modality_of(name)

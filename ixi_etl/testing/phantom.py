@@ -1,7 +1,7 @@
 """Simulate small IXI archives with the same names, grids, orientations and faults, for the demo and the tests.
 
 Every subject is a head of ellipsoids with its own proportions and pose, scanned twice. Some move between the scans by a
-rigid motion that is written to `truth.json`. Figures measured on this phantom do not apply to IXI.
+rigid motion that is written to `truth.json`. Values measured on this phantom do not apply to IXI.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _AXIS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I":
 _HEAD_MM = 1.5  # voxel size of the sampled head
 _HEAD_SHAPE = (136, 156, 136)  # z, y, x: 204 x 234 x 204 mm about the world's origin
 
-# Tissue: signal in T1 and T2 (0 to 255), then centre and radii in mm (x Right, y Anterior, z Superior). Later ones
-# cover earlier ones. Left and right differ, so that a flip is detectable.
+# Tissue: signal in T1 and T2 (0 to 255), then centre and radii in mm along x, y, z (RAS+). Later ones cover
+# earlier ones. Left and right differ, so that a flip is detectable.
 _Tissue = tuple[int, int, tuple[float, float, float], tuple[float, float, float]]
 _TISSUES: list[_Tissue] = [
     (200, 120, (0, 0, 5), (76, 95, 88)),  # scalp
     (25, 15, (0, 0, 6), (71, 90, 83)),  # skull
     (45, 240, (0, 0, 8), (67, 86, 78)),  # cerebrospinal fluid
-    (110, 150, (0, -2, 10), (64, 82, 74)),  # gray matter
+    (110, 150, (0, -2, 10), (64, 82, 74)),  # grey matter
     (165, 95, (0, -2, 10), (57, 74, 66)),  # white matter
     (115, 140, (-24, 4, 4), (10, 17, 10)),  # left deep nuclei
     (115, 140, (25, 6, 5), (10, 15, 11)),  # right deep nuclei

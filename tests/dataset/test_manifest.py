@@ -85,7 +85,7 @@ def test_final_manifests_are_valid_and_survive_the_csv(table: pd.DataFrame, data
             found[subject] = CUT | {"t1_p_low": low, "t1_p_high": low + abs(low) + 1, "affines": [], "flags": 'a, "b"'}
         else:
             found[subject] = {"reason": "corrupt_voxels", "detail": "T1: cut short,\nor so"}
-    final = manifest.finalize(selected, {s: found.get(s, {"t1_sha256": "0"}) for s in selected["subject_id"]}, config)
+    final = manifest.finalise(selected, {s: found.get(s, {"t1_sha256": "0"}) for s in selected["subject_id"]}, config)
     used = manifest.used_rows(final)
     assert used["store_row"].tolist() == list(range(len(used)))
     assert used["subject_id"].is_monotonic_increasing
@@ -155,7 +155,7 @@ def two_used() -> pd.DataFrame:
     """A valid manifest, which tests change."""
     table = table_of([*pair("IXI001-HH-1"), *pair("IXI002-HH-1")])
     found = {"IXI001-HH-1": CUT, "IXI002-HH-1": CUT}
-    final = manifest.finalize(selection.screen_headers(table, DatasetConfig()), found, DatasetConfig())
+    final = manifest.finalise(selection.screen_headers(table, DatasetConfig()), found, DatasetConfig())
     assert IXI.from_csv(final.to_csv(index=False), "m.csv").equals(final)
     return final
 
@@ -260,7 +260,7 @@ def test_the_split_depends_on_the_person_and_the_seed(seed: int, number: int) ->
     config = DatasetConfig(split_seed=seed)
     table = table_of([*pair(f"IXI{number:03d}-HH-0001"), *pair(f"IXI{number:03d}-HH-0002"), *pair("IXI000-A-1")])
     assume(number != 0)
-    final = manifest.finalize(selection.screen_headers(table, config), {s: {} for s in table["subject_id"]}, config)
+    final = manifest.finalise(selection.screen_headers(table, config), {s: {} for s in table["subject_id"]}, config)
     splits = final.set_index("subject_id")["split"]
     assert (
         splits[f"IXI{number:03d}-HH-0001"] == splits[f"IXI{number:03d}-HH-0002"] == split_of(f"IXI{number:03d}", config)
@@ -288,7 +288,7 @@ PINNED = ["train", "train", "test", "test", "train", "val"]
 def finalized_with(scans: dict[str, tuple[str, str]]) -> pd.DataFrame:
     table = table_of([row for subject in scans for row in pair(subject)])
     found = {s: CUT | {"voxels_sha256": dict(zip(("T1", "T2"), hashes, strict=True))} for s, hashes in scans.items()}
-    return manifest.finalize(selection.screen_headers(table, DatasetConfig()), found, DatasetConfig()).set_index(
+    return manifest.finalise(selection.screen_headers(table, DatasetConfig()), found, DatasetConfig()).set_index(
         "subject_id"
     )
 
@@ -321,7 +321,7 @@ def test_excluded_scans_do_not_change_splits() -> None:
     table = table_of([*pair(train), *pair(test)])
     found: dict[str, Any] = {s: CUT | {"voxels_sha256": {"T1": "same", "T2": s}} for s in (train, test)}
     found[train] |= {"reason": "empty_image", "detail": "T1"}
-    final = manifest.finalize(selection.screen_headers(table, DatasetConfig()), found, DatasetConfig()).set_index(
+    final = manifest.finalise(selection.screen_headers(table, DatasetConfig()), found, DatasetConfig()).set_index(
         "subject_id"
     )
     assert final["split"].to_dict() == {train: "", test: "test"}

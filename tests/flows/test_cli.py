@@ -80,7 +80,7 @@ def test_verify_and_versions_report_on_a_published_version(
 ) -> None:
     root = root_of(published)
     code, out, _ = run("verify", "--deep", "--root", root, capsys=capsys)
-    assert (code, "is sound (every byte checked)" in out) == (0, True)
+    assert (code, "is intact (every byte checked)" in out) == (0, True)
     code, out, _ = run("versions", "--root", root, capsys=capsys)
     assert (code, f"{published.version} (latest)" in out) == (0, True)
     for old_new in ((published.version[:5], "latest"), (f"ixi-t1-t2@{published.version[:5]}",)):
@@ -93,13 +93,13 @@ def test_verify_and_versions_report_on_a_published_version(
     [
         (["survey", "--source", "foo://x"], "cannot read 'foo://x': give a folder, or a URL of http, https or s3"),
         (["survey", "--source", "github://a/b"], "cannot read 'github://a/b': give a folder, or a URL of http, https"),
-        (["survey", "--source", "~nobody-here/x"], "~nobody-here/x: this machine knows no home folder of that name"),
-        (["refresh", "--source", "~nobody-here/x"], "~nobody-here/x: this machine knows no home folder of that name"),
-        (["refresh", "--root", "~nobody-here/x"], "~nobody-here/x: this machine knows no home folder of that name"),
-        (["refresh", "--scratch", "~nobody-here/x"], "~nobody-here/x: this machine knows no home folder of that name"),
-        (["refresh", "--demographics", "~nobody-here/x"], "~nobody-here/x: this machine knows no home folder of that"),
-        (["digits", "--root", "/tmp/a::b"], "/tmp/a::b has :: in it, which no store can be opened by"),
-        (["verify", "--root", "/tmp/a::b"], "/tmp/a::b has :: in it, which no store can be opened by"),
+        (["survey", "--source", "~nobody-here/x"], "~nobody-here/x: no such user; give the full path"),
+        (["refresh", "--source", "~nobody-here/x"], "~nobody-here/x: no such user; give the full path"),
+        (["refresh", "--root", "~nobody-here/x"], "~nobody-here/x: no such user; give the full path"),
+        (["refresh", "--scratch", "~nobody-here/x"], "~nobody-here/x: no such user; give the full path"),
+        (["refresh", "--demographics", "~nobody-here/x"], "~nobody-here/x: no such user; give the full path"),
+        (["digits", "--root", "/tmp/a::b"], "/tmp/a::b contains ::, which Zarr cannot open"),
+        (["verify", "--root", "/tmp/a::b"], "/tmp/a::b contains ::, which Zarr cannot open"),
         (["refresh", "--root", "gs://bucket/x"], "neither a folder nor s3://bucket/prefix"),
         (["refresh", "--preset", "paper", "--registration", "rigid"], "registration must be none"),
         (["survey", "--source", "/nowhere"], "/nowhere/IXI-T1.tar is not there"),
@@ -150,7 +150,7 @@ def test_verify_accepts_the_folder_of_a_copy(
     monkeypatch.chdir(tmp_path)
     for given in (str(same), f"a/{published.version}/", "link", "./link"):
         code, out, _ = run("verify", "--deep", given, "--root", "/nowhere", capsys=capsys)
-        assert (code, f"{same} is sound" in out, "it is a copy of" in out) == (0, True, False)
+        assert (code, f"{same} is intact" in out, "it is a copy of" in out) == (0, True, False)
         assert f"ixi-t1-t2@{published.version}, made by ixi-etl" in out
     code, out, _ = run("verify", "copied @home", capsys=capsys)
     assert (code, f"it is a copy of ixi-t1-t2@{published.version}" in out) == (0, True)

@@ -378,7 +378,7 @@ def test_the_command_makes_verifies_lists_and_compares(
     data_root = DataRoot(tmp_path, "digits")
     first, second = versions.published_versions(data_root)
     code, out, _ = run("verify", "--deep", f"digits@{first[:6]}", *root, capsys=capsys)
-    assert (code, f"{data_root.version(first)} is sound (every byte checked)" in out) == (0, True)
+    assert (code, f"{data_root.version(first)} is intact (every byte checked)" in out) == (0, True)
     code, out, _ = run("versions", *root, capsys=capsys)
     assert (code, f"digits@{second} (latest)" in out) == (0, True)
     code, out, _ = run("versions", f"digits@{first}", *root, capsys=capsys)

@@ -129,7 +129,7 @@ def test_index_pairing_stores_the_voxels_and_warns_of_planes_and_empty_splits(
     done = refresh(config_for(tmp_path, archives, pairing="index", pictures=False))
     assert "T1 slices are sagittal and T2 slices are axial" in caplog.text
     assert "no subject is in split val or test (the version has 6 train): " in caplog.text
-    assert "no validation during a training, no evaluation after it" in caplog.text
+    assert "no validation during training, no evaluation after it" in caplog.text
     used = manifest.used_rows(metadata.read_manifest(done.folder))
     members = survey({m: str(archives / f"IXI-{m}.tar") for m in ("T1", "T2")}).set_index("member")
     arrays = open_arrays(done.folder)

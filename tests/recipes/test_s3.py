@@ -118,7 +118,7 @@ def test_a_missing_bucket_is_reported_before_any_work(s3: None, archives: Path, 
 def test_the_command_line_reads_from_s3(on_s3: OnS3, capsys: pytest.CaptureFixture[str]) -> None:
     from flows.cli import main
 
-    for command, text in (("verify", "is sound"), ("versions", f"{on_s3.made.version} (latest)")):
+    for command, text in (("verify", "is intact"), ("versions", f"{on_s3.made.version} (latest)")):
         with pytest.raises(SystemExit) as ended:
             main([command, "--root", str(on_s3.config.root)])
         assert (ended.value.code or 0, text in capsys.readouterr().out) == (0, True)

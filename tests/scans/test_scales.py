@@ -74,7 +74,7 @@ def test_training_sees_the_same_slices_and_planes_are_in_scanner_units(
     pairs = [data.load_pairs(version.folder, "train") for version in (rescaled, published)]
     for small, original in zip(*(split.normalised(torch.arange(len(split))) for split in pairs), strict=True):
         assert float((small - original).abs().max()) < 0.02
-    small, original = (planes.summarize(v.folder, split) for v, split in zip((rescaled, published), pairs, strict=True))
+    small, original = (planes.summarise(v.folder, split) for v, split in zip((rescaled, published), pairs, strict=True))
     assert small is not None
     assert original is not None
     assert np.array(small.target_low_high) / UNIT == pytest.approx(original.target_low_high, abs=2)

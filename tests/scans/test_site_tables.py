@@ -38,7 +38,7 @@ def table() -> pd.DataFrame:
 def final(table: pd.DataFrame) -> pd.DataFrame:
     selected = selection.screen_headers(table, DatasetConfig())
     found: dict[str, Any] = {s: CUT | {"t2_to_t1_ras_mm": "", "nmi_after": 0.5} for s in selected["subject_id"]}
-    return IXI.from_csv(IXI.to_csv(manifest.finalize(selected, found, DatasetConfig())), "manifest.csv")
+    return IXI.from_csv(IXI.to_csv(manifest.finalise(selected, found, DatasetConfig())), "manifest.csv")
 
 
 USED = {site: n + 1 for n, site in enumerate(SITES)}
