@@ -44,7 +44,7 @@ class StrictModel(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _known_fields(cls, given: Any) -> Any:
+    def _reject_unknown_fields(cls, given: Any) -> Any:
         if isinstance(given, dict):
             unknown = [str(name) for name in given if name not in cls.model_fields]
             if unknown:
@@ -143,7 +143,7 @@ class DatasetConfig(StrictModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _index_is_not_registered(cls, given: Any) -> Any:
+    def _default_index_registration(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("pairing") == "index":
             return {"registration": "none"} | given
         return given

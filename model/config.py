@@ -82,13 +82,13 @@ class TrainConfig(StrictModel):
 
     @field_validator("side")
     @classmethod
-    def _side(cls, side: int | None) -> int | None:
+    def _check_side(cls, side: int | None) -> int | None:
         if side is not None and side not in SIDES:
             raise ValueError(f"{side} is not one of {', '.join(map(str, SIDES))}")
         return side
 
     @model_validator(mode="after")
-    def _has_a_loss(self) -> TrainConfig:
+    def _check_loss(self) -> TrainConfig:
         if self.adversarial == "none" and self.reconstruction == "none":
             raise ValueError("adversarial and reconstruction are both none: there is no loss to train on")
         return self

@@ -30,13 +30,15 @@ pixels of 0.9375 or 0.9766 mm, 4% apart. The next spacing that occurs, 4.98 mm o
 
 
 def screen_headers(
-    table: pd.DataFrame, dataset_config: DatasetConfig, demographics: Mapping[str, Mapping[str, Any]] | None = None
+    survey_table: pd.DataFrame,
+    dataset_config: DatasetConfig,
+    demographics: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> pd.DataFrame:
-    """One manifest row per subject of the survey `table`: `excluded` by its headers, or a `candidate` to be cut.
+    """One manifest row per subject of the survey: `excluded` by its headers, or a `candidate` to be cut.
 
     `demographics` is person (`IXI002`) -> {"age", "sex"}; both stay empty for persons without an entry.
     """
-    volumes = table[table["subject_id"] != ""]
+    volumes = survey_table[survey_table["subject_id"] != ""]
     subjects: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for record in to_records(volumes):
         subjects.setdefault(record["subject_id"], {m: [] for m in MODALITIES})[record["modality"]].append(record)

@@ -118,8 +118,8 @@ def svg_file(panels: Mapping[str, Markup], series: Sequence[str]) -> str:
         y += 32
         drawn.append(_text(0, y, title, 'font-weight="700"'))
         height = float(str(chart).partition('viewBox="0 0 ')[2].split('"')[0].split()[1])
-        place = f'<svg x="0" y="{y + 6:.1f}" width="{WIDTH}" height="{height:g}" '
-        drawn.append(str(chart).replace("<svg ", place, 1))
+        opening_tag = f'<svg x="0" y="{y + 6:.1f}" width="{WIDTH}" height="{height:g}" '
+        drawn.append(str(chart).replace("<svg ", opening_tag, 1))
         y += 6 + height
     content = f'<svg x="{MARGIN}" width="{WIDTH}" height="{y:g}">{"".join(drawn)}</svg>'
     return (

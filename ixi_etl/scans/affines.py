@@ -40,7 +40,7 @@ class Form:
     Attributes:
         affine: 4 x 4, voxel to RAS mm.
         spacing_mm: voxel size along I, J, K: the lengths of the affine's columns.
-        orientation: axis codes as stored, for example `PSR`: I increases towards Posterior, J Superior, K Right.
+        orientation: axis codes as stored, for example `PSR`: I increases to posterior, J to superior, K to the right.
         note: what is unusual about the form, in words.
     """
 

@@ -14,7 +14,7 @@ from ixi_etl.errors import ConfigError, DownloadError
 from ixi_etl.sources.cache import VerifiedFile
 from ixi_etl.sources.catalog import Source
 from ixi_etl.sources.http import HttpClient, RemoteFile, probe
-from ixi_etl.sources.partial import PartialFile, Pieces
+from ixi_etl.sources.partial import PartialFile, SegmentBounds
 from ixi_etl.sources.ranges import fetch_ranges
 from ixi_etl.sources.retries import ChangedError, RangeIgnoredError, UnusableError, retry
 
@@ -61,7 +61,7 @@ def find_remote(source: Source, http: HttpOptions = DEFAULT_HTTP) -> RemoteArchi
 def fetch_members(
     remote: RemoteArchive,
     folder: Path,
-    members: Pieces,
+    members: SegmentBounds,
     wanted: Iterable[int],
     *,
     http: HttpOptions = DEFAULT_HTTP,

@@ -18,8 +18,8 @@ from ixi_etl.core.http_options import HttpOptions
 from ixi_etl.errors import DownloadError
 from ixi_etl.sources.http import RemoteFile
 
-Pieces = Sequence[tuple[int, int]]
-"""[start, stop) of each segment of a file, in bytes, if the caller chooses the segments: the members of a tar."""
+SegmentBounds = Sequence[tuple[int, int]]
+"""[start, stop) of each segment of a file, in bytes."""
 
 SPARE_BYTES = 64 << 20
 """Bytes of the disk to leave free."""
@@ -67,18 +67,20 @@ class PartialFile:
         needed_bytes: bytes that will be stored; less than the size if only some segments are wanted.
     """
 
-    def __init__(self, path: Path, remote_file: RemoteFile, http: HttpOptions, pieces: Pieces | None = None) -> None:
+    def __init__(
+        self, path: Path, remote_file: RemoteFile, http: HttpOptions, bounds: SegmentBounds | None = None
+    ) -> None:
         """Open the partial download of `path`, and resume an earlier one of the same remote file.
 
-        If the MD5 will be verified, a download from another URL is resumed too. The segments are `pieces`, or by
-        default parts of `http.segment_bytes`.
+        If the MD5 will be verified, a download from another URL is resumed too. Segments without given `bounds` have
+        `http.segment_bytes` each.
         """
         self.path, self.record = _part_path(path), _record_path(path)
         size = self.needed_bytes = remote_file.size or 0
         step = http.segment_bytes
-        if pieces is None:
-            pieces = [(start, min(start + step, size)) for start in range(0, size, step)]
-        self.segments = [Segment(index, start, stop) for index, (start, stop) in enumerate(pieces)]
+        if bounds is None:
+            bounds = [(start, min(start + step, size)) for start in range(0, size, step)]
+        self.segments = [Segment(index, start, stop) for index, (start, stop) in enumerate(bounds)]
         self._state = {
             "url": remote_file.url,
             "validator": remote_file.validator,
