@@ -1,4 +1,4 @@
-"""MNIST as a version: files are checked by MD5 and format, and the store has the images of the files."""
+"""MNIST as a version: files are checked by MD5 and format, and the store holds their images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from ixi_etl.recipes.digits import FILE_PAIRS, INK, draw_outline, make_digits, p
 from ixi_etl.sources import catalog
 from ixi_etl.testing.loopback import serve_folder
 
-COUNTS = {"test": 30, "train": 1140}  # more than a shard, so that a shard is full, and one is not
+COUNTS = {"test": 30, "train": 1140}  # together more than a shard: one full shard and a partial one
 
 
 def idx(values: np.ndarray) -> bytes:
@@ -142,13 +142,13 @@ images = arrays(np.uint8, st.tuples(st.integers(1, 3), st.just(28), st.just(28))
 
 
 @given(images)
-def test_the_sketch_is_the_ink_next_to_paper(stored: np.ndarray) -> None:
+def test_the_sketch_is_the_ink_that_borders_paper(stored: np.ndarray) -> None:
     digit = pad_images(stored)
     outline = draw_outline(digit)
     assert (outline.shape, outline.dtype) == (digit.shape, np.uint8)
     assert set(np.unique(outline)) <= {0, 255}
     assert (digit[outline == 255] > INK).all()
-    for n, y, x in np.argwhere(digit[:, 0] > INK):  # the paper that pads the image keeps these within it
+    for n, y, x in np.argwhere(digit[:, 0] > INK):  # the padding keeps the neighbours inside the image
         around = [digit[n, 0, y + dy, x + dx] > INK for dy, dx in ((-1, 0), (1, 0), (0, -1), (0, 1))]
         assert (outline[n, 0, y, x] == 255) == (not all(around))
 
@@ -166,10 +166,10 @@ def test_the_store_has_the_padded_images(made: PublishedVersion, halves: Any) ->
     np.testing.assert_array_equal(store["sketch"][:], draw_outline(digit))
     for row in manifest.to_records(table):
         half, number = row["subject_id"].split("-")
-        stored, labels = (of[int(number)] for of in halves[half])
+        stored, label = (array[int(number)] for array in halves[half])
         np.testing.assert_array_equal(digit[row["store_row"]][0, 2:30, 2:30], stored)
-        assert digit[row["store_row"]].sum() == stored.sum()  # and nothing but paper around it
-        assert row["label"] == labels
+        assert digit[row["store_row"]].sum() == stored.sum()  # the padding is blank
+        assert row["label"] == label
 
 
 def test_splits_follow_the_files_with_the_last_twelfth_as_val(made: PublishedVersion) -> None:
@@ -180,7 +180,7 @@ def test_splits_follow_the_files_with_the_last_twelfth_as_val(made: PublishedVer
     assert metadata.read_metadata(made.folder)["splits"] == {"test": 30, "train": 1045, "val": 95}
 
 
-def test_percentiles_are_of_each_slab(made: PublishedVersion) -> None:
+def test_the_manifest_has_the_percentiles_of_each_slab(made: PublishedVersion) -> None:
     table, store = metadata.read_manifest(made.folder), open_arrays(made.folder)
     for row in manifest.to_records(table.iloc[::100]):
         for name in ("sketch", "digit"):
@@ -241,17 +241,17 @@ def test_only_options_that_affect_data_name_the_version(made: PublishedVersion, 
     assert versions.published_versions(data_root) == [made.version, fewer.version]
 
 
-def test_it_is_plain_zarr_of_many_images_a_shard(made: PublishedVersion) -> None:
+def test_a_version_is_plain_zarr_with_many_images_per_shard(made: PublishedVersion) -> None:
     data = xr.open_zarr(made.folder / STORE)
     assert data["sketch"].dims == data["digit"].dims == ("image", "z", "y", "x")
     array = zarr.open_group(made.folder / STORE, mode="r")["digit"]
     assert isinstance(array, zarr.Array)
     assert (array.chunks, array.shards, array.dtype) == ((100, 1, 32, 32), (1000, 1, 32, 32), np.uint8)
     assert "crc32c" in str(array.metadata.to_dict()["codecs"])
-    facts = metadata.read_metadata(made.folder)
-    assert (facts["source"], facts["target"], facts["funnel"]["used"]["all"]) == ("sketch", "digit", 1170)
-    assert "LeCun" in facts["credit"]
-    assert all(source["md5_is_published"] for source in facts["sources"].values())
+    summary = metadata.read_metadata(made.folder)
+    assert (summary["source"], summary["target"], summary["funnel"]["used"]["all"]) == ("sketch", "digit", 1170)
+    assert "LeCun" in summary["credit"]
+    assert all(source["md5_is_published"] for source in summary["sources"].values())
     assert (
         data["image"].to_numpy().tolist()
         == manifest.used_rows(metadata.read_manifest(made.folder))["subject_id"].tolist()
@@ -277,18 +277,18 @@ def test_swapped_image_shards_are_detected_for_each_subject(made: PublishedVersi
     one, two = (shard.read_bytes() for shard in shards)
     shards[0].write_bytes(two)
     shards[1].write_bytes(one)
-    (made.folder.parent / metadata.POINTER).unlink()  # it has the SHA-256 of what was published
+    (made.folder.parent / metadata.POINTER).unlink()  # it records the SHA-256 of the published `dataset.json`
     listed = {"files": publish.list_files(made.folder)}  # as if the list of files was updated too
-    facts = metadata.read_metadata(made.folder) | listed
-    (made.folder / metadata.METADATA).write_text(to_json(metadata.with_digest(facts)))
+    version_metadata = metadata.read_metadata(made.folder) | listed
+    (made.folder / metadata.METADATA).write_text(to_json(metadata.with_digest(version_metadata)))
     assert verify.verify(made.folder) == []
     problems = verify.verify(made.folder, deep=True)
     assert any("digit of test-00000 does not have the manifest's percentiles" in problem for problem in problems)
 
 
-def test_metadata_with_wrong_array_names_are_detected(made: PublishedVersion) -> None:
-    facts = metadata.read_metadata(made.folder) | {"source": "t1"}
-    (made.folder / metadata.METADATA).write_text(to_json(metadata.with_digest(facts)))
+def test_metadata_with_wrong_array_names_is_detected(made: PublishedVersion) -> None:
+    version_metadata = metadata.read_metadata(made.folder) | {"source": "t1"}
+    (made.folder / metadata.METADATA).write_text(to_json(metadata.with_digest(version_metadata)))
     assert any("t1 and digit are not arrays of digits" in problem for problem in verify.verify(made.folder))
 
 
@@ -304,13 +304,13 @@ def test_a_damaged_version_is_made_again(made: PublishedVersion, source: Path, t
 def test_leftovers_of_a_killed_run_are_not_published(made: PublishedVersion, source: Path, tmp_path: Path) -> None:
     staged = DataRoot(tmp_path / "b", "digits").staging(made.version) / "version"
     staged.mkdir(parents=True)
-    (staged / metadata.MANIFEST).write_text("half of")
+    (staged / metadata.MANIFEST).write_text("incomplete")
     (staged / "scrap").touch()
     again = make_digits(DigitsConfig(root=tmp_path / "b", source=str(source)))
     assert contents(again.folder) == contents(made.folder)
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------
+# -- errors -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_file_with_a_wrong_md5_is_rejected(source: Path, tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ def test_the_command_makes_verifies_lists_and_compares(
     code, out, _ = run("versions", *root, capsys=capsys)
     assert (code, f"digits@{second} (latest)" in out) == (0, True)
     code, out, _ = run("versions", f"digits@{first}", *root, capsys=capsys)
-    assert (code, "1124 subjects differ" in out) == (0, True)  # 1170 - 48, and two that were train are val now
+    assert (code, "1124 subjects differ" in out) == (0, True)  # 1170 - 48, and two moved from train to val
 
 
 def test_a_folder_without_the_files_is_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -396,16 +396,16 @@ def test_a_folder_without_the_files_is_a_one_line_error(tmp_path: Path, capsys: 
 REAL = Path(__file__).resolve().parents[3] / "shared/data/mnist"
 
 
-@pytest.mark.standin  # half a minute with the verification
+@pytest.mark.standin  # takes half a minute with the verification
 @pytest.mark.skipif(
     not REAL.is_dir(),
-    reason="needs the real files, which no checkout has; the tests above pin the same on files of their own",
+    reason="needs the real files, which are not in the repository; the tests above check the same with small files",
 )
 def test_the_published_files_make_the_expected_version(tmp_path: Path) -> None:
     made = make_digits(DigitsConfig(root=tmp_path, source=str(REAL)))
-    facts = metadata.read_metadata(made.folder)
-    assert facts["splits"] == {"test": 10_000, "train": 55_000, "val": 5_000}
+    version_metadata = metadata.read_metadata(made.folder)
+    assert version_metadata["splits"] == {"test": 10_000, "train": 55_000, "val": 5_000}
     assert verify.verify(made.folder, deep=True) == []
     table = metadata.read_manifest(made.folder)
-    assert table["label"].tolist()[:5] == [7, 2, 1, 0, 4]  # as the official test set begins
-    assert table["label"].value_counts().loc[1] == 7877  # as published: 6742 of training, 1135 of test
+    assert table["label"].tolist()[:5] == [7, 2, 1, 0, 4]  # the first labels of the official test set
+    assert table["label"].value_counts().loc[1] == 7877  # published counts: 6742 for training, 1135 for test

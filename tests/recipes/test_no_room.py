@@ -1,6 +1,6 @@
-"""No room on the disk or in memory: one line says what to do, and the same command run again continues from there.
+"""Without space on the disk or in memory, one line states what to do, and the same command run again resumes.
 
-The disk is one that lets no file grow beyond a limit; `make faults` has disks that are really full, at many moments.
+A limit on the size of files simulates a full disk; `make faults` fills real disks at many moments.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ixi_etl.recipes import ixi as jobs
 
 
 @contextmanager
-def files_up_to(size: int) -> Iterator[None]:
+def file_size_limit(size: int) -> Iterator[None]:
+    """Let no file grow beyond `size` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -37,11 +38,11 @@ def test_a_refresh_without_disk_space_is_a_one_line_error_and_resumes(
     config, data_root = config_for(tmp_path, archives), DataRoot(tmp_path)
     staging = data_root.staging(published.version)
     for stage, size in (("cut_subjects", 10_000), ("publish_version", 1000)):
-        honest = getattr(jobs, stage)
+        function = getattr(jobs, stage)
 
-        def limited(*arguments: Any, honest: Any = honest, size: int = size) -> Any:
-            with files_up_to(size):
-                return honest(*arguments)
+        def limited(*arguments: Any, function: Any = function, size: int = size) -> Any:
+            with file_size_limit(size):
+                return function(*arguments)
 
         with monkeypatch.context() as patch:
             patch.setattr(jobs, stage, limited)
@@ -73,7 +74,7 @@ def test_a_training_without_disk_space_is_a_one_line_error_and_resumes(root: Pat
 
     train_run(run_of(root, steps=2))
     run = run_of(root, steps=4)
-    with files_up_to(20_000), pytest.raises(IxiError, match="File too large") as caught:
+    with file_size_limit(20_000), pytest.raises(IxiError, match="File too large") as caught:
         train_run(run, resume=True)
     assert "\n" not in str(caught.value)
     newest = checkpoint.latest_valid(run.folder / "checkpoints")
@@ -83,7 +84,7 @@ def test_a_training_without_disk_space_is_a_one_line_error_and_resumes(root: Pat
     assert [c.step for c in checkpoint.list_checkpoints(run.folder / "checkpoints")] == [2, 4]
 
 
-def test_a_training_without_memory_suggests_what_to_try(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_without_memory_suggests_a_smaller_batch(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     from ixi_etl.errors import TrainingError

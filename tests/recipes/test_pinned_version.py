@@ -1,4 +1,4 @@
-"""The content of a version, pinned: code that moves must not change a voxel, an affine or a word of the manifest.
+"""The content of a version is pinned: a refactoring must not change a voxel, an affine or a word of the manifest.
 
 A hash that changes here means that the same archives give another version. If that is intended, raise
 `ixi_etl.PIPELINE_VERSION` and write the new hashes here.
@@ -21,7 +21,7 @@ from ixi_etl.recipes.ixi import refresh
 from ixi_etl.testing.phantom import grid_affine, pack_nifti, write_tar
 
 SHAPE_KJI = (20, 24, 16)
-DEPENDS_ON_LIBRARIES = "sha256|nmi_"  # of compressed members, and logarithms
+DEPENDS_ON_LIBRARIES = "sha256|nmi_"  # hashes of compressed members, and logarithms
 
 PINNED = {
     "anatomical": {
@@ -40,7 +40,7 @@ PINNED = {
 
 
 def pattern(seed: int) -> NDArray[np.int16]:
-    """Voxels [k, j, i] made by integer arithmetic alone: the same on every CPU and with every library."""
+    """Voxels [k, j, i] computed only with integers: the same on every CPU and with every library."""
     k, j, i = np.indices(SHAPE_KJI, dtype=np.int64)
     blob = np.maximum(0, 900 - 25 * ((k - 10) ** 2 + (j - 12) ** 2 + (i - 8) ** 2))
     return (blob * (i + 2 * j + 3 * k + seed) // 64 + (7 * i + 13 * j + 31 * k + seed) % 61).astype("<i2")
@@ -48,7 +48,7 @@ def pattern(seed: int) -> NDArray[np.int16]:
 
 @pytest.fixture(scope="module")
 def exact_archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Archives whose T1 lies half a voxel off the T2's grid, so that interpolation is exact in binary."""
+    """Archives whose T1 is offset by half a voxel from the T2's grid, so that interpolation is exact in binary."""
     folder = tmp_path_factory.mktemp("exact")
     members: dict[str, dict[str, bytes]] = {"T1": {}, "T2": {}}
     for number in range(1, 6):
@@ -73,7 +73,7 @@ def digest(*data: bytes) -> str:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """What must stay the same, by name: decoded arrays, their attributes, and the text of the manifest."""
+    """SHA-256 of what must stay the same, by name: decoded arrays, their attributes, the text of the manifest."""
     arrays = {name: np.asarray(array) for name, array in sorted(open_arrays(folder).items()) if name != "subject"}
     metadata = {path.parent.name: json.loads(path.read_text()) for path in (folder / STORE).rglob("zarr.json")}
     attributes = {name: content["attributes"] for name, content in metadata.items()}

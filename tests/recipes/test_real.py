@@ -1,4 +1,4 @@
-"""Tests on real scans, if available (`../shared`): an original IXI T1 is used, and real pairs are similar."""
+"""Tests on real scans, if available (`../shared`): an original IXI T1 is paired, and real pairs are similar."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ pytestmark = [
     pytest.mark.standin,
     pytest.mark.skipif(
         not REAL.is_dir(),
-        reason="needs real scans, which cannot be in the repository; test_cut pins the same on small volumes",
+        reason="needs real scans, which cannot be in the repository; test_cut checks the same with small volumes",
     ),
 ]
 SUBJECT = "IXI533-Guys-1066"
-MOTION = rigid((1.5, -1, 2), (1.5, -2, 1))  # of the head between the scans: a point of the T2's world to the T1's
+MOTION = rigid((1.5, -1, 2), (1.5, -2, 1))  # of the head between the scans: maps the T2's world to the T1's
 
 
 def t2_grid() -> np.ndarray:
@@ -43,14 +43,14 @@ def t2_grid() -> np.ndarray:
     return affine
 
 
-def test_a_genuine_ixi_scan_of_111_levels_is_used(tmp_path: Path) -> None:
+def test_an_original_ixi_t1_with_111_grey_levels_is_used(tmp_path: Path) -> None:
     packed = (REAL / "ixi" / f"{SUBJECT}-T1.nii.gz").read_bytes()
     image = nib.Nifti1Image.from_bytes(gzip.decompress(packed))
     voxels = np.asarray(image.dataobj).astype(float)
     assert len(np.unique(voxels)) == 111
     grid = t2_grid()
-    at = world_of(np.linalg.inv(image.affine) @ MOTION @ grid, (130, 256, 256))
-    head = map_coordinates(voxels, np.moveaxis(at, -1, 0), order=1)
+    points = world_of(np.linalg.inv(image.affine) @ MOTION @ grid, (130, 256, 256))
+    head = map_coordinates(voxels, np.moveaxis(points, -1, 0), order=1)
     contrast = np.where(head < 6, head, np.clip(75 - 0.7 * head, 0, None)) * 9  # dark where the T1 is bright, air black
     source = tmp_path / "source"
     source.mkdir()
@@ -64,11 +64,11 @@ def test_a_genuine_ixi_scan_of_111_levels_is_used(tmp_path: Path) -> None:
     arrays = open_arrays(done.folder)
     slab = np.asarray(arrays["t1"][0])
     found, affine = np.array(json.loads(row["t2_to_t1_ras_mm"])), np.asarray(arrays["t1_affine"][0])
-    points = world_of(affine, slab.shape)[slab > 10]
-    assert np.linalg.norm(points @ (found - MOTION)[:3, :3].T + (found - MOTION)[:3, 3], axis=1).mean() < 0.3
-    at = world_of(np.linalg.inv(image.affine) @ found @ affine, slab.shape)
-    want = map_coordinates(voxels, np.moveaxis(at, -1, 0), order=1)
-    assert np.abs(slab - want).max() <= 0.51  # half a unit, which is what the scanner itself rounded by
+    head_points = world_of(affine, slab.shape)[slab > 10]
+    assert np.linalg.norm(head_points @ (found - MOTION)[:3, :3].T + (found - MOTION)[:3, 3], axis=1).mean() < 0.3
+    points = world_of(np.linalg.inv(image.affine) @ found @ affine, slab.shape)
+    want = map_coordinates(voxels, np.moveaxis(points, -1, 0), order=1)
+    assert np.abs(slab - want).max() <= 0.51  # half a unit, from rounding as the scanner does
     with Image.open(done.folder / metadata.PICTURES / f"{SUBJECT}.jpg") as picture:
         assert picture.size == (3 * 256, 256)
 
@@ -77,7 +77,7 @@ def test_a_genuine_ixi_scan_of_111_levels_is_used(tmp_path: Path) -> None:
     ("t1", "t2"),
     [
         *((f"oms_{visit}_T1W", f"oms_{visit}_T2W") for visit in ("p01s1", "p01s2", "p03s2", "p04s1")),
-        *((f"omsmni_{person}_T1", f"omsmni_{person}_T2") for person in ("p07", "p19")),
+        *((f"omsmni_{subject}_T1", f"omsmni_{subject}_T2") for subject in ("p07", "p19")),
         ("mni2009c_2mm_T1w", "mni2009c_2mm_T2w"),
     ],
 )

@@ -57,24 +57,26 @@ EXPECTED = {
 }
 
 
-def test_every_subject_of_the_union_is_accounted_for(published: PublishedVersion, archives: Path) -> None:
+def test_every_subject_of_either_archive_has_a_row(published: PublishedVersion, archives: Path) -> None:
     table = metadata.read_manifest(published.folder)
     members = survey({m: str(archives / f"IXI-{m}.tar") for m in ("T1", "T2")})
     assert table["subject_id"].tolist() == sorted(set(members["subject_id"]) - {""})
-    out = table[table["status"] == "excluded"]
-    assert dict(zip(out["subject_id"].str[:6], out["reason"], strict=True)) == {k[:6]: v for k, v in EXPECTED.items()}
+    excluded = table[table["status"] == "excluded"]
+    assert dict(zip(excluded["subject_id"].str[:6], excluded["reason"], strict=True)) == {
+        k[:6]: v for k, v in EXPECTED.items()
+    }
     assert (manifest.used_rows(table)["subject_id"].str[:6] == [f"IXI{n:03d}" for n in range(2, 8)]).all()
-    facts = metadata.read_metadata(published.folder)
-    assert facts["not_volumes"] == ["README.txt"]
+    version_metadata = metadata.read_metadata(published.folder)
+    assert version_metadata["not_volumes"] == ["README.txt"]
     assert "subject" in {path.name for path in (published.folder / "slices.zarr").iterdir()}
-    assert facts["funnel"]["used"]["all"] == 6
+    assert version_metadata["funnel"]["used"]["all"] == 6
     assert (
         table[["t1_sha256", "t2_sha256"]].map(len).sum(axis=1) == [128 - 64 * ("missing" in r) for r in table["reason"]]
     ).all()
 
 
 def test_words_of_the_manifest_are_pinned(published: PublishedVersion) -> None:
-    """Reasons, details and flags are bytes of a version: see `test_pinned_version`."""
+    """Reasons, details and flags are part of the bytes of a version; see `test_pinned_version`."""
     words = metadata.read_manifest(published.folder)[["subject_id", "status", "reason", "detail", "flags"]]
     quotes_a_library = words["detail"].str.contains("gzip stream")  # or a compressed length
     assert quotes_a_library.sum() == 2
@@ -91,7 +93,7 @@ def test_no_file_of_a_version_holds_a_path_a_url_or_a_time(published: PublishedV
 
 
 def test_workers_do_not_change_a_byte(published: PublishedVersion, archives: Path, tmp_path: Path) -> None:
-    """`published` was made by two workers, and the killed cut below has one."""
+    """`published` was made by two workers; the refresh that is killed below has one."""
     again = refresh(config_for(tmp_path, archives).model_copy(update={"workers": 4}))
     assert again.version == published.version
     assert contents(again.folder) == contents(published.folder)
@@ -99,7 +101,7 @@ def test_workers_do_not_change_a_byte(published: PublishedVersion, archives: Pat
 
 @pytest.fixture
 def cluster() -> Iterator[str]:
-    """The cluster runs in this process but is reached over TCP; `make test-stack` has one of processes."""
+    """The address of a cluster in this process, reached over TCP; `make test-stack` has one of several processes."""
     from distributed import LocalCluster
 
     with LocalCluster(1, processes=False, threads_per_worker=1, protocol="tcp", dashboard_address=None) as cluster:
@@ -136,8 +138,8 @@ def test_index_pairing_stores_the_voxels_and_warns_of_planes_and_empty_splits(
     assert len(used) == 6
     for row in used.to_dict("records"):
         for m in ("T1", "T2"):
-            where = members.loc[row[f"{m.lower()}_member"]]
-            packed = read_member(str(archives / f"IXI-{m}.tar"), int(where["offset"]), int(where["size"]))
+            member = members.loc[row[f"{m.lower()}_member"]]
+            packed = read_member(str(archives / f"IXI-{m}.tar"), int(member["offset"]), int(member["size"]))
             stored = nib.Nifti1Image.from_bytes(gzip.decompress(packed)).get_fdata().transpose(2, 1, 0)
             start, stop = row[f"{m.lower()}_window_start"], row[f"{m.lower()}_window_stop"]
             np.testing.assert_array_equal(arrays[m.lower()][row["store_row"]], np.rint(stored[start:stop]))
@@ -156,17 +158,17 @@ def test_a_second_refresh_changes_nothing(refreshed: PublishedVersion, archives:
 def test_only_options_that_affect_data_change_the_version_name(archives: Path, tmp_path: Path) -> None:
     config = config_for(tmp_path, archives)
 
-    def inputs(chosen: DatasetConfig, t2: str = "b", people: str | None = None) -> dict[str, Any]:
-        return metadata.version_inputs({"T1": "a", "T2": t2}, chosen, VOXEL_LIBRARIES, demographics_sha256=people)
+    def inputs(chosen: DatasetConfig, t2: str = "b", demographics: str | None = None) -> dict[str, Any]:
+        return metadata.version_inputs({"T1": "a", "T2": t2}, chosen, VOXEL_LIBRARIES, demographics_sha256=demographics)
 
     def name(**changes: Any) -> str:
         return metadata.version_name(inputs(config.dataset.model_copy(update=changes)))
 
     names = {name(), name(window=(3, 9)), name(split_seed=1), name(pairing="index"), name(slices=8)}
     assert len(names) == 5
-    assert metadata.version_name(inputs(config.dataset, people="c")) not in names
+    assert metadata.version_name(inputs(config.dataset, demographics="c")) not in names
     assert metadata.version_name(inputs(config.dataset, t2="x")) not in names
-    # nothing else of a refresh is even asked
+    # no other option of a refresh is an input
     assert set(inputs(config.dataset)) == {
         "archives_md5",
         "demographics_sha256",
@@ -196,11 +198,11 @@ def test_versions_are_compared_subject_by_subject(published: PublishedVersion, a
     fewer = tmp_path / "archives"
     fewer.mkdir()
     for modality in ("T1", "T2"):
-        place = str(archives / f"IXI-{modality}.tar")
-        table = survey({modality: place})
+        archive = str(archives / f"IXI-{modality}.tar")
+        table = survey({modality: archive})
         kept = table[~table["member"].str.startswith("IXI002") & ~table["member"].str.contains("IXI003.*T2")]
         write_tar(
-            fewer / f"IXI-{modality}.tar", {r.member: read_member(place, r.offset, r.size) for r in kept.itertuples()}
+            fewer / f"IXI-{modality}.tar", {r.member: read_member(archive, r.offset, r.size) for r in kept.itertuples()}
         )
     new = refresh(config_for(tmp_path / "b", fewer, pictures=False))
     changes = compare.compare_manifests(
@@ -212,7 +214,7 @@ def test_versions_are_compared_subject_by_subject(published: PublishedVersion, a
     assert len(changes) == 2
 
 
-# -- stopped and started again ----------------------------------------------------------------------------------------
+# -- interruptions ----------------------------------------------------------------------------------------------------
 
 
 def test_a_killed_refresh_resumes_and_gives_the_same_bytes(
@@ -265,7 +267,7 @@ def test_a_second_concurrent_refresh_names_the_first(archives: Path, tmp_path: P
     child.stdout.readline()
     with pytest.raises(LockedError, match=f"in use by process {child.pid} on .* since 20"):
         refresh(config_for(tmp_path, archives))
-    child.kill()  # and the kernel lets go
+    child.kill()  # the kernel releases the lock
     child.wait()
     with lock_root(tmp_path):
         pass
@@ -284,17 +286,17 @@ def test_an_unwritable_root_is_a_one_line_error(archives: Path) -> None:
         refresh(config_for(Path("/proc/nowhere"), archives))
 
 
-# -- what ends a refresh ----------------------------------------------------------------------------------------------
+# -- errors -----------------------------------------------------------------------------------------------------------
 
 
-def broken(archives: Path, folder: Path, count: int) -> Path:
+def with_unreadable_pairs(archives: Path, folder: Path, count: int) -> Path:
     """The phantom's intact pairs, and `count` more whose T1 is not a gzip file."""
     folder.mkdir()
     sums = []
     for modality in ("T1", "T2"):
-        place = str(archives / f"IXI-{modality}.tar")
-        rows = survey({modality: place})
-        members = {r.member: read_member(place, r.offset, r.size) for r in rows.itertuples() if r.member < "IXI008"}
+        archive = str(archives / f"IXI-{modality}.tar")
+        rows = survey({modality: archive})
+        members = {r.member: read_member(archive, r.offset, r.size) for r in rows.itertuples() if r.member < "IXI008"}
         good = next(iter(members.values()))
         members |= {
             f"IXI{n}-HH-1-{modality}.nii.gz": b"damaged" if modality == "T1" else good for n in range(500, 500 + count)
@@ -305,7 +307,7 @@ def broken(archives: Path, folder: Path, count: int) -> Path:
 
 
 def test_too_many_unreadable_pairs_end_the_refresh(archives: Path, tmp_path: Path) -> None:
-    config = config_for(tmp_path / "root", broken(archives, tmp_path / "src", 11), pictures=False)
+    config = config_for(tmp_path / "root", with_unreadable_pairs(archives, tmp_path / "src", 11), pictures=False)
     with pytest.raises(
         DatasetError, match=r"11 of 17 paired subjects are unreadable \(IXI500-HH-1, .*IXI510-HH-1\)"
     ) as caught:
@@ -314,8 +316,8 @@ def test_too_many_unreadable_pairs_end_the_refresh(archives: Path, tmp_path: Pat
     audit = Path(str(caught.value).split("; ")[1].removesuffix(" lists the reasons"))
     table = pd.read_csv(audit)
     assert (table["reason"] == "unreadable").sum() == 11
-    ten = table[table["subject_id"] != "IXI510-HH-1"]
-    jobs._check_enough_subjects(ten, config.max_unreadable, audit, [])  # ten are always allowed
+    ten_unreadable = table[table["subject_id"] != "IXI510-HH-1"]
+    jobs._check_enough_subjects(ten_unreadable, config.max_unreadable, audit, [])  # ten are always allowed
     assert refresh(config.model_copy(update={"max_unreadable": 0.9})).is_new
 
 
@@ -325,7 +327,7 @@ def test_no_used_subject_is_a_one_line_error_with_an_audit(archives: Path, tmp_p
 
 
 VOLUME = "IXI002-Guys-0828"
-FOREIGN = {
+WRONG_NAMES = {
     "BIDS": "sub-01/anat/sub-01_{m}w.nii.gz",
     "not gzipped": VOLUME + "-{m}.nii",
     "upper case": VOLUME + "-{m}.NII.GZ",
@@ -337,7 +339,7 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("name", FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("name", WRONG_NAMES.values(), ids=WRONG_NAMES)
 def test_wrong_member_names_are_reported_with_an_example_and_the_pattern(name: str, tmp_path: Path) -> None:
     for m in ("T1", "T2"):
         write_tar(tmp_path / f"IXI-{m}.tar", {name.format(m=m): b"x", f"second-{m}": b"x"})
@@ -351,7 +353,7 @@ def test_wrong_member_names_are_reported_with_an_example_and_the_pattern(name: s
 
 def test_archives_without_a_subject_are_a_one_line_error(tmp_path: Path) -> None:
     for m in ("T1", "T2"):
-        write_tar(tmp_path / f"IXI-{m}.tar", {FOREIGN["BIDS"].format(m=m): b"x"})
+        write_tar(tmp_path / f"IXI-{m}.tar", {WRONG_NAMES["BIDS"].format(m=m): b"x"})
     with pytest.raises(DatasetError) as caught:
         refresh(config_for(tmp_path / "root", tmp_path))
     table = survey({m: str(tmp_path / f"IXI-{m}.tar") for m in ("T1", "T2")})
@@ -389,15 +391,15 @@ def test_archives_that_change_after_hashing_are_not_published(
     archives: Path, published: PublishedVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Path(shutil.copytree(archives, tmp_path / "src"))
-    honest = jobs.parallel_map
+    parallel_map = jobs.parallel_map
 
-    def meanwhile(*arguments: Any, **more: Any) -> Any:
-        done = honest(*arguments, **more)
+    def map_and_delete_an_archive(*arguments: Any, **more: Any) -> Any:
+        done = parallel_map(*arguments, **more)
         (source / "IXI-T2.tar").unlink()
         return done
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "parallel_map", meanwhile)
+        patch.setattr(jobs, "parallel_map", map_and_delete_an_archive)
         with pytest.raises(DatasetError, match=r"IXI-T2\.tar changed while it was read; run again when it is whole"):
             refresh(config_for(tmp_path / "root", source))
     data_root = DataRoot(tmp_path / "root")
@@ -444,39 +446,39 @@ def test_deep_verification_detects_any_flipped_byte(share: float, copy: Path) ->
 
 def damage(copy: Path, name: str) -> None:
     shard = copy / "slices.zarr/t1/c/2/0/0/0"
-    facts = copy / metadata.METADATA
+    dataset_json = copy / metadata.METADATA
     if name == "a shard deleted":
         shard.unlink()
-    elif name == "a shard cut short":
+    elif name == "a shard truncated":
         os.truncate(shard, shard.stat().st_size - 1)
     elif name == "a manifest edited":
         path = copy / metadata.MANIFEST
-        path.write_text(path.read_text().replace(",train,", ",test,", 1) + "")
+        path.write_text(path.read_text().replace(",train,", ",test,", 1))
     elif name == "a subject removed from the manifest":
         path = copy / metadata.MANIFEST
         path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("IXI002")))
-    elif name == "the facts cut short":
-        os.truncate(facts, 100)
+    elif name == "dataset.json truncated":
+        os.truncate(dataset_json, 100)
     elif name == "the configuration edited":
-        facts.write_text(facts.read_text().replace('"anatomical"', '"index"'))
-    elif name == "the store gone":
+        dataset_json.write_text(dataset_json.read_text().replace('"anatomical"', '"index"'))
+    elif name == "the store deleted":
         shutil.rmtree(copy / "slices.zarr")
 
 
 @pytest.mark.parametrize(
-    "what",
+    "name",
     [
         "a shard deleted",
-        "a shard cut short",
+        "a shard truncated",
         "a manifest edited",
         "a subject removed from the manifest",
-        "the facts cut short",
+        "dataset.json truncated",
         "the configuration edited",
-        "the store gone",
+        "the store deleted",
     ],
 )
-def test_cheap_verification_detects_edits_and_lost_files(what: str, copy: Path) -> None:
-    damage(copy, what)
+def test_verification_without_deep_detects_edits_and_missing_files(name: str, copy: Path) -> None:
+    damage(copy, name)
     assert verify.verify(copy)
 
 
@@ -508,19 +510,19 @@ def test_swapped_shards_are_detected(copy: Path) -> None:
     one, two = (row.read_bytes() for row in rows)
     rows[0].write_bytes(two)
     rows[1].write_bytes(one)
-    facts = json.loads((copy / metadata.METADATA).read_text())
-    facts["files"] = publish.list_files(copy)  # as if the list of files was updated too
-    (copy / metadata.METADATA).write_text(to_json(metadata.with_digest(facts)))
+    version_metadata = json.loads((copy / metadata.METADATA).read_text())
+    version_metadata["files"] = publish.list_files(copy)  # as if the list of files was updated too
+    (copy / metadata.METADATA).write_text(to_json(metadata.with_digest(version_metadata)))
     assert verify.verify(copy) == []
     assert any("percentiles" in problem for problem in verify.verify(copy, deep=True))
 
 
-@pytest.mark.parametrize("loss", ["a shard", "the facts"])
+@pytest.mark.parametrize("loss", ["a shard", "dataset.json"])
 def test_a_refresh_makes_a_damaged_version_again(
     loss: str, refreshed: PublishedVersion, published: PublishedVersion, archives: Path, tmp_path: Path
 ) -> None:
     config, folder = config_for(tmp_path, archives), refreshed.folder
-    (folder / metadata.METADATA if loss == "the facts" else folder / "slices.zarr/t2/c/1/0/0/0").unlink()
+    (folder / metadata.METADATA if loss == "dataset.json" else folder / "slices.zarr/t2/c/1/0/0/0").unlink()
     again = refresh(config)
     assert again.is_new
     assert contents(again.folder) == contents(published.folder)
@@ -567,14 +569,14 @@ def surveyed(archives: Path) -> pd.DataFrame:
 def test_the_match_of_demographics_is_one_warning(
     ids: str, matched: int, surveyed: pd.DataFrame, archives: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    people = tmp_path / "people.csv"
-    people.write_text("IXI_ID,SEX_ID,AGE\n" + "".join(f"{n},1,30\n" for n in ids.split()))
+    demographics = tmp_path / "demographics.csv"
+    demographics.write_text("IXI_ID,SEX_ID,AGE\n" + "".join(f"{n},1,30\n" for n in ids.split()))
     with caplog.at_level(logging.WARNING):
-        inputs = Inputs({}, DemographicsFile(people, people.read_bytes()))
+        inputs = Inputs({}, DemographicsFile(demographics, demographics.read_bytes()))
         selected = select_subjects(RefreshJob(config_for(tmp_path, archives), inputs, "", {}), surveyed)
     assert selected["age"].notna().sum() == matched
     (message,) = caplog.messages
-    assert f"{people}: {matched} of {len(ids.split())} rows match {matched} of the " in message
+    assert f"{demographics}: {matched} of {len(ids.split())} rows match {matched} of the " in message
     assert ids.split()[-1] in message or matched == 2
 
 
@@ -582,10 +584,10 @@ def test_the_match_of_demographics_is_one_warning(
 def test_demographics_that_match_nothing_are_an_error(
     ids: str, surveyed: pd.DataFrame, archives: Path, tmp_path: Path
 ) -> None:
-    people = tmp_path / "people.csv"
-    people.write_text("IXI_ID,SEX_ID,AGE\n" + "".join(f"{n},1,30\n" for n in ids.split()))
-    inputs = Inputs({}, DemographicsFile(people, people.read_bytes()))
-    with pytest.raises(DatasetError, match=r"people\.csv: 0 of \d rows match 0 of the \d+ persons"):
+    demographics = tmp_path / "demographics.csv"
+    demographics.write_text("IXI_ID,SEX_ID,AGE\n" + "".join(f"{n},1,30\n" for n in ids.split()))
+    inputs = Inputs({}, DemographicsFile(demographics, demographics.read_bytes()))
+    with pytest.raises(DatasetError, match=r"demographics\.csv: 0 of \d rows match 0 of the \d+ persons"):
         select_subjects(RefreshJob(config_for(tmp_path, archives), inputs, "", {}), surveyed)
 
 

@@ -20,8 +20,8 @@ from ixi_etl.errors import IxiError
 from ixi_etl.recipes.ixi import refresh
 
 
-def put(published: PublishedVersion, config: RefreshConfig) -> UPath:
-    """The version on S3 after a refresh."""
+def upload_version(published: PublishedVersion, config: RefreshConfig) -> UPath:
+    """Upload the version and its pointer as a refresh does; return its folder on S3."""
     data_root = DataRoot(config.root)
     target = data_root.version(published.version)
     upload_folder(published.folder, target, last=metadata.METADATA, progress=no_progress)
@@ -43,13 +43,13 @@ def test_a_version_on_s3_equals_the_local_one(on_s3: OnS3, published: PublishedV
     )  # with the SHA-256 of every file
     assert verify.verify(made.folder, deep=True) == []
     assert metadata.read_manifest(made.folder).equals(metadata.read_manifest(published.folder))
-    there, here = open_arrays(made.folder), open_arrays(published.folder)
-    assert {n: a.attrs.asdict() for n, a in there.items()} == {n: a.attrs.asdict() for n, a in here.items()}
-    assert all(np.array_equal(np.asarray(there[n]), np.asarray(here[n])) for n in here)
+    remote, local = open_arrays(made.folder), open_arrays(published.folder)
+    assert {n: a.attrs.asdict() for n, a in remote.items()} == {n: a.attrs.asdict() for n, a in local.items()}
+    assert all(np.array_equal(np.asarray(remote[n]), np.asarray(local[n])) for n in local)
     again = refresh(config)
     assert (again.version, again.is_new) == (published.version, False)
     assert versions.resolve_version(DataRoot(config.root)) == published.version
-    assert not list(Path(config.scratch or "").rglob("*.shard"))  # what was being made is cleared away
+    assert not list(Path(config.scratch or "").rglob("*.shard"))  # unfinished work is deleted
     assert {name.partition("/")[0] for name in file_sizes(to_path(config.root))} == {"datasets"}
 
 
@@ -62,10 +62,10 @@ def test_metadata_and_pointer_are_uploaded_last(on_s3: OnS3) -> None:
 
 @pytest.mark.stack
 def test_a_killed_upload_is_not_a_version_and_is_repeated(config: RefreshConfig, published: PublishedVersion) -> None:
-    data_root, target = DataRoot(config.root), put(published, config)
+    data_root, target = DataRoot(config.root), upload_version(published, config)
     (data_root.datasets / metadata.POINTER).unlink()
     (target / metadata.METADATA).unlink()
-    (target / "stray").write_bytes(b"of another time")
+    (target / "stray").write_bytes(b"left over")
     assert versions.published_versions(data_root) == []
     with pytest.raises(IxiError, match="has no published version"):
         versions.resolve_version(data_root)
@@ -75,23 +75,23 @@ def test_a_killed_upload_is_not_a_version_and_is_repeated(config: RefreshConfig,
 
 @pytest.mark.stack
 def test_a_damaged_version_on_s3_is_repaired_in_place(config: RefreshConfig, published: PublishedVersion) -> None:
-    made = put(published, config)
+    made = upload_version(published, config)
     shard = made / "slices.zarr/t1/c/0/0/0/0"
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # which only --deep can see
+    original = shard.read_bytes()
+    shard.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))  # only --deep detects this
     assert verify.verify(made, deep=True) != []
-    shard.write_bytes(whole[:-1])
+    shard.write_bytes(original[:-1])
     assert verify.verify(made) != []
     with capture_logs() as records:
         assert refresh(config).is_new
-    assert not [asked for asked in requests_in(records) if asked[0] == "DELETE" or "?delete" in asked[1]]
-    assert shard.read_bytes() == whole
+    assert not [request for request in requests_in(records) if request[0] == "DELETE" or "?delete" in request[1]]
+    assert shard.read_bytes() == original
     assert verify.verify(made) == []
 
 
-@pytest.mark.stack  # a fault beyond the first one
+@pytest.mark.stack
 def test_a_version_with_a_missing_object_is_repaired(config: RefreshConfig, published: PublishedVersion) -> None:
-    made = put(published, config)
+    made = upload_version(published, config)
     (made / "slices.zarr/t1/c/0/0/0/0").unlink()
     assert verify.verify(made) != []
     assert refresh(config).is_new

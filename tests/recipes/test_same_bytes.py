@@ -1,4 +1,4 @@
-"""Versions have the same bytes on every CPU: registration with other code paths of BLAS, NumPy and libm."""
+"""Versions have the same bytes on every CPU: registration uses other code paths of BLAS, NumPy and libm."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ixi_etl.testing.phantom import rigid, write_phantom
 
 WIDE = "AVX2 FMA3 AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR"
 CPUS = {
-    "this one": {},
-    "of 2004": {"OPENBLAS_CORETYPE": "Prescott", "NPY_DISABLE_CPU_FEATURES": WIDE},
-    "of 2008": {"OPENBLAS_CORETYPE": "Nehalem"},
-    "of 2013": {"OPENBLAS_CORETYPE": "Haswell"},
-    "of another maker": {"OPENBLAS_CORETYPE": "Zen"},
+    "this CPU": {},
+    "Intel of 2004": {"OPENBLAS_CORETYPE": "Prescott", "NPY_DISABLE_CPU_FEATURES": WIDE},
+    "Intel of 2008": {"OPENBLAS_CORETYPE": "Nehalem"},
+    "Intel of 2013": {"OPENBLAS_CORETYPE": "Haswell"},
+    "AMD Zen": {"OPENBLAS_CORETYPE": "Zen"},
     "without FMA": {"GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA,-FMA4,-AVX,-AVX512F,-AVX2_Usable,-FMA_Usable"},
 }
 
@@ -32,7 +32,7 @@ print(refresh(RefreshConfig(root=sys.argv[1], source=sys.argv[2], workers=2)).fo
 """
 
 
-@pytest.mark.stack  # a minute; the quick form is below
+@pytest.mark.stack  # takes a minute; a quick test is below
 def test_registered_versions_are_the_same_bytes_on_every_cpu(tmp_path: Path) -> None:
     write_phantom(tmp_path / "source", subjects=6, seed=11, shrink=3)
     found = {}
@@ -42,9 +42,9 @@ def test_registered_versions_are_the_same_bytes_on_every_cpu(tmp_path: Path) -> 
         folder = Path(done.stdout.split("\n")[-2])
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         found[cpu] = {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-    assert len(found["this one"]) > 20
+    assert len(found["this CPU"]) > 20
     for cpu, files in found.items():
-        assert files == found["this one"], cpu
+        assert files == found["this CPU"], cpu
 
 
 @pytest.mark.parametrize("ulps", [-3, 3])

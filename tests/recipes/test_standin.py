@@ -27,8 +27,8 @@ pytestmark = [
     pytest.mark.standin,
     pytest.mark.skipif(
         not (SHARED / "standin").is_dir(),
-        reason="needs the real anatomy beside the checkout, which brings none; test_cut, test_register and "
-        "test_synthesize pin the same on the phantom",
+        reason="needs real anatomy, which is not in the repository; test_cut, test_register and "
+        "test_synthesize check the same with the phantom",
     ),
 ]
 
@@ -67,15 +67,15 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("pairing", ["anatomical", "index"])
-def test_standin_with_faults_voxel_by_voxel(pairing: str, standin: Path, tmp_path: Path) -> None:
+def test_archives_with_faults_give_the_expected_reasons_and_voxels(pairing: str, standin: Path, tmp_path: Path) -> None:
     config = DatasetConfig(pairing=pairing)  # type: ignore[arg-type]
     done = refresh(RefreshConfig(root=tmp_path, source=str(standin), dataset=config))
     table = metadata.read_manifest(done.folder)
     packed = {m: volumes_of(standin, m) for m in ("T1", "T2")}
-    names = {name.rsplit("-", 1)[0] for of in packed.values() for name in of} - {"README.txt"}
+    names = {name.rsplit("-", 1)[0] for members in packed.values() for name in members} - {"README.txt"}
     assert set(table["subject_id"]) == names
-    out = table[table["status"] == "excluded"]
-    assert dict(zip(out["subject_id"].str[:6], out["reason"], strict=True)) == EXPECTED
+    excluded = table[table["status"] == "excluded"]
+    assert dict(zip(excluded["subject_id"].str[:6], excluded["reason"], strict=True)) == EXPECTED
     arrays = open_arrays(done.folder)
     rows = manifest.to_records(manifest.used_rows(table))
     assert len(rows) == arrays["t1"].shape[0] == 8
@@ -93,8 +93,8 @@ def test_standin_with_faults_voxel_by_voxel(pairing: str, standin: Path, tmp_pat
         np.testing.assert_array_equal(got["t2"], np.rint(upright.get_fdata().transpose(2, 1, 0)[start:stop]))
         np.testing.assert_allclose(affine["t2"], upright.slicer[:, :, start:stop].affine, atol=1e-6)
         matrix = np.linalg.inv(t1.affine) @ np.array(json.loads(row["t2_to_t1_ras_mm"])) @ affine["t1"]
-        where = np.moveaxis(world_of(matrix, got["t1"].shape), -1, 0)
-        want = map_coordinates(t1.get_fdata(), where, order=1, mode="constant")
+        points = np.moveaxis(world_of(matrix, got["t1"].shape), -1, 0)
+        want = map_coordinates(t1.get_fdata(), points, order=1, mode="constant")
         assert np.abs(got["t1"] - want).max() <= 1
 
 
@@ -120,8 +120,8 @@ def test_real_heads_keep_their_slope_and_intercept(pairing: str, standin: Path, 
             want = full.transpose(2, 1, 0)[row["t1_window_start"] : row["t1_window_stop"]]
         else:
             matrix = np.linalg.inv(image.affine) @ np.array(json.loads(row["t2_to_t1_ras_mm"]))
-            where = world_of(matrix @ np.asarray(arrays["t1_affine"][row["store_row"]]), got.shape)
-            want = map_coordinates(full, np.moveaxis(where, -1, 0), order=1, mode="constant")
+            points = world_of(matrix @ np.asarray(arrays["t1_affine"][row["store_row"]]), got.shape)
+            want = map_coordinates(full, np.moveaxis(points, -1, 0), order=1, mode="constant")
         assert np.abs(got - want).max() <= (0.5 if pairing == "index" else 0.51)
 
 
@@ -154,13 +154,13 @@ def test_a_synthesised_volume_is_as_close_to_the_t2_as_in_evaluation(torch: Any,
     from model.config import TrainConfig
     from model.jobs import prepare_run, train_run
 
-    dataset_config = DatasetConfig(split_seed=1)  # one of the eight is held out
+    dataset_config = DatasetConfig(split_seed=1)  # puts one of the eight subjects in the test split
     done = refresh(RefreshConfig(root=tmp_path, source=str(standin), dataset=dataset_config))
     config = TrainConfig(side=128, width=8, discriminator_width=8, batch_size=4, steps=300, samples=0, device="cpu")
     trained_file = train_run(prepare_run(tmp_path, config, "a"))
     pairs = data.load_pairs(done.folder, "test", config.direction)
-    method = generator.as_predictor(generator.load_generator(trained_file)[0])
-    table = evaluate.measure(pairs, {evaluate.GENERATED: method})
+    predictor = generator.as_predictor(generator.load_generator(trained_file)[0])
+    table = evaluate.measure(pairs, {evaluate.GENERATED: predictor})
     evaluated = table[table["mask"] == "whole"].set_index("subject_id")["psnr"]
     trained = synthesize.load_trained(trained_file)
     rows = manifest.used_rows(metadata.read_manifest(done.folder)).set_index("subject_id")
@@ -178,10 +178,10 @@ def test_a_synthesised_volume_is_as_close_to_the_t2_as_in_evaluation(torch: Any,
         got, _ = geometry.resample(volume, matrix, true.shape)
         low_high = torch.tensor([trained.planes.target_low_high, (row["t2_p_low"], row["t2_p_high"])])
         got, want = (
-            data.normalise(torch.from_numpy(slab), of.expand(len(slab), 2)) / 2
-            for slab, of in zip((got, true), low_high, strict=True)
+            data.normalise(torch.from_numpy(slab), percentiles.expand(len(slab), 2)) / 2
+            for slab, percentiles in zip((got, true), low_high, strict=True)
         )
         psnr = -10 * np.log10(float(((got - want) ** 2).mean()))
-        # Neighbouring planes are averaged on the way back, which smooths the noise of a hardly trained network away: it
-        # may be better than its slices. A fault of geometry or of scale makes it worse.
+        # Resampling to the grid of the T1 averages neighbouring planes, which reduces the noise of a barely trained
+        # network: the volume may score higher than the slices. An error of geometry or scale lowers the score.
         assert psnr > evaluated[subject] - 1

@@ -1,4 +1,4 @@
-"""Both report pages in a real browser, from disk: no requests, complete, readable on a phone, and interactive."""
+"""Both report pages, opened from disk in a real browser, make no requests, fit a phone, and are interactive."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ DESKTOP, PHONE = 1280, 390  # pixels
 def browser() -> Iterator[Browser]:
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; pip install -e '.[test]'")
     with api.sync_playwright() as playwright:
-        there = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-        if not there and not Path(playwright.chromium.executable_path).exists():
-            pytest.skip(f"only a browser can show what a page does, and there is no Chromium here; {INSTALL}")
-        # Without its sandbox, since that does not start as root; it opens nothing but pages made by this test.
-        browser = playwright.chromium.launch(executable_path=there, args=["--no-sandbox"])
+        executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        if not executable and not Path(playwright.chromium.executable_path).exists():
+            pytest.skip(f"only a browser can show how a page behaves, and no Chromium was found; {INSTALL}")
+        # The sandbox does not start as root; the browser opens only pages made by these tests.
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         yield browser
         browser.close()
 
@@ -45,7 +45,7 @@ def pages(every_split: PublishedVersion, request: pytest.FixtureRequest) -> dict
 
 
 class Opened:
-    """An open page, and its requests and errors, which should be none."""
+    """An open page; `faults` collects its requests and errors."""
 
     def __init__(self, page: Page, path: Path) -> None:
         self.page, self.faults = page, list[str]()
@@ -82,10 +82,10 @@ def open_page(browser: Browser, pages: dict[str, Path]) -> Iterator[Open]:
 
 # -- both pages -------------------------------------------------------------------------------------------------------
 
-# Texts of charts that reach beyond their chart, where nothing is drawn.
+# Texts that extend beyond their chart, where they are cut off.
 CUT_OFF = """[...document.querySelectorAll('svg text')].filter((text) => {
-  const [chart, own] = [text.ownerSVGElement.getBoundingClientRect(), text.getBoundingClientRect()];
-  return own.left < chart.left - 0.5 || own.right > chart.right + 0.5 || own.bottom > chart.bottom + 2;
+  const [chart, box] = [text.ownerSVGElement.getBoundingClientRect(), text.getBoundingClientRect()];
+  return box.left < chart.left - 0.5 || box.right > chart.right + 0.5 || box.bottom > chart.bottom + 2;
 }).map((text) => text.textContent)"""
 
 BOTH = pytest.mark.parametrize("name", ["dataset", "run"])
@@ -133,13 +133,13 @@ def test_everything_is_visible_without_javascript(open_page: Open, name: str) ->
     page = open_page(name, java_script_enabled=False).page
     assert page.locator("input[type=search], input[type=range]").count() > 0
     assert not any(control.is_visible() for control in page.locator(".control").all())
-    hidden = page.locator("tbody tr, [data-frame], .layers").all()
-    assert hidden
-    assert all(part.is_visible() for part in hidden)
+    parts = page.locator("tbody tr, [data-frame], .layers").all()
+    assert parts
+    assert all(part.is_visible() for part in parts)
 
 
 @BOTH
-def test_requests_of_a_page_would_be_blocked_and_detected(open_page: Open, name: str) -> None:
+def test_a_request_of_a_page_is_blocked_and_detected(open_page: Open, name: str) -> None:
     opened = open_page(name)
     with opened.page.expect_event("requestfailed") as failed:
         opened.page.evaluate("document.body.append(Object.assign(new Image(), {src: 'http://127.0.0.1:9/x.png'}))")
@@ -148,60 +148,60 @@ def test_requests_of_a_page_would_be_blocked_and_detected(open_page: Open, name:
     assert any("Content Security Policy" in fault for fault in opened.faults)
 
 
-# -- what they offer --------------------------------------------------------------------------------------------------
+# -- interaction ------------------------------------------------------------------------------------------------------
 
 
 def test_the_search_shows_rows_that_contain_all_words(open_page: Open) -> None:
     page = open_page("dataset").page
     rows, field = page.locator("#excluded tbody tr"), page.get_by_label("Search")
-    every = rows.count()
+    total = rows.count()
     field.focus()
     page.keyboard.type("GUYS missing_t")
     shown = [row.inner_text() for row in rows.all() if row.is_visible()]
-    assert 0 < len(shown) < every
+    assert 0 < len(shown) < total
     assert all("Guys" in text and "missing_t" in text for text in shown)
-    assert page.locator("output[for=excluded-search]").inner_text() == f"{len(shown)} of {every} rows"
+    assert page.locator("output[for=excluded-search]").inner_text() == f"{len(shown)} of {total} rows"
     field.fill("no such name")
     assert not any(row.is_visible() for row in rows.all())
     field.fill("")
     assert all(row.is_visible() for row in rows.all())
 
 
-def flickering(opened: Opened, card: int = 0) -> list[str]:
+def animations(opened: Opened, card: int = 0) -> list[str]:
     """The animations of the T1 in one card, and of its tag."""
     over = opened.page.locator(".pair").nth(card).locator(".over")
     return [part.evaluate("(e) => getComputedStyle(e).animationName") for part in over.all()]
 
 
-def test_a_pair_flickers_under_the_mouse_and_with_the_keyboards_focus(open_page: Open) -> None:
+def test_a_pair_flickers_under_the_mouse_and_with_keyboard_focus(open_page: Open) -> None:
     opened = open_page("dataset")
-    assert flickering(opened) == ["none", "none"]
+    assert animations(opened) == ["none", "none"]
     opened.page.locator(".pair").first.hover()
-    assert flickering(opened) == ["flicker", "flicker"]
+    assert animations(opened) == ["flicker", "flicker"]
     opened.page.mouse.move(0, 0)
-    assert flickering(opened) == ["none", "none"]
+    assert animations(opened) == ["none", "none"]
     opened.page.locator("#edges").focus()
     opened.page.keyboard.press("Tab")
-    assert flickering(opened) == ["flicker", "flicker"]
-    opened.page.keyboard.press("Space")  # ticked: it continues without the focus
+    assert animations(opened) == ["flicker", "flicker"]
+    opened.page.keyboard.press("Space")  # ticks the box: all pairs flicker without focus
     opened.page.keyboard.press("Tab")
-    assert flickering(opened) == ["flicker", "flicker"]
-    assert flickering(opened, card=1) == ["flicker", "flicker"]
+    assert animations(opened) == ["flicker", "flicker"]
+    assert animations(opened, card=1) == ["flicker", "flicker"]
 
 
-def test_a_pair_flickers_from_tap_to_tap(open_page: Open) -> None:
+def test_a_tap_starts_and_stops_the_flicker_of_a_pair(open_page: Open) -> None:
     opened = open_page("dataset", PHONE, has_touch=True, is_mobile=True)
     card = opened.page.locator(".pair").first
     card.tap()
-    assert flickering(opened) == ["flicker", "flicker"]
+    assert animations(opened) == ["flicker", "flicker"]
     card.tap()
-    assert flickering(opened) == ["none", "none"]
+    assert animations(opened) == ["none", "none"]
 
 
-def test_reduced_motion_shows_the_other_picture(open_page: Open) -> None:
+def test_reduced_motion_shows_the_t1_without_flicker(open_page: Open) -> None:
     opened = open_page("dataset", reduced_motion="reduce")
     opened.page.locator(".pair").first.hover()
-    assert flickering(opened) == ["none", "none"]
+    assert animations(opened) == ["none", "none"]
     assert opened.page.locator(".pair .over").first.evaluate("(e) => getComputedStyle(e).opacity") == "1"
 
 
@@ -227,10 +227,10 @@ def test_the_slider_steps_through_the_training(open_page: Open) -> None:
     assert page.locator("[data-frame='0']").first.is_visible()
 
 
-def test_the_run_is_shown_beside_its_baselines(open_page: Open) -> None:
+def test_the_run_is_compared_with_its_baselines(open_page: Open) -> None:
     page = open_page("run").page
-    compared = page.locator("table", has=page.locator("caption", has_text="the generator is better by")).first
+    table = page.locator("table", has=page.locator("caption", has_text="the generator is better by")).first
     baselines = ["source as it is", "mean training target", "intensity mapping"]
-    assert compared.locator("tbody th").all_inner_texts() == [name for name in baselines for _ in range(3)]
+    assert table.locator("tbody th").all_inner_texts() == [name for name in baselines for _ in range(3)]
     assert page.get_by_role("img", name="Generator: reconstruction").count() == 1
     assert page.get_by_role("img", name="Validation, PSNR").count() == 1

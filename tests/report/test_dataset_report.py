@@ -1,4 +1,4 @@
-"""The report pages: one small file each, deterministic, and consistent with the manifest."""
+"""The report of a version is one small self-contained file and agrees with the manifest; charts draw any values."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ numbers = st.floats(-1e6, 1e6, allow_nan=False)
 
 
 @pytest.fixture(scope="module")
-def final(published: PublishedVersion) -> pd.DataFrame:
+def published_manifest(published: PublishedVersion) -> pd.DataFrame:
     return metadata.read_manifest(published.folder)
 
 
@@ -46,9 +46,9 @@ def summary(published: PublishedVersion) -> dict[str, Any]:
     return metadata.read_metadata(published.folder)
 
 
-def many(final: pd.DataFrame, count: int) -> pd.DataFrame:
+def manifest_of(published_manifest: pd.DataFrame, count: int) -> pd.DataFrame:
     """A manifest of `count` used subjects of three sites, made from one used row."""
-    row = manifest.used_rows(final).iloc[[0]]
+    row = manifest.used_rows(published_manifest).iloc[[0]]
     table = pd.concat([row] * count, ignore_index=True)
     table["site"] = [("Guys", "HH", "IOP")[min(k % 20, 2)] for k in range(count)]  # 1 : 1 : 18
     table["subject_id"] = [f"IXI{k:04}-{site}-{k:04}" for k, site in enumerate(table["site"])]
@@ -72,14 +72,14 @@ def test_the_page_is_self_contained(published: PublishedVersion) -> None:
     assert {target.partition(":")[0] for target in linked if not target.startswith("#")} == {"data"}
 
 
-def test_the_page_lists_each_excluded_subject(published: PublishedVersion, final: pd.DataFrame) -> None:
+def test_the_page_lists_each_excluded_subject(published: PublishedVersion, published_manifest: pd.DataFrame) -> None:
     rows = table_of(page_of((published.folder / metadata.REPORT).read_text()), "All ")
-    out = final[final["status"] == "excluded"]
-    assert [row[:3] for row in rows] == out[["subject_id", "site", "reason"]].to_numpy().tolist()
+    excluded = published_manifest[published_manifest["status"] == "excluded"]
+    assert [row[:3] for row in rows] == excluded[["subject_id", "site", "reason"]].to_numpy().tolist()
 
 
-def test_text_of_a_file_cannot_become_markup(summary: dict[str, Any], final: pd.DataFrame) -> None:
-    table = final.copy()
+def test_text_of_a_file_cannot_become_markup(summary: dict[str, Any], published_manifest: pd.DataFrame) -> None:
+    table = published_manifest.copy()
     hostile = "<script>alert(1)</script>"
     table.loc[table["status"] == "excluded", "detail"] = hostile
     table["site"] = hostile
@@ -89,9 +89,11 @@ def test_text_of_a_file_cannot_become_markup(summary: dict[str, Any], final: pd.
 
 
 @pytest.mark.stack
-def test_a_version_of_500_subjects_gives_a_small_page(summary: dict[str, Any], final: pd.DataFrame) -> None:
-    noise = np.random.default_rng(0).normal(500, 100, (2, 256, 256))  # nothing is harder to compress
-    table = many(final, 500)
+def test_a_version_of_500_subjects_gives_a_small_page(
+    summary: dict[str, Any], published_manifest: pd.DataFrame
+) -> None:
+    noise = np.random.default_rng(0).normal(500, 100, (2, 256, 256))  # noise is hardest to compress
+    table = manifest_of(published_manifest, 500)
     shown = dict.fromkeys(drawn_subjects(table), pair_layers(*noise))
     page = dataset_report(summary, table, shown)
     assert page.count('class="pair"') == PAIRS_SHOWN + WORST_SHOWN
@@ -99,8 +101,8 @@ def test_a_version_of_500_subjects_gives_a_small_page(summary: dict[str, Any], f
     assert len(page) < 5e6
 
 
-def test_each_site_is_shown_and_the_least_similar_first(final: pd.DataFrame) -> None:
-    table = many(final, 60)
+def test_pairs_of_each_site_and_the_least_similar_pairs_are_shown(published_manifest: pd.DataFrame) -> None:
+    table = manifest_of(published_manifest, 60)
     shown = sample_across_sites(table)
     assert shown["site"].value_counts().to_dict() == {"Guys": 3, "HH": 3, "IOP": PAIRS_SHOWN - 6}
     assert shown["subject_id"].is_unique
@@ -108,22 +110,22 @@ def test_each_site_is_shown_and_the_least_similar_first(final: pd.DataFrame) -> 
     assert len(sample_across_sites(table.head(5))) == 5
 
 
-def test_the_cost_of_the_modal_rule_is_shown_by_site(summary: dict[str, Any], final: pd.DataFrame) -> None:
-    rows = table_of(page_of(dataset_report(summary, final, {})), "Pairs excluded only by their depth")
-    funnel = manifest.funnel(final)
+def test_the_cost_of_the_modal_rule_is_shown_by_site(summary: dict[str, Any], published_manifest: pd.DataFrame) -> None:
+    rows = table_of(page_of(dataset_report(summary, published_manifest, {})), "Pairs excluded only by their depth")
+    funnel = manifest.funnel(published_manifest)
     before, after = funnel.loc["readable"], funnel.loc["modal depth"]
     costs = {name: (int(readable), int(out)) for name, readable, out, _ in rows}
     assert costs == {
         name or level: (before[level, name], before[level, name] - after[level, name]) for level, name in funnel
     }
-    anything = json.loads(json.dumps(summary))
-    anything["inputs"]["config"]["depth"] = "any"
-    assert "Cost of the modal rule" not in dataset_report(anything, final, {})
+    any_depth = json.loads(json.dumps(summary))
+    any_depth["inputs"]["config"]["depth"] = "any"
+    assert "Cost of the modal rule" not in dataset_report(any_depth, published_manifest, {})
 
 
-def test_age_and_sex_are_shown_where_they_are_known(summary: dict[str, Any], final: pd.DataFrame) -> None:
-    assert "Age in years" not in dataset_report(summary, final, {})
-    known = final.copy()
+def test_age_and_sex_are_shown_if_known(summary: dict[str, Any], published_manifest: pd.DataFrame) -> None:
+    assert "Age in years" not in dataset_report(summary, published_manifest, {})
+    known = published_manifest.copy()
     known["age"], known["sex"] = 40.5, "f"
     assert "40.5 (40 to 40)" in dataset_report(summary, known, {})
 
@@ -156,12 +158,12 @@ def test_names_of_rows_fit_or_are_shortened_with_a_tooltip(name: str) -> None:
 @given(st.dictionaries(st.text(max_size=8), st.lists(numbers, max_size=20), max_size=4))
 @example({"": [0.0, 5e-324]})
 @example({"": [0.0, 1e-307]})
-@example({"Me": [0.0], 'M"e': [1.0], 'x="900" \0': [2.0]})  # text that looks like coordinates, or is no XML
+@example({"Me": [0.0], 'M"e': [1.0], 'x="900" \0': [2.0]})  # text like coordinates, and text that is invalid in XML
 def test_strips_stay_in_the_chart_for_any_values(rows: dict[str, list[float]]) -> None:
     svg = str(charts.strips(rows, "label"))
     assert bool(svg) == any(rows.values())
     if svg:
-        assert all(0 <= x <= charts.WIDTH for x in drawn_at(svg_of(svg)))
+        assert all(0 <= x <= charts.WIDTH for x in x_coordinates(svg_of(svg)))
 
 
 @given(
@@ -174,11 +176,11 @@ def test_lines_stay_in_the_chart_for_any_values(series: dict[str, list[tuple[flo
     svg = str(charts.lines(series, "label"))
     assert bool(svg) == any(series.values())
     if svg:
-        assert all(0 <= x <= charts.WIDTH for x in drawn_at(svg_of(svg)))
+        assert all(0 <= x <= charts.WIDTH for x in x_coordinates(svg_of(svg)))
 
 
-def drawn_at(svg: Element) -> list[float]:
-    """All x coordinates at which something begins or ends."""
+def x_coordinates(svg: Element) -> list[float]:
+    """The x coordinates at which elements start or end."""
     found = []
     for element in svg.iter():
         match element.tag:
@@ -204,9 +206,11 @@ def drawn_at(svg: Element) -> list[float]:
 def test_bars_are_as_long_as_their_counts(counts: list[dict[str, int]]) -> None:
     svg = svg_of(str(charts.bars({str(k): row for k, row in enumerate(counts)}, "label")))
     wide = [float(bar.get("width", "")) for bar in svg.iter("rect")]
-    given_ = [n for row in counts for n in row.values()]
+    flat_counts = [n for row in counts for n in row.values()]
     most = max((sum(row.values()) for row in counts), default=0) or 1
-    assert wide == pytest.approx([n / most * (charts.WIDTH - charts.LEFT - charts.RIGHT) for n in given_], abs=0.051)
+    assert wide == pytest.approx(
+        [n / most * (charts.WIDTH - charts.LEFT - charts.RIGHT) for n in flat_counts], abs=0.051
+    )
 
 
 def test_a_long_line_is_thinned_and_keeps_its_level() -> None:
