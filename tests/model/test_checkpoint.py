@@ -68,12 +68,12 @@ def test_truncation_and_flipped_bits_are_detected(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     path = write(tmp_path_factory.mktemp("damaged"), 1)
-    whole = path.read_bytes()
-    if data.draw(st.booleans(), label="cut"):
-        broken = whole[: data.draw(st.integers(0, len(whole) - 1))]
+    original = path.read_bytes()
+    if data.draw(st.booleans(), label="truncate"):
+        broken = original[: data.draw(st.integers(0, len(original) - 1))]
     else:
-        at, bit = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(0, 7))
-        broken = whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :]
+        position, bit = data.draw(st.integers(0, len(original) - 1)), data.draw(st.integers(0, 7))
+        broken = original[:position] + bytes([original[position] ^ 1 << bit]) + original[position + 1 :]
     path.write_bytes(broken)
     try:
         tensors, metadata = checkpoint.load(path)
@@ -108,7 +108,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert best.step == 2
 
 
-def test_the_newest_of_equals_is_best_and_without_validation_the_newest(tmp_path: Path) -> None:
+def test_the_best_is_the_newest_if_scores_are_equal_or_missing(tmp_path: Path) -> None:
     write(tmp_path, 1)
     write(tmp_path, 2)
     assert checkpoint.best_checkpoint(tmp_path).step == 2  # type: ignore[union-attr]

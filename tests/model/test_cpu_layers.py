@@ -1,4 +1,4 @@
-"""The layers that are faster on a CPU compute the same outputs and gradients as PyTorch's, and train alike."""
+"""The faster layers for CPUs compute the same outputs and gradients as PyTorch's, and the same training steps."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def assert_equal_layers(ours: nn.Module, theirs: nn.Module, x: Tensor) -> None:
 batches = st.integers(1, 3)
 sides = st.integers(2, 20)  # on both sides of `FEW_PIXELS`, where the layers change their algorithm
 seeds = st.integers(0, 2**32 - 1)
-KERNELS = {"halving": (4, 2, 1), "of the discriminator": (4, 1, 1), "after an upsampling": (3, 1, 1)}
+KERNELS = {"halving": (4, 2, 1), "discriminator": (4, 1, 1), "after upsampling": (3, 1, 1)}
 
 
 @settings(max_examples=examples(40))
 @given(batch=batches, height=sides, width=sides, seed=seeds)
-def test_instance_norm_is_pytorch_s(batch: int, height: int, width: int, seed: int) -> None:
+def test_instance_norm_equals_that_of_pytorch(batch: int, height: int, width: int, seed: int) -> None:
     torch.manual_seed(seed)
     layers = (kind(CHANNELS, affine=True) for kind in (cpu_layers.InstanceNorm2d, nn.InstanceNorm2d))
     assert_equal_layers(*layers, image(batch, CHANNELS, height, width))
@@ -59,7 +59,7 @@ def test_instance_norm_is_pytorch_s(batch: int, height: int, width: int, seed: i
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
 @settings(max_examples=examples(40))
 @given(batch=batches, height=sides, width=sides, seed=seeds)
-def test_a_convolution_is_pytorch_s(
+def test_a_convolution_equals_that_of_pytorch(
     kernel: tuple[int, int, int], batch: int, height: int, width: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -69,14 +69,16 @@ def test_a_convolution_is_pytorch_s(
 
 @settings(max_examples=examples(40))
 @given(batch=batches, height=sides, width=sides, seed=seeds)
-def test_a_doubling_convolution_is_pytorch_s(batch: int, height: int, width: int, seed: int) -> None:
+def test_a_doubling_convolution_equals_that_of_pytorch(batch: int, height: int, width: int, seed: int) -> None:
     torch.manual_seed(seed)
     layers = cpu_layers.DoublingConv2d(CHANNELS, OUTPUTS), nn.ConvTranspose2d(CHANNELS, OUTPUTS, 4, 2, 1)
     assert_equal_layers(*layers, image(batch, CHANNELS, height, width))
 
 
-@pytest.mark.parametrize("layer", [cpu_layers.Conv2d(1, 1, 4, 2, 1), cpu_layers.DoublingConv2d(1, 1)], ids=["1/2", "2"])
-def test_few_pixels_avoid_pytorch_s_convolution_in_training(layer: nn.Module) -> None:
+@pytest.mark.parametrize(
+    "layer", [cpu_layers.Conv2d(1, 1, 4, 2, 1), cpu_layers.DoublingConv2d(1, 1)], ids=["halving", "doubling"]
+)
+def test_training_on_few_pixels_does_not_use_the_convolution_of_pytorch(layer: nn.Module) -> None:
     """Otherwise the tests above would compare PyTorch's layers with themselves."""
     few, many = image(1, 1, 8, 8), image(1, 1, 4 * FEW_PIXELS, 4)
     assert not convolves(layer, few)
@@ -90,7 +92,7 @@ def convolves(layer: nn.Module, x: Tensor) -> bool:
     return any("convolution" in event.name for event in profile.events())
 
 
-def test_the_optimiser_updates_weights_as_adam_does() -> None:
+def test_the_optimiser_updates_weights_like_adam() -> None:
     """Weights are stored channels last, and the optimiser works on views of them."""
     config = TrainConfig.model_validate(SMALL_NETWORKS | {"dropout": 0.0})
     trainer = Trainer(config, torch.device("cpu"))

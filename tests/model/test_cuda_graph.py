@@ -80,7 +80,7 @@ def test_running_out_of_memory_during_capture_is_reported_as_such() -> None:
 
 
 def test_a_step_that_fails_leaves_the_discriminator_trainable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failed capture is such a step. The generator's loss is computed while the discriminator is frozen."""
+    """The generator's loss is computed while the discriminator is frozen; a failed capture ends a step there."""
 
     def fails(*_: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -93,7 +93,7 @@ def test_a_step_that_fails_leaves_the_discriminator_trainable(monkeypatch: pytes
     assert all(weight.requires_grad for weight in failing.discriminator.parameters())
 
 
-def test_on_a_cpu_the_option_changes_nothing() -> None:
+def test_the_option_changes_nothing_on_a_cpu() -> None:
     (with_option, losses), (without, expected) = train_steps("cpu"), train_steps("cpu", cuda_graphs=False)
     assert torch.equal(losses, expected)
     wanted = without.state_dict()

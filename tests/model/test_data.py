@@ -1,4 +1,4 @@
-"""A training step gets the right slices, normalised and augmented, in an order that depends on seed and step alone."""
+"""A training step gets the right slices, normalised and augmented, in an order that depends only on seed and step."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def test_a_split_keeps_its_stored_values_and_order(published: PublishedVersion) 
         pairs = data.load_pairs(published.folder, split)
         rows = used[used["split"] == split]
         assert pairs.subjects == rows["subject_id"].tolist()
-        for name, held in (("t1", pairs.source), ("t2", pairs.target)):
+        for name, loaded in (("t1", pairs.source), ("t2", pairs.target)):
             stored = np.concatenate([np.asarray(arrays[name][row]) for row in rows["store_row"]])
-            assert held.dtype == torch.int16
-            np.testing.assert_array_equal(held.numpy(), stored)
+            assert loaded.dtype == torch.int16
+            np.testing.assert_array_equal(loaded.numpy(), stored)
 
 
 def test_no_subject_is_in_two_splits(published: PublishedVersion) -> None:
     splits = metadata.read_metadata(published.folder)["splits"]
-    held = [set(data.load_pairs(published.folder, split).subjects) for split in splits]
-    assert sum(len(subjects) for subjects in held) == len(set.union(*held))
+    loaded = [set(data.load_pairs(published.folder, split).subjects) for split in splits]
+    assert sum(len(subjects) for subjects in loaded) == len(set.union(*loaded))
 
 
 def test_the_other_direction_swaps_the_arrays(published: PublishedVersion) -> None:
@@ -65,16 +65,16 @@ def test_the_percentiles_are_mapped_to_minus_one_and_one(published: PublishedVer
 
 
 @pytest.mark.parametrize(
-    ("split", "direction", "line"),
+    ("split", "direction", "message"),
     [
         ("holdout", None, "has no subject in split holdout"),
         ("train", "t1->pd", "direction 't1->pd' does not fit the dataset; use t1->t2 or t2->t1"),
     ],
 )
 def test_an_empty_split_and_an_unknown_array_are_one_line_errors(
-    published: PublishedVersion, split: str, direction: str | None, line: str
+    published: PublishedVersion, split: str, direction: str | None, message: str
 ) -> None:
-    with pytest.raises((ConfigError, DatasetError), match=line) as error:
+    with pytest.raises((ConfigError, DatasetError), match=message) as error:
         data.load_pairs(published.folder, split, direction)
     assert "\n" not in str(error.value)
 
@@ -85,11 +85,11 @@ def test_a_damaged_or_missing_shard_is_named(published: PublishedVersion, tmp_pa
     used = manifest.used_rows(metadata.read_manifest(folder))
     row = used.loc[used["split"] == split_with_subjects(published), "store_row"].iloc[0]
     shard = folder / f"slices.zarr/t2/c/{row}/0/0/0"
-    whole = shard.read_bytes()
+    original = shard.read_bytes()
     shard.unlink()  # Zarr reads a missing shard as zeros
     if damage == "flipped":
-        middle = len(whole) // 2
-        shard.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        middle = len(original) // 2
+        shard.write_bytes(original[:middle] + bytes([original[middle] ^ 1]) + original[middle + 1 :])
     with pytest.raises(DatasetError) as caught:
         data.load_pairs(folder, split_with_subjects(published))
     assert str(shard) in str(caught.value)
@@ -105,14 +105,14 @@ def test_a_split_larger_than_memory_states_both_sizes(
 
 
 @given(pairs=st.integers(1, 40), seed=st.integers(0, 2**64), start=st.integers(0, 200), count=st.integers(1, 90))
-def test_the_order_consists_of_passes_over_all_pairs_and_starts_anywhere(
+def test_the_order_consists_of_passes_over_all_pairs_and_can_start_anywhere(
     pairs: int, seed: int, start: int, count: int
 ) -> None:
     stream = data.batch_indices(pairs, seed, 0, start + count)
     assert torch.equal(data.batch_indices(pairs, seed, start, count), stream[start:])
-    for at in range(0, len(stream) - pairs + 1, pairs):
-        whole = stream[at : at + pairs]
-        assert sorted(whole.tolist()) == list(range(pairs))
+    for begin in range(0, len(stream) - pairs + 1, pairs):
+        one_pass = stream[begin : begin + pairs]
+        assert sorted(one_pass.tolist()) == list(range(pairs))
 
 
 def test_passes_and_seeds_have_different_orders() -> None:
@@ -137,8 +137,8 @@ def test_both_images_of_a_pair_are_augmented_alike(kind: str, size: int, batch: 
     alone = [data.augment((image[n : n + 1],), kind, 32, seed=0, first=first + n)[0] for n in range(batch)]  # type: ignore[arg-type]
     assert torch.equal(a, torch.cat(alone))  # independent of the rest of the batch
     if kind != "jitter":  # a crop of the image or of its mirror image, without interpolation
-        for one, original in zip(a, image, strict=True):
-            rows = one[0] if one[0, 0, 1] > one[0, 0, 0] else one[0].flip(1)
+        for crop, original in zip(a, image, strict=True):
+            rows = crop[0] if crop[0, 0, 1] > crop[0, 0, 0] else crop[0].flip(1)
             top, left = divmod(int(rows[0, 0] - original.min()), size)
             assert torch.equal(rows, original[0, top : top + 32, left : left + 32])
 
@@ -148,8 +148,8 @@ def test_flips_and_crops_vary() -> None:
     seen = [data.augment((image,), "flip", 32, seed=0, first=first)[0] for first in range(20)]
     assert len({int(s.min()) for s in seen}) > 5
     assert {bool(s[0, 0, 0, 1] > s[0, 0, 0, 0]) for s in seen} == {True, False}
-    whole = [data.augment((image[..., :32, :32],), "none", 32, seed=0, first=first)[0] for first in range(5)]
-    assert all(torch.equal(w, image[..., :32, :32]) for w in whole)
+    uncropped = [data.augment((image[..., :32, :32],), "none", 32, seed=0, first=first)[0] for first in range(5)]
+    assert all(torch.equal(w, image[..., :32, :32]) for w in uncropped)
 
 
 def test_jitter_enlarges_by_the_published_factor() -> None:

@@ -1,4 +1,4 @@
-"""Memory settings are made by the command line only; the rank of a process is read from torchrun's variables."""
+"""Only the command line sets how memory is freed; the rank of a process is read from torchrun's variables."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ print(process.memory_info().rss - before)
 """
 
 
-@pytest.mark.stack  # a process that imports torch, seconds
+@pytest.mark.stack  # takes seconds: a new process imports torch
 @pytest.mark.skipif(
     sys.platform != "linux", reason="measures a setting of glibc, which only Linux has; elsewhere the call does nothing"
 )
@@ -40,7 +40,7 @@ def test_freed_memory_stays_with_the_process() -> None:
     assert kept > 90 << 20
 
 
-def test_a_c_library_without_the_setting_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_c_library_without_the_setting_is_left_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices.ctypes, "CDLL", lambda _: object())
     devices.keep_freed_memory()
 
@@ -81,7 +81,7 @@ def test_with_a_server_a_run_is_a_flow_unless_it_has_several_processes(
 
 
 @pytest.mark.parametrize(
-    ("environment", "place"),
+    ("environment", "expected"),
     [
         ({}, None),
         ({"RANK": "0"}, None),  # set by clusters and MPI wrappers
@@ -99,17 +99,17 @@ def test_with_a_server_a_run_is_a_flow_unless_it_has_several_processes(
         ({"RANK": "1", "WORLD_SIZE": "2"}, "LOCAL_RANK=(unset), MASTER_ADDR=(unset)"),
     ],
 )
-def test_the_rank_is_read_from_a_complete_torchrun_environment_only(
-    environment: dict[str, str], place: Any, monkeypatch: pytest.MonkeyPatch
+def test_the_rank_is_read_only_from_a_complete_torchrun_environment(
+    environment: dict[str, str], expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    if not isinstance(place, str):
-        assert torchrun_rank() == place
+    if not isinstance(expected, str):
+        assert torchrun_rank() == expected
         return
-    with pytest.raises(ConfigError, match=re.escape(place)) as error:
+    with pytest.raises(ConfigError, match=re.escape(expected)) as error:
         torchrun_rank()
     assert "start with torchrun, or unset RANK" in str(error.value)
 

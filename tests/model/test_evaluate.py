@@ -1,4 +1,4 @@
-"""Scores are what their names say, by subject; the baselines are the best of their kind."""
+"""The scores of a subject match their definitions; each baseline is the best of its kind."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def row_of(table: pd.DataFrame, subject: str, method: str, mask: str) -> Any:
     return found.iloc[0]
 
 
-def test_scores_are_computed_over_the_subject_s_slab(pairs: Pairs) -> None:
+def test_scores_are_computed_over_the_slab_of_each_subject(pairs: Pairs) -> None:
     table = evaluate.measure(pairs, {SOURCE: lambda source, _: source})
     assert len(table) == 2 * len(pairs.subjects)
     for subject, name in enumerate(pairs.subjects):
@@ -65,9 +65,8 @@ def test_scores_are_computed_over_the_subject_s_slab(pairs: Pairs) -> None:
 
 
 def test_a_perfect_generator_gets_perfect_scores(pairs: Pairs) -> None:
-    every = pairs.normalised(torch.arange(len(pairs)))[1]
-    seen = iter(every.split(generator.BATCH))
-    table = evaluate.measure(pairs, {GENERATED: lambda source, position: next(seen)})
+    targets = iter(pairs.normalised(torch.arange(len(pairs)))[1].split(generator.BATCH))
+    table = evaluate.measure(pairs, {GENERATED: lambda source, position: next(targets)})
     assert (table["mae"] == 0).all()
     assert table["ssim"].min() == pytest.approx(1)
     assert np.isposinf(table["psnr"]).all()
@@ -86,7 +85,7 @@ def test_validation_generates_in_bf16_and_measures_in_float32(pairs: Pairs, monk
     assert (found["ssim"], found["mae"]) == (pytest.approx(1, abs=1e-6), 0)
 
 
-def test_ssim_is_that_of_wang_et_al() -> None:
+def test_ssim_equals_that_of_wang_et_al() -> None:
     rng = np.random.default_rng(0)
     a = rng.random((1, 1, 40, 40))
     b = np.clip(a + rng.normal(0, 0.1, a.shape), 0, 1)
@@ -110,7 +109,7 @@ def test_the_mean_target_is_the_training_mean_of_each_slice(pairs: Pairs) -> Non
         np.testing.assert_allclose((got[0, 0].numpy() + 1) / 2, slabs[:, z].mean(axis=0), atol=1e-5)
 
 
-def test_no_other_mapping_of_intensities_is_better_on_the_training_split(pairs: Pairs) -> None:
+def test_the_mapping_baseline_is_better_than_polynomials_on_the_training_split(pairs: Pairs) -> None:
     mapping = evaluate.baselines(pairs)[MAPPING]
     source, target = pairs.normalised(torch.arange(len(pairs)))
 
@@ -127,7 +126,7 @@ def test_no_other_mapping_of_intensities_is_better_on_the_training_split(pairs: 
 def test_differences_are_paired_and_positive_if_the_generator_is_better() -> None:
     rng = np.random.default_rng(0)
     subjects = [f"s{n}" for n in range(7)]
-    difficulty = rng.normal(0, 5, 7)  # of each subject, equal for all methods
+    difficulty = rng.normal(0, 5, 7)  # one for each subject, equal for all methods
     rows = []
     for method, psnr, mae in ((GENERATED, 30, 0.1), (SOURCE, 20, 0.3)):
         noise = rng.normal(0, 0.1, 7)
@@ -162,13 +161,13 @@ def test_the_command_shows_a_dash_for_the_interval_of_one_subject(
         "model.jobs.evaluate_run", lambda *_, **__: Evaluation(comparison, comparison, "evaluation-test")
     )
     command = ["evaluate", "a", "--root", str(trained)]
-    for form in ([], ["--json"]):
+    for options in ([], ["--json"]):
         with pytest.raises(SystemExit) as ended:
-            main([*command, *form])
+            main([*command, *options])
         assert not ended.value.code
         out = capsys.readouterr().out
         assert "nan" not in out.lower()
-        if form:
+        if options:
             assert {entry["low_95"] for entry in json.loads(out)["comparison"]} == {None}
         else:
             assert "+0.0000 [-]" in out
@@ -261,35 +260,35 @@ def test_weights_of_another_training_are_refused_with_the_difference(
 ) -> None:
     before = evaluations(evaluated)
     other = save_with(evaluated, tmp_path / "other.safetensors", **config)
-    if "side" in config:  # other shapes would be refused first
+    if "side" in config:  # otherwise the shapes of the weights are refused first
         monkeypatch.setattr(evaluate.checkpoint, "require_tensors", lambda *_: None)
         monkeypatch.setattr(UNetGenerator, "load_state_dict", lambda *_: None)
     with pytest.raises(CheckpointError, match="is of another training run") as error:
         evaluate_run(evaluated, split="train", weights=other)
     assert difference in str(error.value)
-    with pytest.raises(CheckpointError, match="is of another training run"):  # in place of the run's own, too
+    with pytest.raises(CheckpointError, match="is of another training run"):  # also as the generator of the run
         evaluate.evaluate(evaluated.folder, evaluated.version, evaluated.config, other, split="train")
     assert evaluations(evaluated) == before
 
 
-def test_other_weights_and_dropout_get_their_own_file_names(evaluated: Run, tmp_path: Path) -> None:
+def test_evaluations_with_other_weights_or_dropout_have_distinct_file_names(evaluated: Run, tmp_path: Path) -> None:
     before = evaluations(evaluated)
     saved = checkpoint.list_checkpoints(evaluated.folder / "checkpoints")[0]
-    like = save_with(evaluated, tmp_path / "generator.safetensors", seed=7)  # same data, another seed
+    other_seed = save_with(evaluated, tmp_path / "generator.safetensors", seed=7)  # trained on the same data
     names = [
         evaluate_run(evaluated, split="train", weights=weights, dropout=dropout).name
-        for weights, dropout in ((saved.path, False), (like, True))
+        for weights, dropout in ((saved.path, False), (other_seed, True))
     ]
     assert names == [
         f"evaluation-train-step-{saved.step:08d}-{checkpoint.read_digest(saved.path)[:8]}",
-        f"evaluation-train-generator-{checkpoint.read_digest(like)[:8]}-dropout",
+        f"evaluation-train-generator-{checkpoint.read_digest(other_seed)[:8]}-dropout",
     ]
-    assert evaluate.evaluation_name("train", like, dropout=False) == names[1].removesuffix("-dropout")
+    assert evaluate.evaluation_name("train", other_seed, dropout=False) == names[1].removesuffix("-dropout")
     assert evaluate.evaluation_name("train", None, dropout=True) == "evaluation-train-dropout"
     after = evaluations(evaluated)
     assert after.keys() == before.keys() | {f"{name}.{form}" for name in names for form in ("csv", "json")}
     assert {name: after[name] for name in before} == before
-    assert json.loads(after[f"{names[1]}.json"])["weights_sha256"] == checkpoint.read_digest(like)
+    assert json.loads(after[f"{names[1]}.json"])["weights_sha256"] == checkpoint.read_digest(other_seed)
     own = evaluate_run(evaluated, split="train", weights=evaluated.generator)
     assert own.name == "evaluation-train"  # the same as without `weights`
 

@@ -21,7 +21,7 @@ from model.synthesize import find_generator
 
 
 def write_generator(folder: Path, upsampling: str, **recorded: str) -> Path:
-    """A small generator for a side of 32, with metadata of training planes of 48 x 32, which is not a multiple."""
+    """A small generator of side 32, with metadata of training planes of 48 x 32, not a multiple of the side."""
     config = TrainConfig.model_validate(
         {"side": 32, "width": 4, "upsampling": upsampling, "dataset": "ixi-t1-t2@0123", "direction": "t1->t2"}
     )
@@ -100,8 +100,8 @@ def test_onnx_generates_equal_slices_for_any_batch_size(exported: Exported) -> N
     path = exported.path
     assert exported.difference <= export.TOLERANCE
     session = onnxruntime.InferenceSession(path)
-    (given,) = session.get_inputs()
-    assert (given.name, given.type, given.shape[1:]) == ("source", "tensor(float)", [1, 48, 32])
+    (model_input,) = session.get_inputs()
+    assert (model_input.name, model_input.type, model_input.shape[1:]) == ("source", "tensor(float)", [1, 48, 32])
     original = load_generator(exported.original)[0]
     for batch in (1, 2, 5):
         (got,) = session.run(["generated"], {"source": slices(batch).numpy()})
@@ -122,14 +122,14 @@ def test_an_onnx_file_describes_its_input_licence_and_credit(exported: Exported,
     assert json.loads(properties["config"])["width"] == 4
     assert properties["licence"] == ("a licence" if recorded else "not recorded; that of ixi-t1-t2@0123")
     assert properties["credit"] == ("its authors" if recorded else "not recorded; that of ixi-t1-t2@0123")
-    for part in (
+    for text in (
         properties["direction"],
         properties["dataset"],
         properties["normalisation"],
         properties["licence"],
         properties["credit"],
     ):
-        assert part in model.doc_string
+        assert text in model.doc_string
     assert model.producer_name == "ixi-etl"
     config = json.loads((path.parent / "config.json").read_text())
     assert ("licence" in config) is recorded

@@ -1,4 +1,4 @@
-"""The logs of a training: a damaged file is replaced."""
+"""The logs of a training; a damaged file is replaced."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "validation.csv"])
-@pytest.mark.parametrize("left", [b"", b"step,lo", b"step,mae\n\0\0\0\n", b"\xff\xfe\n1,2\n"])
+@pytest.mark.parametrize("damaged", [b"", b"step,lo", b"step,mae\n\0\0\0\n", b"\xff\xfe\n1,2\n"])
 def test_a_log_damaged_by_a_full_disk_is_replaced(
-    name: str, left: bytes, trainer: Trainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str, damaged: bytes, trainer: Trainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / name).write_bytes(left)
+    (tmp_path / name).write_bytes(damaged)
     metrics_log = MetricsLog(tmp_path, trainer.config, trainer, start=6, images_per_step=2)
     assert f"{tmp_path / name} is damaged and is replaced by a new file" in caplog.text
     assert not (tmp_path / name).exists()

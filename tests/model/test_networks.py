@@ -1,4 +1,4 @@
-"""The networks have the published shape, size, receptive field and dropout; the losses have the gradients by hand."""
+"""The networks have the published shape, size, receptive field and dropout; loss gradients match those by hand."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ENCODER = {
 
 @pytest.mark.parametrize("upsampling", ["transpose", "nearest"])
 @pytest.mark.parametrize("side", ENCODER)
-def test_the_generator_s_layers_have_the_expected_shapes(side: int, upsampling: str) -> None:
+def test_the_layers_of_the_generator_have_the_expected_shapes(side: int, upsampling: str) -> None:
     generator = UNetGenerator(side, width=4, upsampling=upsampling)  # type: ignore[arg-type]
     seen: list[tuple[int, int]] = []
     for block in [*generator.down, *generator.up]:
@@ -105,8 +105,8 @@ def gradients(config: TrainConfig) -> tuple[list[float], list[float]]:
     """Gradients of the generator's loss with respect to the generated pixels and to the logits."""
     generated = torch.tensor(GENERATED, requires_grad=True)
     logits = torch.tensor(LOGITS, requires_grad=True)
-    given = None if config.adversarial == "none" else logits
-    loss = generator_loss(config, given, generated, torch.tensor(TARGET))
+    scores = None if config.adversarial == "none" else logits
+    loss = generator_loss(config, scores, generated, torch.tensor(TARGET))
     loss.total.backward()
     return [[] if x.grad is None else x.grad.tolist() for x in (generated, logits)]  # type: ignore[return-value]
 
@@ -147,7 +147,7 @@ def test_the_gradient_of_l2_grows_with_the_distance_and_that_of_l1_does_not() ->
         assert grad.tolist() == pytest.approx(wanted)
 
 
-def test_the_discriminator_s_loss_is_halved_and_separates_real_from_generated() -> None:
+def test_the_discriminator_loss_is_half_the_sum_of_its_real_and_generated_terms() -> None:
     real, fake = (torch.tensor(LOGITS, requires_grad=True) for _ in range(2))
     loss = discriminator_loss(TrainConfig(), real, fake)
     losses = [float(part.detach()) for part in loss]
@@ -169,7 +169,7 @@ def trainer(**settings: object) -> Trainer:
 
 
 def generator_gradients(**settings: object) -> list[torch.Tensor]:
-    """The generator's gradients after one step; the discriminator's step before it is the same for all settings."""
+    """The generator's gradients after one step, whose discriminator step is the same for all settings."""
     trained = trainer(**settings)
     torch.manual_seed(1)
     source, target = torch.rand(2, 1, 32, 32) * 2 - 1, torch.rand(2, 1, 32, 32) * 2 - 1
@@ -188,13 +188,13 @@ def test_the_gradients_of_both_losses_add_up_in_the_generator() -> None:
 
 
 def test_without_an_adversarial_loss_there_is_no_discriminator() -> None:
-    alone = trainer(adversarial="none")
-    assert alone.discriminator is None
-    assert not any(name.startswith("discriminator") for name in alone.state_dict())
+    trained = trainer(adversarial="none")
+    assert trained.discriminator is None
+    assert not any(name.startswith("discriminator") for name in trained.state_dict())
 
 
-def test_the_generator_s_loss_leaves_no_gradient_in_the_discriminator() -> None:
-    """After a step its gradients are those of its own loss."""
+def test_the_generator_loss_leaves_no_gradient_in_the_discriminator() -> None:
+    """After a step the gradients of the discriminator are those of its own loss."""
     trained = trainer()
     source, target = torch.rand(1, 1, 32, 32) * 2 - 1, torch.rand(1, 1, 32, 32) * 2 - 1
     assert trained.discriminator is not None

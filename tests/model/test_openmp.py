@@ -1,4 +1,4 @@
-"""How OpenMP threads wait is set before torch is imported, unless the user has set it."""
+"""The spin count of OpenMP threads is set before torch is imported, unless the user has set how they wait."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import model
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
-@pytest.mark.stack  # a process that imports torch, seconds
+@pytest.mark.stack  # takes seconds: a new process imports torch
 @pytest.mark.skipif(
     sys.platform != "linux",
     reason="reads what libgomp prints, which only PyTorch's Linux wheels bundle; the tests below run everywhere",

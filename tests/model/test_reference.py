@@ -1,4 +1,4 @@
-"""The plain PyTorch pix2pix of the benchmarks is the published one, and `model.trainer` computes the same steps."""
+"""The plain PyTorch pix2pix of the benchmarks is as published, and `model.trainer` computes the same steps."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def output_shapes(network: nn.Module, source: Tensor, *kinds: type[nn.Module]) -
     return seen
 
 
-def test_the_generator_s_layers_have_the_published_shapes() -> None:
+def test_the_layers_of_the_generator_have_the_published_shapes() -> None:
     with torch.device("meta"):
         seen = output_shapes(reference.generator(), torch.rand(2, 1, 256, 256), nn.Conv2d, nn.ConvTranspose2d)
     encoder = [(64, 128), (128, 64), (256, 32), (512, 16), (512, 8), (512, 4), (512, 2), (512, 1)]
@@ -48,7 +48,7 @@ def test_the_generator_s_layers_have_the_published_shapes() -> None:
     assert seen == encoder + decoder
 
 
-def test_the_discriminator_s_layers_have_the_published_shapes() -> None:
+def test_the_layers_of_the_discriminator_have_the_published_shapes() -> None:
     with torch.device("meta"):
         seen = output_shapes(reference.discriminator(), torch.rand(1, 2, 256, 256), nn.Conv2d)
     assert seen == [(64, 128), (128, 64), (256, 32), (512, 31), (1, 30)]
@@ -74,16 +74,16 @@ def test_a_step_runs_and_changes_both_networks(norm: Norm) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_our_steps_give_the_same_losses(batch: int) -> None:
+def test_steps_of_the_trainer_give_the_same_losses(batch: int) -> None:
     """From equal weights, without dropout, in float32."""
     torch.manual_seed(1)
     theirs = reference.Trainer(side=64, width=8, norm="instance", dropout=0.0)
     settings = {"side": 64, "width": 8, "discriminator_width": 8, "dropout": 0.0, "precision": "fp32", "device": "cpu"}
     ours = Trainer(TrainConfig.model_validate(settings | {"batch_size": batch}), torch.device("cpu"))
     assert ours.discriminator is not None
-    for mine, other in ((ours.generator, theirs.generator), (ours.discriminator, theirs.discriminator)):
+    for our_network, their_network in ((ours.generator, theirs.generator), (ours.discriminator, theirs.discriminator)):
         with torch.no_grad():
-            for weight, wanted in zip(mine.parameters(), other.parameters(), strict=True):
+            for weight, wanted in zip(our_network.parameters(), their_network.parameters(), strict=True):
                 weight.copy_(wanted)
     for _ in range(3):
         source, target = images(2, batch, 1, 64, 64)

@@ -43,7 +43,7 @@ def run_in(root: str, name: str, scratch: Path, **settings: Any) -> Run:
 class Trained:
     """A run of 4 steps, with the sizes of its local files and of its files on S3.
 
-    `latest` is the run that another machine then opened by that name.
+    `latest` is the same run, opened by that name on another machine.
     """
 
     run: Run
@@ -112,7 +112,7 @@ def test_another_machine_evaluates_a_run_and_uploads_the_scores(root: str, train
 
 
 @pytest.mark.stack
-def test_pull_leaves_a_run_that_is_trained_further(trained: Trained, tmp_path: Path) -> None:
+def test_pull_changes_nothing_if_the_local_run_has_trained_further(trained: Trained, tmp_path: Path) -> None:
     remote, local = trained.copy_as("d"), shutil.copytree(trained.run.folder, tmp_path / "d")
     (remote / "checkpoints/step-00000003.safetensors").write_bytes(b"old")
     runs.pull(remote, local)

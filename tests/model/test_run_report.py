@@ -1,4 +1,4 @@
-"""The report page of a run works from whichever files exist, is small, and agrees with its tables."""
+"""The report page of a run is made from the files that exist, is small, and agrees with the tables."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ def write_run(folder: Path, subjects: int, steps: range = STEPS, rows: int = 50_
         singles = folder / "samples" / f"step-{step:08}"
         singles.mkdir(parents=True)
         for subject in range(4):
-            for what in ("source", "target", "generated", "error"):
+            for kind in ("source", "target", "generated", "error"):
                 pixels = random.integers(0, 256, (256, 256), np.uint8)
-                Image.fromarray(pixels).save(singles / f"IXI{subject:03}-HH-1-10-{what}.png", compress_level=0)
+                Image.fromarray(pixels).save(singles / f"IXI{subject:03}-HH-1-10-{kind}.png", compress_level=0)
     write_evaluation(folder, subjects)
     return folder
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "validation.csv"])
-@pytest.mark.parametrize("left", [b"", b"step,lo", b"step,mae\n\0\0\0\n", b"\xff\xfe\n1,2\n"])
+@pytest.mark.parametrize("damaged", [b"", b"step,lo", b"step,mae\n\0\0\0\n", b"\xff\xfe\n1,2\n"])
 def test_a_log_damaged_by_a_full_disk_is_left_out(
-    name: str, left: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str, damaged: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write_run(tmp_path / "a", subjects=1, steps=range(0), rows=10)
-    (folder / name).write_bytes(left)
+    (folder / name).write_bytes(damaged)
     assert "a GPU" in run_report(folder)
     assert f"{folder / name} is damaged and left out of the report" in caplog.text
 
@@ -70,7 +70,7 @@ def write_evaluation(folder: Path, subjects: int) -> None:
         for method in METHODS
     ]
     pd.concat(parts).to_csv(folder / "evaluation-test.csv", index=False)
-    mean = {f"{m}_{what}": 1.0 for m in ("psnr", "ssim", "mae") for what in ("mean", "std")}
+    mean = {f"{m}_{statistic}": 1.0 for m in ("psnr", "ssim", "mae") for statistic in ("mean", "std")}
     evaluation = {
         "split": "test",
         "weights": "generator.safetensors",
@@ -153,7 +153,7 @@ def test_the_verdict_follows_the_interval(page: Element, better_by: str, interva
 
 
 @pytest.mark.parametrize(
-    ("recorded", "whose"),
+    ("recorded", "subjects"),
     [
         ({"split": "val"}, "validation"),
         ({"split": "train"}, "training"),
@@ -161,12 +161,12 @@ def test_the_verdict_follows_the_interval(page: Element, better_by: str, interva
         ([], "the same"),
     ],
 )
-def test_the_page_names_the_split_of_the_samples(run: Path, recorded: Any, whose: str) -> None:
+def test_the_page_names_the_split_of_the_samples(run: Path, recorded: Any, subjects: str) -> None:
     if recorded is not None:
         (run / "samples" / "samples.json").write_text(json.dumps(recorded))
     page = run_report(run)
-    assert f"Middle slices of {whose} subjects" in page
-    assert ("was trained on these subjects" in page) is (whose == "training")
+    assert f"Middle slices of {subjects} subjects" in page
+    assert ("was trained on these subjects" in page) is (subjects == "training")
 
 
 def test_the_page_explains_why_one_subject_has_no_interval(run: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_run_that_has_just_started_has_a_page(run: Path) -> None:
     assert "No validation: " in page
 
 
-def test_disabled_losses_are_not_drawn(run: Path) -> None:
+def test_disabled_losses_have_no_chart(run: Path) -> None:
     lines = pd.read_csv(run / "metrics.csv").head(10)
     lines[["loss_d", "loss_d_real", "loss_d_fake", "loss_g_adversarial"]] = 0.0
     lines.to_csv(run / "metrics.csv", index=False)

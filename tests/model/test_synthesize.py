@@ -59,15 +59,15 @@ def test_an_identity_generator_returns_the_input_for_every_orientation(
     values = head(shape, affine)
     source = tmp_path / "x-T1.nii"
     source.write_bytes(nifti_of(values, affine))
-    made = identity((40, 40), 1.7)
-    low, high = synthesize.synthesize_volume(made, values, affine).source_low_high
+    trained = identity((40, 40), 1.7)
+    low, high = synthesize.synthesize_volume(trained, values, affine).source_low_high
     out = volumes.synthesize_file(identity((40, 40), 1.7, (low, high)), source, tmp_path / "out.nii.gz")
     before, after = nib.load(source), nib.load(out)
     np.testing.assert_array_equal(after.affine, before.affine)
-    for what in ("qform", "sform"):
-        (was, code), (now, new_code) = (getattr(i, f"get_{what}")(coded=True) for i in (before, after))
-        np.testing.assert_array_equal(now, was)
-        assert new_code == code
+    for form in ("qform", "sform"):
+        (old, old_code), (new, new_code) = (getattr(i, f"get_{form}")(coded=True) for i in (before, after))
+        np.testing.assert_array_equal(new, old)
+        assert new_code == old_code
     assert after.shape == before.shape
     assert after.header.get_zooms() == before.header.get_zooms()
     assert after.get_data_dtype() == np.int16
@@ -78,11 +78,11 @@ def test_an_identity_generator_returns_the_input_for_every_orientation(
 
 @settings(max_examples=examples(40))
 @given(orientation=st.sampled_from(ORIENTATIONS), shape=st.tuples(*[st.integers(5, 24)] * 3))
-def test_nothing_is_interpolated_at_the_training_s_spacing(orientation: str, shape: tuple[int, int, int]) -> None:
+def test_a_volume_with_the_training_spacing_is_not_interpolated(orientation: str, shape: tuple[int, int, int]) -> None:
     affine = rigid((5, 4, -3), (2, 1, 0)) @ grid_affine(shape, (2.0, 2.0, 2.0), orientation)
     values = np.random.default_rng(0).uniform(0, 1000, shape[::-1]).astype(np.float32)
-    made = identity()
-    low, high = synthesize.synthesize_volume(made, values, affine).source_low_high
+    trained = identity()
+    low, high = synthesize.synthesize_volume(trained, values, affine).source_low_high
     again = synthesize.synthesize_volume(identity(low_high=(low, high)), values, affine)
     np.testing.assert_allclose(again.values, values.clip(low, high), atol=0.01)
 
@@ -105,14 +105,14 @@ def test_planes_without_a_head_are_left_empty() -> None:
     affine = grid_affine((24, 24, 20), (2.0, 2.0, 2.0), "RAS")
     values = head((24, 24, 20), affine)
     values[15:] *= 0.1  # noisy air above the head
-    made = identity(low_high=(10, 20))
+    trained = identity(low_high=(10, 20))
     seen: list[int] = []
 
     def draws_everywhere(source: Any, position: Any) -> Any:
         seen.extend(position.tolist())
         return torch.ones_like(source)
 
-    got = synthesize.synthesize_volume(replace(made, predict=draws_everywhere), values, affine).values
+    got = synthesize.synthesize_volume(replace(trained, predict=draws_everywhere), values, affine).values
     assert seen == list(range(15))
     assert (got[:15] == 20).all()
     assert (got[15:] == 10).all()
@@ -126,8 +126,8 @@ def test_evaluation_and_synthesis_generate_the_same_slices(
     (tmp_path / "datasets").symlink_to(published.folder.parents[1])
     run = prepare_run(tmp_path, TrainConfig.model_validate(SMALL | {"direction": direction}), "a")
     path = train_run(run)
-    made = synthesize.load_trained(path)
-    source, _ = made.direction
+    trained = synthesize.load_trained(path)
+    source, _ = trained.direction
     pairs = data.load_pairs(published.folder, "train", direction)
     rows = manifest.used_rows(metadata.read_manifest(published.folder))
     row = rows[rows["subject_id"] == pairs.subjects[0]].iloc[0]
@@ -139,8 +139,8 @@ def test_evaluation_and_synthesis_generate_the_same_slices(
         wanted = torch.cat([method(pairs.normalised(part)[0], part) for part in index.split(BATCH)])[:, 0].numpy()
     stored = tmp_path / "slab.nii.gz"
     stored.write_bytes(pack_nifti(slab, affine))
-    low, high = made.planes.target_low_high
-    out = volumes.synthesize_file(made, stored, tmp_path / "out.nii")
+    low, high = trained.planes.target_low_high
+    out = volumes.synthesize_file(trained, stored, tmp_path / "out.nii")
     np.testing.assert_allclose(nib.load(out).get_fdata().T, (wanted + 1) / 2 * (high - low) + low, atol=0.51)
     record = json.loads((tmp_path / "out.json").read_text())
     assert record["SourceRange"] == pytest.approx([row[f"{source}_p_low"], row[f"{source}_p_high"]])
@@ -176,7 +176,7 @@ def test_another_spacing_gives_a_warning(tmp_path: Path) -> None:
     assert made.warnings[0].startswith("voxels of 2 x 2 x 4 mm (along x, y, z) are far from the 2 x 2 x 2 mm")
 
 
-def test_only_the_wrong_modality_is_suspected(
+def test_only_a_scan_of_the_wrong_modality_gives_a_warning(
     archives: Path, published: PublishedVersion, loaded: Trained, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
@@ -186,15 +186,15 @@ def test_only_the_wrong_modality_is_suspected(
             path.write_bytes(volume_of(archives, str(member)))
             out = volumes.synthesize_file(loaded, path, tmp_path / "out.nii.gz")
             warnings = json.loads(out.with_name("out.json").read_text())["Warnings"]
-            assert any("looks more like a T2 than a T1" in line for line in warnings) is wrong, member
+            assert any("looks more like a T2 than a T1" in warning for warning in warnings) is wrong, member
     assert "is it the right file?" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("pairing", "line"), [("index", "was trained on slices paired by index"), ("digits", "was trained on digits")]
+    ("pairing", "message"), [("index", "was trained on slices paired by index"), ("digits", "was trained on digits")]
 )
 def test_a_generator_not_trained_on_axial_planes_is_refused(
-    pairing: str, line: str, archives: Path, tmp_path: Path, root: Path
+    pairing: str, message: str, archives: Path, tmp_path: Path, root: Path
 ) -> None:
     path = root / "runs" / "a" / "generator.safetensors"
     weights, recorded = checkpoint.load(path)
@@ -210,7 +210,7 @@ def test_a_generator_not_trained_on_axial_planes_is_refused(
 
         refresh(config_for(tmp_path, archives, pairing="index"))
         path = train_run(prepare_run(tmp_path, TrainConfig.model_validate(SMALL), "a"))
-    with pytest.raises(SynthesisError, match=line):
+    with pytest.raises(SynthesisError, match=message):
         synthesize.load_trained(path)
 
 
@@ -218,19 +218,19 @@ def test_a_generator_not_trained_on_axial_planes_is_refused(
     ("to_source", "to_target", "warned"),
     [(0.5, 0.02, True), (0.1, 0.04, True), (0.06, 0.04, False), (0.9, 0.3, False), (0.02, 0.5, False)],
 )
-def test_only_histograms_near_the_targets_are_suspected(
+def test_only_histograms_near_the_targets_give_a_warning(
     to_source: float, to_target: float, warned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A T1 of another protocol is far from both histograms, and often nearer to the T2s'."""
-    made = identity()
-    distances = {made.planes.source_histogram: to_source, made.planes.target_histogram: to_target}
+    trained = identity()
+    distances = {trained.planes.source_histogram: to_source, trained.planes.target_histogram: to_target}
     monkeypatch.setattr(planes, "histogram_distance", lambda _, other: distances[other])
     affine = grid_affine((20, 20, 20), (2, 2, 2), "LAS")
-    warnings = synthesize.synthesize_volume(made, head((20, 20, 20), affine), affine).warnings
-    assert any("looks more like a T2 than a T1" in line for line in warnings) is warned
+    warnings = synthesize.synthesize_volume(trained, head((20, 20, 20), affine), affine).warnings
+    assert any("looks more like a T2 than a T1" in warning for warning in warnings) is warned
 
 
-def test_only_planes_with_a_head_are_generated_in_batches_that_are_not_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_planes_with_a_head_are_generated_and_no_batch_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = (12, 12, 200)
     affine = grid_affine(shape, (2, 2, 2), "LAS")
     values = head(shape, affine)
@@ -253,8 +253,8 @@ def test_the_result_does_not_depend_on_the_block_size(orientation: str, monkeypa
     shape = (41, 43, 47)
     affine = rigid((9, -4, 6), (1, -2, 3)) @ grid_affine(shape, (2.1, 1.9, 2.2), orientation)
     values = head(shape, affine)
-    made = identity((40, 40), 1.7, (0, 1000))
-    whole = synthesize.synthesize_volume(made, values, affine)
+    trained = identity((40, 40), 1.7, (0, 1000))
+    one_block = synthesize.synthesize_volume(trained, values, affine)
     sizes = []
     resample = synthesize.geometry.resample
 
@@ -264,10 +264,10 @@ def test_the_result_does_not_depend_on_the_block_size(orientation: str, monkeypa
 
     monkeypatch.setattr(synthesize.geometry, "resample", recorded)
     monkeypatch.setattr(synthesize, "BLOCK_PIXELS", 1)
-    blocks = synthesize.synthesize_volume(made, values, affine)
-    np.testing.assert_allclose(blocks.values, whole.values, atol=2e-3)
-    assert blocks.source_low_high == whole.source_low_high
-    assert blocks.warnings == whole.warnings
+    blocks = synthesize.synthesize_volume(trained, values, affine)
+    np.testing.assert_allclose(blocks.values, one_block.values, atol=2e-3)
+    assert blocks.source_low_high == one_block.source_low_high
+    assert blocks.warnings == one_block.warnings
     assert len(sizes) > 5
     assert max(np.prod(size) for size in sizes) <= BATCH * 47**2  # for any number of planes
 

@@ -22,14 +22,14 @@ from ixi_etl.testing.phantom import grid_affine, rigid
 from model import synthesize, volumes
 
 
-@pytest.mark.parametrize("kind", ["qform alone", "big-endian", "NIfTI-2", "unlike forms"])
+@pytest.mark.parametrize("kind", ["qform alone", "big-endian", "NIfTI-2", "different forms"])
 def test_the_geometry_of_the_header_is_kept_exactly(kind: str, tmp_path: Path) -> None:
     shape = (20, 22, 18)
     affine = rigid((7, -3, 11), (1, 2, 3)) @ grid_affine(shape, (1.7, 1.9, 2.3), "PSR")
     image = (nib.Nifti2Image if kind == "NIfTI-2" else nib.Nifti1Image)(head(shape, affine).T, affine)
     if kind == "big-endian":
         image = nib.Nifti1Image(image.get_fdata(), affine, image.header.as_byteswapped(">"))
-    image.set_qform(rigid((1, 0, 0), (0, 5, 0)) @ affine if kind == "unlike forms" else affine, 1)
+    image.set_qform(rigid((1, 0, 0), (0, 5, 0)) @ affine if kind == "different forms" else affine, 1)
     image.set_sform(affine, 0 if kind == "qform alone" else 4)
     image.header.set_xyzt_units("mm", "sec")
     image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"the name of a person"))
@@ -46,7 +46,7 @@ def test_the_geometry_of_the_header_is_kept_exactly(kind: str, tmp_path: Path) -
     assert nib.load(out).get_fdata().max() > 500
 
 
-def contradicting(plain: bytes, sform: np.ndarray, code: int) -> bytes:
+def with_sform(plain: bytes, sform: np.ndarray, code: int) -> bytes:
     """Replace the sform of a file."""
     header = nib.Nifti1Header(plain[:348])
     header.set_sform(sform, code)
@@ -74,23 +74,23 @@ def bad_inputs() -> dict[str, tuple[bytes, str]]:
         ),
         "in metres": (nifti_of(values, affine @ np.diag([1e-3, 1e-3, 1e-3, 1])), "the header's unit may be wrong"),
         "a mirrored sform": (
-            contradicting(nifti_of(values, affine), np.diag([-1.0, 1, 1, 1]) @ affine, 1),
+            with_sform(nifti_of(values, affine), np.diag([-1.0, 1, 1, 1]) @ affine, 1),
             "sform and qform contradict each other: they are mirror images",
         ),
         "a shifted sform": (
-            contradicting(nifti_of(values, affine), rigid((0, 0, 0), (0, 5, 0)) @ affine, 2),
+            with_sform(nifti_of(values, affine), rigid((0, 0, 0), (0, 5, 0)) @ affine, 2),
             "aligned space (code 2), but their positions of a voxel differ by 5 mm",
         ),
         "thick slices": (nifti_of(values, affine @ np.diag([1, 1, 10, 1])), "voxels of 2 x 2 x 20 mm"),
-        "cut short": (packed[: len(packed) // 2], "is truncated"),
-        "a plain file cut short": (nifti_of(values, affine)[:-1], "the header requires"),
+        "truncated": (packed[: len(packed) // 2], "is truncated"),
+        "a plain file truncated": (nifti_of(values, affine)[:-1], "the header requires"),
         "not NIfTI": (b"<html>403 Forbidden</html>" * 40, "not a NIfTI file"),
     }
 
 
-@pytest.mark.parametrize("what", bad_inputs())
-def test_an_unusable_input_is_a_one_line_error(what: str, tmp_path: Path) -> None:
-    contents, message = bad_inputs()[what]
+@pytest.mark.parametrize("kind", bad_inputs())
+def test_an_unusable_input_is_a_one_line_error(kind: str, tmp_path: Path) -> None:
+    contents, message = bad_inputs()[kind]
     path = tmp_path / "x.nii.gz"
     path.write_bytes(contents)
     with pytest.raises(SynthesisError) as error:
@@ -101,17 +101,17 @@ def test_an_unusable_input_is_a_one_line_error(what: str, tmp_path: Path) -> Non
     assert sorted(tmp_path.iterdir()) == [path]
 
 
-def test_of_two_spaces_the_scanner_s_is_used_with_a_warning(tmp_path: Path) -> None:
+def test_scanner_space_is_preferred_to_another_space_with_a_warning(tmp_path: Path) -> None:
     affine = grid_affine((20, 20, 20), (2, 2, 2), "LAS")
     plain = nifti_of(head((20, 20, 20), affine), affine, qform=1)
-    both = contradicting(plain, rigid((90, 0, 0), (0, 0, 0)) @ affine @ np.diag([1.1, 1.1, 1.1, 1]), 4)
+    both = with_sform(plain, rigid((90, 0, 0), (0, 0, 0)) @ affine @ np.diag([1.1, 1.1, 1.1, 1]), 4)
     made = []
     for name, contents in (("plain", plain), ("both", both)):
         (tmp_path / f"{name}.nii").write_bytes(contents)
         out = volumes.synthesize_file(identity(), tmp_path / f"{name}.nii", tmp_path / f"{name}-T2.nii")
         made.append(nib.load(out))
         warnings = json.loads((tmp_path / f"{name}-T2.json").read_text())["Warnings"]
-        assert any("two spaces, scanner (code 1) and MNI152 (code 4)" in line for line in warnings) == (name == "both")
+        assert any("two spaces, scanner (code 1) and MNI152 (code 4)" in text for text in warnings) == (name == "both")
     np.testing.assert_array_equal(made[0].dataobj, made[1].dataobj)
     np.testing.assert_array_equal(made[1].get_sform(), nib.Nifti1Header(both[:348]).get_sform())
 
@@ -133,12 +133,12 @@ def test_a_file_name_of_the_wrong_modality_gives_a_warning(name: str, warned: bo
     (tmp_path / name).write_bytes(nifti_of(head((20, 20, 20), affine), affine))
     volumes.synthesize_file(identity(), tmp_path / name, tmp_path / "out.nii")
     warnings = json.loads((tmp_path / "out.json").read_text())["Warnings"]
-    assert any("by its name it is a T2" in line for line in warnings) is warned
+    assert any("by its name it is a T2" in warning for warning in warnings) is warned
 
 
 @pytest.mark.parametrize("trailing", [(), (1,), (1, 1), (1, 1, 1, 1)], ids=str)
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
-def test_the_output_has_the_input_s_shape(trailing: tuple[int, ...], kind: Any, tmp_path: Path) -> None:
+def test_the_output_has_the_shape_of_the_input(trailing: tuple[int, ...], kind: Any, tmp_path: Path) -> None:
     affine = grid_affine((20, 22, 18), (2, 2, 2), "LAS")
     image = kind(head((20, 22, 18), affine).T.reshape((20, 22, 18, *trailing)), affine)
     source = tmp_path / "x.nii"
@@ -180,7 +180,7 @@ def test_too_many_voxels_are_refused_before_they_are_inflated(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("low_high", [(0.0, 1.0), (-0.02, 0.5), (0.0, 250_000.0), (5e6, 5.1e6), (3.0, 1500.0)])
-def test_the_target_s_units_are_kept_for_small_and_large_values(low_high: tuple[float, float], tmp_path: Path) -> None:
+def test_target_units_are_kept_for_small_and_large_values(low_high: tuple[float, float], tmp_path: Path) -> None:
     grid = grid_affine((24, 24, 24), (2, 2, 2), "RAS")
     values = head((24, 24, 24), grid)
     (tmp_path / "a.nii.gz").write_bytes(nifti_of(values, grid))
@@ -325,10 +325,10 @@ def test_the_command_processes_files_and_folders_and_skips_unusable_inputs(
     (tmp_path / "in").mkdir()
     for member in members:
         (tmp_path / "in" / member).write_bytes(volume_of(archives, member))
-    one = tmp_path / "in" / members[0]
-    code, out, _ = command(root, "synthesize", "a", one, "-o", tmp_path / "T2.nii.gz", capsys=capsys)
+    first_input = tmp_path / "in" / members[0]
+    code, out, _ = command(root, "synthesize", "a", first_input, "-o", tmp_path / "T2.nii.gz", capsys=capsys)
     assert (code, out.strip()) == (0, str(tmp_path / "T2.nii.gz"))
-    first, made = nib.load(one), nib.load(tmp_path / "T2.nii.gz")
+    first, made = nib.load(first_input), nib.load(tmp_path / "T2.nii.gz")
     assert made.shape == first.shape
     assert bytes(made.header["descrip"]).startswith(b"SYNTHETIC T2 of a T1, ixi-etl ")
     record = json.loads((tmp_path / "T2.json").read_text())
@@ -348,7 +348,7 @@ def test_the_command_processes_files_and_folders_and_skips_unusable_inputs(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "line"),
+    ("arguments", "message"),
     [
         (["zz", "x.nii", "-o", "y.nii"], "there is no run zz in"),
         (["a", "nowhere.nii", "-o", "y.nii"], "nowhere.nii does not exist"),
@@ -361,9 +361,9 @@ def test_the_command_processes_files_and_folders_and_skips_unusable_inputs(
     ],
 )
 def test_errors_of_the_command_are_one_line(
-    arguments: list[str], line: str, root: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = command(root, "synthesize", *arguments, capsys=capsys)
     assert (code, out) in ((1, ""), (2, ""), (6, ""))
-    assert line in err
+    assert message in err
     assert err.count("\n") == 1

@@ -43,7 +43,7 @@ def root(published: PublishedVersion, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def ended(root: Path, trained: Path) -> Path:
+def finished(root: Path, trained: Path) -> Path:
     """A root with a run `a`, trained to step 6, as `train_run(run_of(root, "a"))` leaves it."""
     shutil.copytree(trained / "runs", root / "runs")
     return root
@@ -58,13 +58,13 @@ def arguments(root: Path, run: str, *more: str, **settings: Any) -> list[str]:
     return ["train", "--root", str(root), "--run-id", run, *chosen, *more]
 
 
-def command(root: Path, *given: str, **settings: Any) -> Job:
+def command(root: Path, *options: str, **settings: Any) -> Job:
     """`ixi-etl train` in a process forked after the import of torch; it prints to the file `output`."""
-    return Job(stages.do_command, arguments(root, *given, **settings), str(root / "output"))
+    return Job(stages.do_command, arguments(root, *options, **settings), str(root / "output"))
 
 
-def launched(root: Path, **settings: Any) -> list[str]:
-    """The command line of a training in two processes."""
+def torchrun_command(root: Path, **settings: Any) -> list[str]:
+    """The command line of a training `two` in two processes."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "flows"]
     return launch + arguments(root, "two", **settings)
 
@@ -91,7 +91,7 @@ FULL = {"steps": 12, "checkpoint_every": 3, "keep": 20, "ema": 0.9, "decay": 0.7
 
 
 def assert_same(got: Path, wanted: Path) -> None:
-    """Two checkpoints hold equal tensors, including those of the optimisers."""
+    """Assert that two checkpoints hold equal tensors, including those of the optimisers."""
     (ours, _), (theirs, _) = checkpoint.load(got), checkpoint.load(wanted)
     assert ours.keys() == theirs.keys()
     assert any(name.startswith("discriminator_optimizer") for name in ours)
@@ -101,14 +101,14 @@ def assert_same(got: Path, wanted: Path) -> None:
 
 def test_resuming_from_a_checkpoint_older_than_the_logs_is_bit_exact(root: Path) -> None:
     """A kill between two checkpoints leaves such logs."""
-    train_run(run_of(root, "whole", **FULL))
-    whole, killed = root / "runs" / "whole", root / "runs" / "killed"
-    shutil.copytree(whole, killed)
+    train_run(run_of(root, "uninterrupted", **FULL))
+    uninterrupted, killed = root / "runs" / "uninterrupted", root / "runs" / "killed"
+    shutil.copytree(uninterrupted, killed)
     for path in (c.path for c in checkpoint.list_checkpoints(killed / "checkpoints") if c.step > 6):
         path.unlink()
     train_run(run_of(root, "killed", **FULL), resume=True)
     for step in (9, FULL["steps"]):
-        assert_same(*(checkpoint.checkpoint_path(run / "checkpoints", step) for run in (killed, whole)))
+        assert_same(*(checkpoint.checkpoint_path(run / "checkpoints", step) for run in (killed, uninterrupted)))
     rows = read_rows(killed / "metrics.csv")
     assert [int(r["step"]) for r in rows] == list(range(2, FULL["steps"] + 1, 2))
 
@@ -116,7 +116,8 @@ def test_resuming_from_a_checkpoint_older_than_the_logs_is_bit_exact(root: Path)
 @pytest.mark.faults
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resuming_after_a_kill_is_bit_exact(root: Path, fork_server: None, precision: str) -> None:
-    train_run(run_of(root, "whole", precision=precision, **FULL))
+    train_run(run_of(root, "uninterrupted", precision=precision, **FULL))
+    expected = root / "runs" / "uninterrupted" / "checkpoints"
     folder, settings = root / "runs" / "killed" / "checkpoints", TRAINED | FULL | {"precision": precision}
     pattern = f"checkpoints/{checkpoint.checkpoint_path(folder, 6).name}"
     assert Job(stages.do_training_killed, str(root), settings, "killed", pattern).exit_code() == -signal.SIGKILL
@@ -124,9 +125,7 @@ def test_resuming_after_a_kill_is_bit_exact(root: Path, fork_server: None, preci
     again = command(root, "killed", "--resume", precision=precision, **FULL)
     assert again.exit_code() == 0, (root / "output").read_text()
     for step in (6, 9, FULL["steps"]):
-        assert_same(
-            checkpoint.checkpoint_path(folder, step), checkpoint.checkpoint_path(root / "runs/whole/checkpoints", step)
-        )
+        assert_same(checkpoint.checkpoint_path(folder, step), checkpoint.checkpoint_path(expected, step))
     rows = read_rows(root / "runs" / "killed" / "metrics.csv")
     assert [int(r["step"]) for r in rows] == list(range(2, FULL["steps"] + 1, 2))
 
@@ -134,11 +133,11 @@ def test_resuming_after_a_kill_is_bit_exact(root: Path, fork_server: None, preci
 def test_a_training_that_fails_to_start_leaves_no_configuration(published: PublishedVersion, tmp_path: Path) -> None:
     shutil.copytree(published.folder.parents[1], tmp_path / "datasets")
     (manifest,) = tmp_path.glob("datasets/*/*/manifest.csv")
-    whole = manifest.read_text()
-    manifest.write_text(whole.replace("used", "lost"))
+    original = manifest.read_text()
+    manifest.write_text(original.replace("used", "lost"))
     with pytest.raises(DatasetError):
         train_run(run_of(tmp_path, "a", seed=1))
-    manifest.write_text(whole)
+    manifest.write_text(original)
     train_run(run_of(tmp_path, "a", seed=2))
     assert json.loads((tmp_path / "runs/a/config.json").read_text())["config"]["seed"] == 2
 
@@ -180,29 +179,29 @@ def test_a_signal_to_the_command_saves_and_ends_in_one_line(
     assert "continue with --resume" in output.splitlines()[-1]
 
 
-def test_resuming_skips_a_damaged_checkpoint(ended: Path, caplog: pytest.LogCaptureFixture) -> None:
-    newest = checkpoint.checkpoint_path(ended / "runs" / "a" / "checkpoints", 6)
+def test_resuming_skips_a_damaged_checkpoint(finished: Path, caplog: pytest.LogCaptureFixture) -> None:
+    newest = checkpoint.checkpoint_path(finished / "runs" / "a" / "checkpoints", 6)
     before = checkpoint.checkpoint_path(newest.parent, 4)
     newest.write_bytes(newest.read_bytes()[:1000])
     with caplog.at_level(logging.INFO, "model"):
-        train_run(run_of(ended, "a"), resume=True)
+        train_run(run_of(finished, "a"), resume=True)
     assert str(newest) in caplog.text
     assert f"resuming from {before}" in caplog.text
     assert checkpoint.list_checkpoints(newest.parent)[-1].step == 6
 
 
-def test_if_all_checkpoints_are_damaged_the_new_training_writes_its_configuration(ended: Path) -> None:
-    """`prune` reads it to know which version is in use."""
-    for path in (ended / "runs" / "a" / "checkpoints").iterdir():
-        whole = bytearray(path.read_bytes())
-        whole[-1] ^= 1  # the header stays valid
-        path.write_bytes(whole)
-    train_run(run_of(ended, "a", seed=2), resume=True)
-    assert json.loads((ended / "runs" / "a" / "config.json").read_text())["config"]["seed"] == 2
+def test_a_training_writes_its_configuration_if_all_checkpoints_are_damaged(finished: Path) -> None:
+    """`prune` reads it to find the version in use."""
+    for path in (finished / "runs" / "a" / "checkpoints").iterdir():
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1  # the header stays valid
+        path.write_bytes(content)
+    train_run(run_of(finished, "a", seed=2), resume=True)
+    assert json.loads((finished / "runs" / "a" / "config.json").read_text())["config"]["seed"] == 2
 
 
-def test_a_training_resumes_when_a_full_disk_emptied_its_logs(ended: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run = run_of(ended, "a", steps=8)
+def test_a_training_resumes_when_a_full_disk_emptied_its_logs(finished: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = run_of(finished, "a", steps=8)
     for name in ("metrics.csv", "validation.csv"):
         (run.folder / name).write_bytes(b"")
     train_run(run, resume=True)
@@ -239,7 +238,7 @@ def test_the_run_id_depends_on_what_affects_the_weights(root: Path) -> None:
 
 def test_the_best_generator_is_kept_and_found_again(trained: Path) -> None:
     run = run_of(trained, "a")
-    assert run.config.ema  # so that the average is kept
+    assert run.config.ema  # the average is kept
     best = checkpoint.best_checkpoint(run.folder / "checkpoints")
     assert best is not None
     kept, config, step = load_generator(run.generator)
@@ -251,8 +250,8 @@ def test_the_best_generator_is_kept_and_found_again(trained: Path) -> None:
     assert open_run(trained, "a").generator == open_run(trained, "latest").generator == run.generator
 
 
-def test_a_finished_run_is_not_trained_again(ended: Path) -> None:
-    run = run_of(ended, "a")
+def test_a_finished_run_is_not_trained_again(finished: Path) -> None:
+    run = run_of(finished, "a")
     before = {p: p.stat().st_mtime_ns for p in (run.folder / "checkpoints").iterdir()}
     train_run(run, resume=True)
     assert {p: p.stat().st_mtime_ns for p in (run.folder / "checkpoints").iterdir()} == before
@@ -275,8 +274,8 @@ def test_a_subject_with_invalid_percentiles_is_named(
     first = table.index[table["split"] == "train"][0]
     table.loc[first, ["t2_p_low", "t2_p_high"]] = percentiles
     monkeypatch.setattr("model.data.verify.read_verified", lambda _folder: (version_metadata, table))
-    named = f"cannot normalise the t2 of {table.loc[first, 'subject_id']}, its percentiles are"
-    with pytest.raises(DatasetError, match=named) as error:
+    message = f"cannot normalise the t2 of {table.loc[first, 'subject_id']}, its percentiles are"
+    with pytest.raises(DatasetError, match=message) as error:
         data.load_pairs(published.folder, "train")
     assert "\n" not in str(error.value)
 
@@ -284,47 +283,47 @@ def test_a_subject_with_invalid_percentiles_is_named(
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.stack  # half a minute on two cores
+@pytest.mark.stack  # takes half a minute on two cores
 def test_two_processes_equal_one_process_with_twice_the_batch(root: Path, published: PublishedVersion) -> None:
     plain = {"dropout": 0.0, "steps": 8, "checkpoint_every": 8, "samples": 0, "augment": "flip", "lr": 1e-3}
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(launched(root, **plain, batch_size=1), check=True, capture_output=True, env=env)
+    subprocess.run(torchrun_command(root, **plain, batch_size=1), check=True, capture_output=True, env=env)
     train_run(run_of(root, "one", **plain, batch_size=2))
     one, two = (load_generator(root / "runs" / name / "generator.safetensors")[0] for name in ("one", "two"))
     (saved,) = checkpoint.list_checkpoints(root / "runs" / "two" / "checkpoints")
     assert {"random.cpu.0", "random.cpu.1"} <= checkpoint.load(saved.path)[0].keys()
     source = data.load_pairs(published.folder, "train").normalised(torch.arange(4))[0]
-    fresh = build_generator(run_of(root, "one", **plain).config).eval()
+    initial = build_generator(run_of(root, "one", **plain).config).eval()
     with torch.no_grad():  # biases before norms may differ; the output may not
-        a, b, before = (generator.forward_padded(source) for generator in (one, two, fresh))
-    assert float((a - b).abs().max()) < 0.02 * float((a - before).abs().max())
+        a, b, untrained = (generator.forward_padded(source) for generator in (one, two, initial))
+    assert float((a - b).abs().max()) < 0.02 * float((a - untrained).abs().max())
 
 
-@pytest.mark.stack  # a quarter of a minute on two cores
+@pytest.mark.stack  # takes a quarter of a minute on two cores
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(root: Path) -> None:
-    two = launched(root, steps=100_000, checkpoint_every=90_000, batch_size=1)
+    two = torchrun_command(root, steps=100_000, checkpoint_every=90_000, batch_size=1)
     process = subprocess.Popen(two, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
     wait_for((root / "runs" / "two" / "metrics.csv").exists, process.poll)
-    one = next(p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == "1")
-    one.send_signal(signal.SIGTERM)
+    second = next(p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == "1")
+    second.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=TIMEOUT_S)
     (saved,) = checkpoint.list_checkpoints(root / "runs" / "two" / "checkpoints")
     assert f"stopped at step {saved.step} of 100000 and saved" in stderr.decode()
     assert b'Traceback (most recent call last):\n  File "/tmp' not in stderr
 
 
-def test_another_number_of_processes_does_not_resume(ended: Path) -> None:
+def test_resuming_with_another_number_of_processes_is_refused(finished: Path) -> None:
     """Each step would use other pairs."""
-    *_, saved = checkpoint.list_checkpoints(ended / "runs/a/checkpoints")
+    *_, saved = checkpoint.list_checkpoints(finished / "runs/a/checkpoints")
     assert saved.processes == 1
     tensors, recorded_metadata = checkpoint.load(saved.path)
     for recorded in ({"processes": 2}, {"processes": None}):  # None: as in older checkpoints
         tensors["random.cpu.1"] = tensors["random.cpu.0"].clone()
         checkpoint.save(saved.path, tensors, recorded_metadata | recorded)
         with pytest.raises(CheckpointError, match=r"another configuration \(2 processes, not 1 \(torchrun"):
-            train_run(run_of(ended, "a", steps=7), resume=True)
+            train_run(run_of(finished, "a", steps=7), resume=True)
     checkpoint.save(saved.path, tensors, recorded_metadata | {"processes": 1})
-    train_run(run_of(ended, "a", steps=7), resume=True)
+    train_run(run_of(finished, "a", steps=7), resume=True)
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
@@ -337,15 +336,15 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(root
 
 def test_weights_that_are_not_finite_are_never_saved(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The losses are computed before the weights change, so they are finite when a step ruins the weights."""
-    step, numbers = Trainer.step, iter((1, 2))
+    original_step, steps = Trainer.step, iter((1, 2))
 
-    def ruins(self: Trainer, *batch: Any) -> Any:
-        losses = step(self, *batch)
-        if next(numbers) == 2:
+    def step_that_ruins_the_weights(self: Trainer, *batch: Any) -> Any:
+        losses = original_step(self, *batch)
+        if next(steps) == 2:
             next(self.generator.parameters()).data[0] = float("nan")
         return losses
 
-    monkeypatch.setattr(Trainer, "step", ruins)
+    monkeypatch.setattr(Trainer, "step", step_that_ruins_the_weights)
     message = r"the weights are not finite at step 2; the last good checkpoint is .*step-00000001"
     with pytest.raises(TrainingError, match=message):
         train_run(run_of(root, "a", checkpoint_every=1))
@@ -354,27 +353,27 @@ def test_weights_that_are_not_finite_are_never_saved(root: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("name", ["exp/one", "..", ".", ".a", "/tmp/a", "../../x", "", "latest", "a\n"])
-def test_a_run_id_cannot_lead_out_of_the_runs(name: str, root: Path) -> None:
+def test_a_run_id_cannot_name_a_folder_outside_the_runs(name: str, root: Path) -> None:
     with pytest.raises(ConfigError, match="is not a valid name; use letters, digits") as error:
         run_of(root, name)
     assert "\n" not in str(error.value)
 
 
-def test_a_run_is_not_overwritten(ended: Path) -> None:
+def test_a_run_is_not_overwritten(finished: Path) -> None:
     with pytest.raises(CheckpointError, match="has trained to step 6; continue with --resume, or start a new run"):
-        train_run(run_of(ended, "a"))
+        train_run(run_of(finished, "a"))
 
 
-def test_resuming_with_another_configuration_is_refused_with_the_difference(ended: Path) -> None:
+def test_resuming_with_another_configuration_is_refused_with_the_difference(finished: Path) -> None:
     with pytest.raises(CheckpointError, match=r"another configuration \(width 4, not 8\)"):
-        train_run(run_of(ended, "a", width=8), resume=True)
+        train_run(run_of(finished, "a", width=8), resume=True)
     with pytest.raises(CheckpointError, match="has another configuration"):
-        train_run(run_of(ended, "a", lr=1e20), resume=True)
-    train_run(run_of(ended, "a", steps=8, log_every=1), resume=True)  # without decay, more steps are the same training
+        train_run(run_of(finished, "a", lr=1e20), resume=True)
+    train_run(run_of(finished, "a", steps=8, log_every=1), resume=True)  # without decay, more steps are allowed
 
 
 @pytest.mark.parametrize(
-    ("settings", "line"),
+    ("settings", "message"),
     [
         ({"dataset": "ixi-t1-t2@ffff"}, "there is no version ffff in"),
         ({"dataset": "mnist@latest"}, "there is no dataset mnist"),
@@ -385,9 +384,9 @@ def test_resuming_with_another_configuration_is_refused_with_the_difference(ende
     ],
 )
 def test_a_configuration_that_does_not_fit_is_a_one_line_error_and_writes_nothing(
-    root: Path, settings: dict[str, Any], line: str
+    root: Path, settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(IxiError, match=line) as error:
+    with pytest.raises(IxiError, match=message) as error:
         run_of(root, "a", **settings)
     assert "\n" not in str(error.value)
     assert not (root / "runs").exists()
@@ -396,16 +395,16 @@ def test_a_configuration_that_does_not_fit_is_a_one_line_error_and_writes_nothin
 def test_a_damaged_shard_is_refused_by_name(published: PublishedVersion, tmp_path: Path) -> None:
     shutil.copytree(published.folder.parents[2], tmp_path / "root")
     for shard in (tmp_path / "root").rglob("t1/c/*/0/0/0"):
-        whole = bytearray(shard.read_bytes())
-        whole[len(whole) // 3] ^= 1
-        shard.write_bytes(whole)
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 3] ^= 1
+        shard.write_bytes(content)
     run = run_of(tmp_path / "root", "a")
     with pytest.raises(DatasetError, match=r"t1/c/\d/0/0/0 is damaged: its SHA-256"):
         train_run(run)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "line"),
+    ("arguments", "message"),
     [
         (["train", "--dataset", "ixi-t1-t2@ffff"], "error: there is no version ffff in"),
         (
@@ -427,13 +426,13 @@ def test_a_damaged_shard_is_refused_by_name(published: PublishedVersion, tmp_pat
     ],
 )
 def test_errors_of_the_command_line_are_one_line(
-    trained: Path, arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
+    trained: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
         main([*arguments, "--root", str(trained)])
     assert end.value.code in (1, 2, 6)
     printed = capsys.readouterr().err.strip().splitlines()
-    assert line in printed[-1]
+    assert message in printed[-1]
     assert not [other for other in printed[:-1] if "rror" in other]
 
 

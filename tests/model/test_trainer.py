@@ -23,7 +23,7 @@ N, SUBJECTS = 9, 3
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(),
-    reason="waits for a GPU, and its differences from a CPU, show only on a GPU; none was found; "
+    reason="only a GPU can show that a step waits for it, or that it differs from a CPU, and no GPU was found; "
     "test_a_step_reads_no_value_from_the_device counts the reads that would wait on a CPU",
 )
 
@@ -99,7 +99,7 @@ def test_a_gpu_computes_the_losses_of_a_cpu(batch_size: int) -> None:
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])
-def test_the_moving_average_equals_pytorch_s(norm: str) -> None:
+def test_the_moving_average_equals_that_of_pytorch(norm: str) -> None:
     config = config_of(norm=norm)
     pairs, trainer = pairs_on("cpu"), Trainer(config, torch.device("cpu"))
     plain = AveragedModel(trainer.generator, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)

@@ -566,7 +566,7 @@ def surveyed(archives: Path) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(("ids", "matched"), [("2 ixi003 2.5", 2), ("IXI002 IXI003-HH-1 900", 2), ("002 x", 1)])
-def test_the_match_of_demographics_is_one_warning(
+def test_the_count_of_matching_demographics_is_one_warning(
     ids: str, matched: int, surveyed: pd.DataFrame, archives: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     demographics = tmp_path / "demographics.csv"
