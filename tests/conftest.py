@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import shutil
+import signal
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -82,6 +83,13 @@ class SkippedModule(pytest.Module):
 
     def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
         pytest.skip(TORCH_MISSING, allow_module_level=True)
+
+
+def pytest_configure() -> None:
+    """Undo `nohup` and a shell's `&`: programs started by tests would inherit that these signals are ignored."""
+    for number, default in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, default)
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
