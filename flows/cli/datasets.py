@@ -1,7 +1,8 @@
-"""Commands that look at archives and make datasets: survey, refresh, digits."""
+"""Commands that look at archives and make datasets: survey, check-official, refresh, digits."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ from flows.cli.show import show_run, show_version
 from flows.presets import Preset
 from ixi_etl.config import PRESETS, DatasetConfig, DigitsConfig, DigitsDataset, RefreshConfig
 from ixi_etl.core.extras import require_extra
-from ixi_etl.errors import ArchiveError
+from ixi_etl.errors import ArchiveError, DatasetError
 
 if TYPE_CHECKING:
     from ixi_etl.dataset.publish import PublishedVersion
@@ -66,6 +67,33 @@ def survey(
     if len(noted):
         output.table("noted", noted[["modality", "member", "note"]], "Headers with contradictions")
     output.fields({"members": len(table), "survey": out / "survey.csv", "picture": out / "depths.svg"})
+    output.end()
+
+
+@app.command("check-official")
+@options_from(only=("root", "source", "demographics", "insecure_hosts"), config=RefreshConfig)
+def check_official(config: dict[str, Any], quiet: Quiet = False, as_json: Json = False) -> None:
+    """Compare the official archives with what is published about IXI: counts, depths, orientations, spacings.
+
+    Reads the headers of the archives of an earlier refresh, or of --source, in about a minute. Prints one line per
+    published fact, and fails if one differs. Nobody on this project has read the archives: please report differences.
+    """
+    import pandas as pd
+
+    from flows.progress import show_progress
+    from ixi_etl.recipes.ixi_official import check_archives, differences_message
+
+    output = Output(quiet, as_json)
+    check_config = RefreshConfig.model_validate(config)
+    with show_progress() as progress:
+        findings = check_archives(check_config, _archives_to_survey(check_config), progress)
+    words = {True: "agrees", False: "DIFFERS", None: "not compared"}
+    rows = [asdict(finding) | {"result": words[finding.agrees]} for finding in findings]
+    shown = pd.DataFrame(rows)[["result", "fact", "published", "found"]]
+    output.table("findings", shown, "Published facts of IXI and what these archives contain", rows)
+    problem = differences_message(findings)
+    if problem:
+        raise DatasetError(problem)
     output.end()
 
 

@@ -92,6 +92,12 @@ def acquire(
         return _try_each_url(source, path, http, progress)
 
 
+def recorded_md5(folder: Path, name: str, location: str) -> str | None:
+    """The MD5 that was computed of the file at `location`; None if it is unknown, or the file has changed since."""
+    existing = _read_record(folder, name, location)
+    return existing.md5 if existing else None
+
+
 def _read_record(folder: Path, name: str, location: str) -> VerifiedFile | None:
     record = read_json(folder / f"{name}.json")
     with suppress(Exception):  # a damaged record, or an inaccessible file, counts as no record
