@@ -11,10 +11,11 @@ BENCH  := $(VENV)/.installed-bench
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE # otherwise each process compiles all modules again
 
-.PHONY: demo test fuzz test-standin test-stack faults audit bench api deploy lint clean help
+.PHONY: demo real test fuzz test-standin test-stack faults audit bench api deploy lint clean help
 
 help:
 	@echo "make demo          run the whole pipeline on a small simulated IXI; needs no server and no account"
+	@echo "make real          run the whole pipeline on the official archives (8.1 GiB) and write real-report/"
 	@echo "make test          run the tests (3 minutes) with the same random examples on every run"
 	@echo "make fuzz          search for failing random examples; SEEDS=30: thirty seeds, SEED=N: one seed, ONLY=name: one test"
 	@echo "make test-standin  run the tests on simulated archives of real anatomy, if present (minutes)"
@@ -41,6 +42,18 @@ $(BASE) $(TRAIN) $(STAMP): pyproject.toml constraints.txt ixi_etl/__init__.py
 # If the environment with all extras exists, it is used.
 demo: $(or $(wildcard $(STAMP)),$(TRAIN))
 	@$(BIN)/ixi-etl demo
+
+# The report has no voxels and no pictures. check-official fails if a published fact differs; that is a result, too.
+real: $(or $(wildcard $(STAMP)),$(TRAIN))
+	@mkdir -p real-report
+	@$(BIN)/ixi-etl refresh --demographics official $(if $(SOURCE),--source "$(SOURCE)")
+	@$(BIN)/ixi-etl check-official --demographics official --json $(if $(SOURCE),--source "$(SOURCE)") \
+		> real-report/check-official.json || true
+	@$(BIN)/ixi-etl versions --json > real-report/versions.json
+	@$(BIN)/ixi-etl train --preset smoke --resume
+	@cd "$$($(BIN)/python -c 'from ixi_etl.dataset.versions import find_version as f; print(f("ixi-data"))')" && \
+		cp manifest.csv dataset.json software.json $(CURDIR)/real-report/
+	@echo "real-report/ holds the result without images"
 
 test: $(STAMP)
 	@$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not standin and not stack and not faults"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -50,9 +51,7 @@ def test_every_command_has_help_and_is_in_the_readme(name: str) -> None:
 
 
 def test_every_command_in_the_readme_exists() -> None:
-    import re
-
-    assert set(re.findall(r"ixi-etl ([a-z]+)", README)) == set(COMMANDS)
+    assert set(re.findall(r"ixi-etl ([a-z]+(?:-[a-z]+)*)", README)) == set(COMMANDS)
 
 
 def test_survey_prints_and_writes_a_table_and_a_chart(
@@ -73,6 +72,23 @@ def test_survey_of_one_tar_reads_only_that_tar(
     assert code == 0
     assert "T2" in out
     assert "T1 " not in out
+
+
+def test_check_official_names_the_published_facts_that_differ(
+    archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run("check-official", "--source", str(archives), "--root", str(tmp_path), "--quiet", capsys=capsys)
+    assert code == 1
+    assert re.search(r"DIFFERS +T1 volumes +581 +\d+", out)
+    assert re.search(r"agrees +T1 orientation as stored +PSR in all", out)
+    assert err.startswith("error: ")
+    assert "published fact(s) differ: T1 volumes; T2 volumes" in err
+    assert err.count("\n") == 1
+
+
+def test_check_official_needs_archives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run("check-official", "--root", str(tmp_path), capsys=capsys)
+    assert (code, "has no archives yet; run `ixi-etl refresh`" in err) == (1, True)
 
 
 def test_verify_and_versions_report_on_a_published_version(
