@@ -33,8 +33,12 @@ SPLITS = ("train", "val", "test")
 
 MIN_SIMILARITY = 0.6  # of two names, from 0 to 1, so that one is suggested for the other
 
-MIN_NMI = 0.08
-"""Well-registered real pairs have 0.090 to 0.209, different people at most 0.058 (docs/registration.md)."""
+MIN_NMI = 0.06
+"""Scans of two people, registered, have at most 0.058, and well-registered real pairs at least 0.090
+(docs/registration.md)."""
+
+MAX_REGISTRATION_ERROR_MM = 1.5
+"""Estimates are up to 0.9 mm where the error is below 0.5 mm (docs/registration.md)."""
 
 
 class StrictModel(BaseModel):
@@ -134,9 +138,18 @@ class DatasetConfig(StrictModel):
         description="rigid: correct the motion between the scans; none: align by headers only (always none for index)",
     )
     min_nmi: Annotated[float, Field(ge=0, le=1)] = Field(
-        MIN_NMI, description="minimum normalised mutual information (NMI); pairs below it have low similarity"
+        MIN_NMI,
+        description="minimum normalised mutual information (NMI); pairs below it, or far below those of their site, "
+        "have low similarity",
     )
     low_similarity: Literal["flag", "exclude"] = Field("flag", description="flag or exclude low-similarity pairs")
+    max_registration_error: Annotated[float, Field(gt=0)] = Field(
+        MAX_REGISTRATION_ERROR_MM,
+        description="maximum estimated error of the registration (mm); pairs above it are uncertain",
+    )
+    uncertain: Literal["flag", "exclude"] = Field(
+        "flag", description="flag or exclude pairs whose registration is uncertain"
+    )
     pictures: bool = Field(True, description="draw a picture of each pair, and a sheet of the ten least similar")
     split_seed: int = Field(0, description="seed of the hash that assigns each person to train, val or test")
     split: tuple[float, float, float] = Field((0.8, 0.1, 0.1), description="shares of train, val and test")

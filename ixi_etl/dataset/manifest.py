@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from ixi_etl.config import DatasetConfig
+from ixi_etl.dataset.alignment import DISSIMILAR, UNCERTAIN, judge_alignments
 from ixi_etl.dataset.schema import CANDIDATE, EXCLUDED, IXI, REASONS, USED, Schema
 from ixi_etl.dataset.splits import assign_splits, person_of
 from ixi_etl.scans.site_tables import count_by_site, site_table, site_table_to_records
@@ -31,10 +32,18 @@ def finalise(
 ) -> pd.DataFrame:
     """The final manifest, with the cut's `records` (subject_id -> record), splits, and dense store rows."""
     rows = []
+    cut = {s: record for s, record in records.items() if "nmi_after" in record and "reason" not in record}
+    sites = dict(zip(manifest["subject_id"], manifest["site"], strict=True))
+    judged = judge_alignments(cut, sites, dataset_config)
+    rules = {UNCERTAIN: dataset_config.uncertain, DISSIMILAR: dataset_config.low_similarity}
     for row in to_records(manifest):
         record = records[row["subject_id"]]
         flags = join_flags(row["flags"], record.get("flags"))
         row |= {column: value for column, value in record.items() if column in IXI.dtypes} | {"flags": flags}
+        for judgement in judged.get(row["subject_id"], []):
+            row["flags"] = join_flags(row["flags"], judgement.flag)
+            if rules[judgement.flag] == "exclude" and not row["reason"]:
+                row |= {"reason": judgement.flag, "detail": judgement.detail}
         if row["status"] == CANDIDATE:
             row["status"] = EXCLUDED if row["reason"] else USED
         rows.append(row)

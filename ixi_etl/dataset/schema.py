@@ -40,7 +40,8 @@ REASONS = {
     "outside_fov": "more than 5% of the T2 slab's foreground is outside the T1's grid",
     "empty_image": "percentiles 0.1 and 99.9 of a slab are equal: it has a single value, or almost no other",
     "intensity_range": "the range of values is too wide for 16 bits, or they cannot be interpolated in float32",
-    "low_similarity": "the similarity (NMI) of the pair is below the minimum",
+    "registration_uncertain": "the estimated error of the registration is above the maximum, or it failed",
+    "low_similarity": "the similarity (NMI) of the pair is below the minimum, or far below the pairs of its site",
 }
 """Reasons for exclusion. Of all failed checks the earliest here counts; within one reason, T1 before T2."""
 
@@ -203,7 +204,8 @@ _VOLUME = dict.fromkeys(("member", "sha256"), "str") | {"depth": "Int64"}
 _VOLUME |= dict.fromkeys(("shape", "spacing_mm", "orientation"), "str")
 _VOLUME |= {"window_start": "Int64", "window_stop": "Int64", "p_low": "Float64", "p_high": "Float64"}
 _PAIR = {"t2_to_t1_ras_mm": "str"}
-_PAIR |= dict.fromkeys(("motion_mm", "motion_deg", "nmi_before", "nmi_after"), "Float64") | {"flags": "str"}
+_ALIGNMENT = ("motion_mm", "motion_deg", "registration_error_mm", "nmi_before", "nmi_after")
+_PAIR |= dict.fromkeys(_ALIGNMENT, "Float64") | {"flags": "str"}
 
 
 def _is_matrix(text: str) -> bool:
@@ -238,7 +240,7 @@ IXI = Schema(
         "modal depth": ("depth_not_modal",),
         "modal grid": ("grid_not_modal",),
         "cut": ("corrupt_voxels", "outside_fov", "empty_image", "intensity_range"),
-        "used": ("low_similarity",),
+        "used": ("registration_uncertain", "low_similarity"),
     },
     arrays=("t1", "t2"),
     allowed={"sex": ("", "m", "f"), "nmi_before": (0, 1), "nmi_after": (0, 1)},

@@ -195,11 +195,6 @@ def _cut(
         name = modality.lower()
         if slab.window:
             record |= {f"{name}_window_start": slab.window[0], f"{name}_window_stop": slab.window[1]}
-    if record["nmi_after"] < dataset_config.min_nmi:
-        if dataset_config.low_similarity == "exclude":
-            detail = f"NMI is {record['nmi_after']:.3f}; the minimum is {dataset_config.min_nmi:g}"
-            raise BadVolumeError("low_similarity", detail)
-        record["flags"] = ",".join(filter(None, [record.get("flags"), "low_similarity"]))
     files = {}
     if dataset_config.pictures:
         middle = len(voxels["T2"]) // 2

@@ -1,4 +1,4 @@
-"""Estimate the rigid motion of the head between the two scans, and measure the similarity of a pair.
+"""Estimate the rigid motion of the head between the two scans of a pair, and the error of that estimate.
 
 Legend: volumes are [k, j, i], slabs [z, y, x]; matrices are 4 x 4 and act on RAS mm. `t2_to_t1` maps a point of the
 T2's world to the same tissue in the T1's; it is the identity if the headers alone align the scans.
@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ixi_etl.pairing.geometry import Matrix, import_sitk, rounded
-from ixi_etl.scans.intensity import clip_spikes, count_values, in_blocks, percentiles, prefers_counting
+from ixi_etl.scans.intensity import clip_spikes, otsu_threshold, percentiles
 
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution of the search: grid of about `spacing_mm`, `samples` voxels of the T2, steps in mm."""
+    """One resolution of the search: grid of about `spacing_mm`, `samples` voxels of the fixed scan, steps in mm."""
 
     spacing_mm: float
     samples: int
@@ -27,57 +27,24 @@ class Level:
     iterations: int
 
 
-LEVELS = (Level(4.0, 33_000, 2.0, 0.8, 200), Level(1.0, 85_000, 0.5, 0.5, 60))
-"""First a coarse grid, which must converge from far; then one of about 1 mm, for IXI the stored grid. A hundredth of
-its voxels suffices, and no coarser grid is accurate to a tenth of a millimetre. Measured in docs/registration.md."""
+COARSE = Level(4.0, 33_000, 2.0, 0.8, 200)
+"""Must converge from far. Only voxels in both heads are compared: air, a neck in one scan only, and a face that was
+removed from one would mislead it."""
+FINE = Level(1.0, 85_000, 0.5, 0.5, 60)
+"""About 1 mm, for IXI the stored grid: a hundredth of its voxels suffices, and no coarser grid is accurate to a tenth
+of a millimetre. Measured in docs/registration.md."""
+TRIAL = replace(COARSE, samples=6_000)
+"""One of many starts."""
 
 HISTOGRAM_BINS = 48
-NMI_BINS = 64
-NMI_RANGE = (0.5, 99.5)  # percentiles
 # Larger motion is flagged `large_motion`. The heads of the real pairs in docs/registration.md moved by 0.5 to 5.5 mm
 # and 0.3 to 1.8 degrees; users of IXI report a few millimetres or degrees.
 MAX_MOTION_MM, MAX_MOTION_DEG = 15.0, 15.0
+RETRY_MM = 1.2
+"""Disagreement of two coarse searches from which more starts are tried. Docs/registration.md has the distribution."""
+TRIAL_ANGLE_DEG = 8.0
 # Entries of the result are rounded to 1e-6, or 0.1 um at the edge of a head. The error of the search is 50 um.
 MATRIX_BITS = 20
-
-
-def nmi(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Normalised mutual information of paired values, 2 I(A, B) / (H(A) + H(B)), from 0 to 1.
-
-    Computed on 64 equal bins between the percentiles 0.5 and 99.5 of each array; values beyond go into the outermost
-    bins. It is 0 if either array is constant or empty. Rounded to 9 digits, because the last digits of NumPy's
-    logarithm depend on the CPU.
-    """
-    if a.size == 0 or a.min() == a.max() or b.min() == b.max():
-        return 0.0
-    counts = np.zeros(NMI_BINS**2)
-    for bins_a, bins_b in zip(in_blocks(_bin_indices(a)), in_blocks(_bin_indices(b)), strict=True):
-        counts += np.bincount(bins_a * NMI_BINS + bins_b, minlength=NMI_BINS**2)
-    joint = counts.reshape(NMI_BINS, NMI_BINS) / a.size
-    joint_entropy = _entropy(joint)
-    marginal_entropies = _entropy(joint.sum(axis=0)) + _entropy(joint.sum(axis=1))
-    if marginal_entropies <= 0:
-        return 0.0
-    return round(2 * (marginal_entropies - joint_entropy) / marginal_entropies, 9)
-
-
-def _bin_indices(values: NDArray[Any]) -> NDArray[np.int16]:
-    if not prefers_counting(values):
-        return _bin_range(values, *np.percentile(values, NMI_RANGE))
-    counted = count_values(values)
-    bins = _bin_range(counted.values, *counted.percentiles(NMI_RANGE))
-    return np.concatenate([bins[np.subtract(block, counted.low, dtype=np.intp)] for block in in_blocks(values)])
-
-
-def _bin_range(values: NDArray[Any], low: float, high: float) -> NDArray[np.int16]:
-    width = (high - low) or 1.0
-    binned: NDArray[np.int16] = np.clip((values - low) * (NMI_BINS / width), 0, NMI_BINS - 1).astype(np.int16)
-    return binned
-
-
-def _entropy(shares: NDArray[np.float64]) -> float:
-    positive = shares[shares > 0]
-    return float(-(positive * np.log(positive)).sum())
 
 
 def measure_motion(t2_to_t1: Matrix, points: NDArray[np.float64]) -> tuple[float, float]:
@@ -102,50 +69,177 @@ class RegistrationError(Exception):
     """The registration failed; the pair keeps the alignment of its headers."""
 
 
-def register(t1: Volume, t2: Volume) -> Matrix:
+@dataclass(frozen=True)
+class Registration:
+    """The result of `register`.
+
+    Attributes:
+        t2_to_t1: the motion that was found.
+        check: the same motion, found by a search with exchanged roles of the scans; None if that search failed.
+    """
+
+    t2_to_t1: Matrix
+    check: Matrix | None
+
+    def error_mm(self, points: NDArray[np.float64], alignment: Matrix) -> float | None:
+        """Estimated error (mm) of an `alignment`: its mean distance from `check` at `points` (n, 3) in RAS mm.
+
+        Rounded to 6 digits; None if it cannot be estimated.
+        """
+        return None if self.check is None else round(mean_distance(alignment, self.check, points), 6)
+
+
+def mean_distance(a: Matrix, b: Matrix, points: NDArray[np.float64]) -> float:
+    """Mean distance (mm) between the positions that two matrices give to `points` (n, 3) in RAS mm."""
+    difference = a - b
+    return float(np.linalg.norm(points @ difference[:3, :3].T + difference[:3, 3], axis=1).mean())
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A scan on the grid of a level.
+
+    Attributes:
+        image: ITK image in RAS mm.
+        mask: ITK image on the same grid, 1 in and near the head; None where all voxels are compared.
+        points: (n, 3) RAS mm, some of the voxels in the mask.
+        centre: RAS mm, of the grid; rotations are about it.
+    """
+
+    image: Any
+    mask: Any
+    points: NDArray[np.float64]
+    centre: NDArray[np.float64]
+
+
+def register(t1: Volume, t2: Volume) -> Registration:
     """The rigid `t2_to_t1` that maximises the Mattes mutual information of two volumes.
 
-    Starts from the headers' alignment. Deterministic: regular sampling, one thread, and rounded geometry.
+    Starts from the headers' alignment. A second coarse search takes the T1 as the fixed scan: two searches that see
+    other samples and another metric rarely end in the same wrong place. If they disagree, more starts are tried.
+    Deterministic: regular sampling, one thread, and rounded geometry.
 
     Raises:
         RegistrationError: the volumes do not overlap, are constant, or the search failed.
     """
     t1, t2 = (_clip_spikes(scan) for scan in (t1, t2))
+    fixed, moving = (_head(scan, COARSE.spacing_mm) for scan in (t2, t1))
+    start = np.eye(4)
+    coarse, _ = _search(COARSE, fixed, moving, start)
+    check = _inverse_search(fixed, moving, start)
+    is_poor = check is None or mean_distance(coarse, check, fixed.points) > RETRY_MM
+    if is_poor:
+        coarse = _best_of_many(fixed, moving, [coarse, start] if check is None else [coarse, check, start])
+    fine, _ = _search(FINE, _whole(t2, FINE.spacing_mm), _whole(t1, FINE.spacing_mm), coarse)
+    if is_poor:
+        check = _inverse_search(fixed, moving, fine @ _rotation([4, -4, 4], fixed.centre))
+    return Registration(rounded(fine, MATRIX_BITS), None if check is None else rounded(check, MATRIX_BITS))
+
+
+def _inverse_search(fixed: _Head, moving: _Head, start: Matrix) -> Matrix | None:
+    """The coarse search with exchanged roles; None if it fails."""
+    try:
+        return _inverse(_search(COARSE, moving, fixed, _inverse(start))[0])
+    except RegistrationError:
+        return None
+
+
+def _inverse(matrix: Matrix) -> Matrix:
+    """The inverse of a rigid matrix."""
+    inverse = np.eye(4)
+    inverse[:3, :3] = matrix[:3, :3].T
+    inverse[:3, 3] = -matrix[:3, :3].T @ matrix[:3, 3]
+    return inverse
+
+
+def _best_of_many(fixed: _Head, moving: _Head, starts: list[Matrix]) -> Matrix:
+    """The best of coarse searches from `starts`, and from rotations of the last one to both sides about each axis."""
+    turned = [
+        starts[-1] @ _rotation(sign * TRIAL_ANGLE_DEG * axis, fixed.centre) for axis in np.eye(3) for sign in (1, -1)
+    ]
+    trials = [_search(TRIAL, fixed, moving, start) for start in (*starts, *turned)]
+    best, _ = min(trials, key=lambda trial: trial[1])
+    return _search(COARSE, fixed, moving, best)[0]
+
+
+def _rotation(angles_deg: Any, centre: NDArray[np.float64]) -> Matrix:
+    transform = import_sitk().Euler3DTransform()
+    transform.SetCenter(centre.tolist())
+    transform.SetRotation(*np.deg2rad(angles_deg).tolist())
+    return _matrix_of(transform)
+
+
+def _search(level: Level, fixed: _Head, moving: _Head, start: Matrix) -> tuple[Matrix, float]:
+    """The matrix from the fixed to the moving scan's world that the search finds, and its metric (the less the better).
+
+    Raises:
+        RegistrationError: the search failed.
+    """
     sitk = import_sitk()
+    start = rounded(start)
     transform = sitk.Euler3DTransform()
-    middle = (np.array(t2.voxels.shape[::-1]) - 1) / 2
-    transform.SetCenter(rounded(t2.affine[:3, :3] @ middle + t2.affine[:3, 3]).tolist())
-    for level in LEVELS:
-        fixed, moving = _to_itk_image(t2, level.spacing_mm), _to_itk_image(t1, level.spacing_mm)
-        search = sitk.ImageRegistrationMethod()
-        search.SetMetricAsMattesMutualInformation(HISTOGRAM_BINS)
-        search.SetMetricSamplingStrategy(search.REGULAR)
-        search.SetMetricSamplingPercentage(min(1.0, level.samples / fixed.GetNumberOfPixels()), seed=1)
-        # Central differences at the samples: twice as fast as whole gradient images, and half the error.
-        search.MetricUseFixedImageGradientFilterOff()
-        search.MetricUseMovingImageGradientFilterOff()
-        search.SetInterpolator(sitk.sitkLinear)
-        search.SetOptimizerAsRegularStepGradientDescent(
-            learningRate=level.first_step,
-            minStep=1e-3,
-            numberOfIterations=level.iterations,
-            relaxationFactor=level.relax,
-            gradientMagnitudeTolerance=1e-8,
-        )
-        search.SetOptimizerScalesFromPhysicalShift()
-        search.SetInitialTransform(transform, inPlace=True)
-        try:
-            search.Execute(fixed, moving)
-        except RuntimeError as error:
-            raise RegistrationError(str(error).strip().splitlines()[-1]) from error
+    transform.SetCenter(fixed.centre.tolist())
+    transform.SetMatrix(start[:3, :3].ravel().tolist(), 1e-6)
+    transform.SetTranslation((start[:3, 3] - fixed.centre + start[:3, :3] @ fixed.centre).tolist())
+    search = sitk.ImageRegistrationMethod()
+    search.SetMetricAsMattesMutualInformation(HISTOGRAM_BINS)
+    search.SetMetricSamplingStrategy(search.REGULAR)
+    search.SetMetricSamplingPercentage(min(1.0, level.samples / fixed.image.GetNumberOfPixels()), seed=1)
+    if fixed.mask is not None:
+        search.SetMetricFixedMask(fixed.mask)
+        search.SetMetricMovingMask(moving.mask)
+    # Central differences at the samples: twice as fast as whole gradient images, and half the error.
+    search.MetricUseFixedImageGradientFilterOff()
+    search.MetricUseMovingImageGradientFilterOff()
+    search.SetInterpolator(sitk.sitkLinear)
+    search.SetOptimizerAsRegularStepGradientDescent(
+        learningRate=level.first_step,
+        minStep=1e-3,
+        numberOfIterations=level.iterations,
+        relaxationFactor=level.relax,
+        gradientMagnitudeTolerance=1e-8,
+    )
+    search.SetOptimizerScalesFromPhysicalShift()
+    search.SetInitialTransform(transform, inPlace=True)
+    try:
+        search.Execute(fixed.image, moving.image)
+    except RuntimeError as error:
+        raise RegistrationError(str(error).strip().splitlines()[-1]) from error
+    matrix = _matrix_of(transform)
+    if not np.isfinite(matrix).all():
+        raise RegistrationError("the search ended in values that are not finite")
+    return matrix, search.GetMetricValue()
+
+
+def _matrix_of(transform: Any) -> Matrix:
     rotation = np.array(transform.GetMatrix()).reshape(3, 3)
     centre = np.array(transform.GetCenter())
     matrix = np.eye(4)
     matrix[:3, :3] = rotation
     matrix[:3, 3] = transform.GetTranslation() + centre - rotation @ centre
-    if not np.isfinite(matrix).all():
-        raise RegistrationError("the search ended in values that are not finite")
-    return rounded(matrix, MATRIX_BITS)
+    return matrix
+
+
+def _whole(scan: Volume, spacing_mm: float) -> _Head:
+    """A scan whose voxels are all compared."""
+    middle = (np.array(scan.voxels.shape[::-1]) - 1) / 2
+    centre = rounded(scan.affine[:3, :3] @ middle + scan.affine[:3, 3])
+    return _Head(_to_itk_image(scan, spacing_mm), None, np.zeros((0, 3)), centre)
+
+
+def _head(scan: Volume, spacing_mm: float) -> _Head:
+    """A scan with a mask of its head: the largest bright object, filled, and two voxels around it."""
+    sitk = import_sitk()
+    head = _whole(scan, spacing_mm)
+    voxels = sitk.GetArrayViewFromImage(head.image)
+    # Half of Otsu's threshold, because strong bias fields leave parts of a head dark.
+    bright = sitk.BinaryMorphologicalOpening(head.image > 0.5 * float(otsu_threshold(voxels)), [1, 1, 1])
+    parts = sitk.RelabelComponent(sitk.ConnectedComponent(bright), sortByObjectSize=True)
+    mask = sitk.BinaryDilate(sitk.BinaryFillhole(parts == 1), [2, 2, 2])
+    inside = np.argwhere(sitk.GetArrayViewFromImage(mask))[::23, ::-1]
+    origin, spacing = np.array(mask.GetOrigin()), np.array(mask.GetSpacing())
+    direction = np.array(mask.GetDirection()).reshape(3, 3)
+    return replace(head, mask=mask, points=(inside * spacing) @ direction.T + origin)
 
 
 def _clip_spikes(scan: Volume) -> Volume:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from ixi_etl.config import DatasetConfig
 from ixi_etl.errors import BadVolumeError
 from ixi_etl.pairing import geometry, register
+from ixi_etl.pairing.similarity import nmi
 from ixi_etl.scans import affines, nifti
 from ixi_etl.scans.intensity import Quantisation, StoredSlab, clip_spikes, otsu_threshold, to_int16
 
 MAX_OUTSIDE = 0.05  # share of the T2 slab's foreground. The real pairs in docs/registration.md have 0.
 MIN_COMMON_FOREGROUND = 0.5  # share of the T2 slab's foreground below which NMIs are not comparable
 MAX_OFFSET_RATIO = 4096  # offset / range of a volume; leaves 12 of float32's 24 bits for the differences
-UNCERTAIN_MOTION_MM = 1.0  # between two alignments: twice the largest error of the search on real pairs, 0.52 mm
 
 
 @dataclass
@@ -118,6 +118,7 @@ class Alignment:
         inside: mask of the voxels inside the T1's grid.
         t2_to_t1: 4 x 4, a point of the T2's world (RAS mm) to the same tissue in the T1's world.
         nmi_before, nmi_after: similarity by the headers alone, and as aligned.
+        error_mm: estimated error of `t2_to_t1`, mean over the foreground; None if the scans were not registered.
     """
 
     slab: Slab
@@ -125,6 +126,7 @@ class Alignment:
     t2_to_t1: geometry.Matrix
     nmi_before: float
     nmi_after: float
+    error_mm: float | None = None
 
 
 def anatomical_slabs(
@@ -152,6 +154,7 @@ def anatomical_slabs(
         points = geometry.world_points(foreground, target.affine)
         motion_mm, motion_deg = register.measure_motion(alignment.t2_to_t1, points)
         record |= {"motion_mm": motion_mm, "motion_deg": motion_deg, "flags": ",".join(flags)}
+        record["registration_error_mm"] = alignment.error_mm
     record |= {
         "nmi_before": alignment.nmi_before,
         "nmi_after": alignment.nmi_after,
@@ -171,10 +174,10 @@ def _register_pair(
 ) -> tuple[Alignment, list[str]]:
     """Register the T1 to the T2; return the better of both alignments, and flags for the manifest."""
     try:
-        estimate = register.register(register.Volume(t1.voxels, t1.affine), register.Volume(t2.voxels, t2.affine))
+        found = register.register(register.Volume(t1.voxels, t1.affine), register.Volume(t2.voxels, t2.affine))
     except register.RegistrationError:
         return by_headers, ["registration_failed"]
-    slab, inside = _resampled_slab(t1, target, estimate)
+    slab, inside = _resampled_slab(t1, target, found.t2_to_t1)
     outside_before, outside_after = (_fraction_outside(foreground, mask) for mask in (by_headers.inside, inside))
     common = foreground & by_headers.inside & inside
     # NMIs are comparable only on the same voxels.
@@ -185,22 +188,15 @@ def _register_pair(
         before, after = by_headers.nmi_before, nmi_within(foreground & inside, slab, target)
         is_better = outside_after < outside_before
     points = geometry.world_points(foreground, target.affine)
-    flags = _registration_flags(is_better, *register.measure_motion(estimate, points))
+    error_mm = found.error_mm(points, found.t2_to_t1 if is_better else by_headers.t2_to_t1)
     if not is_better:
-        return by_headers, flags
+        return replace(by_headers, error_mm=error_mm), ["registration_no_gain"]
+    motion_mm, motion_deg = register.measure_motion(found.t2_to_t1, points)
+    is_large = motion_mm > register.MAX_MOTION_MM or motion_deg > register.MAX_MOTION_DEG
+    flags = ["large_motion"] if is_large else []
     if outside_after > MAX_OUTSIDE >= outside_before:
         flags.append("registration_leaves_fov")
-    return Alignment(slab, inside, estimate, before, after), flags
-
-
-def _registration_flags(is_applied: bool, motion_mm: float, motion_deg: float) -> list[str]:
-    """The manifest's flags for an estimated motion, applied or not."""
-    if is_applied:
-        is_large = motion_mm > register.MAX_MOTION_MM or motion_deg > register.MAX_MOTION_DEG
-        return ["large_motion"] if is_large else []
-    if motion_mm > UNCERTAIN_MOTION_MM:
-        return ["registration_no_gain", "alignment_uncertain"]
-    return ["registration_no_gain"]
+    return Alignment(slab, inside, found.t2_to_t1, before, after, error_mm), flags
 
 
 def foreground_mask(slab: Slab) -> NDArray[np.bool_]:
@@ -217,7 +213,7 @@ def _fraction_outside(foreground: NDArray[np.bool_], inside: NDArray[np.bool_]) 
 
 def nmi_within(mask: NDArray[np.bool_], a: Slab, b: Slab) -> float:
     """NMI of two slabs as stored, over the voxels in `mask`."""
-    return register.nmi(*(slab.stored.voxels[mask].astype(np.int32) for slab in (a, b)))
+    return nmi(*(slab.stored.voxels[mask].astype(np.int32) for slab in (a, b)))
 
 
 def _resampled_slab(t1: ScanVolume, target: Slab, t2_to_t1: geometry.Matrix) -> tuple[Slab, NDArray[np.bool_]]:

@@ -93,12 +93,12 @@ def _sources(survey_table: pd.DataFrame, inputs: Inputs) -> dict[str, Any]:
 
 
 def _write_pictures(work: Path, folder: Path, final: pd.DataFrame) -> None:
-    """Write one picture per used subject, and a contact sheet of the least similar pairs."""
+    """Write one picture per used subject, and a contact sheet of the least certain pairs."""
     folder.mkdir()
     for subject in manifest.used_rows(final)["subject_id"]:
         store.link(picture_path(work, subject), folder / f"{subject}.jpg")
     worst = manifest.to_records(dataset_report.worst_pairs(final))
-    captions = [f"{row['subject_id']}   NMI {row['nmi_before']:.3f} -> {row['nmi_after']:.3f}" for row in worst]
+    captions = [f"{row['subject_id']}   {dataset_report.describe_alignment(row)}" for row in worst]
     paths = [picture_path(work, row["subject_id"]) for row in worst]
     pictures.save_picture(pictures.contact_sheet(paths, captions), folder / metadata.WORST_PAIRS)
 

@@ -18,20 +18,33 @@ from ixi_etl.report.depth_chart import depth_bars
 from ixi_etl.scans.site_tables import flatten, flatten_row, site_table_to_records, sites_of
 
 PAIRS_SHOWN = 24  # pairs spread over the sites
-WORST_SHOWN = 10  # least similar pairs
+WORST_SHOWN = 10  # least certain pairs
 
 MEASURES = {
     "NMI by headers": "nmi_before",
     "NMI as stored": "nmi_after",
     "corrected motion, mm": "motion_mm",
     "corrected motion, degrees": "motion_deg",
+    "estimated registration error, mm": "registration_error_mm",
 }
 QUARTILES = {"min": 0.0, "25%": 0.25, "median": 0.5, "75%": 0.75, "max": 1.0}
 
 
 def worst_pairs(final: pd.DataFrame) -> pd.DataFrame:
-    """The used rows with the lowest NMI, lowest first."""
-    return manifest.used_rows(final).sort_values(["nmi_after", "subject_id"]).head(WORST_SHOWN)
+    """The used rows whose alignment is least certain, worst first.
+
+    First those without an estimated error, then by the largest, then by the lowest NMI.
+    """
+    order = {"registration_error_mm": False, "nmi_after": True, "subject_id": True}
+    used = manifest.used_rows(final).sort_values([*order], ascending=[*order.values()], na_position="first")
+    return used.head(WORST_SHOWN)
+
+
+def describe_alignment(row: Mapping[str, Any]) -> str:
+    """The estimated error and the NMI of a pair, for a caption."""
+    error_mm = row["registration_error_mm"]
+    error = "" if pd.isna(error_mm) else f"error about {error_mm:.1f} mm, "
+    return f"{error}NMI {row['nmi_after']:.3f}"
 
 
 def sample_across_sites(final: pd.DataFrame) -> pd.DataFrame:
@@ -188,7 +201,7 @@ def _cards(rows: pd.DataFrame, layers: Mapping[str, PairLayers]) -> list[dict[st
     return [
         {
             "subject": row["subject_id"],
-            "note": f"{row['split']}, NMI {row['nmi_after']:.3f}",
+            "note": f"{row['split']}, {describe_alignment(row)}",
             "t1": page.jpeg_uri(layers[row["subject_id"]].t1),
             "t2": page.jpeg_uri(layers[row["subject_id"]].t2),
             "edges": page.png_uri(layers[row["subject_id"]].edges),

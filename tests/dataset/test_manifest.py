@@ -145,7 +145,7 @@ def test_columns_are_in_the_documented_order() -> None:
     volume_columns += " {m}_window_start {m}_window_stop {m}_p_low {m}_p_high "
     expected = "subject_id site status reason detail split store_row age sex "
     expected += volume_columns.format(m="t1") + volume_columns.format(m="t2")
-    expected += "t2_to_t1_ras_mm motion_mm motion_deg nmi_before nmi_after flags "
+    expected += "t2_to_t1_ras_mm motion_mm motion_deg registration_error_mm nmi_before nmi_after flags "
     expected += "t1_gzip_crc32 t2_gzip_crc32 t1_scale t1_offset t2_scale t2_offset"
     assert " ".join(IXI.columns) == expected
 

@@ -279,12 +279,14 @@ README = Path(__file__).parents[2] / "README.md"
 def test_readme_python_runs_from_top_to_bottom(archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 
+    from ixi_etl.pairing.register import Registration
     from ixi_etl.scans.tar import index_archive, read_member
     from model.config import PRESETS
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(PRESETS, "smoke", SMALL | {"steps": 1, "samples": 0})  # fits the small phantom
-    monkeypatch.setattr("ixi_etl.pairing.register.register", lambda t1, t2: np.eye(4))
+    unmoved = Registration(np.eye(4), np.eye(4))
+    monkeypatch.setattr("ixi_etl.pairing.register.register", lambda t1, t2: unmoved)
     text = README.read_text().replace("/data/ixi", str(archives))
     names: dict[str, Any] = {}
     t1 = str(archives / "IXI-T1.tar")
