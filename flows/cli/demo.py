@@ -1,4 +1,4 @@
-"""The demo: the whole pipeline on a small simulated IXI."""
+"""Commands that simulate archives: demo, simulate."""
 
 from __future__ import annotations
 
@@ -46,4 +46,32 @@ def demo(
         refreshed = run_flow("refresh_dataset", RefreshConfig(root=root, source=url, dataset=dataset))
     show_version(output, refreshed)
     show_run(output, run_flow("train_pix2pix", preset="smoke", root=root))
+    output.end()
+
+
+@app.command()
+def simulate(
+    folder: Annotated[Path, typer.Argument(help="Folder for the archives; existing ones in it are replaced.")],
+    bases: Annotated[
+        Path | None,
+        typer.Option(help="Folder of real heads, NAME_T1.nii.gz and NAME_T2.nii.gz, to warp; otherwise ellipsoids."),
+    ] = None,
+    subjects: Annotated[int, typer.Option(min=1, help="Number of subjects.")] = 12,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of anatomies, poses, motions and noise.")] = 1,
+    oddities: Annotated[bool, typer.Option(help="Add unusual depths and damaged members.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Simulate archives like IXI's, with the true motion of each subject in truth.json.
+
+    With --bases, no head is in two splits of a refresh with the default split, if there are at least three.
+    """
+    output = Output(quiet, as_json)
+    from flows.progress import show_progress
+    from ixi_etl.core.parallel import usable_cores
+    from ixi_etl.testing.phantom import write_phantom
+
+    with show_progress() as progress:
+        write_phantom(folder, subjects, seed, oddities=oddities, bases=bases, workers=usable_cores(), progress=progress)
+    output.text(f"{folder} has archives of {subjects} simulated subjects", folder=folder, subjects=subjects)
     output.end()

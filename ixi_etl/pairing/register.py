@@ -227,6 +227,11 @@ def _whole(scan: Volume, spacing_mm: float) -> _Head:
     return _Head(_to_itk_image(scan, spacing_mm), None, np.zeros((0, 3)), centre)
 
 
+def head_points(scan: Volume) -> NDArray[np.float64]:
+    """Positions (n, 3) in RAS mm of some voxels in and near the head."""
+    return _head(scan, COARSE.spacing_mm).points
+
+
 def _head(scan: Volume, spacing_mm: float) -> _Head:
     """A scan with a mask of its head: the largest bright object, filled, and two voxels around it."""
     sitk = import_sitk()

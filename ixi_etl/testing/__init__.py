@@ -1,3 +1,3 @@
 """Simulated archives and a loopback HTTP server, for the tests and the demo."""
 
-__all__ = ["loopback", "phantom"]
+__all__ = ["anatomies", "loopback", "phantom"]

@@ -12,7 +12,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,13 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from ixi_etl.config import DatasetConfig
 from ixi_etl.core.parallel import parallel_map
 from ixi_etl.core.progress import Progress, no_progress
+from ixi_etl.dataset.splits import person_of
 from ixi_etl.modalities import MODALITIES, archive_name
 from ixi_etl.pairing.geometry import Matrix, trilinear
+from ixi_etl.testing.anatomies import Anatomy, assign_anatomies, read_anatomies
 
 DESCRIPTION = "SIMULATED, no scan: ixi_etl.phantom"
 SPACING_MM = {"T1": (0.9375, 0.9375, 1.2), "T2": (0.9375, 0.9375, 1.25)}
@@ -68,6 +71,7 @@ class PhantomSubject:
     thickness_t2: float = SPACING_MM["T2"][2]
     moved: bool = False
     shrink: int = 1
+    anatomy: Anatomy | None = None  # a real head, warped; otherwise ellipsoids
 
     @property
     def subject_id(self) -> str:
@@ -81,12 +85,15 @@ def write_phantom(
     *,
     oddities: bool = True,
     shrink: int = 1,
+    bases: Path | None = None,
     workers: int = 2,
     progress: Progress = no_progress,
 ) -> None:
     """Write `IXI-T1.tar`, `IXI-T2.tar`, `MD5SUMS` and `truth.json` into `folder`.
 
-    `truth.json` gives for each subject the 4 x 4 matrix from the T2's world to the same tissue in the T1's (RAS mm).
+    `truth.json` gives for each subject the 4 x 4 matrix from the T2's world to the same tissue in the T1's (RAS mm),
+    and the name of its head. The heads are ellipsoids, or those of the pairs in the folder `bases` (`anatomies`); if
+    all of these have a PD, `IXI-PD.tar` is written too.
     With `oddities` the archives also contain unusual depths and damaged members (`_broken_members`). Equal arguments
     give equal bytes.
     """
@@ -102,20 +109,27 @@ def write_phantom(
             PhantomSubject(subjects + 3, "HH", seed, depth_t2=112, shrink=shrink),
             PhantomSubject(subjects + 4, "HH", seed, depth_t2=28, thickness_t2=4.98, shrink=shrink),
         ]
+    if bases is not None:
+        heads = assign_anatomies(read_anatomies(bases), [person_of(s.subject_id) for s in scans], DatasetConfig())
+        scans = [replace(s, anatomy=heads[person_of(s.subject_id)]) for s in scans]
     simulated = parallel_map(
         simulate, scans, workers=workers, on_done=lambda done: progress("simulate", done, len(scans), "subjects")
     )
     members = {
         m: {f"{s.subject_id}-{m}.nii.gz": packed[m] for s, (packed, _) in zip(scans, simulated, strict=True)}
-        for m in MODALITIES
+        for m in ("T1", "T2", "PD")
+        if all(m in packed for packed, _ in simulated)
     }
     if oddities:
         for modality, name, data in _broken_members(simulated[0][0]):
             members[modality][name] = data
     folder.mkdir(parents=True, exist_ok=True)
-    sums = [f"{write_tar(folder / archive_name(m), members[m])}  {archive_name(m)}\n" for m in MODALITIES]
+    sums = [f"{write_tar(folder / archive_name(m), members[m])}  {archive_name(m)}\n" for m in members]
     (folder / "MD5SUMS").write_text("".join(sums))
-    truth = {s.subject_id: {"motion_mm_ras": motion.tolist()} for s, (_, motion) in zip(scans, simulated, strict=True)}
+    truth = {
+        s.subject_id: {"motion_mm_ras": motion.tolist()} | ({"head": s.anatomy.name} if s.anatomy else {})
+        for s, (_, motion) in zip(scans, simulated, strict=True)
+    }
     (folder / "truth.json").write_text(json.dumps(truth, indent=1))
 
 
@@ -140,13 +154,15 @@ def simulate(scan: PhantomSubject) -> tuple[dict[str, bytes], Matrix]:
         "T1": (scan.depth_t1, SPACING_MM["T1"], rigid(rng.normal(0, [6, 1, 1]), (0, 0, 0))),
         "T2": (scan.depth_t2, (*SPACING_MM["T2"][:2], scan.thickness_t2), rigid(rng.normal(0, [4, 1, 1]), (0, 0, 0))),
     }
-    heads = _heads(rng)
+    heads, head_affine = scan.anatomy.sample(rng) if scan.anatomy else (_heads(rng), _head_affine())
+    if "PD" in heads:  # the T2's other echo
+        grids["PD"], head_to_world["PD"] = grids["T2"], head_to_world["T2"]
     packed = {}
     for modality, (depth, spacing, oblique) in grids.items():
         shape = (IN_PLANE // scan.shrink, IN_PLANE // scan.shrink, -(-depth // scan.shrink))
         size_mm = tuple(mm * scan.shrink for mm in spacing)
-        affine = oblique @ grid_affine(shape, size_mm, ORIENTATION[modality])
-        matrix = np.linalg.inv(head_to_world[modality] @ _head_affine()) @ affine
+        affine = oblique @ grid_affine(shape, size_mm, ORIENTATION.get(modality, ORIENTATION["T2"]))
+        matrix = np.linalg.inv(head_to_world[modality] @ head_affine) @ affine
         signal = trilinear(heads[modality], matrix, shape[::-1]) * rng.uniform(3, 9)
         noise = rng.standard_normal((2, *signal.shape), np.float32) * 6
         stored = np.hypot(signal + noise[0], noise[1]).round().astype("<i2")

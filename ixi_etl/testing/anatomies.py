@@ -1,0 +1,160 @@
+"""Simulate subjects from real heads: aligned or unaligned pairs of T1 and T2 volumes that the user provides.
+
+A subject is one of these heads, warped at random. The heads of a split are used in no other split, so that a generator
+is tested on anatomies that it has not seen. Figures measured on such subjects do not apply to IXI.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from ixi_etl.config import SPLITS, DatasetConfig
+from ixi_etl.dataset.splits import split_of
+from ixi_etl.errors import ConfigError
+from ixi_etl.pairing.geometry import Matrix, import_sitk, rounded
+from ixi_etl.pairing.register import RegistrationError, Volume, head_points, register
+from ixi_etl.scans.intensity import percentiles
+
+MODALITIES = ("T1", "T2", "PD")
+MAX_ERROR_MM = 1.5  # estimated error of the registration of a pair, at the largest
+WARP_MM = 2.5  # standard deviation of the random displacement at the nodes of its lattice
+_LATTICE = (7, 8, 7)  # nodes along x, y, z, about 30 mm apart
+_HEAD_MM, _HEAD_SHAPE = 1.0, (204, 234, 204)  # grid of a sampled head about the world's origin; z, y, x
+_NAME = re.compile(r"(?P<name>.+)[-_](?P<modality>T1|T2|PD)w?\.nii(\.gz)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """One real head.
+
+    Attributes:
+        name: of its files, without modality.
+        scans: modality -> volume with values from 0 to 255.
+        to_scan: modality -> 4 x 4, a point about the centre of the head (RAS mm) to the world of that scan.
+    """
+
+    name: str
+    scans: dict[str, Volume]
+    to_scan: dict[str, Matrix]
+
+    def sample(self, rng: np.random.Generator) -> tuple[dict[str, NDArray[np.float32]], Matrix]:
+        """The head with a random smooth warp: modality -> [z, y, x], and the affine of that grid (voxel to RAS mm)."""
+        sitk = import_sitk()
+        affine = np.diag([_HEAD_MM, _HEAD_MM, _HEAD_MM, 1.0])
+        affine[:3, 3] = -_HEAD_MM * (np.array(_HEAD_SHAPE[::-1]) - 1) / 2
+        grid = sitk.Image(_HEAD_SHAPE[::-1], sitk.sitkFloat32)
+        grid.SetSpacing([_HEAD_MM] * 3)
+        grid.SetOrigin(affine[:3, 3].tolist())
+        warp = _random_warp(grid, rng)
+        heads = {}
+        for modality, scan in self.scans.items():
+            to_voxel = rounded(np.linalg.solve(scan.affine, self.to_scan[modality]))
+            both = sitk.CompositeTransform([_affine_transform(to_voxel), warp])  # the last one is applied first
+            voxels = sitk.GetImageFromArray(scan.voxels)
+            heads[modality] = sitk.GetArrayFromImage(sitk.Resample(voxels, grid, both, sitk.sitkLinear, 0.0))
+        return heads, affine
+
+
+def read_anatomies(folder: Path) -> list[Anatomy]:
+    """The heads in a folder: `NAME_T1.nii.gz` with `NAME_T2.nii.gz`, perhaps `NAME_PD.nii.gz`; one head per person.
+
+    Each T2 is registered to its T1; a PD has the T2's space.
+
+    Raises:
+        ConfigError: the folder has no pair, or one cannot be registered.
+    """
+    files: dict[str, dict[str, Path]] = {}
+    for path in sorted(folder.glob("*.nii*")):
+        match = _NAME.fullmatch(path.name)
+        if match:
+            files.setdefault(match["name"], {})[match["modality"].upper()] = path
+    pairs = {name: paths for name, paths in files.items() if {"T1", "T2"} <= set(paths)}
+    if not pairs:
+        raise ConfigError(f"{folder} has no pair of NAME_T1.nii.gz and NAME_T2.nii.gz; give another folder")
+    return [_read_anatomy(name, paths) for name, paths in pairs.items()]
+
+
+def assign_anatomies(anatomies: list[Anatomy], persons: list[str], dataset_config: DatasetConfig) -> dict[str, Anatomy]:
+    """Person -> head, with the heads divided among the splits in which the persons will be.
+
+    With fewer than three heads, the splits share them.
+    """
+    of_split = {split: list(anatomies) for split in SPLITS}
+    if len(anatomies) >= len(SPLITS):
+        held_out = max(1, round(len(anatomies) * dataset_config.split[2]))
+        of_split = {
+            "train": anatomies[: -2 * held_out],
+            "val": anatomies[-2 * held_out : -held_out],
+            "test": anatomies[-held_out:],
+        }
+    used = dict.fromkeys(SPLITS, 0)
+    assigned = {}
+    for person in persons:
+        split = split_of(person, dataset_config)
+        assigned[person] = of_split[split][used[split] % len(of_split[split])]
+        used[split] += 1
+    return assigned
+
+
+def _read_anatomy(name: str, paths: dict[str, Path]) -> Anatomy:
+    scans = {modality: _read_scan(path) for modality, path in paths.items()}
+    try:
+        found = register(scans["T1"], scans["T2"])
+    except RegistrationError as error:
+        raise ConfigError(f"{paths['T2']} cannot be registered to the T1: {error}; remove this pair") from None
+    points = head_points(scans["T1"])
+    error_mm = found.error_mm(points, found.t2_to_t1)
+    if error_mm is None or error_mm > MAX_ERROR_MM:
+        estimate = "unknown" if error_mm is None else f"about {error_mm:.1f} mm"
+        raise ConfigError(f"{paths['T2']} cannot be registered to the T1: the error is {estimate}; remove this pair")
+    to_t1: Matrix = np.eye(4)
+    to_t1[:3, 3] = (points.min(axis=0) + points.max(axis=0)) / 2
+    to_t2 = rounded(np.linalg.solve(found.t2_to_t1, to_t1))
+    return Anatomy(name, scans, {m: to_t1 if m == "T1" else to_t2 for m in scans})
+
+
+def _read_scan(path: Path) -> Volume:
+    """A volume [k, j, i] whose percentiles 0.1 and 99.9 are 0 and 255."""
+    try:
+        image = nib.nifti1.load(path)
+        voxels = np.asarray(image.dataobj, np.float32).T
+        affine = np.asarray(image.affine, np.float64)
+    except Exception as error:  # nibabel and gzip raise many kinds on damaged files
+        raise ConfigError(f"{path} cannot be read: {error}; remove it") from None
+    if voxels.ndim != 3:
+        raise ConfigError(f"{path} has {voxels.ndim} dimensions, not 3; remove it")
+    ((low, high),) = percentiles(voxels[np.newaxis])
+    scaled = np.clip((voxels - low) * (255 / max(float(high - low), 1e-6)), 0, 255)
+    return Volume(np.ascontiguousarray(scaled, np.float32), affine)
+
+
+def _random_warp(grid: Any, rng: np.random.Generator) -> Any:
+    """A smooth random displacement as an ITK transform on the whole `grid`."""
+    sitk = import_sitk()
+    nodes = rng.normal(0, WARP_MM, (*_LATTICE[::-1], 3))
+    lattice = sitk.GetImageFromArray(nodes, isVector=True)
+    extent = np.multiply(grid.GetSize(), grid.GetSpacing())
+    lattice.SetSpacing((extent / (np.array(_LATTICE) - 1)).tolist())
+    lattice.SetOrigin(grid.GetOrigin())
+    coarse = sitk.Image([int(n) // 3 + 2 for n in grid.GetSize()], sitk.sitkFloat64)
+    coarse.SetSpacing([3 * mm for mm in grid.GetSpacing()])
+    coarse.SetOrigin(grid.GetOrigin())
+    components = [
+        sitk.Resample(sitk.VectorIndexSelectionCast(lattice, axis), coarse, sitk.Transform(), sitk.sitkBSpline, 0.0)
+        for axis in range(3)
+    ]
+    return sitk.DisplacementFieldTransform(sitk.Compose(components))
+
+
+def _affine_transform(matrix: Matrix) -> Any:
+    transform = import_sitk().AffineTransform(3)
+    transform.SetMatrix(matrix[:3, :3].ravel().tolist())
+    transform.SetTranslation(matrix[:3, 3].tolist())
+    return transform
