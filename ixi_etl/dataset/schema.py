@@ -33,7 +33,7 @@ REASONS = {
     "unreadable": "the member is not a NIfTI file, or its header is invalid",
     "not_3d": "the volume does not have three dimensions",
     "unsupported_dtype": "the voxels are complex, RGB, or wider than 64 bits",
-    "bad_affine": "sform, qform or spacing are unusable or contradict each other, or T1 and T2 share no space",
+    "bad_affine": "sform, qform or spacing are unusable or contradictory, T1 and T2 share no space, or one is mirrored",
     "depth_not_modal": "the number of slices is not the most common one of the modality",
     "grid_not_modal": "size or spacing is not the most common one, the window does not fit, or the volume is too large",
     "corrupt_voxels": "the voxels are truncated, damaged, or not finite",

@@ -137,7 +137,7 @@ def anatomical_slabs(
     NMI, motion, matrix and flags go into `record`.
 
     Raises:
-        BadVolumeError: `outside_fov`.
+        BadVolumeError: `outside_fov` or `bad_affine`.
     """
     target = _axial_slab(t2, dataset_config)
     is_registered = dataset_config.registration == "rigid"
@@ -172,11 +172,18 @@ def anatomical_slabs(
 def _register_pair(
     by_headers: Alignment, t1: ScanVolume, t2: ScanVolume, target: Slab, foreground: NDArray[np.bool_]
 ) -> tuple[Alignment, list[str]]:
-    """Register the T1 to the T2; return the better of both alignments, and flags for the manifest."""
+    """Register the T1 to the T2; return the better of both alignments, and flags for the manifest.
+
+    Raises:
+        BadVolumeError: `bad_affine`: the mirror image of the T1 fits better.
+    """
     try:
         found = register.register(register.Volume(t1.voxels, t1.affine), register.Volume(t2.voxels, t2.affine))
     except register.RegistrationError:
         return by_headers, ["registration_failed"]
+    if found.is_mirrored:
+        problem = "the mirror image of the T1 fits the T2 better: one of the headers exchanges left and right"
+        raise BadVolumeError("bad_affine", problem)
     slab, inside = _resampled_slab(t1, target, found.t2_to_t1)
     outside_before, outside_after = (_fraction_outside(foreground, mask) for mask in (by_headers.inside, inside))
     common = foreground & by_headers.inside & inside

@@ -70,6 +70,15 @@ def read_anatomies(folder: Path) -> list[Anatomy]:
     Raises:
         ConfigError: the folder has no pair, or one cannot be registered.
     """
+    return [_read_anatomy(name, paths) for name, paths in find_pairs(folder).items()]
+
+
+def find_pairs(folder: Path) -> dict[str, dict[str, Path]]:
+    """Name -> modality -> file, of the names that have a T1 and a T2.
+
+    Raises:
+        ConfigError: there is none.
+    """
     files: dict[str, dict[str, Path]] = {}
     for path in sorted(folder.glob("*.nii*")):
         match = _NAME.fullmatch(path.name)
@@ -78,7 +87,7 @@ def read_anatomies(folder: Path) -> list[Anatomy]:
     pairs = {name: paths for name, paths in files.items() if {"T1", "T2"} <= set(paths)}
     if not pairs:
         raise ConfigError(f"{folder} has no pair of NAME_T1.nii.gz and NAME_T2.nii.gz; give another folder")
-    return [_read_anatomy(name, paths) for name, paths in pairs.items()]
+    return pairs
 
 
 def assign_anatomies(anatomies: list[Anatomy], persons: list[str], dataset_config: DatasetConfig) -> dict[str, Anatomy]:
@@ -104,7 +113,7 @@ def assign_anatomies(anatomies: list[Anatomy], persons: list[str], dataset_confi
 
 
 def _read_anatomy(name: str, paths: dict[str, Path]) -> Anatomy:
-    scans = {modality: _read_scan(path) for modality, path in paths.items()}
+    scans = {modality: read_scan(path) for modality, path in paths.items()}
     try:
         found = register(scans["T1"], scans["T2"])
     except RegistrationError as error:
@@ -120,7 +129,7 @@ def _read_anatomy(name: str, paths: dict[str, Path]) -> Anatomy:
     return Anatomy(name, scans, {m: to_t1 if m == "T1" else to_t2 for m in scans})
 
 
-def _read_scan(path: Path) -> Volume:
+def read_scan(path: Path) -> Volume:
     """A volume [k, j, i] whose percentiles 0.1 and 99.9 are 0 and 255."""
     try:
         image = nib.nifti1.load(path)

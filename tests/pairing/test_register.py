@@ -140,6 +140,17 @@ def test_the_estimated_error_of_another_alignment_is_its_distance(
     assert register.Registration(found.t2_to_t1, None).error_mm(points, shifted) is None
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_header_that_exchanges_left_and_right_is_found(
+    number: int, still: tuple[register.Volume, register.Volume]
+) -> None:
+    scans = [register.Volume(scan.voxels, scan.affine) for scan in still]
+    assert not register.register(*scans).is_mirrored
+    mirror = np.diag([-1.0, 1, 1, 1])
+    scans[number] = register.Volume(scans[number].voxels, mirror @ scans[number].affine)
+    assert register.register(*scans).is_mirrored
+
+
 def test_more_starts_are_tried_if_two_searches_disagree(
     still: tuple[register.Volume, register.Volume], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,6 +331,13 @@ def test_a_motion_without_gain_is_discarded_and_flagged(
     assert (record["motion_mm"], record["motion_deg"]) == (0, 0)
     assert record["nmi_after"] == record["nmi_before"]
     assert "reason" not in record
+
+
+def test_a_mirrored_pair_is_excluded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(register, "register", lambda t1, t2: register.Registration(np.eye(4), np.eye(4), True))
+    record = cut(tmp_path, *moved_pair(np.eye(4)))
+    assert record["reason"] == "bad_affine"
+    assert "one of the headers exchanges left and right" in record["detail"]
 
 
 def test_similarities_are_compared_on_the_same_voxels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
