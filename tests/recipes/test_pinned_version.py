@@ -28,13 +28,13 @@ PINNED = {
         "voxels": "c4330710fbddb045adf87dce1c36d6bc4b2a705ba9b38f4250c4553459e01766",
         "others": "9976e729bd4e1ca518910221428896062fcc608bc5aca05d7b4d0c55ccfb8a31",
         "attributes": "0daceaf2b7802c8b7d4a6f331bb43c697f50007a36da1b6ddb47ca4e7e61f7b0",
-        "manifest": "f1192ca575ac8009bee83f2607b769347b1e88c48e92dd7154cd0fb5d60cd2c2",
+        "manifest": "7b5ef8535ac74bc09df34c630ce00e43dd82b78e3120d2dd64b3102cdd4e137b",
     },
     "index": {
         "voxels": "a73b5d8a1e9c0545989348a76fb39b96d0d60ef31d50762e827aa3623aa3c950",
         "others": "bd9c6ad6db3d0d55a46d88cac9f6d738233e165eb734b07f6cffb1192eac3418",
         "attributes": "c51087db2a473fe548d7f15260d601f491d5fe5d87fc7d346562dcf50b9af7c3",
-        "manifest": "f2dbf5478bf089f0c0f43b54123ab04febbc78823f18c8fe742a9a2514275b8c",
+        "manifest": "7141d053c4a12b482f4a4474c25fd1969d3be7c082bce053a4e6cf6c175ebd60",
     },
 }
 
