@@ -11,13 +11,14 @@ BENCH  := $(VENV)/.installed-bench
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE # otherwise each process compiles all modules again
 
-.PHONY: demo real test fuzz test-standin test-stack faults audit bench api deploy lint clean help
+.PHONY: demo real test fuzz test-real test-standin test-stack faults audit bench api deploy lint clean help
 
 help:
 	@echo "make demo          run the whole pipeline on a small simulated IXI; needs no server and no account"
 	@echo "make real          run the whole pipeline on the official archives (8.1 GiB) and write real-report/"
 	@echo "make test          run the tests (3 minutes) with the same random examples on every run"
 	@echo "make fuzz          search for failing random examples; SEEDS=30: thirty seeds, SEED=N: one seed, ONLY=name: one test"
+	@echo "make test-real     run the tests on real scans, if present (1 minute)"
 	@echo "make test-standin  run the tests on simulated archives of real anatomy, if present (minutes)"
 	@echo "make test-stack    run PostgreSQL, Prefect, workers, Dask and S3 as processes and test them (10 minutes)"
 	@echo "make faults        test kills, bad servers, full disks and hostile files, in all variants (15 minutes); ONLY=name: some"
@@ -56,10 +57,13 @@ real: $(or $(wildcard $(STAMP)),$(TRAIN))
 	@echo "real-report/ holds the result without images"
 
 test: $(STAMP)
-	@$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not standin and not stack and not faults"
+	@$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not real and not standin and not stack and not faults"
 
 fuzz: $(STAMP)
 	@$(BIN)/python tests/fuzz.py --seeds "$(or $(SEEDS),10)" --seed $(SEED) --only "$(ONLY)"
+
+test-real: $(STAMP)
+	@$(BIN)/pytest -m real
 
 test-standin: $(STAMP)
 	@$(BIN)/pytest -m standin

@@ -1,4 +1,4 @@
-"""Tests on real scans, if available (`../shared`): an original IXI T1 is paired, and real pairs are similar."""
+"""Tests on real scans, if available (`../shared`): an original IXI T1 is paired, and real pairs are registered."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ixi_etl.testing.phantom import pack_nifti, rigid, write_tar
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "real"
 pytestmark = [
-    pytest.mark.standin,
+    pytest.mark.real,
     pytest.mark.skipif(
         not REAL.is_dir(),
         reason="needs real scans, which cannot be in the repository; test_cut checks the same with small volumes",
@@ -73,18 +73,65 @@ def test_an_original_ixi_t1_with_111_grey_levels_is_used(tmp_path: Path) -> None
         assert picture.size == (3 * 256, 256)
 
 
-@pytest.mark.parametrize(
-    ("t1", "t2"),
-    [
-        *((f"oms_{visit}_T1W", f"oms_{visit}_T2W") for visit in ("p01s1", "p01s2", "p03s2", "p04s1")),
-        *((f"omsmni_{subject}_T1", f"omsmni_{subject}_T2") for subject in ("p07", "p19")),
-        ("mni2009c_2mm_T1w", "mni2009c_2mm_T2w"),
-    ],
-)
-def test_real_pairs_are_registered_and_not_flagged_as_dissimilar(t1: str, t2: str, tmp_path: Path) -> None:
+PAIRS = {  # by IXI-like name: p01s1 and p01s2 are two sessions of one person
+    "IXI001-OMS-0001": ("oms_p01s1_T1W", "oms_p01s1_T2W"),
+    "IXI001-OMS-0002": ("oms_p01s2_T1W", "oms_p01s2_T2W"),
+    "IXI003-OMS-0003": ("oms_p03s2_T1W", "oms_p03s2_T2W"),
+    "IXI004-OMS-0004": ("oms_p04s1_T1W", "oms_p04s1_T2W"),
+    "IXI007-OMSMNI-0005": ("omsmni_p07_T1", "omsmni_p07_T2"),
+    "IXI019-OMSMNI-0006": ("omsmni_p19_T1", "omsmni_p19_T2"),
+    "IXI020-MNI-0007": ("mni2009c_2mm_T1w", "mni2009c_2mm_T2w"),
+}
+
+
+def read_pair(name: str) -> bytes:
+    return (REAL / "pairs" / f"{name}.nii.gz").read_bytes()
+
+
+def test_a_refresh_of_real_pairs_accounts_for_every_subject(tmp_path: Path) -> None:
+    """The T2s have four grids; three sessions share the most common one. The T1s of IXI have no T2 here."""
+    members = {
+        m: {f"{subject}-{m}.nii.gz": read_pair(names[i]) for subject, names in PAIRS.items()}
+        for i, m in enumerate(("T1", "T2"))
+    }
+    for path in (REAL / "ixi").glob("*-T1*.nii.gz"):
+        members["T1"][path.name.removeprefix("ccl_").replace("_ds", "")] = path.read_bytes()
+    source = tmp_path / "source"
+    source.mkdir()
+    for modality, named in members.items():
+        write_tar(source / f"IXI-{modality}.tar", named)
+    dataset = DatasetConfig(depth="any", slices=6)
+    done = refresh(RefreshConfig(root=str(tmp_path / "root"), source=str(source), dataset=dataset))
+    table = metadata.read_manifest(done.folder).set_index("subject_id")
+    assert table["reason"].value_counts().to_dict() == {"missing_t2": 6, "grid_not_modal": 4, "": 3}
+    used = table[table["status"] == "used"]
+    assert list(used.index) == ["IXI001-OMS-0002", "IXI003-OMS-0003", "IXI004-OMS-0004"]
+    assert (used["registration_error_mm"] < 0.6).all()
+    assert (used["flags"] == "").all()
+    assert used["motion_mm"].round(1).tolist() == [1.1, 5.5, 0.5]  # as ANTs finds
+    assert verify.verify(done.folder, deep=True) == []
+
+
+@pytest.mark.parametrize(("t1", "t2"), PAIRS.values(), ids=PAIRS)
+def test_real_pairs_are_registered_without_a_flag(t1: str, t2: str, tmp_path: Path) -> None:
     paths = {"T1": REAL / "pairs" / f"{t1}.nii.gz", "T2": REAL / "pairs" / f"{t2}.nii.gz"}
     members = {m: MemberRef(str(path), 0, path.stat().st_size) for m, path in paths.items()}
     record = cut_subject(CutJob("IXI001-Guys-1", members, True), DatasetConfig(slices=6), tmp_path)
     assert "reason" not in record
     assert record["flags"] in ("", "registration_no_gain")
     assert record["nmi_after"] > MIN_NMI
+    assert record["registration_error_mm"] < 0.6
+
+
+@pytest.mark.parametrize("swapped", [0, 1])
+def test_a_real_pair_whose_left_and_right_are_exchanged_is_excluded(swapped: int, tmp_path: Path) -> None:
+    members = {}
+    for number, name in enumerate(PAIRS["IXI004-OMS-0004"]):
+        image = nib.load(REAL / "pairs" / f"{name}.nii.gz")
+        affine = np.diag([-1.0, 1, 1, 1]) @ image.affine if number == swapped else image.affine
+        path = tmp_path / f"{name}.nii.gz"
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine), path)
+        members[("T1", "T2")[number]] = MemberRef(str(path), 0, path.stat().st_size)
+    record = cut_subject(CutJob("IXI004-OMS-0004", members, True), DatasetConfig(slices=6), tmp_path)
+    assert record["reason"] == "bad_affine"
+    assert "exchanges left and right" in record["detail"]
