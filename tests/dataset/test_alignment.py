@@ -32,8 +32,8 @@ def flags_of(records: list[dict[str, Any]], config: DatasetConfig = CONFIG, site
     ("found", "flags"),
     [
         (record(), []),
-        (record(error_mm=1.5), []),
-        (record(error_mm=1.6), ["registration_uncertain"]),
+        (record(error_mm=1.0), []),
+        (record(error_mm=1.1), ["registration_uncertain"]),
         (record(error_mm=None), []),  # not registered
         (record(flags="registration_failed"), ["registration_uncertain"]),
         (record(nmi=0.06), []),
@@ -73,7 +73,7 @@ def test_no_pair_above_the_median_is_dissimilar(similarities: list[float]) -> No
             "uncertain",
             {"registration_error_mm": 2.25},
             "registration_uncertain",
-            "may be off by 2.2 mm; the maximum is 1.5 mm",
+            "may be off by 2.2 mm; the maximum is 1 mm",
         ),
         ("low_similarity", {"nmi_after": 0.01}, "low_similarity", "NMI is 0.010; the minimum is 0.060 (min_nmi)"),
     ],
