@@ -68,8 +68,7 @@ def measure(pair: Pair, true: Matrix, points: NDArray[np.float64]) -> dict[str, 
     except RegistrationError:
         return {"error_mm": np.nan, "estimate_mm": np.nan, "flag": "failed", "cpu_s": time.process_time() - start}
     taken, estimate = time.process_time() - start, found.error_mm(points, found.t2_to_t1)
-    is_uncertain = estimate is None or estimate > MAX_REGISTRATION_ERROR_MM
-    flags = ["uncertain"] * is_uncertain + ["mirrored"] * found.is_mirrored
+    flags = ["uncertain"] * (estimate > MAX_REGISTRATION_ERROR_MM) + ["mirrored"] * found.is_mirrored
     error_mm = mean_distance(found.t2_to_t1, true, points)
     return {"error_mm": error_mm, "estimate_mm": estimate, "flag": ",".join(flags), "cpu_s": taken}
 

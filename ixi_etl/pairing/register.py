@@ -35,19 +35,21 @@ FINE = Level(1.0, 85_000, 0.5, 0.5, 60)
 of a millimetre. Measured in docs/registration.md."""
 TRIAL = replace(COARSE, samples=6_000)
 """One of many starts."""
-MIRROR = replace(COARSE, samples=12_000)
-"""The search with a mirrored T1, which starts close to its end."""
+MIRROR = replace(TRIAL, relax=0.6, iterations=60)
+"""The comparison with a mirrored T1, which starts close to its end."""
 
 HISTOGRAM_BINS = 48
 # Larger motion is flagged `large_motion`. The heads of the real pairs in docs/registration.md moved by 0.5 to 5.5 mm
 # and 0.3 to 1.8 degrees; users of IXI report a few millimetres or degrees.
 MAX_MOTION_MM, MAX_MOTION_DEG = 15.0, 15.0
-RETRY_MM = 1.2
-"""Disagreement of two coarse searches from which more starts are tried. Docs/registration.md has the distribution."""
+RETRY_MM = 1.0
+"""Disagreement of two coarse searches from which more starts are tried. docs/registration.md has the distribution."""
 TRIAL_ANGLE_DEG = 8.0
 MIRROR_GAIN = 1.03
 """Ratio of the mutual informations of the mirrored and the stored T1 with the T2, above which one header is wrong. In
 14 real pairs, half of them with added faults, the right one had 1.06 to 1.9 times that of its mirror image."""
+MIRROR_MIN = 0.25
+"""Mutual information below which the scans have too little in common to tell: 0.11 to 0.14 for two volumes of noise."""
 # Entries of the result are rounded to 1e-6, or 0.1 um at the edge of a head. The error of the search is 50 um.
 MATRIX_BITS = 20
 
@@ -80,20 +82,22 @@ class Registration:
 
     Attributes:
         t2_to_t1: the motion that was found.
-        check: the same motion, found by a search with exchanged roles of the scans; None if that search failed.
+        check: the same motion, found by a search with exchanged roles of the scans.
+        disagreement_mm: distance between two first searches that ended in different places; 0 if they agreed.
         is_mirrored: whether the mirror image of the T1 fits the T2 better.
     """
 
     t2_to_t1: Matrix
-    check: Matrix | None
+    check: Matrix
+    disagreement_mm: float = 0.0
     is_mirrored: bool = False
 
-    def error_mm(self, points: NDArray[np.float64], alignment: Matrix) -> float | None:
+    def error_mm(self, points: NDArray[np.float64], alignment: Matrix) -> float:
         """Estimated error (mm) of an `alignment`: its mean distance from `check` at `points` (n, 3) in RAS mm.
 
-        Rounded to 6 digits; None if it cannot be estimated.
+        At least `disagreement_mm`: more starts mostly find the right place, but not always. Rounded to 6 digits.
         """
-        return None if self.check is None else round(mean_distance(alignment, self.check, points), 6)
+        return round(max(self.disagreement_mm, mean_distance(alignment, self.check, points)), 6)
 
 
 def mean_distance(a: Matrix, b: Matrix, points: NDArray[np.float64]) -> float:
@@ -127,29 +131,31 @@ def register(t1: Volume, t2: Volume) -> Registration:
     Deterministic: regular sampling, one thread, and rounded geometry.
 
     Raises:
-        RegistrationError: the volumes do not overlap, are constant, or the search failed.
+        RegistrationError: the volumes do not overlap, are constant, or a search failed.
     """
     t1, t2 = (_clip_spikes(scan) for scan in (t1, t2))
     fixed, moving = (_head(scan, COARSE.spacing_mm) for scan in (t2, t1))
     start = np.eye(4)
     coarse, _ = _search(COARSE, fixed, moving, start)
     check = _inverse_search(fixed, moving, start)
-    is_poor = check is None or mean_distance(coarse, check, fixed.points) > RETRY_MM
+    gap_mm = mean_distance(coarse, check, fixed.points)
+    is_poor = gap_mm > RETRY_MM
     if is_poor:
-        coarse = _best_of_many(fixed, moving, [coarse, start] if check is None else [coarse, check, start])
+        coarse = _best_of_many(fixed, moving, [coarse, check, start])
     fine, _ = _search(FINE, _whole(t2, FINE.spacing_mm), _whole(t1, FINE.spacing_mm), coarse)
     if is_poor:
         check = _inverse_search(fixed, moving, fine @ _rotation([4, -4, 4], fixed.centre))
-    is_mirrored = _fits_better_mirrored(fixed, moving, t1, fine)
-    return Registration(rounded(fine, MATRIX_BITS), None if check is None else rounded(check, MATRIX_BITS), is_mirrored)
+    return Registration(
+        rounded(fine, MATRIX_BITS),
+        rounded(check, MATRIX_BITS),
+        gap_mm if is_poor else 0.0,
+        _fits_better_mirrored(fixed, moving, fine, is_poor),
+    )
 
 
-def _inverse_search(fixed: _Head, moving: _Head, start: Matrix) -> Matrix | None:
-    """The coarse search with exchanged roles; None if it fails."""
-    try:
-        return _inverse(_search(COARSE, moving, fixed, _inverse(start))[0])
-    except RegistrationError:
-        return None
+def _inverse_search(fixed: _Head, moving: _Head, start: Matrix) -> Matrix:
+    """The coarse search with exchanged roles."""
+    return _inverse(_search(COARSE, moving, fixed, _inverse(start))[0])
 
 
 def _inverse(matrix: Matrix) -> Matrix:
@@ -160,17 +166,31 @@ def _inverse(matrix: Matrix) -> Matrix:
     return inverse
 
 
-def _fits_better_mirrored(fixed: _Head, moving: _Head, t1: Volume, found: Matrix) -> bool:
-    """Whether the T1, mirrored at the middle of its head, fits the fixed scan better than as it is."""
-    mirror = np.diag([-1.0, 1.0, 1.0, 1.0])
-    mirror[0, 3] = moving.points[:, 0].min() + moving.points[:, 0].max()
-    mirrored = _head(replace(t1, affine=rounded(mirror @ t1.affine)), COARSE.spacing_mm)
+def _fits_better_mirrored(fixed: _Head, moving: _Head, found: Matrix, is_poor: bool) -> bool:
+    """Whether the mirror image of the moving scan fits the fixed scan better than the scan as stored.
+
+    A wrong header mostly makes the searches disagree (`is_poor`), and `found` far from the right place: more starts.
+    """
+    mirrored = _mirrored(moving)
     try:
-        as_mirrored = _search(MIRROR, fixed, mirrored, found)[1]
-        as_stored = _search(MIRROR, fixed, moving, found)[1]
+        start = _best_of_many(fixed, mirrored, [np.eye(4), found]) if is_poor else found
+        as_mirrored = -_search(MIRROR, fixed, mirrored, start)[1]
+        as_stored = -_search(MIRROR, fixed, moving, found)[1]
     except RegistrationError:
         return False
-    return as_mirrored < MIRROR_GAIN * as_stored < 0  # metrics are negative mutual informations
+    return as_mirrored > max(MIRROR_GAIN * as_stored, MIRROR_MIN)
+
+
+def _mirrored(head: _Head) -> _Head:
+    """A head with left and right exchanged, at the sagittal plane through its middle."""
+    middle = (head.points[:, 0].min() + head.points[:, 0].max()) / 2
+    mirrored = {}
+    for name, image in (("image", head.image), ("mask", head.mask)):
+        mirrored[name] = copy = import_sitk().Image(image)
+        direction, origin = np.array(image.GetDirection()), np.array(image.GetOrigin())
+        copy.SetDirection((direction * np.repeat([-1, 1, 1], 3)).tolist())
+        copy.SetOrigin([2 * middle - origin[0], *origin[1:]])
+    return replace(head, **mirrored)
 
 
 def _best_of_many(fixed: _Head, moving: _Head, starts: list[Matrix]) -> Matrix:
@@ -258,8 +278,9 @@ def _head(scan: Volume, spacing_mm: float) -> _Head:
     sitk = import_sitk()
     head = _whole(scan, spacing_mm)
     voxels = sitk.GetArrayViewFromImage(head.image)
-    # Half of Otsu's threshold, because strong bias fields leave parts of a head dark.
-    bright = sitk.BinaryMorphologicalOpening(head.image > 0.5 * float(otsu_threshold(voxels)), [1, 1, 1])
+    # Halfway to Otsu's threshold, because strong bias fields leave parts of a head dark.
+    threshold = (float(voxels.min()) + otsu_threshold(voxels)) / 2
+    bright = sitk.BinaryMorphologicalOpening(head.image > threshold, [1, 1, 1])
     parts = sitk.RelabelComponent(sitk.ConnectedComponent(bright), sortByObjectSize=True)
     mask = sitk.BinaryDilate(sitk.BinaryFillhole(parts == 1), [2, 2, 2])
     inside = np.argwhere(sitk.GetArrayViewFromImage(mask))[::23, ::-1]

@@ -218,7 +218,8 @@ def _range(image: NDArray[Any]) -> float:
 def _histogram(image: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """The result of `numpy.histogram` with 256 bins."""
     if not prefers_counting(image):
-        return np.histogram(image, 256)
+        # Edges in float64: the range of a float32 image can be too narrow for 256 edges of its own type.
+        return np.histogram(image, 256, (np.float64(image.min()), np.float64(image.max())))
     counted = count_values(image)
     weighted, edges = np.histogram(counted.values.astype(image.dtype), 256, weights=counted.counts)
     return weighted.astype(np.intp), edges

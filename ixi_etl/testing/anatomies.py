@@ -120,9 +120,10 @@ def _read_anatomy(name: str, paths: dict[str, Path]) -> Anatomy:
         raise ConfigError(f"{paths['T2']} cannot be registered to the T1: {error}; remove this pair") from None
     points = head_points(scans["T1"])
     error_mm = found.error_mm(points, found.t2_to_t1)
-    if error_mm is None or error_mm > MAX_ERROR_MM:
-        estimate = "unknown" if error_mm is None else f"about {error_mm:.1f} mm"
-        raise ConfigError(f"{paths['T2']} cannot be registered to the T1: the error is {estimate}; remove this pair")
+    if error_mm > MAX_ERROR_MM:
+        raise ConfigError(
+            f"{paths['T2']} cannot be registered to the T1: the error is about {error_mm:.1f} mm; remove this pair"
+        )
     to_t1: Matrix = np.eye(4)
     to_t1[:3, 3] = (points.min(axis=0) + points.max(axis=0)) / 2
     to_t2 = rounded(np.linalg.solve(found.t2_to_t1, to_t1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,7 @@ def test_the_estimated_error_is_small_for_a_good_registration(
 ) -> None:
     slab, affine = geometry.axial_slab(still[1].voxels, still[1].affine, (25, 40))
     points = world_of(affine, slab.shape).reshape(-1, 3)
-    estimate = found.error_mm(points, found.t2_to_t1)
-    assert estimate is not None
-    assert estimate < 1
+    assert found.error_mm(points, found.t2_to_t1) < 1
 
 
 def test_the_estimated_error_of_another_alignment_is_its_distance(
@@ -137,7 +136,7 @@ def test_the_estimated_error_of_another_alignment_is_its_distance(
     points = np.random.default_rng(0).normal(0, 50, (100, 3))
     shifted = rigid((0, 0, 0), (3, 0, 4)) @ found.check
     assert found.error_mm(points, shifted) == pytest.approx(5, abs=1e-6)
-    assert register.Registration(found.t2_to_t1, None).error_mm(points, shifted) is None
+    assert replace(found, disagreement_mm=7.0).error_mm(points, shifted) == 7  # as the searches disagreed by more
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -168,6 +167,19 @@ def test_more_starts_are_tried_if_two_searches_disagree(
     found = register.register(t1, moved)
     assert calls.count(register.TRIAL) >= 8
     assert error_mm(found.t2_to_t1, MOTION, moved) < 0.3
+    assert found.disagreement_mm > 15
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(-1, 0), (1, -5000), (2e-6, 1)])
+def test_scale_and_sign_of_the_intensities_do_not_matter(
+    slope: float, intercept: float, found: register.Registration, still: tuple[register.Volume, register.Volume]
+) -> None:
+    """With the last case, float32 has fewer values in the range of the head than the histogram has bins."""
+    t1, t2 = still
+    scaled = (t2.voxels * slope + intercept).astype(np.float32)
+    rescaled = register.register(t1, displaced(register.Volume(scaled, t2.affine), MOTION))
+    assert error_mm(rescaled.t2_to_t1, MOTION, displaced(t2, MOTION)) < 0.3
+    assert not rescaled.is_mirrored
 
 
 # -- similarity -------------------------------------------------------------------------------------------------------
@@ -334,7 +346,8 @@ def test_a_motion_without_gain_is_discarded_and_flagged(
 
 
 def test_a_mirrored_pair_is_excluded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(register, "register", lambda t1, t2: register.Registration(np.eye(4), np.eye(4), True))
+    mirrored = register.Registration(np.eye(4), np.eye(4), is_mirrored=True)
+    monkeypatch.setattr(register, "register", lambda t1, t2: mirrored)
     record = cut(tmp_path, *moved_pair(np.eye(4)))
     assert record["reason"] == "bad_affine"
     assert "one of the headers exchanges left and right" in record["detail"]
