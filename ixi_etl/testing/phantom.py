@@ -113,6 +113,7 @@ def write_phantom(
         anatomies = read_anatomies(bases, workers=workers, progress=progress)
         heads = assign_anatomies(anatomies, [person_of(s.subject_id) for s in scans], DatasetConfig())
         scans = [replace(s, anatomy=heads[person_of(s.subject_id)]) for s in scans]
+    folder.mkdir(parents=True, exist_ok=True)  # before the work, in case it is not possible
     simulated = parallel_map(
         simulate, scans, workers=workers, on_done=lambda done: progress("simulate", done, len(scans), "subjects")
     )
@@ -123,7 +124,6 @@ def write_phantom(
     if oddities:
         for modality, name, data in _broken_members(simulated[0][0]):
             members[modality][name] = data
-    folder.mkdir(parents=True, exist_ok=True)
     sums = [f"{write_tar(folder / archive_name(m), members[m])}  {archive_name(m)}\n" for m in members]
     (folder / "MD5SUMS").write_text("".join(sums))
     truth = {
