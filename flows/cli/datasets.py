@@ -86,32 +86,40 @@ def check_official(config: dict[str, Any], quiet: Quiet = False, as_json: Json =
     output = Output(quiet, as_json)
     check_config = RefreshConfig.model_validate(config)
     with show_progress() as progress:
-        findings = check_archives(check_config, _archives_to_survey(check_config), progress)
+        findings = check_archives(check_config, _find_archives(check_config), progress)
     words = {True: "agrees", False: "DIFFERS", None: "not compared"}
     rows = [asdict(finding) | {"result": words[finding.agrees]} for finding in findings]
     shown = pd.DataFrame(rows)[["result", "fact", "published", "found"]]
-    output.table("findings", shown, "Published facts of IXI and what these archives contain", rows)
     problem = differences_message(findings)
+    if problem:
+        shown["affects"] = [finding.matters if finding.agrees is False else "" for finding in findings]
+    output.table("findings", shown, "Published facts of IXI and what these archives contain", rows)
     if problem:
         raise DatasetError(problem)
     output.end()
 
 
-def _archives_to_survey(config: RefreshConfig) -> dict[str, str]:
+def _find_archives(config: RefreshConfig) -> dict[str, str]:
     """Modality -> archive: those of `--source`, or those that an earlier refresh downloaded."""
-    from ixi_etl.modalities import MODALITIES, archive_name, modality_of
+    from ixi_etl.modalities import MODALITIES, archive_name
     from ixi_etl.sources.user_source import find_archives
 
-    source = config.source
-    if source is None:
-        archives = config.data_root.archives
-        locations = {m: str(archives / archive_name(m)) for m in MODALITIES}
-        if not all(Path(location).exists() for location in locations.values()):
-            raise ArchiveError(f"{archives} has no archives yet; run `ixi-etl refresh`, or give --source")
-        return locations
-    locations = find_archives(source)
-    if source.endswith(".tar"):
-        modality = str(modality_of(Path(source).name))
+    if config.source is not None:
+        return find_archives(config.source)
+    archives = config.data_root.archives
+    locations = {m: str(archives / archive_name(m)) for m in MODALITIES}
+    if not all(Path(location).exists() for location in locations.values()):
+        raise ArchiveError(f"{archives} has no archives yet; run `ixi-etl refresh`, or give --source")
+    return locations
+
+
+def _archives_to_survey(config: RefreshConfig) -> dict[str, str]:
+    """The archives, or only the one that `--source` names."""
+    from ixi_etl.modalities import modality_of
+
+    locations = _find_archives(config)
+    if config.source is not None and config.source.endswith(".tar"):
+        modality = str(modality_of(Path(config.source).name))
         return {modality: locations[modality]}
     return locations
 

@@ -19,6 +19,7 @@ from ixi_etl.scans.site_tables import count_by_site, site_table, site_table_to_r
 
 DUPLICATE = "duplicate_scan"
 FLAGS = {
+    "forms_differ": "the sform and the qform of a scan describe two spaces; the space that the pair shares is used",
     "unlike_spaces": "the T1's affine is in scanner space and the T2's is aligned to something, or the reverse",
     "template_space": "both affines are in a template space, so voxel sizes are those of the template",
     "affine_not_pixdim": "an affine has other voxel sizes or angles than the pixdim; the affine's are used",

@@ -18,7 +18,7 @@ from ixi_etl.dataset.manifest import to_records
 from ixi_etl.dataset.schema import CANDIDATE, EXCLUDED, IXI, REASONS
 from ixi_etl.dataset.splits import person_of
 from ixi_etl.modalities import MODALITIES
-from ixi_etl.scans.affines import ALIGNED, Form, choose_spaces, space_name
+from ixi_etl.scans.affines import ALIGNED, Form, choose_spaces, describe_two_spaces, space_name
 from ixi_etl.scans.demographics import canonical_person
 from ixi_etl.scans.survey import modal_depths
 
@@ -86,6 +86,7 @@ def _use_common_space(scans: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     for record, form in zip(first, chosen, strict=True):
         record |= {"spacing_mm": json.dumps(form.spacing_mm), "orientation": form.orientation}
     conditions = {
+        "forms_differ": any(describe_two_spaces(of_scan) for of_scan in forms),
         "unlike_spaces": spaces[0] != spaces[1],
         "template_space": max(spaces) > ALIGNED,
         "affine_not_pixdim": any(form.note for form in chosen),

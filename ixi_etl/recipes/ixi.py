@@ -105,7 +105,7 @@ def select_subjects(job: RefreshJob, survey_table: pd.DataFrame) -> pd.DataFrame
         slices = " and ".join(f"{m} slices are {plane}" for m, plane in planes.items())
         log.warning("index pairing: %s, so the two pictures of a pair show different planes of the head", slices)
     screened = selection.screen_headers(survey_table, dataset_config, people)
-    _warn_about_flags(screened, ("unlike_spaces", "template_space", "affine_not_pixdim"))
+    _warn_about_flags(screened, [flag for flag in manifest.FLAGS if flag != manifest.DUPLICATE])
     return screened
 
 

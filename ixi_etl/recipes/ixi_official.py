@@ -1,8 +1,8 @@
 """Compare a survey of the official archives with what is published about IXI.
 
 Nobody on this project has read the official archives. The published facts come from public readers of IXI and from
-issue threads (docs/ixi-facts.md names the sources), so each of them may be wrong: a difference says which assumption
-failed, and what depends on it. The refresh itself assumes none of these facts; it measures them.
+issue threads (docs/dataset.md names the sources), so each of them may be wrong. The refresh assumes none of them; it
+measures.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ DEPTHS_T2 = {"IOP": {136}, "HH": {112, 116, 120, 130}}
 MODAL_DEPTH_T2 = 130
 FEW_SLICES = ("IXI014", (28, 29), 4.98)  # person, slices of the T2, mm between them
 ORIENTATION = {"T1": "PSR", "T2": "LAS"}
-IN_PLANE = (256, 256)
+IN_PLANE = "256 x 256"
 SPACING_T1_MM = {(0.9375, 0.9375, 1.2): 576, (0.9766, 0.9766, 1.2): 5}
 SPACING_T2_MM = ((0.93, 0.95), (1.20, 1.28))  # ranges in the plane and between slices
 TILT_DEG = (4.0, 10.0)
 DTYPE, FORM_CODE = "int16", 1
 DEMOGRAPHICS_ROWS, REPEATED_IDS, ROWS_OF_REPEATED_IDS, T1_WITHOUT_ROW = 619, 26, 52, 15
 
+MAX_SHOWN = 10  # items of a set
 TOLERANCE_MM = 5e-4  # published spacings have four digits
 
 
@@ -52,7 +53,7 @@ class Finding:
         fact: what is compared, in a few words.
         published, found: both values, as text.
         agrees: whether they are the same; None if it could not be compared.
-        matters: what depends on the fact, for the reader of a difference.
+        matters: what depends on the fact.
     """
 
     fact: str
@@ -85,10 +86,12 @@ def check_archives(
 
 def differences_message(findings: Iterable[Finding]) -> str | None:
     """One line that names the facts that differ; None if none does."""
-    different = [finding.fact for finding in findings if finding.agrees is False]
+    compared = [finding for finding in findings if finding.agrees is not None]
+    different = [finding.fact for finding in compared if not finding.agrees]
     if not different:
         return None
-    return f"{len(different)} published fact(s) differ: {'; '.join(different)}; please report this table to the project"
+    count = f"{len(different)} of {len(compared)} published facts {'differ' if len(different) > 1 else 'differs'}"
+    return f"{count}: {'; '.join(different)}; please report this table to the project"
 
 
 def compare_with_published(
@@ -114,10 +117,9 @@ def compare_with_published(
 
 def _files(md5s: Mapping[str, bool | None]) -> Iterator[Finding]:
     for name, as_published in md5s.items():
-        found = {True: "the published one", False: "another one", None: "unknown; a refresh computes it"}[as_published]
-        yield Finding(
-            f"MD5 of {name}", "the published one", found, as_published, "all facts below describe these bytes"
-        )
+        found = {True: "the published one", False: "another one", None: "unknown; `ixi-etl refresh` computes it"}
+        matters = "these are other files than those that the facts describe"
+        yield Finding(f"MD5 of {name}", "the published one", found[as_published], as_published, matters)
 
 
 def _members(survey_table: pd.DataFrame, volumes: pd.DataFrame) -> Iterator[Finding]:
@@ -128,7 +130,9 @@ def _members(survey_table: pd.DataFrame, volumes: pd.DataFrame) -> Iterator[Find
     yield _equal("pairs of T1 and T2", PAIRS, len(keys["T1"] & keys["T2"]), "the number of subjects")
     for modality, other in (("T1", "T2"), ("T2", "T1")):
         people = {key.partition("-")[0] for key in keys[modality] - keys[other]}
-        yield _equal(f"people with {modality} only", ONE_MODALITY[modality], people, "rows with reason missing_pair")
+        yield _equal(
+            f"people with {modality} only", ONE_MODALITY[modality], people, f"excluded as missing_{other.lower()}"
+        )
     unusable = survey_table[survey_table["problem"] != ""]
     examples = ", ".join(unusable["member"].head(3))
     found_unusable = f"{len(unusable)}" + (f" ({examples})" if examples else "")
@@ -145,7 +149,7 @@ def _depths(volumes: pd.DataFrame) -> Iterator[Finding]:
     t2 = depths["T2"]["depth"].dropna()
     modal = int(t2.mode().max()) if len(t2) else 0
     yield _equal("T2 modal depth", MODAL_DEPTH_T2, modal, "which volumes have the modal depth")
-    few = depths["T2"][depths["T2"]["subject_id"].str.partition("-")[0] == FEW_SLICES[0]]
+    few = depths["T2"][depths["T2"]["subject_id"].str.startswith(f"{FEW_SLICES[0]}-")]
     others = depths["T2"].drop(few.index)
     for site, published in DEPTHS_T2.items():
         found = {int(depth) for depth in others.loc[others["site"] == site, "depth"].dropna()}
@@ -161,7 +165,7 @@ def _depths(volumes: pd.DataFrame) -> Iterator[Finding]:
         f"{low} or {high} slices, {FEW_SLICES[2]} mm apart",
         ", ".join(f"{depth} slices, {mm} mm apart" for depth, mm in found_few) or "absent",
         agrees,
-        "a volume of few thick slices must not be mistaken for a modal one",
+        "a volume of few thick slices must not count as modal",
     )
 
 
@@ -177,13 +181,10 @@ def _geometry(volumes: pd.DataFrame) -> Iterator[Finding]:
             agrees,
             "the planes that are paired",
         )
-        grids = scans["shape"].map(lambda shape: tuple(json.loads(shape)[:2]) if shape else ()).value_counts().to_dict()
+        grids = scans["shape"].map(lambda shape: "{} x {}".format(*json.loads(shape))).value_counts().to_dict()
+        matters = "excluded as grid_not_modal" if modality == "T2" else "the field of view"
         yield Finding(
-            f"{modality} voxels in the plane",
-            f"{IN_PLANE} in all",
-            _counted(grids),
-            set(grids) == {IN_PLANE},
-            "grid_not_modal",
+            f"{modality} voxels in the plane", f"{IN_PLANE} in all", _counted(grids), set(grids) == {IN_PLANE}, matters
         )
         tilts = np.array([_tilt_deg(json.loads(affine)) for affine in scans["affine"] if affine])
         inside = float(((tilts >= TILT_DEG[0]) & (tilts <= TILT_DEG[1])).mean()) if len(tilts) else 0.0
@@ -211,7 +212,7 @@ def _spacings(volumes: pd.DataFrame) -> Iterator[Finding]:
         label = " x ".join(f"{v:g}" for v in known or np.round(mm, 4))
         found[label] = found.get(label, 0) + 1
     published = {" x ".join(f"{v:g}" for v in mm): n for mm, n in SPACING_T1_MM.items()}
-    yield _equal("T1 spacing, mm (volumes)", published, found, "grid_not_modal, and the size of the head in voxels")
+    yield _equal("T1 spacing, mm (volumes)", published, found, "how much finer or coarser than the T2 they are")
     (low, high), (thin, thick) = SPACING_T2_MM
     usual = [mm for mm in spacing["T2"] if mm[2] < 4]
     fits = [
@@ -255,7 +256,8 @@ def _storage(volumes: pd.DataFrame) -> Iterator[Finding]:
 
 def _people(volumes: pd.DataFrame, demographics: Demographics | None) -> Iterator[Finding]:
     if demographics is None:
-        yield Finding("IXI.xls", f"{DEMOGRAPHICS_ROWS} rows", "not given", None, "age and sex")
+        found = "absent; `ixi-etl refresh --demographics official` fetches it"
+        yield Finding("IXI.xls", f"{DEMOGRAPHICS_ROWS} rows", found, None, "age and sex")
         return
     rows = sum(demographics.rows.values()) + len(demographics.unread)
     repeated = [n for n in demographics.rows.values() if n > 1]
@@ -276,8 +278,11 @@ def _equal(fact: str, published: object, found: object, matters: str) -> Finding
 
 
 def _text(value: object) -> str:
-    if isinstance(value, (set, tuple)):
-        return ", ".join(map(str, sorted(value) if isinstance(value, set) else value)) or "none"
+    if isinstance(value, set):
+        shown = [str(item) for item in sorted(value)[:MAX_SHOWN]]
+        return ", ".join(shown + ([f"{len(value) - MAX_SHOWN} more"] if len(value) > MAX_SHOWN else [])) or "none"
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
     if isinstance(value, dict):
         return ", ".join(f"{key}: {n}" for key, n in sorted(value.items(), reverse=True)) or "none"
     return str(value)

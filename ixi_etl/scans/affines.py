@@ -174,6 +174,12 @@ def _max_distortion_mm(affine: NDArray[np.float64], shape: tuple[int, ...], pixd
     return _max_displacement_mm(difference, shape)
 
 
+def describe_two_spaces(forms: Mapping[int, Form]) -> bool:
+    """Whether the forms of a header differ, so that tools which read the other one see other positions."""
+    first, *others = [form.affine for form in forms.values()]
+    return any(not np.array_equal(first, affine) for affine in others)
+
+
 def space_name(code: int) -> str:
     return SPACES.get(code, "unknown")
 

@@ -13,7 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ixi_etl.errors import BadVolumeError
-from ixi_etl.scans.affines import LENGTH_UNITS, Form, read_forms, round_to_six_digits, shortest_double, space_name
+from ixi_etl.scans.affines import (
+    LENGTH_UNITS,
+    Form,
+    describe_two_spaces,
+    read_forms,
+    round_to_six_digits,
+    shortest_double,
+    space_name,
+)
 from ixi_etl.scans.gunzip import HEADER_BYTES, MAX_DEFLATE_RATIO, inflate, inflate_head, is_gzip
 
 MAX_VOLUME_BYTES = 512 << 20  # of voxels; bounds memory for users' own files. An IXI volume has 20 MB
@@ -56,7 +64,7 @@ class Header:
     def note(self) -> str:
         """What is unusual about the forms, in words; "" if nothing."""
         notes = [form.note for form in self.forms.values()]
-        if len({id(form.affine) for form in self.forms.values()}) > 1:
+        if self.forms and describe_two_spaces(self.forms):
             spaces = " and ".join(f"{space_name(code)} (code {code})" for code in sorted(self.forms))
             notes.insert(0, f"sform and qform describe two spaces, {spaces}")
         return "; ".join(filter(None, notes))

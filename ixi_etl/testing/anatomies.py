@@ -1,4 +1,4 @@
-"""Simulate subjects from real heads: aligned or unaligned pairs of T1 and T2 volumes that the user provides.
+"""Simulate subjects from real heads: pairs of T1 and T2 volumes that the user provides, aligned or not.
 
 A subject is one of these heads, warped at random. The heads of a split are used in no other split, so that a generator
 is tested on anatomies that it has not seen. Figures measured on such subjects do not apply to IXI.
@@ -6,21 +6,26 @@ is tested on anatomies that it has not seen. Figures measured on such subjects d
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
 from ixi_etl.config import SPLITS, DatasetConfig
+from ixi_etl.core.parallel import parallel_map
+from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.dataset.splits import split_of
-from ixi_etl.errors import ConfigError
+from ixi_etl.errors import BadVolumeError, ConfigError
 from ixi_etl.pairing.geometry import Matrix, import_sitk, rounded
 from ixi_etl.pairing.register import RegistrationError, Volume, head_points, register
 from ixi_etl.scans.intensity import percentiles
+from ixi_etl.scans.nifti import read_volume
+
+log = logging.getLogger(__name__)
 
 MODALITIES = ("T1", "T2", "PD")
 MAX_ERROR_MM = 1.5  # estimated error of the registration of a pair, at the largest
@@ -62,31 +67,43 @@ class Anatomy:
         return heads, affine
 
 
-def read_anatomies(folder: Path) -> list[Anatomy]:
+def read_anatomies(folder: Path, *, workers: int = 1, progress: Progress = no_progress) -> list[Anatomy]:
     """The heads in a folder: `NAME_T1.nii.gz` with `NAME_T2.nii.gz`, perhaps `NAME_PD.nii.gz`; one head per person.
 
     Each T2 is registered to its T1; a PD has the T2's space.
 
     Raises:
-        ConfigError: the folder has no pair, or one cannot be registered.
+        ConfigError: the folder has no pair, or one cannot be read or registered.
     """
-    return [_read_anatomy(name, paths) for name, paths in find_pairs(folder).items()]
+    pairs = list(find_pairs(folder).items())
+    return parallel_map(
+        lambda pair: _read_anatomy(*pair),
+        pairs,
+        workers=workers,
+        on_done=lambda done: progress("register heads", done, len(pairs), "pairs"),
+    )
 
 
 def find_pairs(folder: Path) -> dict[str, dict[str, Path]]:
-    """Name -> modality -> file, of the names that have a T1 and a T2.
+    """Name -> modality -> file, of the names that have a T1 and a T2; a warning names the others.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the folder has no pair, or two files of one scan.
     """
     files: dict[str, dict[str, Path]] = {}
-    for path in sorted(folder.glob("*.nii*")):
+    for path in sorted(folder.glob("*")):
         match = _NAME.fullmatch(path.name)
         if match:
-            files.setdefault(match["name"], {})[match["modality"].upper()] = path
+            modality, scans = match["modality"].upper(), files.setdefault(match["name"], {})
+            if modality in scans:
+                raise ConfigError(f"{path} and {scans[modality].name} have the same name and modality; remove one")
+            scans[modality] = path
     pairs = {name: paths for name, paths in files.items() if {"T1", "T2"} <= set(paths)}
     if not pairs:
         raise ConfigError(f"{folder} has no pair of NAME_T1.nii.gz and NAME_T2.nii.gz; give another folder")
+    single = [name for name in files if name not in pairs]
+    if single:
+        log.warning("%s: not used, because T1 or T2 is missing: %s", folder, ", ".join(single))
     return pairs
 
 
@@ -114,16 +131,17 @@ def assign_anatomies(anatomies: list[Anatomy], persons: list[str], dataset_confi
 
 def _read_anatomy(name: str, paths: dict[str, Path]) -> Anatomy:
     scans = {modality: read_scan(path) for modality, path in paths.items()}
+    problem = f"{paths['T2']} cannot be registered to the T1"
     try:
         found = register(scans["T1"], scans["T2"])
     except RegistrationError as error:
-        raise ConfigError(f"{paths['T2']} cannot be registered to the T1: {error}; remove this pair") from None
+        raise ConfigError(f"{problem}: {error}; remove this pair") from None
     points = head_points(scans["T1"])
     error_mm = found.error_mm(points, found.t2_to_t1)
+    if found.is_mirrored:
+        raise ConfigError(f"{problem}: one of the headers exchanges left and right; correct it, or remove this pair")
     if error_mm > MAX_ERROR_MM:
-        raise ConfigError(
-            f"{paths['T2']} cannot be registered to the T1: the error is about {error_mm:.1f} mm; remove this pair"
-        )
+        raise ConfigError(f"{problem}: the error is about {error_mm:.1f} mm; remove this pair")
     to_t1: Matrix = np.eye(4)
     to_t1[:3, 3] = (points.min(axis=0) + points.max(axis=0)) / 2
     to_t2 = rounded(np.linalg.solve(found.t2_to_t1, to_t1))
@@ -131,18 +149,20 @@ def _read_anatomy(name: str, paths: dict[str, Path]) -> Anatomy:
 
 
 def read_scan(path: Path) -> Volume:
-    """A volume [k, j, i] whose percentiles 0.1 and 99.9 are 0 and 255."""
+    """A volume [k, j, i] whose percentiles 0.1 and 99.9 are 0 and 255.
+
+    Raises:
+        ConfigError: the file is not a volume that a refresh could use.
+    """
     try:
-        image = nib.nifti1.load(path)
-        voxels = np.asarray(image.dataobj, np.float32).T
-        affine = np.asarray(image.affine, np.float64)
-    except Exception as error:  # nibabel and gzip raise many kinds on damaged files
-        raise ConfigError(f"{path} cannot be read: {error}; remove it") from None
-    if voxels.ndim != 3:
-        raise ConfigError(f"{path} has {voxels.ndim} dimensions, not 3; remove it")
+        header, stored = read_volume(path.read_bytes())
+    except (BadVolumeError, OSError) as error:
+        raise ConfigError(f"{path} cannot be used: {error}; remove it") from None
+    assert header.affine is not None  # otherwise the header is refused
+    voxels = header.scaled(stored).astype(np.float32)
     ((low, high),) = percentiles(voxels[np.newaxis])
     scaled = np.clip((voxels - low) * (255 / max(float(high - low), 1e-6)), 0, 255)
-    return Volume(np.ascontiguousarray(scaled, np.float32), affine)
+    return Volume(np.ascontiguousarray(scaled, np.float32), header.affine)
 
 
 def _random_warp(grid: Any, rng: np.random.Generator) -> Any:

@@ -92,8 +92,8 @@ def write_phantom(
     """Write `IXI-T1.tar`, `IXI-T2.tar`, `MD5SUMS` and `truth.json` into `folder`.
 
     `truth.json` gives for each subject the 4 x 4 matrix from the T2's world to the same tissue in the T1's (RAS mm),
-    and the name of its head. The heads are ellipsoids, or those of the pairs in the folder `bases` (`anatomies`); if
-    all of these have a PD, `IXI-PD.tar` is written too.
+    and the name of its head. The heads are ellipsoids, or those of the pairs in the folder `bases` (`anatomies`).
+    `IXI-PD.tar` has the subjects whose head has a PD; without any it is not written.
     With `oddities` the archives also contain unusual depths and damaged members (`_broken_members`). Equal arguments
     give equal bytes.
     """
@@ -110,20 +110,20 @@ def write_phantom(
             PhantomSubject(subjects + 4, "HH", seed, depth_t2=28, thickness_t2=4.98, shrink=shrink),
         ]
     if bases is not None:
-        heads = assign_anatomies(read_anatomies(bases), [person_of(s.subject_id) for s in scans], DatasetConfig())
+        anatomies = read_anatomies(bases, workers=workers, progress=progress)
+        heads = assign_anatomies(anatomies, [person_of(s.subject_id) for s in scans], DatasetConfig())
         scans = [replace(s, anatomy=heads[person_of(s.subject_id)]) for s in scans]
+    folder.mkdir(parents=True, exist_ok=True)  # before the work, in case it is not possible
     simulated = parallel_map(
         simulate, scans, workers=workers, on_done=lambda done: progress("simulate", done, len(scans), "subjects")
     )
-    members = {
-        m: {f"{s.subject_id}-{m}.nii.gz": packed[m] for s, (packed, _) in zip(scans, simulated, strict=True)}
-        for m in ("T1", "T2", "PD")
-        if all(m in packed for packed, _ in simulated)
-    }
+    members: dict[str, dict[str, bytes]] = {}
+    for scan, (packed, _) in zip(scans, simulated, strict=True):
+        for modality, data in packed.items():
+            members.setdefault(modality, {})[f"{scan.subject_id}-{modality}.nii.gz"] = data
     if oddities:
         for modality, name, data in _broken_members(simulated[0][0]):
             members[modality][name] = data
-    folder.mkdir(parents=True, exist_ok=True)
     sums = [f"{write_tar(folder / archive_name(m), members[m])}  {archive_name(m)}\n" for m in members]
     (folder / "MD5SUMS").write_text("".join(sums))
     truth = {

@@ -136,9 +136,11 @@ TILTED = rigid((25, 0, 0), (0, 0, 0)) @ grid_affine((256, 256, 150), (0.9375, 0.
         (set_one("T1", "orientation", "RAS"), {"T1 orientation as stored"}),
         (set_one("T2", "orientation", "LPS"), {"T2 orientation as stored"}),
         (set_one("T1", "shape", "[256, 240, 150]"), {"T1 voxels in the plane"}),
+        (set_one("T2", "shape", "[240, 256, 130]"), {"T2 voxels in the plane"}),
         (set_one("T1", "spacing_mm", "[0.9375, 0.9375, 1.3]"), {"T1 spacing, mm (volumes)"}),
         (set_one("T2", "spacing_mm", "[0.9375, 0.9375, 2.5]"), {"T2 spacing, mm, without thick slices"}),
         (set_where("affine", json.dumps(TILTED.tolist()), "modality == 'T1'"), {"T1 tilt, degrees"}),
+        (set_where("affine", json.dumps(TILTED.tolist()), "modality == 'T2'"), {"T2 tilt, degrees"}),
         (set_one("T2", "dtype", "<f4"), {"type of voxels"}),
         (set_one("T2", "qform_code", 2), {"sform/qform codes"}),
         (set_one("T2", "note", "sform and qform differ by 3 mm"), {"headers with contradictions"}),
@@ -156,6 +158,19 @@ def test_each_fact_that_differs_is_named(
     message = differences_message(findings)
     assert message is not None
     assert all(fact in message for fact in facts)
+
+
+def test_archives_without_volumes_differ(table: pd.DataFrame) -> None:
+    """A mistaken archive gets a table, not a traceback."""
+    findings = compare_with_published(table[:0], MD5S, None)
+    assert {"T1 volumes", "T2 of IXI014", "T1 tilt, degrees"} <= {f.fact for f in findings if f.agrees is False}
+
+
+def test_long_lists_of_people_are_shortened(table: pd.DataFrame) -> None:
+    findings = compare_with_published(table[table["modality"] == "T1"], MD5S, None)
+    (only_t1,) = (f.found for f in findings if f.fact == "people with T1 only")
+    assert only_t1.count(",") == 10
+    assert only_t1.endswith(", 571 more")
 
 
 def test_another_archive_and_another_table_of_people_are_named(table: pd.DataFrame, demographics: Demographics) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from ixi_etl.config import DatasetConfig
 from ixi_etl.dataset.splits import split_of
 from ixi_etl.errors import ConfigError
+from ixi_etl.pairing.register import Registration
 from ixi_etl.scans.survey import survey
 from ixi_etl.testing import anatomies, phantom
 
@@ -46,7 +49,8 @@ def test_the_scans_of_a_head_are_registered(heads: list[anatomies.Anatomy]) -> N
 
 
 def test_each_subject_is_warped_differently_and_reproducibly(heads: list[anatomies.Anatomy]) -> None:
-    first, again, other = (heads[0].sample(np.random.default_rng(seed))[0]["T1"] for seed in (1, 1, 2))
+    head = replace(heads[0], scans={"T1": heads[0].scans["T1"]})
+    first, again, other = (head.sample(np.random.default_rng(seed))[0]["T1"] for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert 0.5 < np.corrcoef(first.ravel(), other.ravel())[0, 1] < 0.999
     assert 0 <= first.min() < first.max() <= 255
@@ -68,8 +72,46 @@ def test_fewer_than_three_heads_are_shared_by_the_splits() -> None:
     assert {head.name for head in assigned.values()} == {"0", "1"}
 
 
+def test_a_scan_without_its_pair_is_named_and_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a_T1.nii", "a_T2.nii", "b_T1.nii.gz", "c-PD.nii.gz", "notes.txt"):
+        (tmp_path / name).touch()
+    assert list(anatomies.find_pairs(tmp_path)) == ["a"]
+    assert "not used, because T1 or T2 is missing: b, c" in caplog.text
+
+
+def test_a_header_that_contradicts_itself_is_refused(bases: Path, tmp_path: Path) -> None:
+    image = nib.nifti1.load(bases / "aligned_t1w.nii.gz")
+    image.set_sform(MOTION @ image.affine, 1)
+    nib.save(image, tmp_path / "a_T1.nii.gz")
+    with pytest.raises(ConfigError, match="cannot be used: bad_affine: sform and qform contradict"):
+        anatomies.read_scan(tmp_path / "a_T1.nii.gz")
+
+
+def test_a_pair_that_exchanges_left_and_right_is_refused(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anatomies, "register", lambda t1, t2: Registration(np.eye(4), np.eye(4), True))
+    with pytest.raises(ConfigError, match="one of the headers exchanges left and right"):
+        anatomies.read_anatomies(bases)
+
+
+def test_subjects_whose_head_has_a_pd_have_one(
+    heads: list[anatomies.Anatomy], tmp_path: Path, monkeypatch: Any
+) -> None:
+    one, other = heads
+    with_pd = replace(one, scans=one.scans | {"PD": one.scans["T2"]})
+    monkeypatch.setattr(phantom, "read_anatomies", lambda *_, **__: [with_pd, other])
+    blank = np.zeros((4, 4, 4), np.float32)
+    monkeypatch.setattr(anatomies.Anatomy, "sample", lambda head, _: (dict.fromkeys(head.scans, blank), np.eye(4)))
+    phantom.write_phantom(tmp_path, subjects=3, seed=5, oddities=False, shrink=4, bases=tmp_path)
+    heads_used = {s: t["head"] for s, t in json.loads((tmp_path / "truth.json").read_text()).items()}
+    table = survey({"PD": str(tmp_path / "IXI-PD.tar")})
+    assert set(table["subject_id"]) == {s for s, head in heads_used.items() if head == "aligned"}
+    assert 0 < len(table) < 3
+    assert set(table["orientation"]) == {"LAS"}
+
+
 def test_archives_are_made_from_the_heads(bases: Path, tmp_path: Path) -> None:
     phantom.write_phantom(tmp_path, subjects=2, seed=5, oddities=False, shrink=4, bases=bases)
+    assert not (tmp_path / "IXI-PD.tar").exists()
     truth = json.loads((tmp_path / "truth.json").read_text())
     assert {subject["head"] for subject in truth.values()} <= {"aligned", "displaced"}
     table = survey({m: str(tmp_path / f"IXI-{m}.tar") for m in ("T1", "T2")})
@@ -83,7 +125,8 @@ def test_archives_are_made_from_the_heads(bases: Path, tmp_path: Path) -> None:
     [
         ({}, "has no pair of NAME_T1.nii.gz and NAME_T2.nii.gz"),
         ({"a_T1.nii": b"x"}, "has no pair"),
-        ({"a_T1.nii": b"x", "a_T2.nii": b"x"}, "a_T1.nii cannot be read"),
+        ({"a_T1.nii": b"x", "a_T2.nii": b"x"}, "a_T1.nii cannot be used: unreadable: not a NIfTI file"),
+        ({"a_T1.nii": b"x", "a_T1w.nii.gz": b"x", "a_T2.nii": b"x"}, "have the same name and modality; remove one"),
     ],
 )
 def test_a_folder_without_usable_heads_is_refused(files: dict[str, bytes], message: str, tmp_path: Path) -> None:
