@@ -83,7 +83,7 @@ class Registration:
     Attributes:
         t2_to_t1: the motion that was found.
         check: the same motion, found by a search with exchanged roles of the scans.
-        disagreement_mm: distance between two first searches that ended in different places; 0 if they agreed.
+        disagreement_mm: mean distance over the head between the results of the two first searches.
         is_mirrored: whether the mirror image of the T1 fits the T2 better.
     """
 
@@ -95,7 +95,8 @@ class Registration:
     def error_mm(self, points: NDArray[np.float64], alignment: Matrix) -> float:
         """Estimated error (mm) of an `alignment`: its mean distance from `check` at `points` (n, 3) in RAS mm.
 
-        At least `disagreement_mm`: more starts mostly find the right place, but not always. Rounded to 6 digits.
+        At least `disagreement_mm`: two searches disagree more, the flatter the similarity is around its maximum, and
+        more starts do not always find the right place. Rounded to 6 digits. Compared in docs/registration.md.
         """
         return round(max(self.disagreement_mm, mean_distance(alignment, self.check, points)), 6)
 
@@ -138,8 +139,8 @@ def register(t1: Volume, t2: Volume) -> Registration:
     start = np.eye(4)
     coarse, _ = _search(COARSE, fixed, moving, start)
     check = _inverse_search(fixed, moving, start)
-    gap_mm = mean_distance(coarse, check, fixed.points)
-    is_poor = gap_mm > RETRY_MM
+    disagreement_mm = mean_distance(coarse, check, fixed.points)
+    is_poor = disagreement_mm > RETRY_MM
     if is_poor:
         coarse = _best_of_many(fixed, moving, [coarse, check, start])
     fine, _ = _search(FINE, _whole(t2, FINE.spacing_mm), _whole(t1, FINE.spacing_mm), coarse)
@@ -148,7 +149,7 @@ def register(t1: Volume, t2: Volume) -> Registration:
     return Registration(
         rounded(fine, MATRIX_BITS),
         rounded(check, MATRIX_BITS),
-        gap_mm if is_poor else 0.0,
+        disagreement_mm,
         _fits_better_mirrored(fixed, moving, fine, is_poor),
     )
 

@@ -88,7 +88,7 @@ def test_a_header_that_contradicts_itself_is_refused(bases: Path, tmp_path: Path
 
 
 def test_a_pair_that_exchanges_left_and_right_is_refused(bases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(anatomies, "register", lambda t1, t2: Registration(np.eye(4), np.eye(4), True))
+    monkeypatch.setattr(anatomies, "register", lambda t1, t2: Registration(np.eye(4), np.eye(4), is_mirrored=True))
     with pytest.raises(ConfigError, match="one of the headers exchanges left and right"):
         anatomies.read_anatomies(bases)
 
