@@ -1,7 +1,7 @@
 """Train generators on your own pairs, leaving out one person at a time, and measure each on that person::
 
     python -m benchmarks.folds FOLDER --out OUT                  # NAME_T1.nii.gz and NAME_T2.nii.gz
-    python -m benchmarks.folds FOLDER --out OUT --person 'p\\d+' --steps 1600 --width 16
+    python -m benchmarks.folds FOLDER --out OUT --person 'p\\d+' --steps 1600
 
 1. Scans are smoothed to the voxel size of a common grid along the axes on which they are finer. The T2s are then
    interpolated onto it: equal pixels and slice distances, along the axes and about the centre of each scan.
@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--pixel-mm", type=float, default=0.9375, help="%(default)s")
     parser.add_argument("--slice-mm", type=float, help="distance between slices; by default the median of the T2s")
     parser.add_argument("--slices", type=int, default=20, help="of each pair, in the middle of the T2; %(default)s")
-    parser.add_argument("--steps", type=int, default=3000, help="%(default)s, of one pair")
+    parser.add_argument("--steps", type=int, default=1600, help="of one pair each; %(default)s")
     parser.add_argument("--width", type=int, default=16, help="of both networks, published: 64; %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=usable_cores(), help="folds at a time; %(default)s")
