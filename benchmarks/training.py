@@ -8,13 +8,16 @@ import sys
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import reference
 from benchmarks.reference import Norm
+
+if TYPE_CHECKING:
+    from model.trainer import Trainer
 
 Work = Callable[[], dict[str, Any]]
 WARM_UP = 2
@@ -69,6 +72,15 @@ def _steps(step: Callable[[Tensor, Tensor], float], batch: int, side: int, times
     return work
 
 
+def copy_weights(ours: Trainer, theirs: reference.Trainer) -> None:
+    """Give both networks of `theirs` the weights of `ours`; they must have equal sizes."""
+    assert ours.discriminator is not None
+    with torch.no_grad():
+        for mine, other in ((ours.generator, theirs.generator), (ours.discriminator, theirs.discriminator)):
+            for weight, copy in zip(mine.parameters(), other.parameters(), strict=True):
+                copy.copy_(weight)
+
+
 def curves(implementation: str, seed: int, steps: int, side: int, width: int) -> Work:
     """The L1 loss of each step on the same batches at batch size 1; the seed draws the weights and the dropout.
 
@@ -83,11 +95,7 @@ def curves(implementation: str, seed: int, steps: int, side: int, width: int) ->
     precision = default_precision("cpu") if implementation == "ours" else "fp32"
     ours = Trainer(TrainConfig.model_validate(settings | {"precision": precision}), torch.device("cpu"))
     theirs = reference.Trainer(side, width, "instance")
-    assert ours.discriminator is not None
-    with torch.no_grad():
-        for mine, other in ((ours.generator, theirs.generator), (ours.discriminator, theirs.discriminator)):
-            for weight, copy in zip(mine.parameters(), other.parameters(), strict=True):
-                copy.copy_(weight)
+    copy_weights(ours, theirs)
 
     def step(source: Tensor, target: Tensor) -> float:
         if implementation == "ours":
