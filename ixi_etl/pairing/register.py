@@ -48,8 +48,6 @@ TRIAL_ANGLE_DEG = 8.0
 MIRROR_GAIN = 1.03
 """Ratio of the mutual informations of the mirrored and the stored T1 with the T2, above which one header is wrong. In
 14 real pairs, half of them with added faults, the right one had 1.09 to 1.75 times that of its mirror image."""
-MIRROR_MIN = 0.25
-"""Mutual information below which the scans have too little in common to tell: 0.10 to 0.17 for two volumes of noise."""
 # Entries of the result are rounded to 1e-6, or 0.1 um at the edge of a head. The error of the search is 50 um.
 MATRIX_BITS = 20
 
@@ -145,7 +143,7 @@ def register(t1: Volume, t2: Volume) -> Registration:
         coarse = _best_of_many(fixed, moving, [coarse, check, start])
     fine, _ = _search(FINE, _whole(t2, FINE.spacing_mm), _whole(t1, FINE.spacing_mm), coarse)
     if is_poor:
-        check = _inverse_search(fixed, moving, fine @ _rotation([4, -4, 4], fixed.centre))
+        check = _inverse_search(fixed, moving, _displaced(fine, fixed))
     return Registration(
         rounded(fine, MATRIX_BITS),
         rounded(check, MATRIX_BITS),
@@ -168,18 +166,23 @@ def _inverse(matrix: Matrix) -> Matrix:
 
 
 def _fits_better_mirrored(fixed: _Head, moving: _Head, found: Matrix, is_poor: bool) -> bool:
-    """Whether the mirror image of the moving scan fits the fixed scan better than the scan as stored.
+    """Whether the mirror image of the moving scan fits the fixed scan, and better than the scan as stored.
 
     A wrong header mostly makes the searches disagree (`is_poor`), and `found` far from the right place: more starts.
     """
     mirrored = _mirrored(moving)
     try:
         start = _best_of_many(fixed, mirrored, [np.eye(4), found]) if is_poor else found
-        as_mirrored = -_search(MIRROR, fixed, mirrored, start)[1]
-        as_stored = -_search(MIRROR, fixed, moving, found)[1]
+        best, as_mirrored = _search(MIRROR, fixed, mirrored, start)
+        _, as_stored = _search(MIRROR, fixed, moving, found)
+        if as_mirrored >= MIRROR_GAIN * as_stored:  # negative mutual informations
+            return False
+        # Scans of two people fit about as well mirrored as not, but then the searches end in different places.
+        best, _ = _search(COARSE, fixed, mirrored, best)
+        check = _inverse_search(fixed, mirrored, _displaced(best, fixed))
     except RegistrationError:
         return False
-    return as_mirrored > max(MIRROR_GAIN * as_stored, MIRROR_MIN)
+    return mean_distance(best, check, fixed.points) <= RETRY_MM
 
 
 def _mirrored(head: _Head) -> _Head:
@@ -202,6 +205,11 @@ def _best_of_many(fixed: _Head, moving: _Head, starts: list[Matrix]) -> Matrix:
     trials = [_search(TRIAL, fixed, moving, start) for start in (*starts, *turned)]
     best, _ = min(trials, key=lambda trial: trial[1])
     return _search(COARSE, fixed, moving, best)[0]
+
+
+def _displaced(found: Matrix, fixed: _Head) -> Matrix:
+    """A start for a search that should come back to `found`."""
+    return found @ _rotation([4, -4, 4], fixed.centre)
 
 
 def _rotation(angles_deg: Any, centre: NDArray[np.float64]) -> Matrix:

@@ -18,6 +18,8 @@ from model.config import TrainConfig
 from model.data import Pairs, load_pairs
 from model.evaluate import MEASURES
 
+pytestmark = pytest.mark.standin  # its refresh and training take half a minute
+
 SESSIONS = ("sub-01_ses-1", "sub-01_ses-2", "sub-02")
 PEOPLE = ["sub_01", "sub_02"]
 GRID = Grid(side=64, pixel_mm=4.0, slice_mm=5.0)

@@ -139,15 +139,26 @@ def test_the_estimated_error_of_another_alignment_is_its_distance(
     assert replace(found, disagreement_mm=7.0).error_mm(points, shifted) == 7
 
 
-@pytest.mark.parametrize("number", [0, 1])
 def test_a_header_that_exchanges_left_and_right_is_found(
-    number: int, still: tuple[register.Volume, register.Volume]
+    found: register.Registration, still: tuple[register.Volume, register.Volume]
 ) -> None:
-    scans = [register.Volume(scan.voxels, scan.affine) for scan in still]
-    assert not register.register(*scans).is_mirrored
-    mirror = np.diag([-1.0, 1, 1, 1])
-    scans[number] = register.Volume(scans[number].voxels, mirror @ scans[number].affine)
-    assert register.register(*scans).is_mirrored
+    t1, t2 = still
+    flipped = register.Volume(t1.voxels, np.diag([-1.0, 1, 1, 1]) @ t1.affine)
+    assert register.register(flipped, t2).is_mirrored
+    assert not found.is_mirrored
+
+
+def test_a_mirror_image_that_does_not_fit_either_is_no_exchange(
+    still: tuple[register.Volume, register.Volume], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with scans of two people: the mirror image is a little more similar, but two searches disagree."""
+    heads = [register._head(scan, register.COARSE.spacing_mm) for scan in reversed(still)]
+    ends = iter([np.eye(4), np.eye(4), np.eye(4), rigid((0, 0, 0), (2, 0, 0))])
+    monkeypatch.setattr(register, "_search", lambda level, fixed, *_: (next(ends), -1.1 if fixed is heads[0] else -1))
+    monkeypatch.setattr(register, "MIRROR_GAIN", 0.9)
+    assert not register._fits_better_mirrored(*heads, np.eye(4), is_poor=False)
+    ends = iter([np.eye(4)] * 4)
+    assert register._fits_better_mirrored(*heads, np.eye(4), is_poor=False)
 
 
 def test_more_starts_are_tried_if_two_searches_disagree(
