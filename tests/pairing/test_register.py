@@ -113,15 +113,6 @@ def test_the_coarse_grid_is_not_shifted(still: tuple[register.Volume, register.V
         np.testing.assert_allclose(centres[1] - centres[0], expected, atol=1e-6)
 
 
-def test_the_same_input_gives_the_same_matrices(
-    found: register.Registration, still: tuple[register.Volume, register.Volume]
-) -> None:
-    t1, t2 = still
-    again = register.register(t1, displaced(t2, MOTION))
-    np.testing.assert_array_equal(again.t2_to_t1, found.t2_to_t1)
-    np.testing.assert_array_equal(again.check, found.check)
-
-
 def test_the_estimated_error_is_small_for_a_good_registration(
     found: register.Registration, still: tuple[register.Volume, register.Volume]
 ) -> None:
@@ -139,6 +130,7 @@ def test_the_estimated_error_of_another_alignment_is_its_distance(
     assert replace(found, disagreement_mm=7.0).error_mm(points, shifted) == 7
 
 
+@pytest.mark.faults  # takes 10 seconds
 def test_a_header_that_exchanges_left_and_right_is_found(
     found: register.Registration, still: tuple[register.Volume, register.Volume]
 ) -> None:
@@ -161,6 +153,7 @@ def test_a_mirror_image_that_does_not_fit_either_is_no_exchange(
     assert register._fits_better_mirrored(*heads, np.eye(4), is_poor=False)
 
 
+@pytest.mark.faults  # takes 10 seconds
 def test_more_starts_are_tried_if_two_searches_disagree(
     still: tuple[register.Volume, register.Volume], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +174,7 @@ def test_more_starts_are_tried_if_two_searches_disagree(
     assert found.disagreement_mm > 15
 
 
-@pytest.mark.parametrize(("slope", "intercept"), [(-1, 0), (1, -5000), (2e-6, 1)])
+@pytest.mark.parametrize(("slope", "intercept"), [(-1, 0), (2e-6, 1)])
 def test_scale_and_sign_of_the_intensities_do_not_matter(
     slope: float, intercept: float, found: register.Registration, still: tuple[register.Volume, register.Volume]
 ) -> None:
