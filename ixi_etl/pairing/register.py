@@ -36,7 +36,7 @@ of a millimetre. Measured in docs/registration.md."""
 TRIAL = replace(COARSE, samples=6_000)
 """One of many starts."""
 MIRROR = replace(TRIAL, relax=0.6, iterations=60)
-"""The comparison with a mirrored T1, which starts close to its end."""
+"""A first, short comparison with a mirrored T1."""
 
 HISTOGRAM_BINS = 48
 # Larger motion is flagged `large_motion`. The heads of the real pairs in docs/registration.md moved by 0.5 to 5.5 mm
@@ -45,6 +45,10 @@ MAX_MOTION_MM, MAX_MOTION_DEG = 15.0, 15.0
 RETRY_MM = 1.0
 """Disagreement of two coarse searches from which more starts are tried. docs/registration.md has the distribution."""
 TRIAL_ANGLE_DEG = 8.0
+MIRROR_CHECK_MM = 2.0
+"""Disagreement of two searches for the mirror image up to which it is taken to fit."""
+MIRROR_TRIAL_GAIN = 0.75
+"""As `MIRROR_GAIN`, below which the short comparison suffices."""
 MIRROR_GAIN = 1.03
 """Ratio of the mutual informations of the mirrored and the stored T1 with the T2, above which one header is wrong. In
 14 real pairs, half of them with added faults, the right one had 1.09 to 1.75 times that of its mirror image."""
@@ -173,16 +177,16 @@ def _fits_better_mirrored(fixed: _Head, moving: _Head, found: Matrix, is_poor: b
     mirrored = _mirrored(moving)
     try:
         start = _best_of_many(fixed, mirrored, [np.eye(4), found]) if is_poor else found
-        best, as_mirrored = _search(MIRROR, fixed, mirrored, start)
-        _, as_stored = _search(MIRROR, fixed, moving, found)
-        if as_mirrored >= MIRROR_GAIN * as_stored:  # negative mutual informations
-            return False
+        for level, gain in ((MIRROR, MIRROR_TRIAL_GAIN), (COARSE, MIRROR_GAIN)):
+            start, as_mirrored = _search(level, fixed, mirrored, start)
+            _, as_stored = _search(level, fixed, moving, found)
+            if as_mirrored >= gain * as_stored:  # negative mutual informations
+                return False
         # Scans of two people fit about as well mirrored as not, but then the searches end in different places.
-        best, _ = _search(COARSE, fixed, mirrored, best)
-        check = _inverse_search(fixed, mirrored, _displaced(best, fixed))
+        check = _inverse_search(fixed, mirrored, _displaced(start, fixed))
     except RegistrationError:
         return False
-    return mean_distance(best, check, fixed.points) <= RETRY_MM
+    return mean_distance(start, check, fixed.points) <= MIRROR_CHECK_MM
 
 
 def _mirrored(head: _Head) -> _Head:

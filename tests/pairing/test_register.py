@@ -145,11 +145,11 @@ def test_a_mirror_image_that_does_not_fit_either_is_no_exchange(
 ) -> None:
     """As with scans of two people: the mirror image is a little more similar, but two searches disagree."""
     heads = [register._head(scan, register.COARSE.spacing_mm) for scan in reversed(still)]
-    ends = iter([np.eye(4), np.eye(4), np.eye(4), rigid((0, 0, 0), (2, 0, 0))])
+    ends = iter([np.eye(4)] * 4 + [rigid((0, 0, 0), (4, 0, 0))])
     monkeypatch.setattr(register, "_search", lambda level, fixed, *_: (next(ends), -1.1 if fixed is heads[0] else -1))
     monkeypatch.setattr(register, "MIRROR_GAIN", 0.9)
     assert not register._fits_better_mirrored(*heads, np.eye(4), is_poor=False)
-    ends = iter([np.eye(4)] * 4)
+    ends = iter([np.eye(4)] * 5)
     assert register._fits_better_mirrored(*heads, np.eye(4), is_poor=False)
 
 
