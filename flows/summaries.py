@@ -20,9 +20,10 @@ class Summary(NamedTuple):
 def funnel_summary(folder: Path) -> Summary:
     """How many subjects of a version are left after each step, by site."""
     from ixi_etl.dataset import manifest, metadata
+    from ixi_etl.dataset.schema import SCHEMAS
     from ixi_etl.scans.site_tables import flatten, site_table_to_records
 
-    schema = metadata.SCHEMAS[metadata.read_metadata(folder)["name"]]
+    schema = SCHEMAS[metadata.read_metadata(folder)["name"]]
     funnel = manifest.funnel(metadata.read_manifest(folder), schema)
     return Summary("Subjects left after each step", flatten(funnel), site_table_to_records(funnel))
 

@@ -17,17 +17,21 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
+from ixi_etl import modalities
 from ixi_etl.core.http_options import HttpOptions
 from ixi_etl.core.option import Option
 from ixi_etl.core.parallel import usable_cores
 from ixi_etl.core.storage import DataRoot, expand_home, reject_unusable_path, reject_url_credentials
 from ixi_etl.core.text import printable
 from ixi_etl.errors import IxiError, redacted
+from ixi_etl.modalities import DEFAULT_MODALITIES, MODALITIES
 
 SPLITS = ("train", "val", "test")
 
@@ -119,9 +123,42 @@ UserText = Annotated[str, BeforeValidator(_check_utf8), AfterValidator(_without_
 UserPath = Annotated[UserText, Field(min_length=1)]
 
 
+def _split_names(given: Any) -> Any:
+    """`"T1,t2"` -> `["T1", "T2"]`; anything else unchanged."""
+    return re.split(r"[,\s]+", given.strip().upper()) if isinstance(given, str) else given
+
+
+def _check_modalities(given: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the modalities in their usual order; reject fewer than two, repeated and unknown ones."""
+    unknown = [name for name in given if name not in MODALITIES]
+    if unknown:
+        raise ValueError(f"there is no modality {unknown[0]}; the modalities are {', '.join(MODALITIES)}")
+    if len(set(given)) < len(given) or len(given) < 2:
+        raise ValueError(f"{', '.join(given) or 'nothing'}: give two or more different ones of {', '.join(MODALITIES)}")
+    return modalities.in_order(given)
+
+
+Modalities = Annotated[tuple[str, ...], BeforeValidator(_split_names), AfterValidator(_check_modalities)]
+
+
 class DatasetConfig(StrictModel):
     """How a version is made from its archives. Every field changes its bytes, so all are part of its name."""
 
+    modalities: Annotated[Modalities, Option(type=str, metavar="T1,T2,...")] = Field(
+        DEFAULT_MODALITIES, description=f"which of {', '.join(MODALITIES)} the dataset has, separated by commas"
+    )
+    reference: Literal["T1", "T2", "PD", "MRA"] = Field(
+        "T2", description="modality whose slices are cut and never resampled; the others are moved to it"
+    )
+    register_echoes: bool = Field(
+        False, description="also register PD to T2, or T2 to PD: echoes of one scan, whose voxels agree"
+    )
+    incomplete: Literal["exclude", "keep"] = Field(
+        "exclude", description="exclude, or keep, subjects that have the reference and only some of the others"
+    )
+    margin: Annotated[int, Field(ge=0, le=64)] = Field(
+        0, description="slices on either side of the window that are stored as neighbours, never as targets"
+    )
     pairing: Literal["anatomical", "index"] = Field(
         "anatomical",
         description="anatomical: T1 resampled onto the T2's planes; index: slice k with slice k as stored",
@@ -164,6 +201,8 @@ class DatasetConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> DatasetConfig:
+        if self.reference not in self.modalities:
+            raise ValueError(f"reference {self.reference} is not one of the modalities {', '.join(self.modalities)}")
         if self.window != "middle" and not 0 <= self.window[0] < self.window[1]:
             raise ValueError(f"window {list(self.window)} must be 0 <= start < stop")
         if self.pairing == "index" and self.registration != "none":
@@ -179,12 +218,37 @@ class DatasetConfig(StrictModel):
             start, stop = start, start + self.slices
         else:
             start, stop = self.window
+        start, stop = start - self.margin, stop + self.margin
         return (start, stop) if start >= 0 and stop <= depth else None
 
     @property
     def window_length(self) -> int:
-        """Number of slices of a slab."""
-        return self.slices if self.window == "middle" else self.window[1] - self.window[0]
+        """Number of slices of a slab, with the margin."""
+        return (self.slices if self.window == "middle" else self.window[1] - self.window[0]) + 2 * self.margin
+
+    @property
+    def name(self) -> str:
+        """The name of the dataset, for example `ixi-t1-t2`."""
+        return modalities.dataset_name(self.modalities, self.reference)
+
+    @property
+    def moving(self) -> tuple[str, ...]:
+        """The modalities other than the reference."""
+        return modalities.moving(self.modalities, self.reference)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_unused(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `NEWER_FIELDS` at their defaults, so that versions made before these existed keep their name."""
+        fields: dict[str, Any] = serialise(self)
+        return {
+            name: value
+            for name, value in fields.items()
+            if name not in NEWER_FIELDS or getattr(self, name) != type(self).model_fields[name].default
+        }
+
+
+NEWER_FIELDS = frozenset({"modalities", "reference", "register_echoes", "incomplete", "margin"})
+"""Fields of `DatasetConfig` that are newer than pipeline version 8."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {"paired": {}, "paper": {"pairing": "index"}}
@@ -250,6 +314,11 @@ class RefreshConfig(JobConfig):
         description="threads that cut subjects on this machine; by default one per available core",
     )
     dask: UserText | None = Field(None, description="Dask scheduler to cut subjects on, tcp://host:port")
+    pattern: tuple[UserText, ...] = Field(
+        (),
+        description="how the files of --source are named, such as '{subject}_{site}_{modality}.nii.gz', or "
+        "'T1={subject}/mprage.nii.gz' for one modality; may be repeated",
+    )
     insecure_hosts: Annotated[tuple[str, ...], Option(flag="--insecure-host")] = Field(
         (), description="host whose TLS certificate is not checked; may be repeated"
     )
@@ -262,7 +331,7 @@ class RefreshConfig(JobConfig):
 
     @property
     def data_root(self) -> DataRoot:
-        return DataRoot(self.root, scratch=self.scratch)
+        return DataRoot(self.root, self.dataset.name, self.scratch)
 
     @property
     def http(self) -> HttpOptions:

@@ -67,13 +67,13 @@ def versions(
     import pandas as pd
 
     from ixi_etl.core.storage import DataRoot
-    from ixi_etl.dataset import metadata, versions
+    from ixi_etl.dataset import versions
 
     output = Output(quiet, as_json)
     if old is not None:
         _compare(output, root, old, new)
         return
-    roots = [DataRoot(root, name) for name in metadata.COMMANDS]
+    roots = [DataRoot(root, name) for name in versions.datasets_in(root)]
     for data_root in [r for r in roots if versions.published_versions(r)] or roots[:1]:
         listed = versions.list_versions(data_root)
         latest = versions.find_latest(data_root) if listed else versions.resolve_version(data_root)
@@ -133,7 +133,7 @@ def prune(
     keep: Annotated[int, typer.Option(min=1, help="Number of newest versions of each dataset to keep.")],
     dataset: Annotated[
         str | None,
-        typer.Option(help=r"Only this dataset, ixi-t1-t2 or digits.  \[default: each]", show_default=False),
+        typer.Option(help=r"Only this dataset, for example ixi-t1-t2 or digits.  \[default: each]", show_default=False),
     ] = None,
     root: Root = DEFAULT_ROOT,
     scratch: Scratch = None,
@@ -146,14 +146,13 @@ def prune(
     Prints for each version whether it is kept or removed, and why.
     """
     from ixi_etl.core.storage import DataRoot
-    from ixi_etl.dataset.metadata import COMMANDS
     from ixi_etl.dataset.prune import prune_versions
-    from ixi_etl.dataset.versions import parse_version
+    from ixi_etl.dataset.versions import datasets_in, parse_version
 
     output = Output(quiet, as_json)
     removed = "would remove" if dry_run else "removed"
     rows = []
-    for name in [parse_version(f"{dataset}@latest")[0]] if dataset else COMMANDS:
+    for name in [parse_version(f"{dataset}@latest")[0]] if dataset else datasets_in(root):
         for decision in prune_versions(DataRoot(root, name, scratch), keep, dry_run=dry_run):
             version = f"{name}@{decision.version}"
             rows.append({"version": version, "removed": decision.removed, "why": decision.why, "bytes": decision.size})

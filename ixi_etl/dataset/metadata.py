@@ -15,13 +15,18 @@ from pydantic import BaseModel
 from ixi_etl import PIPELINE_VERSION
 from ixi_etl.core.files import parse_json, read_json, to_json
 from ixi_etl.core.storage import DataRoot, naming_file
-from ixi_etl.dataset.schema import DIGITS, IXI
+from ixi_etl.dataset.schema import SCHEMAS
 from ixi_etl.errors import DatasetError
+from ixi_etl.modalities import DATASETS, DEFAULT_MODALITIES, DEFAULT_REFERENCE
 
-COMMANDS = {"ixi-t1-t2": "ixi-etl refresh", "digits": "ixi-etl digits"}
-"""All datasets, each with the command that makes a version of it."""
 
-SCHEMAS = {"ixi-t1-t2": IXI, "digits": DIGITS}
+def _refresh_command(modalities: tuple[str, ...], reference: str) -> str:
+    options = "" if modalities == DEFAULT_MODALITIES else f" --modalities {','.join(modalities)}"
+    return f"ixi-etl refresh{options}" + ("" if reference == DEFAULT_REFERENCE else f" --reference {reference}")
+
+
+COMMANDS = {name: _refresh_command(*chosen) for name, chosen in DATASETS.items()} | {"digits": "ixi-etl digits"}
+"""All datasets that can be made, each with the command that makes a version of it."""
 
 MANIFEST, METADATA, REPORT, PICTURES, POINTER = "manifest.csv", "dataset.json", "report.html", "pictures", "latest.json"
 SOFTWARE = "software.json"

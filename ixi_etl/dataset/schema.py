@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,28 +22,30 @@ from pandas.api.types import pandas_dtype
 
 from ixi_etl.config import SPLITS
 from ixi_etl.errors import DatasetError
-from ixi_etl.modalities import MODALITIES
+from ixi_etl.modalities import DATASETS, DEFAULT_MODALITIES, DEFAULT_REFERENCE, MODALITIES, moving
 
 USED, EXCLUDED, CANDIDATE = "used", "excluded", "candidate"
 
 REASONS = {
-    "missing_t1": "the archive has no T1 of this subject",
-    "missing_t2": "the archive has no T2 of this subject",
+    **{f"missing_{m.lower()}": f"the archive has no {m} of this subject" for m in MODALITIES},
     "duplicate_member": "the archive has several members with this subject's name",
     "unreadable": "the member is not a NIfTI file, or its header is invalid",
     "not_3d": "the volume does not have three dimensions",
     "unsupported_dtype": "the voxels are complex, RGB, or wider than 64 bits",
-    "bad_affine": "sform, qform or spacing are unusable or contradictory, T1 and T2 share no space, or one is mirrored",
+    "bad_affine": "sform, qform or spacing are unusable or contradictory, {scans} share no space, or one is mirrored",
     "depth_not_modal": "the number of slices is not the most common one of the modality",
     "grid_not_modal": "size or spacing is not the most common one, the window does not fit, or the volume is too large",
     "corrupt_voxels": "the voxels are truncated, damaged, or not finite",
-    "outside_fov": "more than 5% of the T2 slab's foreground is outside the T1's grid",
+    "outside_fov": "more than 5% of the {reference} slab's foreground is outside the {owners} grid",
     "empty_image": "percentiles 0.1 and 99.9 of a slab are equal: it has a single value, or almost no other",
     "intensity_range": "the range of values is too wide for 16 bits, or they cannot be interpolated in float32",
     "registration_uncertain": "the estimated error of the registration is above the maximum, or it failed",
     "low_similarity": "the similarity (NMI) of the pair is below the minimum, or far below the pairs of its site",
 }
-"""Reasons for exclusion. Of all failed checks the earliest here counts; within one reason, T1 before T2."""
+"""Reasons for exclusion. Of all failed checks the earliest here counts; within one reason, T1 before T2 before others.
+
+`Schema.reasons` fills in the names of the modalities.
+"""
 
 _HEAD = dict.fromkeys(("subject_id", "site", "status", "reason", "detail", "split"), "str") | {"store_row": "Int64"}
 
@@ -55,16 +57,18 @@ class Schema:
     Attributes:
         dtypes: column -> `str`, `Int64` or `Float64`, in the order of the CSV.
         steps: steps of the funnel, each with the reasons that exclude a subject there.
-        arrays: names of the two arrays of the store; a used row has `_p_low` and `_p_high` of both.
+        arrays: names of the arrays of the store; a used row has `_p_low` and `_p_high` of all that it has.
         allowed: column -> allowed values; for a number, minimum and maximum.
         complete: given the manifest, the mask of rows with all further values that a used row must have.
+        reasons: reason -> what it means.
     """
 
     dtypes: Mapping[str, str]
     steps: Mapping[str, tuple[str, ...]]
-    arrays: tuple[str, str]
+    arrays: tuple[str, ...]
     allowed: Mapping[str, tuple[Any, ...]]
     complete: Callable[[pd.DataFrame], Any]
+    reasons: Mapping[str, str]
 
     @property
     def columns(self) -> list[str]:
@@ -132,7 +136,7 @@ class Schema:
         """
         import pandera.pandas as pa
 
-        allowed = {"status": (USED, EXCLUDED), "reason": ("", *REASONS), "split": ("", *SPLITS)} | dict(self.allowed)
+        allowed = {"status": (USED, EXCLUDED), "reason": ("", *self.reasons), "split": ("", *SPLITS), **self.allowed}
         texts = [name for name, dtype in self.dtypes.items() if dtype == "str"]
         columns = {"subject_id": pa.Column(unique=True)}
         for name, values in allowed.items():
@@ -164,7 +168,8 @@ class Schema:
         def used_is_complete(table: pd.DataFrame) -> Any:
             complete = self.complete(table)
             for name in self.arrays:
-                complete &= (table[f"{name}_p_low"] < table[f"{name}_p_high"]).fillna(False)
+                has_range = (table[f"{name}_p_low"] < table[f"{name}_p_high"]).fillna(False)
+                complete &= has_range | is_absent(table, name)
             return (table["status"] != USED) | complete
 
         rules = (
@@ -203,9 +208,26 @@ def _map_texts(table: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFram
 _VOLUME = dict.fromkeys(("member", "sha256"), "str") | {"depth": "Int64"}
 _VOLUME |= dict.fromkeys(("shape", "spacing_mm", "orientation"), "str")
 _VOLUME |= {"window_start": "Int64", "window_stop": "Int64", "p_low": "Float64", "p_high": "Float64"}
-_PAIR = {"t2_to_t1_ras_mm": "str"}
 _ALIGNMENT = ("motion_mm", "motion_deg", "registration_error_mm", "nmi_before", "nmi_after")
-_PAIR |= dict.fromkeys(_ALIGNMENT, "Float64") | {"flags": "str"}
+_STORED = ("scale", "offset")
+
+
+def pair_column(moving: Sequence[str], modality: str, column: str) -> str:
+    """The name of a column of the alignment of one of the `moving` modalities: `motion_mm`.
+
+    With several moving modalities, `t1_motion_mm`; their flags are named in the same way.
+    """
+    return column if len(moving) == 1 else f"{modality.lower()}_{column}"
+
+
+def matrix_column(reference: str, modality: str) -> str:
+    """`t2_to_t1_ras_mm`: the 4 x 4 matrix from the world of the reference to the same tissue in that of a modality."""
+    return f"{reference.lower()}_to_{modality.lower()}_ras_mm"
+
+
+def is_absent(table: pd.DataFrame, name: str) -> Any:
+    """Mask of the rows without a scan of the array `name`: a used subject may lack some with `incomplete = keep`."""
+    return table[f"{name}_member"] == "" if f"{name}_member" in table else pd.Series(False, table.index)
 
 
 def _is_matrix(text: str) -> bool:
@@ -216,36 +238,56 @@ def _is_matrix(text: str) -> bool:
         return False
 
 
-def _has_volumes_and_motion(table: pd.DataFrame) -> Any:
-    complete = table["t2_to_t1_ras_mm"].map(_is_matrix)
-    for name in ("t1", "t2"):
-        complete &= table[f"{name}_member"] != ""
-        complete &= table[f"{name}_sha256"].str.fullmatch("[0-9a-f]{64}")
-        scale, offset = (table[f"{name}_{c}"].to_numpy("float64", na_value=np.nan) for c in ("scale", "offset"))
-        complete &= np.isfinite(scale) & (scale > 0) & np.isfinite(offset)
-    return complete & table["t2_window_start"].notna() & table["t2_window_stop"].notna()
+def _has_volume(table: pd.DataFrame, name: str) -> Any:
+    complete = (table[f"{name}_member"] != "") & table[f"{name}_sha256"].str.fullmatch("[0-9a-f]{64}")
+    scale, offset = (table[f"{name}_{c}"].to_numpy("float64", na_value=np.nan) for c in _STORED)
+    return complete & np.isfinite(scale) & (scale > 0) & np.isfinite(offset)
 
 
-IXI = Schema(
-    dtypes=_HEAD
-    | {"age": "Float64", "sex": "str"}
-    | {f"{m.lower()}_{column}": dtype for m in MODALITIES for column, dtype in _VOLUME.items()}
-    | _PAIR
-    | dict.fromkeys(("t1_gzip_crc32", "t2_gzip_crc32"), "str")
-    | dict.fromkeys(("t1_scale", "t1_offset", "t2_scale", "t2_offset"), "Float64"),
-    steps={
-        "found": (),
-        "paired": ("missing_t1", "missing_t2", "duplicate_member"),
-        "readable": ("unreadable", "not_3d", "unsupported_dtype", "bad_affine"),
-        "modal depth": ("depth_not_modal",),
-        "modal grid": ("grid_not_modal",),
-        "cut": ("corrupt_voxels", "outside_fov", "empty_image", "intensity_range"),
-        "used": ("registration_uncertain", "low_similarity"),
-    },
-    arrays=("t1", "t2"),
-    allowed={"sex": ("", "m", "f"), "nmi_before": (0, 1), "nmi_after": (0, 1)},
-    complete=_has_volumes_and_motion,
-)
+def ixi_schema(modalities: Sequence[str], reference: str) -> Schema:
+    """The manifest of an IXI dataset: columns for each modality, and for the alignment of each moving one."""
+    names, others = [m.lower() for m in modalities], moving(modalities, reference)
+    dtypes = _HEAD | {"age": "Float64", "sex": "str"}
+    dtypes |= {f"{name}_{column}": dtype for name in names for column, dtype in _VOLUME.items()}
+    alignments = {m: [pair_column(others, m, column) for column in _ALIGNMENT] for m in others}
+    for m, columns in alignments.items():
+        dtypes |= {matrix_column(reference, m): "str"} | dict.fromkeys(columns, "Float64")
+    dtypes |= {"flags": "str"} | {f"{name}_gzip_crc32": "str" for name in names}
+    dtypes |= {f"{name}_{column}": "Float64" for name in names for column in _STORED}
+
+    def complete(table: pd.DataFrame) -> Any:
+        result = _has_volume(table, reference.lower())
+        result &= table[[f"{reference.lower()}_window_{end}" for end in ("start", "stop")]].notna().all(axis=1)
+        has_pair = pd.Series(False, table.index)
+        for m in others:
+            result &= table[matrix_column(reference, m)].map(_is_matrix)
+            has_volume = _has_volume(table, m.lower())
+            result &= has_volume | is_absent(table, m.lower())
+            has_pair |= has_volume
+        return result & has_pair
+
+    words = {"scans": " and ".join(modalities), "reference": reference, "owners": " or ".join(f"{m}'s" for m in others)}
+    return Schema(
+        dtypes=dtypes,
+        steps={
+            "found": (),
+            "paired": (*(f"missing_{name}" for name in names), "duplicate_member"),
+            "readable": ("unreadable", "not_3d", "unsupported_dtype", "bad_affine"),
+            "modal depth": ("depth_not_modal",),
+            "modal grid": ("grid_not_modal",),
+            "cut": ("corrupt_voxels", "outside_fov", "empty_image", "intensity_range"),
+            "used": ("registration_uncertain", "low_similarity"),
+        },
+        arrays=tuple(names),
+        allowed={"sex": ("", "m", "f")}
+        | {column: (0, 1) for columns in alignments.values() for column in columns if "nmi_" in column},
+        complete=complete,
+        reasons={reason: text.format(**words) for reason, text in REASONS.items()},
+    )
+
+
+IXI = ixi_schema(DEFAULT_MODALITIES, DEFAULT_REFERENCE)
+"""The manifest of `ixi-t1-t2`."""
 
 
 def _has_label(table: pd.DataFrame) -> Any:
@@ -260,4 +302,8 @@ DIGITS = Schema(
     arrays=("sketch", "digit"),
     allowed={"label": (0, 9)},
     complete=_has_label,
+    reasons=REASONS,
 )
+
+SCHEMAS = {name: ixi_schema(*chosen) for name, chosen in DATASETS.items()} | {"digits": DIGITS}
+"""The schema of each dataset."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from ixi_etl.dataset.metadata import (
     MANIFEST,
     METADATA,
     POINTER,
-    SCHEMAS,
     SOFTWARE,
     has_own_digest,
     published_digest,
@@ -27,6 +26,7 @@ from ixi_etl.dataset.metadata import (
     read_metadata,
     version_name,
 )
+from ixi_etl.dataset.schema import SCHEMAS, is_absent
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.dataset.versions import log
 from ixi_etl.errors import DatasetError
@@ -95,7 +95,7 @@ def _verify(
             f"{folder / METADATA} is damaged: its version is not its folder's name, or not the hash of its inputs"
         )
     names, schema = (metadata["source"], metadata["target"]), SCHEMAS[metadata["name"]]
-    if set(names) != set(schema.arrays):
+    if names[0] == names[1] or not set(names) <= set(schema.arrays):
         problems.append(
             f"{folder / METADATA} is damaged: {names[0]} and {names[1]} are not arrays of {metadata['name']}"
         )
@@ -103,7 +103,7 @@ def _verify(
     table = None
     try:
         table = read_manifest(folder)
-        problems += _verify_store(folder, names, manifest.used_rows(table), deep, progress)
+        problems += _verify_store(folder, schema.arrays, manifest.used_rows(table), deep, progress)
         if not manifest.counts(table, schema).items() <= metadata.items():
             problems.append(f"{folder / MANIFEST} does not give the counts in {METADATA}")
     except DatasetError as error:
@@ -118,14 +118,13 @@ def _warn_of_foreign_files(folder: Path, names: Iterable[str]) -> None:
         log.warning("%s: ignored files that do not belong to the version: %s", folder, shown)
 
 
-def _verify_store(
-    folder: Path, names: tuple[str, str], used: pd.DataFrame, deep: bool, progress: Progress
-) -> list[str]:
+def _verify_store(folder: Path, names: Sequence[str], used: pd.DataFrame, deep: bool, progress: Progress) -> list[str]:
     problems = []
     arrays = open_arrays(folder)
     for column in (f"{name}_{kind}" for name in names for kind in ("scale", "offset") if f"{name}_{kind}" in used):
         array = arrays.get(column)
-        if array is None or not np.array_equal(np.asarray(array), used[column].to_numpy("float64")):
+        values = used[column].to_numpy("float64", na_value=np.nan)
+        if array is None or not np.array_equal(np.asarray(array), values, equal_nan=True):
             problems.append(f"{folder}: array {column} differs from the manifest's column")
     for name in names:
         array = arrays.get(name)
@@ -143,7 +142,8 @@ def _verify_store(
                 affected = subjects[0] if len(rows) == 1 else f"{subjects[0]} to {subjects[-1]}"
                 problems.append(f"{folder}: {name} of {affected} cannot be decoded ({error})")
                 continue
-            differs = (low_high != rows[[f"{name}_p_low", f"{name}_p_high"]].to_numpy("float64")).any(axis=1)
+            in_manifest = rows[[f"{name}_p_low", f"{name}_p_high"]].to_numpy("float64", na_value=np.nan)
+            differs = (low_high != in_manifest).any(axis=1) & ~is_absent(rows, name).to_numpy()
             wrong = [subject for subject, differ in zip(subjects, differs, strict=True) if differ]
             problems += [f"{folder}: {name} of {s} does not have the manifest's percentiles" for s in wrong]
             progress(f"verify {name}", stop, array.shape[0], "subjects")

@@ -45,10 +45,23 @@ def parse_version(text: str) -> tuple[str, str]:
     name, _, version = text.rpartition("@")
     name = name or DEFAULT_DATASET
     if name not in COMMANDS:
-        raise ConfigError(f"there is no dataset {name}; give one of {', '.join(f'{n}@{version}' for n in COMMANDS)}")
+        others = f"{DEFAULT_DATASET}@{version}, digits@{version}, or another name that `ixi-etl versions` lists"
+        raise ConfigError(f"there is no dataset {name}; give {others}")
     if not version:
         raise ConfigError(f"{text} names no version; give {name}@latest, or the beginning of one")
     return name, version
+
+
+def datasets_in(root: str | Path) -> list[str]:
+    """The datasets that have a folder in the root; if there is none, the default one.
+
+    Raises:
+        IxiError: the bucket does not exist or does not respond.
+    """
+    check_reachable(root)
+    folder = DataRoot(root).datasets.parent
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return [name for name in COMMANDS if name in names] or [DEFAULT_DATASET]
 
 
 def find_version(root: str | Path, text: str) -> Path:
