@@ -24,7 +24,8 @@ from ixi_etl.config import DatasetConfig
 from ixi_etl.core.parallel import parallel_map
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.dataset.splits import person_of
-from ixi_etl.modalities import MODALITIES, archive_name
+from ixi_etl.modalities import DEFAULT_MODALITIES as MODALITIES
+from ixi_etl.modalities import archive_name
 from ixi_etl.pairing.geometry import Matrix, trilinear
 from ixi_etl.testing.anatomies import Anatomy, assign_anatomies, read_anatomies
 
