@@ -43,8 +43,8 @@ def scan_of(packed: bytes) -> register.Volume:
 
 @pytest.fixture(scope="module")
 def still() -> tuple[register.Volume, register.Volume]:
-    packed, motion = simulate(PhantomSubject(2, "Guys", seed=11, shrink=SHRINK))
-    np.testing.assert_array_equal(motion, np.eye(4))
+    packed, motions = simulate(PhantomSubject(2, "Guys", seed=11, shrink=SHRINK))
+    np.testing.assert_array_equal(motions["T1"], np.eye(4))
     return scan_of(packed["T1"]), scan_of(packed["T2"])
 
 
