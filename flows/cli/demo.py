@@ -56,22 +56,51 @@ def simulate(
         Path | None,
         typer.Option(help="Folder of real heads, NAME_T1.nii.gz and NAME_T2.nii.gz, to warp; otherwise ellipsoids."),
     ] = None,
+    person: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="With --bases: regular expression of the person in NAME; by default what precedes the first _.",
+        ),
+    ] = None,
+    modalities: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T1,T2,...",
+            help="Which of T1, T2, PD, MRA to simulate; by default T1 and T2, and the PD of --bases.",
+        ),
+    ] = None,
     subjects: Annotated[int, typer.Option(min=1, help="Number of subjects.")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="Seed of anatomies, poses, motions and noise.")] = 1,
-    oddities: Annotated[bool, typer.Option(help="Add unusual depths and damaged members.")] = False,
+    oddities: Annotated[bool, typer.Option(help="Add unusual depths, missing scans and damaged members.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Simulate archives like IXI's, with the true motion of each subject in truth.json.
 
-    With --bases, no head is in two splits of a refresh with the default split, if there are at least three.
+    With --bases, no person's heads are in two splits of a refresh with the default split, if there are three people.
     """
     output = Output(quiet, as_json)
+    from pydantic import TypeAdapter
+
     from flows.progress import show_progress
+    from ixi_etl.config import Modalities
     from ixi_etl.core.parallel import usable_cores
+    from ixi_etl.testing.anatomies import PERSON
     from ixi_etl.testing.phantom import write_phantom
 
+    wanted = TypeAdapter(Modalities).validate_python(modalities) if modalities is not None else None
     with show_progress() as progress:
-        write_phantom(folder, subjects, seed, oddities=oddities, bases=bases, workers=usable_cores(), progress=progress)
+        write_phantom(
+            folder,
+            subjects,
+            seed,
+            modalities=wanted,
+            oddities=oddities,
+            bases=bases,
+            person=PERSON if person is None else person,
+            workers=usable_cores(),
+            progress=progress,
+        )
     output.text(f"{folder} has archives of {subjects} simulated subjects", folder=folder, subjects=subjects)
     output.end()

@@ -1,13 +1,14 @@
 """Simulate subjects from real heads: pairs of T1 and T2 volumes that the user provides, aligned or not.
 
-A subject is one of these heads, warped at random. The heads of a split are used in no other split, so that a generator
-is tested on anatomies that it has not seen. Figures measured on such subjects do not apply to IXI.
+A subject is one of these heads, warped at random. All heads of a person are in one split, so that a generator is tested
+on anatomies that it has not seen. Figures measured on such subjects do not apply to IXI.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from ixi_etl.scans.nifti import read_volume
 log = logging.getLogger(__name__)
 
 MODALITIES = ("T1", "T2", "PD")
+PERSON = "[^_]+"
+"""By default the person is what precedes the first underscore: `p01` of `p01_session2_T1.nii.gz`."""
+
 MAX_ERROR_MM = 1.5  # estimated error of the registration of a pair, at the largest
 WARP_MM = 2.5  # standard deviation of the random displacement at the nodes of its lattice
 _LATTICE = (7, 8, 7)  # nodes along x, y, z, about 30 mm apart
@@ -41,11 +45,13 @@ class Anatomy:
 
     Attributes:
         name: of its files, without modality.
+        person: whose head it is.
         scans: modality -> volume with values from 0 to 255.
         to_scan: modality -> 4 x 4, a point about the centre of the head (RAS mm) to the world of that scan.
     """
 
     name: str
+    person: str
     scans: dict[str, Volume]
     to_scan: dict[str, Matrix]
 
@@ -67,21 +73,51 @@ class Anatomy:
         return heads, affine
 
 
-def read_anatomies(folder: Path, *, workers: int = 1, progress: Progress = no_progress) -> list[Anatomy]:
-    """The heads in a folder: `NAME_T1.nii.gz` with `NAME_T2.nii.gz`, perhaps `NAME_PD.nii.gz`; one head per person.
+def read_anatomies(
+    folder: Path,
+    person: str = PERSON,
+    needed: Collection[str] = (),
+    *,
+    workers: int = 1,
+    progress: Progress = no_progress,
+) -> list[Anatomy]:
+    """The heads in a folder: `NAME_T1.nii.gz` with `NAME_T2.nii.gz`, perhaps `NAME_PD.nii.gz`.
 
-    Each T2 is registered to its T1; a PD has the T2's space.
+    Each T2 is registered to its T1; a PD has the T2's space. The first match of the regular expression `person` in a
+    name is its person.
 
     Raises:
-        ConfigError: the folder has no pair, or one cannot be read or registered.
+        ConfigError: the folder has no pair, one cannot be read or registered, a name has no person, or no pair has one
+            of the modalities `needed`.
     """
     pairs = list(find_pairs(folder).items())
+    for modality in needed:
+        if not any(modality in paths for _, paths in pairs):
+            raise ConfigError(f"no head in {folder} has a {modality} that can be used; leave {modality} out")
+    people = _people_of([name for name, _ in pairs], person)
     return parallel_map(
-        lambda pair: _read_anatomy(*pair),
+        lambda pair: _read_anatomy(people[pair[0]], *pair),
         pairs,
         workers=workers,
         on_done=lambda done: progress("register heads", done, len(pairs), "pairs"),
     )
+
+
+def _people_of(names: list[str], person: str) -> dict[str, str]:
+    """Name -> person.
+
+    Raises:
+        ConfigError: `person` is not a regular expression, or is not in a name.
+    """
+    try:
+        found = {name: re.search(person, name) for name in names}
+    except re.error as error:
+        raise ConfigError(f"--person {person} is not a regular expression: {error}") from None
+    people = {name: match[0] for name, match in found.items() if match}
+    for name in names:
+        if not people.get(name):
+            raise ConfigError(f"--person {person} finds nothing in the name {name}; give another, or rename the files")
+    return people
 
 
 def find_pairs(folder: Path) -> dict[str, dict[str, Path]]:
@@ -108,28 +144,35 @@ def find_pairs(folder: Path) -> dict[str, dict[str, Path]]:
 
 
 def assign_anatomies(anatomies: list[Anatomy], persons: list[str], dataset_config: DatasetConfig) -> dict[str, Anatomy]:
-    """Person -> head, with the heads divided among the splits in which the persons will be.
+    """Subject's person -> head, with the people of the heads divided among the splits in which the subjects will be.
 
-    With fewer than three heads, the splits share them.
+    With heads of fewer than three people, the splits share them, and a warning says so.
     """
-    of_split = {split: list(anatomies) for split in SPLITS}
-    if len(anatomies) >= len(SPLITS):
-        held_out = max(1, round(len(anatomies) * dataset_config.split[2]))
+    people = list(dict.fromkeys(anatomy.person for anatomy in anatomies))
+    of_split = dict.fromkeys(SPLITS, people)
+    if len(people) >= len(SPLITS):
+        held_out = max(1, round(len(people) * dataset_config.split[2]))
         of_split = {
-            "train": anatomies[: -2 * held_out],
-            "val": anatomies[-2 * held_out : -held_out],
-            "test": anatomies[-held_out:],
+            "train": people[: -2 * held_out],
+            "val": people[-2 * held_out : -held_out],
+            "test": people[-held_out:],
         }
+    else:
+        log.warning(
+            "the heads are of fewer than three people (%s), so all splits share them; if this is wrong, give --person",
+            ", ".join(people),
+        )
+    heads = {split: [a for a in anatomies if a.person in of_split[split]] for split in SPLITS}
     used = dict.fromkeys(SPLITS, 0)
     assigned = {}
     for person in persons:
         split = split_of(person, dataset_config)
-        assigned[person] = of_split[split][used[split] % len(of_split[split])]
+        assigned[person] = heads[split][used[split] % len(heads[split])]
         used[split] += 1
     return assigned
 
 
-def _read_anatomy(name: str, paths: dict[str, Path]) -> Anatomy:
+def _read_anatomy(person: str, name: str, paths: dict[str, Path]) -> Anatomy:
     scans = {modality: read_scan(path) for modality, path in paths.items()}
     problem = f"{paths['T2']} cannot be registered to the T1"
     try:
@@ -137,15 +180,15 @@ def _read_anatomy(name: str, paths: dict[str, Path]) -> Anatomy:
     except RegistrationError as error:
         raise ConfigError(f"{problem}: {error}; remove this pair") from None
     points = head_points(scans["T1"])
-    error_mm = found.error_mm(points, found.t2_to_t1)
+    error_mm = found.error_mm(points, found.fixed_to_moving)
     if found.is_mirrored:
         raise ConfigError(f"{problem}: one of the headers exchanges left and right; correct it, or remove this pair")
     if error_mm > MAX_ERROR_MM:
         raise ConfigError(f"{problem}: the error is about {error_mm:.1f} mm; remove this pair")
     to_t1: Matrix = np.eye(4)
     to_t1[:3, 3] = (points.min(axis=0) + points.max(axis=0)) / 2
-    to_t2 = rounded(np.linalg.solve(found.t2_to_t1, to_t1))
-    return Anatomy(name, scans, {m: to_t1 if m == "T1" else to_t2 for m in scans})
+    to_t2 = rounded(np.linalg.solve(found.fixed_to_moving, to_t1))
+    return Anatomy(name, person, scans, {m: to_t1 if m == "T1" else to_t2 for m in scans})
 
 
 def read_scan(path: Path) -> Volume:
