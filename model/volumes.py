@@ -21,7 +21,7 @@ from ixi_etl.scans import affines, nifti
 from ixi_etl.scans.intensity import FULL_SCALE, INT16, MIN_LEVELS
 from model.input_checks import name_warnings
 from model.outputs import Job, check_writable, sidecar_path
-from model.sources import Alignment, Scan
+from model.source_planes import Alignment, Scan
 from model.synthesize import MAX_VOXELS, Synthesis, Trained, log, synthesize_volume
 
 
