@@ -43,7 +43,8 @@ from ixi_etl.core.parallel import usable_cores
 from ixi_etl.dataset import metadata
 from ixi_etl.dataset.splits import person_of
 from ixi_etl.errors import BadVolumeError, ConfigError
-from ixi_etl.modalities import MODALITIES, archive_name
+from ixi_etl.modalities import DEFAULT_MODALITIES as MODALITIES
+from ixi_etl.modalities import archive_name
 from ixi_etl.pairing.geometry import sampling_matrix, trilinear
 from ixi_etl.pairing.register import Volume
 from ixi_etl.recipes.ixi import refresh

@@ -12,7 +12,8 @@ import shutil
 import tarfile
 from pathlib import Path
 
-from ixi_etl.modalities import MODALITIES, archive_name
+from ixi_etl.modalities import DEFAULT_MODALITIES as MODALITIES
+from ixi_etl.modalities import archive_name
 from ixi_etl.testing.phantom import PhantomSubject, simulate
 
 HEADS = 4

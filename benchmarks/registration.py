@@ -67,9 +67,9 @@ def measure(pair: Pair, true: Matrix, points: NDArray[np.float64]) -> dict[str, 
         found = register(*pair)
     except RegistrationError:
         return {"error_mm": np.nan, "estimate_mm": np.nan, "flag": "failed", "cpu_s": time.process_time() - start}
-    taken, estimate = time.process_time() - start, found.error_mm(points, found.t2_to_t1)
+    taken, estimate = time.process_time() - start, found.error_mm(points, found.fixed_to_moving)
     flags = ["uncertain"] * (estimate > MAX_REGISTRATION_ERROR_MM) + ["mirrored"] * found.is_mirrored
-    error_mm = mean_distance(found.t2_to_t1, true, points)
+    error_mm = mean_distance(found.fixed_to_moving, true, points)
     return {"error_mm": error_mm, "estimate_mm": estimate, "flag": ",".join(flags), "cpu_s": taken}
 
 
@@ -83,7 +83,7 @@ def main() -> None:
     rows = []
     for name, paths in find_pairs(given.folder).items():
         t1, t2 = read_scan(paths["T1"]), read_scan(paths["T2"])
-        points, reference = slab_points(t2), register(t1, t2).t2_to_t1
+        points, reference = slab_points(t2), register(t1, t2).fixed_to_moving
         for condition in given.conditions.split(","):
             for number, (angle_deg, shift_mm) in enumerate(MOTIONS[: given.motions]):
                 rng = np.random.default_rng([*name.encode(), *condition.encode(), number])

@@ -101,7 +101,8 @@ def check_official(config: dict[str, Any], quiet: Quiet = False, as_json: Json =
 
 def _find_archives(config: RefreshConfig) -> dict[str, str]:
     """Modality -> archive: those of `--source`, or those that an earlier refresh downloaded."""
-    from ixi_etl.modalities import MODALITIES, archive_name
+    from ixi_etl.modalities import DEFAULT_MODALITIES as MODALITIES
+    from ixi_etl.modalities import archive_name
     from ixi_etl.sources.user_source import find_archives
 
     if config.source is not None:

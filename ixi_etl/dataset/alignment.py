@@ -6,13 +6,14 @@ pair is compared with the pairs of its site; the fixed minimum only finds pairs 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ixi_etl.config import DatasetConfig
+from ixi_etl.dataset.schema import pair_column
 
 UNCERTAIN, DISSIMILAR = "registration_uncertain", "low_similarity"
 
@@ -30,10 +31,12 @@ class Judgement:
     """What is wrong with the alignment of a pair.
 
     Attributes:
-        flag: `registration_uncertain` or `low_similarity`; also a reason for exclusion.
+        reason: `registration_uncertain` or `low_similarity`.
+        flag: the reason, with several moving modalities named after one of them: `pd_low_similarity`.
         detail: measured and allowed value, in words.
     """
 
+    reason: str
     flag: str
     detail: str
 
@@ -41,35 +44,52 @@ class Judgement:
 def judge_alignments(
     records: Mapping[str, Mapping[str, Any]], sites: Mapping[str, str], dataset_config: DatasetConfig
 ) -> dict[str, list[Judgement]]:
-    """Subject -> what is wrong with its alignment; subjects without a fault are left out.
+    """Subject -> what is wrong with its alignments; subjects without a fault are left out.
 
     Args:
-        records: subject -> cut record, of pairs that are not excluded.
+        records: subject -> cut record, of subjects that are not excluded.
         sites: subject -> site.
     """
-    minima = _minimum_nmi(records, sites, dataset_config)
     judged: dict[str, list[Judgement]] = {}
-    for subject, record in records.items():
-        error_mm, limit_mm = record.get("registration_error_mm"), dataset_config.max_registration_error
-        if "registration_failed" in record.get("flags", ""):
-            judged.setdefault(subject, []).append(Judgement(UNCERTAIN, "the registration failed"))
-        elif error_mm is not None and error_mm > limit_mm:
-            detail = f"the registration may be off by {error_mm:.1f} mm; the maximum is {limit_mm:g} mm"
-            judged.setdefault(subject, []).append(Judgement(UNCERTAIN, detail))
-        minimum, basis = minima[sites[subject]]
-        if record["nmi_after"] < minimum:
-            detail = f"NMI is {record['nmi_after']:.3f}; the minimum is {minimum:.3f} ({basis})"
-            judged.setdefault(subject, []).append(Judgement(DISSIMILAR, detail))
+    for modality in dataset_config.moving:
+        for subject, judgement in _judge_pairs(modality, records, sites, dataset_config):
+            judged.setdefault(subject, []).append(judgement)
     return judged
 
 
+def _judge_pairs(
+    modality: str, records: Mapping[str, Mapping[str, Any]], sites: Mapping[str, str], dataset_config: DatasetConfig
+) -> Iterator[tuple[str, Judgement]]:
+    """(subject, judgement) of every fault in the alignment of one modality."""
+
+    def named(column: str) -> str:
+        return pair_column(dataset_config.moving, modality, column)
+
+    def judgement(reason: str, detail: str) -> Judgement:
+        return Judgement(reason, named(reason), detail if named(reason) == reason else f"{modality}: {detail}")
+
+    similarity = {s: record[named("nmi_after")] for s, record in records.items() if named("nmi_after") in record}
+    minima = _minimum_nmi(similarity, sites, dataset_config)
+    for subject, nmi in similarity.items():
+        record = records[subject]
+        error_mm, limit_mm = record.get(named("registration_error_mm")), dataset_config.max_registration_error
+        if named("registration_failed") in record.get("flags", "").split(","):
+            yield subject, judgement(UNCERTAIN, "the registration failed")
+        elif error_mm is not None and error_mm > limit_mm:
+            detail = f"the registration may be off by {error_mm:.1f} mm; the maximum is {limit_mm:g} mm"
+            yield subject, judgement(UNCERTAIN, detail)
+        minimum, basis = minima[sites[subject]]
+        if nmi < minimum:
+            yield subject, judgement(DISSIMILAR, f"NMI is {nmi:.3f}; the minimum is {minimum:.3f} ({basis})")
+
+
 def _minimum_nmi(
-    records: Mapping[str, Mapping[str, Any]], sites: Mapping[str, str], dataset_config: DatasetConfig
+    similarity: Mapping[str, float], sites: Mapping[str, str], dataset_config: DatasetConfig
 ) -> dict[str, tuple[float, str]]:
-    """Site -> the NMI below which a pair is dissimilar, and what it is based on."""
+    """Site -> the NMI below which a pair is dissimilar, and what it is based on; `similarity` is subject -> NMI."""
     minima = {}
     for site in set(sites.values()):
-        values = np.array([record["nmi_after"] for subject, record in records.items() if sites[subject] == site])
+        values = np.array([nmi for subject, nmi in similarity.items() if sites[subject] == site])
         minimum, basis = dataset_config.min_nmi, "min_nmi"
         if len(values) >= MIN_PAIRS:
             median = float(np.median(values))

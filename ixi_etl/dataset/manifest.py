@@ -1,4 +1,4 @@
-"""The manifest: one row per subject of the union of both archives, used or excluded with a reason.
+"""The manifest: one row per subject of the union of all archives, used or excluded with a reason.
 
 `selection.screen_headers` makes the rows from headers alone; `finalise` adds the results of the cut. `schema` defines
 the columns.
@@ -13,15 +13,15 @@ import pandas as pd
 
 from ixi_etl.config import DatasetConfig
 from ixi_etl.dataset.alignment import DISSIMILAR, UNCERTAIN, judge_alignments
-from ixi_etl.dataset.schema import CANDIDATE, EXCLUDED, IXI, REASONS, USED, Schema
+from ixi_etl.dataset.schema import CANDIDATE, EXCLUDED, IXI, REASONS, SCHEMAS, USED, Schema
 from ixi_etl.dataset.splits import assign_splits, person_of
 from ixi_etl.scans.site_tables import count_by_site, site_table, site_table_to_records
 
 DUPLICATE = "duplicate_scan"
 FLAGS = {
-    "forms_differ": "the sform and the qform of a scan describe two spaces; the space that the pair shares is used",
-    "unlike_spaces": "the T1's affine is in scanner space and the T2's is aligned to something, or the reverse",
-    "template_space": "both affines are in a template space, so voxel sizes are those of the template",
+    "forms_differ": "the sform and the qform of a scan describe two spaces; the space that the scans share is used",
+    "unlike_spaces": "one scan's affine is in scanner space and another's is aligned to something",
+    "template_space": "the affines are in a template space, so voxel sizes are those of the template",
     "affine_not_pixdim": "an affine has other voxel sizes or angles than the pixdim; the affine's are used",
     DUPLICATE: "the same voxels are in the archives more than once; persons who share them are in one split",
 }
@@ -32,19 +32,19 @@ def finalise(
     manifest: pd.DataFrame, records: Mapping[str, Mapping[str, Any]], dataset_config: DatasetConfig
 ) -> pd.DataFrame:
     """The final manifest, with the cut's `records` (subject_id -> record), splits, and dense store rows."""
-    rows = []
-    cut = {s: record for s, record in records.items() if "nmi_after" in record and "reason" not in record}
+    rows, schema = [], SCHEMAS[dataset_config.name]
+    cut = {s: record for s, record in records.items() if "reason" not in record}
     sites = dict(zip(manifest["subject_id"], manifest["site"], strict=True))
     judged = judge_alignments(cut, sites, dataset_config)
     rules = {UNCERTAIN: dataset_config.uncertain, DISSIMILAR: dataset_config.low_similarity}
     for row in to_records(manifest):
         record = records[row["subject_id"]]
         flags = join_flags(row["flags"], record.get("flags"))
-        row |= {column: value for column, value in record.items() if column in IXI.dtypes} | {"flags": flags}
+        row |= {column: value for column, value in record.items() if column in schema.dtypes} | {"flags": flags}
         for judgement in judged.get(row["subject_id"], []):
             row["flags"] = join_flags(row["flags"], judgement.flag)
-            if rules[judgement.flag] == "exclude" and not row["reason"]:
-                row |= {"reason": judgement.flag, "detail": judgement.detail}
+            if rules[judgement.reason] == "exclude" and not row["reason"]:
+                row |= {"reason": judgement.reason, "detail": judgement.detail}
         if row["status"] == CANDIDATE:
             row["status"] = EXCLUDED if row["reason"] else USED
         rows.append(row)
@@ -56,7 +56,7 @@ def finalise(
         row |= {"store_row": store_row, "split": splits[person_of(row["subject_id"])]}
         if row["subject_id"] in duplicated:
             row["flags"] = join_flags(row["flags"], DUPLICATE)
-    return IXI.typed(pd.DataFrame(rows, columns=IXI.columns))
+    return schema.typed(pd.DataFrame(rows, columns=schema.columns))
 
 
 def join_flags(*flags: str | None) -> str:

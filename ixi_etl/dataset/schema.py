@@ -260,7 +260,7 @@ def ixi_schema(modalities: Sequence[str], reference: str) -> Schema:
         result &= table[[f"{reference.lower()}_window_{end}" for end in ("start", "stop")]].notna().all(axis=1)
         has_pair = pd.Series(False, table.index)
         for m in others:
-            result &= table[matrix_column(reference, m)].map(_is_matrix)
+            result &= table[matrix_column(reference, m)].map(_is_matrix).astype(bool)
             has_volume = _has_volume(table, m.lower())
             result &= has_volume | is_absent(table, m.lower())
             has_pair |= has_volume

@@ -15,10 +15,9 @@ import pandas as pd
 
 from ixi_etl.config import DatasetConfig
 from ixi_etl.dataset.manifest import to_records
-from ixi_etl.dataset.schema import CANDIDATE, EXCLUDED, IXI, REASONS
+from ixi_etl.dataset.schema import CANDIDATE, EXCLUDED, REASONS, SCHEMAS
 from ixi_etl.dataset.splits import person_of
-from ixi_etl.modalities import MODALITIES
-from ixi_etl.scans.affines import ALIGNED, Form, choose_spaces, describe_two_spaces, space_name
+from ixi_etl.scans.affines import ALIGNED, Form, choose_spaces, forms_differ, space_name
 from ixi_etl.scans.demographics import canonical_person
 from ixi_etl.scans.survey import modal_depths
 
@@ -38,10 +37,11 @@ def screen_headers(
 
     `demographics` is person (`IXI002`) -> {"age", "sex"}; both stay empty for persons without an entry.
     """
+    schema, modalities = SCHEMAS[dataset_config.name], dataset_config.modalities
     volumes = survey_table[survey_table["subject_id"] != ""]
     subjects: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for record in to_records(volumes):
-        subjects.setdefault(record["subject_id"], {m: [] for m in MODALITIES})[record["modality"]].append(record)
+        subjects.setdefault(record["subject_id"], {m: [] for m in modalities})[record["modality"]].append(record)
     flags = {subject: _use_common_space(scans) for subject, scans in subjects.items()}
     records = [record for scans in subjects.values() for members in scans.values() for record in members]
     checks = HeaderChecks(modal_depths(volumes), records, dataset_config)
@@ -55,7 +55,7 @@ def screen_headers(
             "status": EXCLUDED if reason else CANDIDATE,
             "reason": reason,
             "detail": detail,
-            "flags": ",".join(flags[subject]),
+            "flags": ",".join([*flags[subject], *checks.kept_without(scans)]),
             **((demographics or {}).get(canonical_person(person_of(subject)), {})),
         }
         for modality, members in scans.items():
@@ -63,31 +63,36 @@ def screen_headers(
                 columns = ("member", "depth", "shape", "spacing_mm", "orientation")
                 row |= {f"{modality.lower()}_{c}": members[0][c] for c in columns}
         rows.append(row)
-    return IXI.typed(pd.DataFrame(rows, columns=IXI.columns))
+    return schema.typed(pd.DataFrame(rows, columns=schema.columns))
 
 
 def _use_common_space(scans: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     """Choose a common space for a subject's scans, set their spacing and orientation in place, and return the flags.
 
-    The cut uses the same `choose_spaces`. Without a common space, the T2's record gets the reason `bad_affine`.
+    The cut uses the same `choose_spaces`. Without a common space, one record gets the reason `bad_affine`: the first
+    that shares no space with the first scan, or else the last.
     """
-    first = [scans[m][0] for m in MODALITIES if scans[m]]
-    if len(first) < len(MODALITIES) or any(record["reason"] for record in first):
+    first = [members[0] for members in scans.values() if members]
+    if len(first) < 2 or any(record["reason"] for record in first):
         return []
     forms = [{int(code): Form.from_record(f) for code, f in json.loads(r["forms"]).items()} for r in first]
     spaces = choose_spaces(*forms)
     if spaces is None:
-        names = [" or ".join(f"{space_name(c)} (code {c})" for c in sorted(of_scan)) for of_scan in forms]
-        notes = "".join(f"; {form.note}" for of_scan in forms for form in of_scan.values() if form.note)
-        problem = f"no common space with the T1: the affine is in {names[1]}, the T1's in {names[0]}{notes}"
-        first[1] |= {"reason": "bad_affine", "problem": problem}
+        number = next((n for n, other in enumerate(forms) if choose_spaces(forms[0], other) is None), -1)
+        names, notes = [], ""
+        for of_scan in (forms[0], forms[number]):
+            names.append(" or ".join(f"{space_name(c)} (code {c})" for c in sorted(of_scan)))
+            notes += "".join(f"; {form.note}" for form in of_scan.values() if form.note)
+        other = first[0]["modality"]
+        problem = f"no common space with the {other}: the affine is in {names[1]}, the {other}'s in {names[0]}{notes}"
+        first[number] |= {"reason": "bad_affine", "problem": problem}
         return []
     chosen = [of_scan[space] for of_scan, space in zip(forms, spaces, strict=True)]
     for record, form in zip(first, chosen, strict=True):
         record |= {"spacing_mm": json.dumps(form.spacing_mm), "orientation": form.orientation}
     conditions = {
-        "forms_differ": any(describe_two_spaces(of_scan) for of_scan in forms),
-        "unlike_spaces": spaces[0] != spaces[1],
+        "forms_differ": any(forms_differ(of_scan) for of_scan in forms),
+        "unlike_spaces": len(set(spaces)) > 1,
         "template_space": max(spaces) > ALIGNED,
         "affine_not_pixdim": any(form.note for form in chosen),
     }
@@ -99,9 +104,10 @@ class HeaderChecks:
 
     def __init__(self, depth: Mapping[str, int], volumes: list[dict[str, Any]], dataset_config: DatasetConfig) -> None:
         self.dataset_config = dataset_config
+        self.modalities = dataset_config.modalities
         self.modal_depth = depth
         self.modal_grid: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {}
-        for modality in MODALITIES:
+        for modality in self.modalities:
             readable = [record for record in volumes if record["modality"] == modality and record["reason"] == ""]
             grids = [self._grid(record) for record in readable]
             # Rounded to hundredths of a millimetre, because scanners write spacings with noise in the last digits.
@@ -117,9 +123,11 @@ class HeaderChecks:
         return tuple(shape[a] for a in axes), tuple(spacing[a] for a in axes)
 
     def check(self, scans: Mapping[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
-        """(reason, detail) of every failed check, T1 before T2."""
-        failures = [(f"missing_{m.lower()}", f"{m}: no member in IXI-{m}.tar") for m in MODALITIES if not scans[m]]
-        for modality in MODALITIES:
+        """(reason, detail) of every failed check, T1 before T2 before others."""
+        kept_without = self.kept_without(scans)
+        missing = [(f"missing_{m.lower()}", f"{m}: no member in IXI-{m}.tar") for m in self.modalities if not scans[m]]
+        failures = [failure for failure in missing if failure[0] not in kept_without]
+        for modality in self.modalities:
             if len(scans[modality]) > 1:
                 names = ", ".join(record["member"] for record in scans[modality])
                 failures.append(
@@ -140,6 +148,16 @@ class HeaderChecks:
                     failures += self._check_grid(modality, record)
         return failures
 
+    def kept_without(self, scans: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+        """`missing_pd` and so on, for the modalities without which `incomplete = keep` keeps the subject."""
+        missing = [m for m in self.dataset_config.moving if not scans[m]]
+        is_kept = (
+            self.dataset_config.incomplete == "keep"
+            and bool(scans[self.dataset_config.reference])
+            and len(missing) < len(self.dataset_config.moving)
+        )
+        return [f"missing_{m.lower()}" for m in missing] if is_kept else []
+
     def _check_depth(self, modality: str, record: Mapping[str, Any]) -> list[tuple[str, str]]:
         depth, modal = int(record["depth"]), self.modal_depth[modality]
         if depth == modal or self.dataset_config.depth != "modal":
@@ -148,8 +166,8 @@ class HeaderChecks:
 
     def _check_grid(self, modality: str, record: Mapping[str, Any]) -> list[tuple[str, str]]:
         failures: list[tuple[str, str]] = []
-        if modality == "T1" and self.dataset_config.pairing == "anatomical":
-            return failures  # the T1 is resampled, whatever its grid
+        if modality != self.dataset_config.reference and self.dataset_config.pairing == "anatomical":
+            return failures  # it is resampled, whatever its grid
         plane, spacing = self.modal_grid[modality]
         shape, size_mm = self._grid(record)
         if shape[:2] != plane:
@@ -166,11 +184,10 @@ class HeaderChecks:
                     f"{modality}: voxels of {_sizes(size_mm)} mm; the modal spacing is {_sizes(spacing)} mm",
                 )
             )
-        elif self.dataset_config.pairing == "index" and plane != self.modal_grid["T1"][0]:
-            t1 = _sizes(self.modal_grid["T1"][0])
-            failures.append(
-                ("grid_not_modal", f"T2: slices of {_sizes(plane)} voxels; index pairing needs the T1's size, {t1}")
-            )
+        elif self.dataset_config.pairing == "index" and plane != self.modal_grid[self.modalities[0]][0]:
+            first, needed = self.modalities[0], _sizes(self.modal_grid[self.modalities[0]][0])
+            problem = f"{modality}: slices of {_sizes(plane)} voxels; index pairing needs the {first}'s size, {needed}"
+            failures.append(("grid_not_modal", problem))
         if self.dataset_config.window_in(shape[2]) is None:
             window = self.dataset_config.window
             slices = (

@@ -113,6 +113,7 @@ def write_shards(slabs: Mapping[Path, NDArray[np.int16]]) -> dict[str, str]:
 
 def assemble(
     folder: Path,
+    names: Sequence[str],
     shards: Sequence[dict[str, Path]],
     affines: Sequence[dict[str, NDArray[np.float64]]],
     slab_shape: tuple[int, ...],
@@ -124,7 +125,8 @@ def assemble(
     """Create the group in `folder` from shard files, which are hard-linked if possible, otherwise copied.
 
     Args:
-        shards: for each row, array name -> shard file.
+        names: of the arrays.
+        shards: for each row, array name -> shard file. A row without one has the fill value 0, and NaN elsewhere.
         affines: for each row, array name -> 4 x 4 affine, slab voxel to RAS mm.
         slab_shape: (z, y, x) of every slab.
         pairing: `anatomical` or `index`; names the dimensions.
@@ -132,8 +134,8 @@ def assemble(
         scales: for each row, array name -> (scale, offset) to scanner units; 1 and 0 if not given.
         subjects: ids of the rows.
     """
-    names = list(shards[0])
     all_scales = scales or [dict.fromkeys(names, (1.0, 0.0))] * len(shards)
+    absent_affine, absent_scale = np.full((4, 4), np.nan), (np.nan, np.nan)
     with _disk_errors(folder):
         zarr.create_group(folder, attributes=attributes)
         for name in names:
@@ -141,14 +143,17 @@ def assemble(
             labels = {"long_name": f"{name.upper()}-weighted intensity", "units": units}
             _create_slabs(folder / name, (len(shards), *slab_shape), pairing, labels)
             for row, shard in enumerate(shards):
+                if name not in shard:
+                    continue
                 target = folder / name / "c" / str(row) / "0" / "0" / "0"
                 target.parent.mkdir(parents=True)
                 link(shard[name], target)
             axes = ", ".join(reversed(dimension_names(pairing)[1:]))
-            matrices = np.stack([affine[name] for affine in affines])
+            matrices = np.stack([affine.get(name, absent_affine) for affine in affines])
             labels = {"long_name": f"({axes}, 1) of {name} to RAS+ world (mm)", "units": "mm"}
             _write_small_array(folder / f"{name}_affine", matrices, ("subject", "world", "voxel"), labels)
-            for which, values in zip(("scale", "offset"), np.transpose([row[name] for row in all_scales]), strict=True):
+            both = np.transpose([row.get(name, absent_scale) for row in all_scales])
+            for which, values in zip(("scale", "offset"), both, strict=True):
                 labels = {"long_name": f"{which} of {name}: stored x scale + offset = the scanner's units"}
                 _write_small_array(folder / f"{name}_{which}", values, ("subject",), labels)
         _write_labels(folder, "subject", subjects)

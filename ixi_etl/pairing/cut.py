@@ -1,4 +1,4 @@
-"""Cut one subject: two members in, two slabs and a record out. This is the unit of parallel work.
+"""Cut one subject: its members in, a slab of each and a record out. This is the unit of parallel work.
 
 The result depends only on the members and the configuration, so workers, order and restarts cannot change a byte. The
 record is written last: a subject with a record is finished.
@@ -16,9 +16,9 @@ from typing import Any
 from ixi_etl.config import DatasetConfig
 from ixi_etl.core.files import os_errors_as_user_errors, read_json, sha256_file, to_json, write_atomic
 from ixi_etl.core.storage import fingerprint, naming_file
+from ixi_etl.dataset.schema import pair_column
 from ixi_etl.dataset.store import write_shards
 from ixi_etl.errors import BadVolumeError, DatasetError
-from ixi_etl.modalities import MODALITIES
 from ixi_etl.pairing import pictures
 from ixi_etl.pairing.slabs import (
     ScanVolume,
@@ -180,16 +180,20 @@ def _with_digest(record: Mapping[str, Any]) -> dict[str, Any]:
 def _cut(
     job: CutJob, packed: dict[str, bytes], dataset_config: DatasetConfig, work: Path, record: dict[str, Any]
 ) -> None:
-    """Cut both slabs and write them into `work`. Results go into `record` as they are found, even if this raises."""
-    volumes = {m: ScanVolume(m, packed.pop(m)) for m in MODALITIES}
+    """Cut all slabs and write them into `work`. Results go into `record` as they are found, even if this raises."""
+    reference = dataset_config.reference
+    volumes = {m: ScanVolume(m, packed.pop(m)) for m in dataset_config.modalities if m in packed}
     use_common_space(volumes)
     record["voxels_sha256"] = {m: volume.voxels_sha256 for m, volume in volumes.items()}
     if dataset_config.pairing == "index":
         slabs = {m: index_slab(volume, dataset_config) for m, volume in volumes.items()}
-        similarity = nmi_within(foreground_mask(slabs["T2"]), slabs["T1"], slabs["T2"])
-        record |= {"nmi_before": similarity, "nmi_after": similarity}
+        foreground = foreground_mask(slabs[reference])
+        for modality in [m for m in dataset_config.moving if m in slabs]:
+            similarity = nmi_within(foreground, slabs[modality], slabs[reference])
+            columns = (pair_column(dataset_config.moving, modality, c) for c in ("nmi_before", "nmi_after"))
+            record |= dict.fromkeys(columns, similarity)
     else:
-        slabs = anatomical_slabs(volumes.pop("T1"), volumes.pop("T2"), dataset_config, record)
+        slabs = anatomical_slabs(volumes, dataset_config, record)
     voxels = usable_voxels(slabs, record)
     for modality, slab in slabs.items():
         name = modality.lower()
@@ -197,14 +201,13 @@ def _cut(
             record |= {f"{name}_window_start": slab.window[0], f"{name}_window_stop": slab.window[1]}
     files = {}
     if dataset_config.pictures:
-        middle = len(voxels["T2"]) // 2
+        slices = {m: slab[len(slab) // 2] for m, slab in voxels.items()}
         path = picture_path(work, job.subject_id)
-        files[path.name] = pictures.save_picture(
-            pictures.pair_picture(voxels["T1"][middle], voxels["T2"][middle]), path
-        )
+        shown = pictures.pair_picture([slices[m] for m in dataset_config.moving if m in slices], slices[reference])
+        files[path.name] = pictures.save_picture(shown, path)
     files |= write_shards({shard_path(work, job.subject_id, m): slab for m, slab in voxels.items()})
     affines = {m.lower(): slab.affine.tolist() for m, slab in slabs.items()}
-    record |= {"affines": affines, "slab_shape": voxels["T2"].shape, "files": files}
+    record |= {"affines": affines, "slab_shape": voxels[reference].shape, "files": files}
 
 
 def _files_intact(record: Mapping[str, Any], job: CutJob, work: Path) -> bool:

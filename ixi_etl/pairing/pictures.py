@@ -1,4 +1,4 @@
-"""Draw pictures for checking a pair by eye: T1, T2, and the T1's edges on the T2.
+"""Draw pictures for checking a pair by eye: T1, T2, and the T1's edges on the T2; likewise for other modalities.
 
 Slices are [y, x]; x increases to the right, y to anterior (RAS+). They are drawn with anterior up and the subject's
 right on the right.
@@ -26,28 +26,30 @@ QUALITY = 85  # of JPEG: about 40 kB a pair
 
 @dataclass(frozen=True)
 class PairLayers:
-    """One slice of a pair as layers of equal size: T1 and T2 in grey, and the T1's edges on transparent ground."""
+    """One slice of a pair as layers of equal size: both scans in grey, the moving one's edges on transparent ground."""
 
-    t1: Image.Image
-    t2: Image.Image
+    moving: Image.Image
+    reference: Image.Image
     edges: Image.Image
 
 
-def pair_layers(t1: NDArray[Any], t2: NDArray[Any]) -> PairLayers:
-    """The layers of a T1 slice and a T2 slice [y, x]."""
-    left, right = _gray(t1), _gray(t2)
+def pair_layers(moving: NDArray[Any], reference: NDArray[Any]) -> PairLayers:
+    """The layers of two slices [y, x]."""
+    left, right = _gray(moving), _gray(reference)
     edges = np.zeros((*left.shape, 4), np.uint8)
     edges[_edges(left)] = (*EDGE_COLOUR, 255)
     return PairLayers(*(Image.fromarray(np.ascontiguousarray(p[::-1])) for p in (left, right, edges)))
 
 
-def pair_picture(t1: NDArray[Any], t2: NDArray[Any]) -> Image.Image:
-    """One picture, side by side: T1, T2, and T2 with the edges of the T1."""
-    left, middle = _gray(t1), _gray(t2)
-    overlay = np.repeat(middle[..., None], 3, axis=-1)
-    overlay[_edges(left)] = EDGE_COLOUR
-    panels = [np.repeat(p[..., None], 3, axis=-1) for p in (left, middle)]
-    return Image.fromarray(np.concatenate([*panels, overlay], axis=1)[::-1])
+def pair_picture(moving: Sequence[NDArray[Any]], reference: NDArray[Any]) -> Image.Image:
+    """One picture, side by side: the moving slices, the reference, and the reference with the edges of each of them."""
+    gray = [_gray(each) for each in (*moving, reference)]
+    panels = [np.repeat(each[..., None], 3, axis=-1) for each in gray]
+    for each in gray[:-1]:
+        overlay = panels[len(moving)].copy()
+        overlay[_edges(each)] = EDGE_COLOUR
+        panels.append(overlay)
+    return Image.fromarray(np.concatenate(panels, axis=1)[::-1])
 
 
 def save_picture(picture: Image.Image, path: Path) -> str:

@@ -1,7 +1,8 @@
 """Estimate the rigid motion of the head between the two scans of a pair, and the error of that estimate.
 
-Legend: volumes are [k, j, i], slabs [z, y, x]; matrices are 4 x 4 and act on RAS mm. `t2_to_t1` maps a point of the
-T2's world to the same tissue in the T1's; it is the identity if the headers alone align the scans.
+Legend: volumes are [k, j, i], slabs [z, y, x]; matrices are 4 x 4 and act on RAS mm. The fixed scan is that of the
+reference modality. `fixed_to_moving` maps a point of its world to the same tissue in the moving scan's; it is the
+identity if the headers alone align the scans.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ of a millimetre. Measured in docs/registration.md."""
 TRIAL = replace(COARSE, samples=6_000)
 """One of many starts."""
 MIRROR = replace(TRIAL, relax=0.6, iterations=60)
-"""A first, short comparison with a mirrored T1."""
+"""A first, short comparison with a mirrored scan."""
 
 HISTOGRAM_BINS = 48
 # Larger motion is flagged `large_motion`. The heads of the real pairs in docs/registration.md moved by 0.5 to 5.5 mm
@@ -50,16 +51,17 @@ MIRROR_CHECK_MM = 2.0
 MIRROR_TRIAL_GAIN = 0.75
 """As `MIRROR_GAIN`, below which the short comparison suffices."""
 MIRROR_GAIN = 1.03
-"""Ratio of the mutual informations of the mirrored and the stored T1 with the T2, above which one header is wrong. In
-14 real pairs, half of them with added faults, the right one had 1.09 to 1.75 times that of its mirror image."""
+"""Ratio of the mutual informations of the mirrored and the stored moving scan with the fixed one, above which a header
+is wrong. In 14 real T1s and T2s, half of them with added faults, the right one had 1.09 to 1.75 times that of its
+mirror image."""
 # Entries of the result are rounded to 1e-6, or 0.1 um at the edge of a head. The error of the search is 50 um.
 MATRIX_BITS = 20
 
 
-def measure_motion(t2_to_t1: Matrix, points: NDArray[np.float64]) -> tuple[float, float]:
+def measure_motion(fixed_to_moving: Matrix, points: NDArray[np.float64]) -> tuple[float, float]:
     """Mean displacement (mm) of `points` (n, 3) in RAS mm, and angle of rotation (degrees), rounded to 6 digits."""
-    moved = points @ t2_to_t1[:3, :3].T + t2_to_t1[:3, 3]
-    cosine = (np.trace(t2_to_t1[:3, :3]) - 1) / 2
+    moved = points @ fixed_to_moving[:3, :3].T + fixed_to_moving[:3, 3]
+    cosine = (np.trace(fixed_to_moving[:3, :3]) - 1) / 2
     return (
         round(float(np.linalg.norm(moved - points, axis=1).mean()), 6) if len(points) else 0.0,
         round(float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))), 6),
@@ -83,13 +85,13 @@ class Registration:
     """The result of `register`.
 
     Attributes:
-        t2_to_t1: the motion that was found.
+        fixed_to_moving: the motion that was found.
         check: the same motion, found by a search with exchanged roles of the scans.
         disagreement_mm: mean distance over the head between the results of the two first searches.
-        is_mirrored: whether the mirror image of the T1 fits the T2 better.
+        is_mirrored: whether the mirror image of the moving scan fits the fixed one better.
     """
 
-    t2_to_t1: Matrix
+    fixed_to_moving: Matrix
     check: Matrix
     disagreement_mm: float = 0.0
     is_mirrored: bool = False
@@ -126,18 +128,18 @@ class _Head:
     centre: NDArray[np.float64]
 
 
-def register(t1: Volume, t2: Volume) -> Registration:
-    """The rigid `t2_to_t1` that maximises the Mattes mutual information of two volumes.
+def register(moving_scan: Volume, fixed_scan: Volume) -> Registration:
+    """The rigid `fixed_to_moving` that maximises the Mattes mutual information of two volumes.
 
-    Starts from the headers' alignment. A second coarse search takes the T1 as the fixed scan: two searches that see
+    Starts from the headers' alignment. A second coarse search exchanges the roles of the scans: two searches that see
     other samples and another metric rarely end in the same wrong place. If they disagree, more starts are tried.
     Deterministic: regular sampling, one thread, and rounded geometry.
 
     Raises:
         RegistrationError: the volumes do not overlap, are constant, or a search failed.
     """
-    t1, t2 = (_clip_spikes(scan) for scan in (t1, t2))
-    fixed, moving = (_head(scan, COARSE.spacing_mm) for scan in (t2, t1))
+    moving_scan, fixed_scan = (_clip_spikes(scan) for scan in (moving_scan, fixed_scan))
+    fixed, moving = (_head(scan, COARSE.spacing_mm) for scan in (fixed_scan, moving_scan))
     start = np.eye(4)
     coarse, _ = _search(COARSE, fixed, moving, start)
     check = _inverse_search(fixed, moving, start)
@@ -145,7 +147,7 @@ def register(t1: Volume, t2: Volume) -> Registration:
     is_poor = disagreement_mm > RETRY_MM
     if is_poor:
         coarse = _best_of_many(fixed, moving, [coarse, check, start])
-    fine, _ = _search(FINE, _whole(t2, FINE.spacing_mm), _whole(t1, FINE.spacing_mm), coarse)
+    fine, _ = _search(FINE, _whole(fixed_scan, FINE.spacing_mm), _whole(moving_scan, FINE.spacing_mm), coarse)
     if is_poor:
         check = _inverse_search(fixed, moving, _displaced(fine, fixed))
     return Registration(

@@ -1,4 +1,4 @@
-"""Cut the slabs of a pair from two volumes, by index as stored or in anatomical space on the T2's planes.
+"""Cut the slabs of a subject from its volumes, by index as stored or in anatomical space on the reference's planes.
 
 Legend: volumes are [k, j, i] as stored; slabs are [z, y, x]: x increases to the right, y to anterior,
 z to superior (RAS+).
@@ -18,14 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ixi_etl.config import DatasetConfig
+from ixi_etl.dataset.schema import matrix_column, pair_column
 from ixi_etl.errors import BadVolumeError
+from ixi_etl.modalities import ECHOES
 from ixi_etl.pairing import geometry, register
 from ixi_etl.pairing.similarity import nmi
 from ixi_etl.scans import affines, nifti
 from ixi_etl.scans.intensity import Quantisation, StoredSlab, clip_spikes, otsu_threshold, to_int16
 
-MAX_OUTSIDE = 0.05  # share of the T2 slab's foreground. The real pairs in docs/registration.md have 0.
-MIN_COMMON_FOREGROUND = 0.5  # share of the T2 slab's foreground below which NMIs are not comparable
+MAX_OUTSIDE = 0.05  # share of the reference slab's foreground. The real pairs in docs/registration.md have 0.
+MIN_COMMON_FOREGROUND = 0.5  # share of the reference slab's foreground below which NMIs are not comparable
 MAX_OFFSET_RATIO = 4096  # offset / range of a volume; leaves 12 of float32's 24 bits for the differences
 
 
@@ -100,91 +102,117 @@ def index_slab(volume: ScanVolume, dataset_config: DatasetConfig) -> Slab:
     return Slab(volume.to_stored_slab(stored), affine, window)
 
 
-def _axial_slab(t2: ScanVolume, dataset_config: DatasetConfig) -> Slab:
-    """The window of the T2's axial slices, never resampled."""
-    window = dataset_config.window_in(geometry.axial_depth(t2.header.shape, t2.affine))
+def _axial_slab(scan: ScanVolume, dataset_config: DatasetConfig) -> Slab:
+    """The window of the axial slices of a scan, never resampled."""
+    window = dataset_config.window_in(geometry.axial_depth(scan.header.shape, scan.affine))
     assert window is not None, "selection accepted a window that does not fit"
-    stored, affine = geometry.axial_slab(t2.voxels, t2.affine, window)
+    stored, affine = geometry.axial_slab(scan.voxels, scan.affine, window)
     # Copied, because a flipped view is read repeatedly at half the speed and keeps the whole volume in memory.
-    return Slab(t2.to_stored_slab(stored.copy()), affine, window)
+    return Slab(scan.to_stored_slab(stored.copy()), affine, window)
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """A T1 on the planes of its T2.
+    """A scan on the planes of the reference.
 
     Attributes:
-        slab: the T1, interpolated once from its stored voxels; 0 outside its grid.
-        inside: mask of the voxels inside the T1's grid.
-        t2_to_t1: 4 x 4, a point of the T2's world (RAS mm) to the same tissue in the T1's world.
+        slab: the scan, interpolated once from its stored voxels; 0 outside its grid.
+        inside: mask of the voxels inside its grid.
+        matrix: 4 x 4, a point of the reference's world (RAS mm) to the same tissue in the scan's world.
         nmi_before, nmi_after: similarity by the headers alone, and as aligned.
-        error_mm: estimated error of `t2_to_t1`, mean over the foreground; None if the scans were not registered.
+        error_mm: estimated error of `matrix`, mean over the foreground; None if the scans were not registered.
     """
 
     slab: Slab
     inside: NDArray[np.bool_]
-    t2_to_t1: geometry.Matrix
+    matrix: geometry.Matrix
     nmi_before: float
     nmi_after: float
     error_mm: float | None = None
 
 
 def anatomical_slabs(
-    t1: ScanVolume, t2: ScanVolume, dataset_config: DatasetConfig, record: dict[str, Any]
+    volumes: dict[str, ScanVolume], dataset_config: DatasetConfig, record: dict[str, Any]
 ) -> dict[str, Slab]:
-    """Both slabs on the T2's planes, the T1 interpolated once from its stored voxels.
+    """All slabs on the reference's planes; the other scans are interpolated once from their stored voxels.
 
-    NMI, motion, matrix and flags go into `record`.
+    NMI, motion, matrix and flags of each go into `record`. Empties `volumes`, since each worker holds its own.
 
     Raises:
         BadVolumeError: `outside_fov` or `bad_affine`.
     """
-    target = _axial_slab(t2, dataset_config)
+    reference = dataset_config.reference
+    target = _axial_slab(volumes[reference], dataset_config)
+    grid = volumes[reference].header.shape, volumes[reference].affine
+    fixed = volumes.pop(reference)
     is_registered = dataset_config.registration == "rigid"
-    if not is_registered:
-        del t2  # the caller keeps no reference, so this frees the volume: each worker holds its own
     foreground = foreground_mask(target)
-    slab, inside = _resampled_slab(t1, target, np.eye(4))
+    points = geometry.world_points(foreground, target.affine)
+    slabs: dict[str, Slab] = {reference: target}
+    all_flags: list[str] = []
     if not is_registered:
-        del t1
+        del fixed
+    for modality in [m for m in dataset_config.moving if m in volumes]:
+        scan = volumes.pop(modality)
+        flags: list[str] = []
+        is_echo = {modality, reference} <= ECHOES
+        on_grid = is_echo and scan.header.shape == grid[0] and affines.same_grid(scan.affine, grid[1], grid[0])
+        if on_grid and not dataset_config.register_echoes:
+            alignment = _same_slices(scan, target, foreground, dataset_config)
+        else:
+            alignment = _by_headers(scan, target, foreground)
+            if is_registered:
+                alignment, flags = _register_pair(alignment, scan, fixed, target, foreground)
+            flags += ["grid_differs"] * (is_echo and not on_grid)
+        del scan
+        measured: dict[str, Any] = {"nmi_before": alignment.nmi_before, "nmi_after": alignment.nmi_after}
+        if is_registered:
+            motion_mm, motion_deg = register.measure_motion(alignment.matrix, points)
+            measured |= {"motion_mm": motion_mm, "motion_deg": motion_deg, "registration_error_mm": alignment.error_mm}
+        record |= {pair_column(dataset_config.moving, modality, column): value for column, value in measured.items()}
+        record[matrix_column(reference, modality)] = json.dumps(alignment.matrix.tolist())
+        all_flags += [pair_column(dataset_config.moving, modality, flag) for flag in flags]
+        record["flags"] = ",".join(all_flags)
+        outside = _fraction_outside(foreground, alignment.inside)
+        if outside > MAX_OUTSIDE:
+            problem = f"{reference}: {outside:.1%} of the slab's foreground is outside the {modality}'s grid"
+            raise BadVolumeError("outside_fov", f"{problem}; the maximum is {MAX_OUTSIDE:.0%}")
+        slabs[modality] = alignment.slab
+    return {m: slabs[m] for m in dataset_config.modalities if m in slabs}
+
+
+def _by_headers(scan: ScanVolume, target: Slab, foreground: NDArray[np.bool_]) -> Alignment:
+    """The alignment that the headers give."""
+    slab, inside = _resampled_slab(scan, target, np.eye(4))
     similarity = nmi_within(foreground & inside, slab, target)
-    alignment = Alignment(slab, inside, np.eye(4), similarity, similarity)
-    if is_registered:
-        alignment, flags = _register_pair(alignment, t1, t2, target, foreground)
-        points = geometry.world_points(foreground, target.affine)
-        motion_mm, motion_deg = register.measure_motion(alignment.t2_to_t1, points)
-        record |= {"motion_mm": motion_mm, "motion_deg": motion_deg, "flags": ",".join(flags)}
-        record["registration_error_mm"] = alignment.error_mm
-    record |= {
-        "nmi_before": alignment.nmi_before,
-        "nmi_after": alignment.nmi_after,
-        "t2_to_t1_ras_mm": json.dumps(alignment.t2_to_t1.tolist()),
-    }
-    outside = _fraction_outside(foreground, alignment.inside)
-    if outside > MAX_OUTSIDE:
-        problem = (
-            f"T2: {outside:.1%} of the slab's foreground is outside the T1's grid; the maximum is {MAX_OUTSIDE:.0%}"
-        )
-        raise BadVolumeError("outside_fov", problem)
-    return {"T1": alignment.slab, "T2": target}
+    return Alignment(slab, inside, np.eye(4), similarity, similarity)
+
+
+def _same_slices(
+    echo: ScanVolume, target: Slab, foreground: NDArray[np.bool_], dataset_config: DatasetConfig
+) -> Alignment:
+    """The same slices of another echo, whose voxels are those of the reference: nothing is interpolated."""
+    slab = replace(_axial_slab(echo, dataset_config), affine=target.affine, window=None)
+    similarity = nmi_within(foreground, slab, target)
+    return Alignment(slab, np.ones(foreground.shape, bool), np.eye(4), similarity, similarity)
 
 
 def _register_pair(
-    by_headers: Alignment, t1: ScanVolume, t2: ScanVolume, target: Slab, foreground: NDArray[np.bool_]
+    by_headers: Alignment, moving: ScanVolume, fixed: ScanVolume, target: Slab, foreground: NDArray[np.bool_]
 ) -> tuple[Alignment, list[str]]:
-    """Register the T1 to the T2; return the better of both alignments, and flags for the manifest.
+    """Register a scan to the reference; return the better of both alignments, and flags for the manifest.
 
     Raises:
-        BadVolumeError: `bad_affine`: the mirror image of the T1 fits better.
+        BadVolumeError: `bad_affine`: the mirror image of the scan fits better.
     """
     try:
-        found = register.register(register.Volume(t1.voxels, t1.affine), register.Volume(t2.voxels, t2.affine))
+        found = register.register(*(register.Volume(scan.voxels, scan.affine) for scan in (moving, fixed)))
     except register.RegistrationError:
         return by_headers, ["registration_failed"]
     if found.is_mirrored:
-        problem = "the mirror image of the T1 fits the T2 better: one of the headers exchanges left and right"
-        raise BadVolumeError("bad_affine", problem)
-    slab, inside = _resampled_slab(t1, target, found.t2_to_t1)
+        problem = f"the mirror image of the {moving.modality} fits the {fixed.modality} better"
+        raise BadVolumeError("bad_affine", f"{problem}: one of the headers exchanges left and right")
+    slab, inside = _resampled_slab(moving, target, found.fixed_to_moving)
     outside_before, outside_after = (_fraction_outside(foreground, mask) for mask in (by_headers.inside, inside))
     common = foreground & by_headers.inside & inside
     # NMIs are comparable only on the same voxels.
@@ -195,15 +223,15 @@ def _register_pair(
         before, after = by_headers.nmi_before, nmi_within(foreground & inside, slab, target)
         is_better = outside_after < outside_before
     points = geometry.world_points(foreground, target.affine)
-    error_mm = found.error_mm(points, found.t2_to_t1 if is_better else by_headers.t2_to_t1)
+    error_mm = found.error_mm(points, found.fixed_to_moving if is_better else by_headers.matrix)
     if not is_better:
         return replace(by_headers, error_mm=error_mm), ["registration_no_gain"]
-    motion_mm, motion_deg = register.measure_motion(found.t2_to_t1, points)
+    motion_mm, motion_deg = register.measure_motion(found.fixed_to_moving, points)
     is_large = motion_mm > register.MAX_MOTION_MM or motion_deg > register.MAX_MOTION_DEG
     flags = ["large_motion"] if is_large else []
     if outside_after > MAX_OUTSIDE >= outside_before:
         flags.append("registration_leaves_fov")
-    return Alignment(slab, inside, found.t2_to_t1, before, after, error_mm), flags
+    return Alignment(slab, inside, found.fixed_to_moving, before, after, error_mm), flags
 
 
 def foreground_mask(slab: Slab) -> NDArray[np.bool_]:
@@ -223,18 +251,18 @@ def nmi_within(mask: NDArray[np.bool_], a: Slab, b: Slab) -> float:
     return nmi(*(slab.stored.voxels[mask].astype(np.int32) for slab in (a, b)))
 
 
-def _resampled_slab(t1: ScanVolume, target: Slab, t2_to_t1: geometry.Matrix) -> tuple[Slab, NDArray[np.bool_]]:
-    """The T1 interpolated on exactly the target's planes, 0 outside its grid; and the mask of voxels inside it."""
-    matrix = geometry.sampling_matrix(target.affine, t1.affine, t2_to_t1)
-    samples, inside = geometry.resample(t1.voxels, matrix, target.stored.voxels.shape)
-    return Slab(t1.to_stored_slab(samples, inside), target.affine, None), inside
+def _resampled_slab(scan: ScanVolume, target: Slab, matrix: geometry.Matrix) -> tuple[Slab, NDArray[np.bool_]]:
+    """The scan interpolated on exactly the target's planes, 0 outside its grid; and the mask of voxels inside it."""
+    sampling = geometry.sampling_matrix(target.affine, scan.affine, matrix)
+    samples, inside = geometry.resample(scan.voxels, sampling, target.stored.voxels.shape)
+    return Slab(scan.to_stored_slab(samples, inside), target.affine, None), inside
 
 
 def usable_voxels(slabs: Mapping[str, Slab], record: dict[str, Any]) -> dict[str, NDArray[np.int16]]:
-    """The voxels of both slabs; their scales and percentiles go into `record`.
+    """The voxels of all slabs; their scales and percentiles go into `record`.
 
     Raises:
-        BadVolumeError: a slab cannot be used, in the order of the reasons, T1 before T2.
+        BadVolumeError: a slab cannot be used, in the order of the reasons, T1 before T2 before others.
     """
     for reason in ("empty_image", "intensity_range"):
         for modality, slab in slabs.items():

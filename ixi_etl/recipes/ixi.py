@@ -15,17 +15,16 @@ from typing import Any
 
 import pandas as pd
 
-from ixi_etl.config import RefreshConfig
+from ixi_etl.config import DatasetConfig, RefreshConfig
 from ixi_etl.core.files import lock_root, os_errors_as_user_errors, write_atomic
 from ixi_etl.core.parallel import parallel_map
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import fingerprint
 from ixi_etl.dataset import manifest, metadata, publish, selection
 from ixi_etl.dataset.publish import PublishedVersion
-from ixi_etl.dataset.schema import CANDIDATE, IXI
+from ixi_etl.dataset.schema import CANDIDATE, IXI, SCHEMAS
 from ixi_etl.dataset.splits import person_of
 from ixi_etl.errors import DatasetError
-from ixi_etl.modalities import MODALITIES
 from ixi_etl.pairing.cut import CutJob, archive_changed, cut_subject, read_member_checked, record_path
 from ixi_etl.recipes.ixi_inputs import (
     VOXEL_LIBRARIES,
@@ -145,7 +144,7 @@ def cut_subjects(
     config, inputs, work = job.config, job.inputs, job.work
     work.mkdir(parents=True, exist_ok=True)
     cut_jobs = create_cut_jobs(survey_table, screened, inputs, job.version)
-    _check_disk(work, screened, config.dataset.window_length)
+    _check_disk(work, screened, config.dataset)
     results = parallel_map(
         partial(cut_subject, dataset_config=config.dataset, work=work.resolve()),
         [_without_fingerprints(cut_job) for cut_job in cut_jobs] if config.dask else cut_jobs,
@@ -165,7 +164,7 @@ def cut_subjects(
     final = manifest.finalise(screened, records, config.dataset)
     _warn_about_flags(final, (manifest.DUPLICATE,))
     audit = job.staging / metadata.MANIFEST
-    write_atomic(audit, IXI.to_csv(final))
+    write_atomic(audit, SCHEMAS[config.dataset.name].to_csv(final))
     _check_enough_subjects(final, config.max_unreadable, audit, describe_skipped_members(survey_table, inputs.archives))
     return final, records
 
@@ -200,12 +199,12 @@ def _check_members(cut_jobs: Sequence[CutJob], records: Sequence[Mapping[str, An
         )
 
 
-def _check_disk(work: Path, screened: pd.DataFrame, slices: int) -> None:
-    """Check that two uncompressed int16 slabs per candidate fit on the disk, less the existing shards."""
-    to_cut = screened[screened["status"] == CANDIDATE]
-    voxels = sum(math.prod(json.loads(shape)[:2]) for shape in to_cut["t2_shape"])
+def _check_disk(work: Path, screened: pd.DataFrame, dataset_config: DatasetConfig) -> None:
+    """Check that an uncompressed int16 slab per candidate and modality fits on the disk, less the existing shards."""
+    shapes = screened.loc[screened["status"] == CANDIDATE, f"{dataset_config.reference.lower()}_shape"]
+    voxels = dataset_config.window_length * sum(math.prod(json.loads(shape)[:2]) for shape in shapes)
     existing = sum(path.stat().st_size for path in work.glob("*.shard"))
-    needed_bytes = len(MODALITIES) * BYTES_PER_VOXEL * slices * voxels - existing
+    needed_bytes = len(dataset_config.modalities) * BYTES_PER_VOXEL * voxels - existing
     free_bytes = shutil.disk_usage(work).free
     if needed_bytes > free_bytes:
         raise DatasetError(

@@ -19,7 +19,7 @@ from ixi_etl.core.storage import check_reachable, expand_home, naming_file
 from ixi_etl.dataset import metadata, publish, selection
 from ixi_etl.dataset.schema import CANDIDATE
 from ixi_etl.errors import ConfigError
-from ixi_etl.modalities import MODALITIES
+from ixi_etl.modalities import DEFAULT_MODALITIES as MODALITIES
 from ixi_etl.pairing.cut import CutJob, MemberRef, archive_changed, read_member_checked
 from ixi_etl.scans.survey import survey
 from ixi_etl.sources import catalog

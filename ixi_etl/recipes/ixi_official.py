@@ -18,7 +18,7 @@ import pandas as pd
 from ixi_etl.config import RefreshConfig
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import expand_home
-from ixi_etl.modalities import MODALITIES, archive_name
+from ixi_etl.modalities import DEFAULT_MODALITIES, archive_name
 from ixi_etl.recipes.ixi_inputs import DEMOGRAPHICS, OFFICIAL
 from ixi_etl.scans.demographics import Demographics, canonical_person, read_demographics
 from ixi_etl.scans.survey import survey
@@ -123,7 +123,7 @@ def _files(md5s: Mapping[str, bool | None]) -> Iterator[Finding]:
 
 
 def _members(survey_table: pd.DataFrame, volumes: pd.DataFrame) -> Iterator[Finding]:
-    keys = {m: set(volumes.loc[volumes["modality"] == m, "subject_id"]) for m in MODALITIES}
+    keys = {m: set(volumes.loc[volumes["modality"] == m, "subject_id"]) for m in DEFAULT_MODALITIES}
     for modality, count in MEMBERS.items():
         found = int((volumes["modality"] == modality).sum())
         yield _equal(f"{modality} volumes", count, found, "the number of subjects")
@@ -143,7 +143,7 @@ def _members(survey_table: pd.DataFrame, volumes: pd.DataFrame) -> Iterator[Find
 
 
 def _depths(volumes: pd.DataFrame) -> Iterator[Finding]:
-    depths = {m: volumes.loc[volumes["modality"] == m] for m in MODALITIES}
+    depths = {m: volumes.loc[volumes["modality"] == m] for m in DEFAULT_MODALITIES}
     t1 = dict(Counter(depths["T1"]["depth"].tolist()))
     yield _equal("T1 depths (slices: volumes)", DEPTHS_T1, t1, "which volumes have the modal depth")
     t2 = depths["T2"]["depth"].dropna()
@@ -204,7 +204,7 @@ def _geometry(volumes: pd.DataFrame) -> Iterator[Finding]:
 def _spacings(volumes: pd.DataFrame) -> Iterator[Finding]:
     spacing = {
         m: [tuple(json.loads(s)[:3]) for s in volumes.loc[volumes["modality"] == m, "spacing_mm"] if s]
-        for m in MODALITIES
+        for m in DEFAULT_MODALITIES
     }
     found: dict[str, int] = {}
     for mm in spacing["T1"]:

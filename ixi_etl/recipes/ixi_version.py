@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from ixi_etl import modalities
+from ixi_etl.config import DatasetConfig
 from ixi_etl.core.files import os_errors_as_user_errors, write_atomic
 from ixi_etl.dataset import credit, manifest, metadata, publish, store
 from ixi_etl.dataset.publish import PublishedVersion
-from ixi_etl.dataset.schema import IXI
-from ixi_etl.modalities import MODALITIES
+from ixi_etl.dataset.schema import SCHEMAS
 from ixi_etl.pairing import pictures
 from ixi_etl.pairing.cut import picture_path, shard_path
 from ixi_etl.recipes.ixi_inputs import DEMOGRAPHICS, Inputs, RefreshJob, is_from_ixi
@@ -34,16 +35,16 @@ def publish_version(
         DatasetError: the staged version does not verify.
     """
     dataset_config, data_root = job.config.dataset, job.config.data_root
-    work, staged = job.work, publish.start_staging(data_root, job.version)
+    work, staged, schema = job.work, publish.start_staging(data_root, job.version), SCHEMAS[dataset_config.name]
     subjects = manifest.used_rows(final)["subject_id"].tolist()
     sources = _sources(survey_table, job.inputs)
     summary = {
         "name": data_root.name,
         "version": job.version,
-        "source": "t1",
-        "target": "t2",
+        "source": dataset_config.moving[0].lower(),
+        "target": dataset_config.reference.lower(),
         "inputs": job.version_inputs,
-        **manifest.counts(final),
+        **manifest.counts(final, schema),
         "modal_depth": modal_depths(survey_table),
         "planes": modal_planes(survey_table),
         "histogram": site_table_to_records(depth_histogram(survey_table)),
@@ -51,23 +52,25 @@ def publish_version(
         "sources": sources,
         **credit.credit_and_licence(sources),
     }
+    cut = {s: records[s]["affines"] for s in subjects}  # subject -> array name -> affine, of the scans that it has
+    attributes = {"subject_id": subjects, **{k: summary[k] for k in ("name", "version", "licence", "credit")}}
     store.assemble(
         staged / store.STORE,
-        shards=[{m.lower(): shard_path(work, s, m) for m in MODALITIES} for s in subjects],
-        affines=[{name: np.array(matrix) for name, matrix in records[s]["affines"].items()} for s in subjects],
+        schema.arrays,
+        shards=[{name: shard_path(work, s, name) for name in cut[s]} for s in subjects],
+        affines=[{name: np.array(matrix) for name, matrix in cut[s].items()} for s in subjects],
         slab_shape=tuple(records[subjects[0]]["slab_shape"]),
         pairing=dataset_config.pairing,
-        attributes={"subject_id": subjects, **{k: summary[k] for k in ("name", "version", "licence", "credit")}},
+        attributes=attributes | ({"margin": dataset_config.margin} if dataset_config.margin else {}),
         scales=[
-            {m.lower(): (records[s][f"{m.lower()}_scale"], records[s][f"{m.lower()}_offset"]) for m in MODALITIES}
-            for s in subjects
+            {name: (records[s][f"{name}_scale"], records[s][f"{name}_offset"]) for name in cut[s]} for s in subjects
         ],
         subjects=subjects,
     )
     if dataset_config.pictures:
-        _write_pictures(work, staged / metadata.PICTURES, final)
-    write_atomic(staged / metadata.MANIFEST, IXI.to_csv(final))
-    layers = _middle_layers(staged, final) if dataset_config.pictures else {}
+        _write_pictures(work, staged / metadata.PICTURES, final, dataset_config)
+    write_atomic(staged / metadata.MANIFEST, schema.to_csv(final))
+    layers = _middle_layers(staged, final, dataset_config) if dataset_config.pictures else {}
     write_atomic(staged / metadata.REPORT, dataset_report.dataset_report(summary, final, layers))
     return publish.publish(data_root, staged, summary, job.inputs.origins, job.progress)
 
@@ -92,22 +95,29 @@ def _sources(survey_table: pd.DataFrame, inputs: Inputs) -> dict[str, Any]:
     return sources
 
 
-def _write_pictures(work: Path, folder: Path, final: pd.DataFrame) -> None:
-    """Write one picture per used subject, and a contact sheet of the least certain pairs."""
+def _write_pictures(work: Path, folder: Path, final: pd.DataFrame, dataset_config: DatasetConfig) -> None:
+    """Write one picture per used subject, and a contact sheet of the subjects with the least certain pairs."""
     folder.mkdir()
     for subject in manifest.used_rows(final)["subject_id"]:
         store.link(picture_path(work, subject), folder / f"{subject}.jpg")
-    worst = manifest.to_records(dataset_report.worst_pairs(final))
+    pairs = dataset_report.list_pairs(final, dataset_config.name)
+    worst = manifest.to_records(dataset_report.worst_pairs(pairs).drop_duplicates("subject_id"))
     captions = [f"{row['subject_id']}   {dataset_report.describe_alignment(row)}" for row in worst]
     paths = [picture_path(work, row["subject_id"]) for row in worst]
     pictures.save_picture(pictures.contact_sheet(paths, captions), folder / metadata.WORST_PAIRS)
 
 
-def _middle_layers(version: Path, final: pd.DataFrame) -> dict[str, pictures.PairLayers]:
-    """The middle slices of the pairs shown in the report, from the store."""
+def _middle_layers(
+    version: Path, final: pd.DataFrame, dataset_config: DatasetConfig
+) -> dict[tuple[str, str], pictures.PairLayers]:
+    """(subject, moving modality) -> the middle slices of the pairs shown in the report, from the store."""
     arrays, rows = store.open_arrays(version), final.set_index("subject_id")["store_row"]
-    pair = [arrays[m.lower()] for m in MODALITIES]
+
+    def middle_slice(subject: str, modality: str) -> NDArray[Any]:
+        array = arrays[modality.lower()]
+        return np.asarray(array[int(rows[subject]), array.shape[1] // 2])
+
     return {
-        subject: pictures.pair_layers(*(np.asarray(array[int(rows[subject]), array.shape[1] // 2]) for array in pair))
-        for subject in dataset_report.drawn_subjects(final)
+        (subject, m): pictures.pair_layers(*(middle_slice(subject, each) for each in (m, dataset_config.reference)))
+        for subject, m in dataset_report.drawn_pairs(dataset_report.list_pairs(final, dataset_config.name))
     }

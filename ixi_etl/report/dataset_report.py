@@ -11,7 +11,8 @@ import pandas as pd
 from ixi_etl.config import SPLITS
 from ixi_etl.dataset import manifest
 from ixi_etl.dataset.credit import SOURCE_LABELS
-from ixi_etl.dataset.schema import EXCLUDED, REASONS
+from ixi_etl.dataset.schema import EXCLUDED, SCHEMAS, is_absent, pair_column
+from ixi_etl.modalities import DATASETS, moving
 from ixi_etl.pairing.pictures import PairLayers
 from ixi_etl.report import charts, page
 from ixi_etl.report.depth_chart import depth_bars
@@ -30,29 +31,47 @@ MEASURES = {
 QUARTILES = {"min": 0.0, "25%": 0.25, "median": 0.5, "75%": 0.75, "max": 1.0}
 
 
-def worst_pairs(final: pd.DataFrame) -> pd.DataFrame:
-    """The used rows whose alignment is least certain, worst first.
+def list_pairs(final: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The pairs of the used subjects: one row per subject and moving modality that it has, in store order.
+
+    Columns: subject_id, site, split, modality, label (the modality if there are several), and those of `MEASURES`.
+
+    Args:
+        final: the final manifest.
+        name: of the dataset.
+    """
+    modalities, reference = DATASETS[name]
+    used, others = manifest.used_rows(final), moving(modalities, reference)
+    tables = []
+    for m in others:
+        columns = {pair_column(others, m, column): column for column in MEASURES.values()}
+        rows = used.loc[~is_absent(used, m.lower()), ["subject_id", "site", "split", "store_row", *columns]]
+        tables.append(rows.rename(columns=columns).assign(modality=m, label=f"{m}: " if len(others) > 1 else ""))
+    listed: pd.DataFrame = pd.concat(tables).sort_values("store_row", kind="stable")
+    return listed
+
+
+def worst_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
+    """The pairs of `list_pairs` whose alignment is least certain, worst first.
 
     First those without an estimated error, then by the largest, then by the lowest NMI.
     """
     order = {"registration_error_mm": False, "nmi_after": True, "subject_id": True}
-    used = manifest.used_rows(final).sort_values([*order], ascending=[*order.values()], na_position="first")
-    return used.head(WORST_SHOWN)
+    return pairs.sort_values([*order], ascending=[*order.values()], na_position="first").head(WORST_SHOWN)
 
 
 def describe_alignment(row: Mapping[str, Any]) -> str:
     """The estimated error and the NMI of a pair, for a caption."""
     error_mm = row["registration_error_mm"]
     error = "" if pd.isna(error_mm) else f"error about {error_mm:.1f} mm, "
-    return f"{error}NMI {row['nmi_after']:.3f}"
+    return f"{row['label']}{error}NMI {row['nmi_after']:.3f}"
 
 
-def sample_across_sites(final: pd.DataFrame) -> pd.DataFrame:
-    """Up to `PAIRS_SHOWN` used rows, balanced over the sites and evenly spread over the subjects of each site."""
-    used = manifest.used_rows(final)
-    sites = [rows for _, rows in used.groupby("site")]
+def sample_across_sites(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Up to `PAIRS_SHOWN` pairs, balanced over the sites and evenly spread over the pairs of each site."""
+    sites = [rows for _, rows in pairs.groupby("site")]
     share = [0] * len(sites)
-    for _ in range(min(PAIRS_SHOWN, len(used))):
+    for _ in range(min(PAIRS_SHOWN, len(pairs))):
         share[min((n, i) for i, n in enumerate(share) if n < len(sites[i]))[1]] += 1
     chosen = [
         rows.iloc[np.linspace(0, len(rows) - 1, n).round().astype(int)] for rows, n in zip(sites, share, strict=True)
@@ -60,21 +79,26 @@ def sample_across_sites(final: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(chosen)
 
 
-def drawn_subjects(final: pd.DataFrame) -> list[str]:
-    """The subjects whose pairs the page shows."""
-    return sorted({*worst_pairs(final)["subject_id"], *sample_across_sites(final)["subject_id"]})
+def drawn_pairs(pairs: pd.DataFrame) -> list[tuple[str, str]]:
+    """(subject, modality) of the pairs that the page shows."""
+    shown = pd.concat([worst_pairs(pairs), sample_across_sites(pairs)])
+    return sorted({*zip(shown["subject_id"], shown["modality"], strict=True)})
 
 
-def dataset_report(summary: Mapping[str, Any], final: pd.DataFrame, layers: Mapping[str, PairLayers]) -> str:
+def dataset_report(
+    summary: Mapping[str, Any], final: pd.DataFrame, layers: Mapping[tuple[str, str], PairLayers]
+) -> str:
     """The page of a version. Equal arguments give equal text.
 
     Args:
         summary: the content of `dataset.json`.
         final: the final manifest.
-        layers: subject_id -> picture layers of the `drawn_subjects`; if empty, the page shows no pairs.
+        layers: picture layers of the `drawn_pairs`; if empty, the page shows no pairs.
     """
+    schema, (modalities, reference) = SCHEMAS[summary["name"]], DATASETS[summary["name"]]
     used, excluded = manifest.used_rows(final), final[final["status"] == EXCLUDED]
-    funnel, reasons = manifest.funnel(final), manifest.exclusions(final)
+    funnel, reasons = manifest.funnel(final, schema), manifest.exclusions(final)
+    pairs = list_pairs(final, summary["name"])
     sites = sites_of(funnel)
     flags = used["flags"].str.split(",").explode()
     return page.render_page(
@@ -97,14 +121,19 @@ def dataset_report(summary: Mapping[str, Any], final: pd.DataFrame, layers: Mapp
         funnel=manifest.to_records(flatten(funnel)),
         depths={m: _depth_rows(summary, m, sites) for m in summary["modal_depth"]},
         rule=_modal_rule(funnel, sites) if summary["inputs"]["config"]["depth"] == "modal" else [],
+        moving=moving(modalities, reference),
+        reference=reference,
         measures=[
-            {"": name} | _quartiles(used[column], 3) for name, column in MEASURES.items() if used[column].notna().any()
+            {"": f"{label}{name}"} | _quartiles(rows[column], 3)
+            for label, rows in pairs.groupby("label", sort=False)
+            for name, column in MEASURES.items()
+            if rows[column].notna().any()
         ],
         flags=flags[flags != ""].value_counts().sort_index().to_dict(),
-        pairs=_cards(sample_across_sites(final), layers),
-        worst=_cards(worst_pairs(final), layers),
+        pairs=_cards(sample_across_sites(pairs), layers, reference),
+        worst=_cards(worst_pairs(pairs), layers, reference),
         reasons=manifest.to_records(flatten(reasons)),
-        meanings={name: REASONS[name] for name in reasons.index},
+        meanings={name: schema.reasons[name] for name in reasons.index},
         excluded=manifest.to_records(
             excluded[["subject_id", "site", "reason", "detail"]].rename(columns={"subject_id": "subject"})
         ),
@@ -196,16 +225,14 @@ def _people(used: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
-def _cards(rows: pd.DataFrame, layers: Mapping[str, PairLayers]) -> list[dict[str, Any]]:
+def _cards(rows: pd.DataFrame, layers: Mapping[tuple[str, str], PairLayers], reference: str) -> list[dict[str, Any]]:
     """Caption and pictures of each drawn pair."""
-    return [
-        {
-            "subject": row["subject_id"],
-            "note": f"{row['split']}, {describe_alignment(row)}",
-            "t1": page.jpeg_uri(layers[row["subject_id"]].t1),
-            "t2": page.jpeg_uri(layers[row["subject_id"]].t2),
-            "edges": page.png_uri(layers[row["subject_id"]].edges),
-        }
-        for row in manifest.to_records(rows)
-        if row["subject_id"] in layers
-    ]
+    cards = []
+    for row in manifest.to_records(rows):
+        drawn = layers.get((row["subject_id"], row["modality"]))
+        if drawn is not None:
+            card = {"subject": row["subject_id"], "note": f"{row['split']}, {describe_alignment(row)}"}
+            card |= {"moving": row["modality"], "moving_image": page.jpeg_uri(drawn.moving)}
+            card |= {"reference": reference, "reference_image": page.jpeg_uri(drawn.reference)}
+            cards.append(card | {"edges": page.png_uri(drawn.edges)})
+    return cards

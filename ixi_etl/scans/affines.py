@@ -174,28 +174,33 @@ def _max_distortion_mm(affine: NDArray[np.float64], shape: tuple[int, ...], pixd
     return _max_displacement_mm(difference, shape)
 
 
-def describe_two_spaces(forms: Mapping[int, Form]) -> bool:
+def forms_differ(forms: Mapping[int, Form]) -> bool:
     """Whether the forms of a header differ, so that tools which read the other one see other positions."""
     first, *others = [form.affine for form in forms.values()]
     return any(not np.array_equal(first, affine) for affine in others)
+
+
+def same_grid(a: NDArray[np.float64], b: NDArray[np.float64], shape: tuple[int, ...]) -> bool:
+    """Whether two affines put every voxel of a volume of this shape at the same place, within `MAX_FORM_ERROR_MM`."""
+    return _max_displacement_mm(a - b, shape) <= MAX_FORM_ERROR_MM
 
 
 def space_name(code: int) -> str:
     return SPACES.get(code, "unknown")
 
 
-def choose_spaces(t1: Mapping[int, Form], t2: Mapping[int, Form]) -> tuple[int, int] | None:
-    """The spaces in which two scans of a person can be compared (T1, T2), by their forms; None if they share no space.
+def choose_spaces(*scans: Mapping[int, Form]) -> tuple[int, ...] | None:
+    """The space of each scan in which the scans of a person can be compared, by their forms; None if there is none.
 
-    The first space that both have, scanner space first. `Aligned` may replace scanner space if it agrees with the
+    The first space that all have, scanner space first. `Aligned` may replace scanner space if it agrees with the
     pixdim, because nibabel writes that code for any affine. No other spaces replace each other.
     """
-    shared = set(t1) & set(t2)
+    shared = set.intersection(*map(set, scans))
     if shared:
-        return min(shared), min(shared)
-    first, second = min(t1), min(t2)
-    near = max(first, second) <= ALIGNED and not (t1[first].note or t2[second].note)
-    return (first, second) if near else None
+        return (min(shared),) * len(scans)
+    first = tuple(min(scan) for scan in scans)
+    near = max(first) <= ALIGNED and not any(scan[code].note for scan, code in zip(scans, first, strict=True))
+    return first if near else None
 
 
 def axis_codes(affine: NDArray[np.float64]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from ixi_etl.errors import BadVolumeError
 from ixi_etl.scans.affines import (
     LENGTH_UNITS,
     Form,
-    describe_two_spaces,
+    forms_differ,
     read_forms,
     round_to_six_digits,
     shortest_double,
@@ -64,7 +64,7 @@ class Header:
     def note(self) -> str:
         """What is unusual about the forms, in words; "" if nothing."""
         notes = [form.note for form in self.forms.values()]
-        if self.forms and describe_two_spaces(self.forms):
+        if self.forms and forms_differ(self.forms):
             spaces = " and ".join(f"{space_name(code)} (code {code})" for code in sorted(self.forms))
             notes.insert(0, f"sform and qform describe two spaces, {spaces}")
         return "; ".join(filter(None, notes))

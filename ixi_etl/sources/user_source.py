@@ -12,7 +12,8 @@ from ixi_etl.core.http_options import DEFAULT_HTTP, HttpOptions
 from ixi_etl.core.storage import filesystem_of, is_url
 from ixi_etl.core.text import printable
 from ixi_etl.errors import ArchiveError, ConfigError, DownloadError
-from ixi_etl.modalities import MODALITIES, archive_name, modality_of
+from ixi_etl.modalities import DEFAULT_MODALITIES as MODALITIES
+from ixi_etl.modalities import archive_name, modality_of
 from ixi_etl.scans.tar import describe_non_file
 from ixi_etl.sources.catalog import Source, basename, normalise_location, not_found
 from ixi_etl.sources.http import MAX_SMALL_FILE, HttpClient, read_small_file

@@ -180,14 +180,14 @@ def _read_anatomy(person: str, name: str, paths: dict[str, Path]) -> Anatomy:
     except RegistrationError as error:
         raise ConfigError(f"{problem}: {error}; remove this pair") from None
     points = head_points(scans["T1"])
-    error_mm = found.error_mm(points, found.t2_to_t1)
+    error_mm = found.error_mm(points, found.fixed_to_moving)
     if found.is_mirrored:
         raise ConfigError(f"{problem}: one of the headers exchanges left and right; correct it, or remove this pair")
     if error_mm > MAX_ERROR_MM:
         raise ConfigError(f"{problem}: the error is about {error_mm:.1f} mm; remove this pair")
     to_t1: Matrix = np.eye(4)
     to_t1[:3, 3] = (points.min(axis=0) + points.max(axis=0)) / 2
-    to_t2 = rounded(np.linalg.solve(found.t2_to_t1, to_t1))
+    to_t2 = rounded(np.linalg.solve(found.fixed_to_moving, to_t1))
     return Anatomy(name, person, scans, {m: to_t1 if m == "T1" else to_t2 for m in scans})
 
 

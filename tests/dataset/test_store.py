@@ -33,7 +33,7 @@ def test_arrays_read_back_as_written(
     affine = np.arange(16.0).reshape(4, 4)
     write_shards({folder / f"{row}.shard": slab for row, slab in enumerate(slabs)})
     shards = [{"t1": folder / f"{row}.shard"} for row in range(n)]
-    assemble(folder / STORE, shards, [{"t1": affine * row} for row in range(n)], shape, "anatomical", {"a": 1})
+    assemble(folder / STORE, ["t1"], shards, [{"t1": affine * row} for row in range(n)], shape, "anatomical", {"a": 1})
     fast = open_arrays(folder)
     plain = zarr.open_group(folder / STORE, mode="r")
     for store in (fast, plain):

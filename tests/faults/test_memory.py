@@ -13,7 +13,8 @@ import pytest
 from faults_table import Row
 
 from ixi_etl.config import RefreshConfig
-from ixi_etl.modalities import MODALITIES, archive_name
+from ixi_etl.modalities import DEFAULT_MODALITIES as MODALITIES
+from ixi_etl.modalities import archive_name
 from ixi_etl.testing.phantom import PhantomSubject, simulate, write_tar
 
 pytestmark = pytest.mark.faults

@@ -60,7 +60,7 @@ def cut_arrays(
     """The voxels of the shards, read from a store that is assembled from them."""
     affine = {name: np.array(record["affines"][name]) for name in names}
     shards = {name: shard_path(folder, "IXI002-Guys-0828", name.upper()) for name in names}
-    assemble(folder / "slices.zarr", [shards], [affine], tuple(record["slab_shape"]), pairing, {})
+    assemble(folder / "slices.zarr", list(shards), [shards], [affine], tuple(record["slab_shape"]), pairing, {})
     arrays = open_arrays(folder)
     for name in names:
         np.testing.assert_array_equal(arrays[f"{name}_affine"][0], affine[name])

@@ -28,7 +28,8 @@ from ixi_etl.report.dataset_report import (
     PAIRS_SHOWN,
     WORST_SHOWN,
     dataset_report,
-    drawn_subjects,
+    drawn_pairs,
+    list_pairs,
     sample_across_sites,
     worst_pairs,
 )
@@ -94,7 +95,7 @@ def test_a_version_of_500_subjects_gives_a_small_page(
 ) -> None:
     noise = np.random.default_rng(0).normal(500, 100, (2, 256, 256))  # noise is hardest to compress
     table = manifest_of(published_manifest, 500)
-    shown = dict.fromkeys(drawn_subjects(table), pair_layers(*noise))
+    shown = dict.fromkeys(drawn_pairs(list_pairs(table, "ixi-t1-t2")), pair_layers(*noise))
     page = dataset_report(summary, table, shown)
     assert page.count('class="pair"') == PAIRS_SHOWN + WORST_SHOWN
     assert f"{PAIRS_SHOWN} of {summary['subjects']} pairs" in page
@@ -102,7 +103,7 @@ def test_a_version_of_500_subjects_gives_a_small_page(
 
 
 def test_pairs_of_each_site_and_the_least_similar_pairs_are_shown(published_manifest: pd.DataFrame) -> None:
-    table = manifest_of(published_manifest, 60)
+    table = list_pairs(manifest_of(published_manifest, 60), "ixi-t1-t2")
     shown = sample_across_sites(table)
     assert shown["site"].value_counts().to_dict() == {"Guys": 3, "HH": 3, "IOP": PAIRS_SHOWN - 6}
     assert shown["subject_id"].is_unique
