@@ -18,6 +18,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_serializer,
@@ -139,6 +140,11 @@ def _check_modalities(given: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Modalities = Annotated[tuple[str, ...], BeforeValidator(_split_names), AfterValidator(_check_modalities)]
+
+
+def chosen_modalities(given: Any) -> tuple[str, ...]:
+    """Modalities as the field `modalities` takes them, where none of them is a reference: for a survey."""
+    return TypeAdapter(Modalities).validate_python(given)
 
 
 class DatasetConfig(StrictModel):
@@ -295,7 +301,8 @@ class RefreshConfig(JobConfig):
 
     source: UserPath | None = Field(
         None,
-        description="your own archives instead of the official ones: a folder, a tar file, or an http, https or s3 URL",
+        description="your own files instead of the official archives: a tar, a folder of tars, an http, https or s3 "
+        "URL of tars, or a folder of .nii and .nii.gz files, loose or in BIDS",
     )
     demographics: UserText | None = Field(
         None, description="join age and sex from 'official' (fetches IXI.xls) or your own .xls, .xlsx or .csv"

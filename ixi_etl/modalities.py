@@ -33,6 +33,11 @@ def modality_of(tar_name: str) -> str | None:
     return names.pop() if len(names) == 1 else None
 
 
+def renamed(tar_name: str, modality: str) -> str:
+    """The name of the archive of another modality, beside the archive `tar_name`."""
+    return _IN_A_NAME.sub(modality, tar_name)
+
+
 def in_order(modalities: Iterable[str]) -> tuple[str, ...]:
     """The modalities in the order of `MODALITIES`."""
     return tuple(sorted(modalities, key=MODALITIES.index))

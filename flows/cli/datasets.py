@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,18 +14,23 @@ from flows.cli.options import options_from
 from flows.cli.output import Json, Output, Quiet
 from flows.cli.show import show_run, show_version
 from flows.presets import Preset
-from ixi_etl.config import PRESETS, DatasetConfig, DigitsConfig, DigitsDataset, RefreshConfig
+from ixi_etl.config import PRESETS, DatasetConfig, DigitsConfig, DigitsDataset, RefreshConfig, chosen_modalities
 from ixi_etl.core.extras import require_extra
 from ixi_etl.errors import ArchiveError, DatasetError
+from ixi_etl.modalities import DEFAULT_MODALITIES
 
 if TYPE_CHECKING:
     from ixi_etl.dataset.publish import PublishedVersion
+    from ixi_etl.scans.survey import VolumeFile
 
 
 @app.command()
-@options_from(only=("root", "source", "insecure_hosts"), config=RefreshConfig)
+@options_from(
+    only=("root", "source", "modalities", "pattern", "insecure_hosts"), config=RefreshConfig, dataset=DatasetConfig
+)
 def survey(
     config: dict[str, Any],
+    dataset: dict[str, Any],
     out: Annotated[
         Path | None,
         typer.Option(help=r"Folder for survey.csv and depths.svg.  \[default: ROOT/survey]", show_default=False),
@@ -45,16 +51,18 @@ def survey(
 
     output = Output(quiet, as_json)
     survey_config = RefreshConfig.model_validate(config)
-    locations = _archives_to_survey(survey_config)
+    archives = _archives_to_survey(survey_config, chosen_modalities(dataset.get("modalities", DEFAULT_MODALITIES)))
     with show_progress() as progress:
-        table = survey_archives(locations, progress, survey_config.http)
+        table = survey_archives(archives, progress, survey_config.http, survey_config.pattern)
     out = out or survey_config.data_root.local / "survey"
     out.mkdir(parents=True, exist_ok=True)
     without_formulas(table).to_csv(out / "survey.csv", index=False)
     histogram, modal = depth_histogram(table), modal_depths(table)
     if histogram.empty:
-        reasons = [*describe_skipped_members(table, locations), f"{out / 'survey.csv'} has the reason for each member"]
-        raise ArchiveError(f"no volume can be read in {', '.join(locations.values())}: {'; '.join(reasons)}")
+        skipped = describe_skipped_members(table, archives, survey_config.pattern)
+        reasons = [*skipped, f"{out / 'survey.csv'} has the reason for each member"]
+        read = [found if isinstance(found, str) else f"{len(found)} files of {m}" for m, found in archives.items()]
+        raise ArchiveError(f"no volume can be read in {', '.join(read)}: {'; '.join(reasons)}")
     counts = site_table_to_records(histogram)
     (out / "depths.svg").write_text(depths_svg(counts, modal), encoding="utf-8")
     shown = flatten(histogram)
@@ -99,30 +107,33 @@ def check_official(config: dict[str, Any], quiet: Quiet = False, as_json: Json =
     output.end()
 
 
-def _find_archives(config: RefreshConfig) -> dict[str, str]:
+def _find_archives(config: RefreshConfig, modalities: Sequence[str] = DEFAULT_MODALITIES) -> dict[str, str]:
     """Modality -> archive: those of `--source`, or those that an earlier refresh downloaded."""
-    from ixi_etl.modalities import DEFAULT_MODALITIES as MODALITIES
     from ixi_etl.modalities import archive_name
     from ixi_etl.sources.user_source import find_archives
 
     if config.source is not None:
-        return find_archives(config.source)
+        return find_archives(config.source, modalities)
     archives = config.data_root.archives
-    locations = {m: str(archives / archive_name(m)) for m in MODALITIES}
+    locations = {m: str(archives / archive_name(m)) for m in modalities}
     if not all(Path(location).exists() for location in locations.values()):
         raise ArchiveError(f"{archives} has no archives yet; run `ixi-etl refresh`, or give --source")
     return locations
 
 
-def _archives_to_survey(config: RefreshConfig) -> dict[str, str]:
-    """The archives, or only the one that `--source` names."""
+def _archives_to_survey(
+    config: RefreshConfig, modalities: Sequence[str]
+) -> Mapping[str, str] | Mapping[str, Sequence[VolumeFile]]:
+    """The archives or files of these modalities, or only the archive that `--source` names."""
     from ixi_etl.modalities import modality_of
+    from ixi_etl.sources.user_source import find_archives, find_inputs
 
-    locations = _find_archives(config)
-    if config.source is not None and config.source.endswith(".tar"):
-        modality = str(modality_of(Path(config.source).name))
-        return {modality: locations[modality]}
-    return locations
+    if config.source is None:
+        return _find_archives(config, modalities)
+    if config.source.endswith(".tar") and not Path(config.source).is_dir():
+        named = modality_of(Path(config.source).name)
+        return find_archives(config.source, (named,) if named else modalities)
+    return find_inputs(config.source, modalities, config.pattern)
 
 
 @app.command()

@@ -5,7 +5,8 @@ same result, which can be part of the version:
 
 ====================  =========================================================================================
 ``ixi``               the archive has the published MD5 of IXI's archive
-``ixi_unverified``    single members were fetched from a host of IXI, so the archive's MD5 is unknown
+``ixi_unverified``    single members were fetched from a host of IXI, so the archive's MD5 is unknown; or the whole
+                      archive was, but no MD5 of it is published (MRA)
 ``simulated``         descriptions of volumes mark them as simulated or generated (`SIMULATION_MARKS`)
 ``own``               everything else: the user's own files; an `MD5SUMS` beside them proves only integrity
 ====================  =========================================================================================
@@ -16,9 +17,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ixi_etl.sources.catalog import CREDIT, LICENCE, is_published
+from ixi_etl.sources.catalog import CREDIT, LICENCE, has_md5, is_published
 
 IXI, UNVERIFIED, SIMULATED, OWN = "ixi", "ixi_unverified", "simulated", "own"
+
+UNPUBLISHED = "ixi_unpublished_md5"
+"""The words for a whole archive of the kind `UNVERIFIED`."""
 
 SOURCE_LABELS = {
     IXI: "IXI, published MD5",
@@ -31,24 +35,34 @@ _CREDIT_AND_LICENCE = {
     IXI: (CREDIT, LICENCE),
     UNVERIFIED: (f"{CREDIT}; not verified: single members were fetched, so no MD5 was checked", LICENCE),
     SIMULATED: ("simulated or generated volumes, no scans of people", "none stated (no scans of people)"),
+    UNPUBLISHED: (f"{CREDIT}; not verified: no MD5 of this archive is published", LICENCE),
     OWN: ("the user's own files, not the published archives of IXI", "unknown; ask the provider of the files"),
 }
 
 
 def describe_source(
-    name: str, md5: str | None, *, from_ixi: bool = False, volumes: int = 0, simulated: int = 0
+    name: str,
+    md5: str | None,
+    *,
+    from_ixi: bool = False,
+    volumes: int = 0,
+    simulated: int = 0,
+    files_sha256: str = "",
 ) -> dict[str, Any]:
     """The entry in `dataset.json` for one source file of a version.
 
     Args:
         name: of the corresponding published file, for example `IXI-T1.tar`.
-        md5: of the file; None if single members were fetched.
-        from_ixi: whether single members came from a host of IXI.
+        md5: of the file; None if single members were fetched, or for a folder of files.
+        from_ixi: whether the file, or single members of it, came from a host of IXI.
         volumes, simulated: number of readable volumes, and of those marked as simulated or generated.
+        files_sha256: what stands for the MD5 of a folder of files.
     """
     published = md5 is not None and is_published(name, md5)
-    kind = IXI if published else SIMULATED if simulated else UNVERIFIED if md5 is None and from_ixi else OWN
+    unverified = from_ixi and (md5 is None or not has_md5(name))
+    kind = IXI if published else SIMULATED if simulated else UNVERIFIED if unverified else OWN
     source: dict[str, Any] = {"file": name, "source": kind, "md5": md5, "md5_is_published": published}
+    source |= {"files_sha256": files_sha256} if files_sha256 else {}
     return source | ({"simulated_volumes": f"{simulated} of {volumes}"} if kind == SIMULATED else {})
 
 
@@ -56,7 +70,8 @@ def credit_and_licence(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, st
     """`credit` and `licence` of a version made from `sources` (label -> result of `describe_source`)."""
     groups: dict[tuple[str, str], list[str]] = {}
     for label, source in sources.items():
-        credit, licence = _CREDIT_AND_LICENCE[source["source"]]
+        whole_archive = source["source"] == UNVERIFIED and source["md5"] is not None
+        credit, licence = _CREDIT_AND_LICENCE[UNPUBLISHED if whole_archive else source["source"]]
         simulated = source.get("simulated_volumes", "")  # "2 of 5"
         if simulated and len(set(simulated.split(" of "))) > 1:
             credit, licence = (

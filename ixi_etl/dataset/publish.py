@@ -47,8 +47,12 @@ class PublishedVersion:
 
 
 def origins_of(files: Mapping[str, VerifiedFile]) -> dict[str, Any]:
-    """The entry of the pointer's history for each file: where it came from, its MD5, and whether that was checked."""
-    return {a.name: {"from": a.origin, "md5": a.md5, "checked": a.checked} for a in files.values()}
+    """The entry of the pointer's history for each file: where it came from, its MD5, and whether that was checked.
+
+    A folder of files has `files_sha256` in place of the MD5.
+    """
+    hashes = {a.name: {"files_sha256": a.files_sha256} if a.files_sha256 else {"md5": a.md5} for a in files.values()}
+    return {a.name: {"from": a.origin, **hashes[a.name], "checked": a.checked} for a in files.values()}
 
 
 def find_published(data_root: DataRoot, version: str, origins: Mapping[str, Any]) -> PublishedVersion | None:

@@ -154,6 +154,7 @@ def anatomical_slabs(
         del fixed
     for modality in [m for m in dataset_config.moving if m in volumes]:
         scan = volumes.pop(modality)
+        measured: dict[str, Any] = {}
         flags: list[str] = []
         is_echo = {modality, reference} <= ECHOES
         on_grid = is_echo and scan.header.shape == grid[0] and affines.same_grid(scan.affine, grid[1], grid[0])
@@ -163,12 +164,12 @@ def anatomical_slabs(
             alignment = _by_headers(scan, target, foreground)
             if is_registered:
                 alignment, flags = _register_pair(alignment, scan, fixed, target, foreground)
+                motion_mm, motion_deg = register.measure_motion(alignment.matrix, points)
+                measured = {"motion_mm": motion_mm, "motion_deg": motion_deg}
+                measured["registration_error_mm"] = alignment.error_mm
             flags += ["grid_differs"] * (is_echo and not on_grid)
         del scan
-        measured: dict[str, Any] = {"nmi_before": alignment.nmi_before, "nmi_after": alignment.nmi_after}
-        if is_registered:
-            motion_mm, motion_deg = register.measure_motion(alignment.matrix, points)
-            measured |= {"motion_mm": motion_mm, "motion_deg": motion_deg, "registration_error_mm": alignment.error_mm}
+        measured |= {"nmi_before": alignment.nmi_before, "nmi_after": alignment.nmi_after}
         record |= {pair_column(dataset_config.moving, modality, column): value for column, value in measured.items()}
         record[matrix_column(reference, modality)] = json.dumps(alignment.matrix.tolist())
         all_flags += [pair_column(dataset_config.moving, modality, flag) for flag in flags]

@@ -19,7 +19,6 @@ from ixi_etl.config import DatasetConfig, RefreshConfig
 from ixi_etl.core.files import lock_root, os_errors_as_user_errors, write_atomic
 from ixi_etl.core.parallel import parallel_map
 from ixi_etl.core.progress import Progress, no_progress
-from ixi_etl.core.storage import fingerprint
 from ixi_etl.dataset import manifest, metadata, publish, selection
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import CANDIDATE, IXI, SCHEMAS
@@ -78,7 +77,7 @@ def survey_archives(job: RefreshJob) -> pd.DataFrame:
         return inputs.surveyed
     _check_unchanged(inputs)
     try:
-        return survey(inputs.locations, job.progress)
+        return survey(inputs.locations, job.progress, patterns=job.config.pattern)
     finally:  # even if the survey fails, which may be because an archive is being replaced
         _check_unchanged(inputs)
 
@@ -96,7 +95,7 @@ def select_subjects(job: RefreshJob, survey_table: pd.DataFrame) -> pd.DataFrame
         DatasetError: the demographics match no person in the archives.
     """
     dataset_config, inputs = job.config.dataset, job.inputs
-    for sentence in describe_skipped_members(survey_table, inputs.archives):
+    for sentence in describe_skipped_members(survey_table, inputs.archives, job.config.pattern):
         log.warning("%s", sentence)
     people = _read_people(inputs.demographics, survey_table) if inputs.demographics else None
     planes = modal_planes(survey_table)
@@ -165,7 +164,8 @@ def cut_subjects(
     _warn_about_flags(final, (manifest.DUPLICATE,))
     audit = job.staging / metadata.MANIFEST
     write_atomic(audit, SCHEMAS[config.dataset.name].to_csv(final))
-    _check_enough_subjects(final, config.max_unreadable, audit, describe_skipped_members(survey_table, inputs.archives))
+    skipped = describe_skipped_members(survey_table, inputs.archives, config.pattern)
+    _check_enough_subjects(final, config.max_unreadable, audit, skipped)
     return final, records
 
 
@@ -216,7 +216,7 @@ def _check_unchanged(inputs: Inputs) -> None:
     """Check that the archives are those that were hashed, because their MD5s are part of the version's name."""
     for archive in inputs.archives.values():
         try:
-            unchanged = fingerprint(archive.location) == archive.fingerprint
+            unchanged = archive.current_fingerprint() == archive.fingerprint
         except FileNotFoundError:
             unchanged = False
         if not unchanged:

@@ -19,11 +19,12 @@ from ixi_etl.core.storage import check_reachable, expand_home, naming_file
 from ixi_etl.dataset import metadata, publish, selection
 from ixi_etl.dataset.schema import CANDIDATE
 from ixi_etl.errors import ConfigError
-from ixi_etl.modalities import DEFAULT_MODALITIES as MODALITIES
 from ixi_etl.pairing.cut import CutJob, MemberRef, archive_changed, read_member_checked
-from ixi_etl.scans.survey import survey
+from ixi_etl.scans.names import parse_pattern
+from ixi_etl.scans.survey import VolumeFile, survey
 from ixi_etl.sources import catalog
 from ixi_etl.sources.cache import VerifiedFile, acquire
+from ixi_etl.sources.folder import FolderSource, acquire_folder
 from ixi_etl.sources.members import fetch_members, find_remote
 from ixi_etl.sources.user_source import user_sources
 
@@ -50,7 +51,7 @@ class Inputs:
     """The input files of a version.
 
     Attributes:
-        archives: modality -> archive.
+        archives: modality -> archive, or files of a folder.
         demographics: the file of age and sex, if any.
         surveyed: the survey of the whole remote archives, if only single members were fetched.
     """
@@ -65,8 +66,9 @@ class Inputs:
         return self.surveyed is not None
 
     @property
-    def locations(self) -> dict[str, str]:
-        return {m: a.location for m, a in self.archives.items()}
+    def locations(self) -> dict[str, str | tuple[VolumeFile, ...]]:
+        """Modality -> archive or files, as `survey` takes them."""
+        return {m: a.surveyed_as for m, a in self.archives.items()}
 
     @property
     def origins(self) -> dict[str, Any]:
@@ -115,22 +117,27 @@ def create_job(config: RefreshConfig, inputs: Inputs, progress: Progress = no_pr
 
 
 def find_sources(config: RefreshConfig) -> dict[str, catalog.Source]:
-    """Modality -> source of its archive; also `IXI.xls` -> source if the official demographics are requested.
+    """Modality -> source of its archive or files; also `IXI.xls` -> source if the official demographics are requested.
 
     Raises:
-        IxiError: the demographics file or the bucket of the root does not exist; checked before the download.
+        IxiError: the demographics file, the bucket of the root or a file of `--source` does not exist, or a template is
+            invalid; checked before the download.
     """
     check_reachable(config.root)
+    for template in config.pattern:
+        parse_pattern(template)
     if config.demographics not in (None, OFFICIAL) and not expand_home(str(config.demographics)).is_file():
         raise ConfigError(f"{config.demographics} does not exist; give IXI.xls, '{OFFICIAL}', or omit the option")
     official = {DEMOGRAPHICS: catalog.official(DEMOGRAPHICS)} if config.demographics == OFFICIAL else {}
     if config.source is not None:
-        return user_sources(config.source, config.http) | official
-    return {m: catalog.official(modalities.archive_name(m)) for m in MODALITIES} | official
+        return user_sources(config.source, config.http, config.dataset.modalities, config.pattern) | official
+    return {m: catalog.official(modalities.archive_name(m)) for m in config.dataset.modalities} | official
 
 
 def acquire_file(config: RefreshConfig, source: catalog.Source, progress: Progress = no_progress) -> VerifiedFile:
-    """Fetch and verify one file into the root's archives."""
+    """Fetch and verify one file into the root's archives; or hash the files of a folder."""
+    if isinstance(source, FolderSource):
+        return acquire_folder(source, config.data_root.archives, progress)
     return acquire(
         source,
         config.data_root.archives,
@@ -150,8 +157,8 @@ def acquire_inputs(config: RefreshConfig, progress: Progress = no_progress) -> I
 def acquire_members(config: RefreshConfig, progress: Progress = no_progress) -> Inputs:
     """Survey the remote archives, and fetch only the members of subjects whose headers pass the screening."""
     sources = find_sources(config)
-    remotes = {m: find_remote(sources[m], config.http) for m in MODALITIES}
-    survey_table = survey({m: remote.url for m, remote in remotes.items()}, progress, config.http)
+    remotes = {m: find_remote(sources[m], config.http) for m in config.dataset.modalities}
+    survey_table = survey({m: remote.url for m, remote in remotes.items()}, progress, config.http, config.pattern)
     screened = selection.screen_headers(survey_table, config.dataset)
     wanted = set(screened.loc[screened["status"] == CANDIDATE, "subject_id"])
 
@@ -166,9 +173,10 @@ def acquire_members(config: RefreshConfig, progress: Progress = no_progress) -> 
             progress=progress,
         )
 
-    with ThreadPoolExecutor(len(MODALITIES)) as pool:
-        acquired = dict(zip(MODALITIES, pool.map(fetch, MODALITIES), strict=True))
-    acquired |= {key: acquire_file(config, s, progress) for key, s in sources.items() if key not in MODALITIES}
+    with ThreadPoolExecutor(len(remotes)) as pool:
+        acquired = dict(zip(remotes, pool.map(fetch, remotes), strict=True))
+    survey_table["location"] = survey_table["modality"].map({m: file.location for m, file in acquired.items()})
+    acquired |= {key: acquire_file(config, s, progress) for key, s in sources.items() if key not in remotes}
     return replace(collect_inputs(config, acquired), surveyed=survey_table)
 
 
@@ -179,7 +187,7 @@ def collect_inputs(config: RefreshConfig, acquired: Mapping[str, VerifiedFile]) 
     Raises:
         DatasetError: the official demographics file changed after it was verified.
     """
-    archives = {m: acquired[m] for m in MODALITIES}
+    archives = {m: acquired[m] for m in config.dataset.modalities}
     if config.demographics is None:
         return Inputs(archives, None)
     official = acquired[DEMOGRAPHICS] if config.demographics == OFFICIAL else None
@@ -193,12 +201,19 @@ def collect_inputs(config: RefreshConfig, acquired: Mapping[str, VerifiedFile]) 
 
 def name_version(config: RefreshConfig, inputs: Inputs) -> tuple[str, dict[str, Any]]:
     """The version's name, and the inputs whose hash it is."""
-    others = {"demographics_sha256": inputs.demographics.sha256 if inputs.demographics else None}
-    if inputs.surveyed is None:
-        md5s = {m: a.md5 for m, a in inputs.archives.items()}
-    else:
-        md5s = {}
+    others: dict[str, Any] = {"demographics_sha256": inputs.demographics.sha256 if inputs.demographics else None}
+    md5s: dict[str, str] = {}
+    files = {m: a.files_sha256 for m, a in inputs.archives.items() if a.files_sha256}
+    if files:  # with the subjects that the templates found in the names
+        others["files_sha256"] = files
+    elif config.pattern:
+        others["pattern"] = list(config.pattern)
+    if inputs.surveyed is not None:
         others |= _members_inputs(config, inputs)
+    elif not files:
+        md5s = {m: a.md5 for m, a in inputs.archives.items()}
+        unverified = [m for m, a in inputs.archives.items() if is_unverified_ixi(m, a)]
+        others |= {"archives_of_ixi": unverified} if unverified else {}  # decides the credit
     version_inputs = metadata.version_inputs(md5s, config.dataset, VOXEL_LIBRARIES, **others)
     return metadata.version_name(version_inputs), version_inputs
 
@@ -209,8 +224,8 @@ def _members_inputs(config: RefreshConfig, inputs: Inputs) -> dict[str, Any]:
     jobs = create_cut_jobs(inputs.surveyed, selection.screen_headers(inputs.surveyed, config.dataset), inputs)
     members = [member for job in jobs for member in job.members.values()]
     digests = sorted(hashlib.sha256(read_member_checked(member)[0]).hexdigest() for member in members)
-    surveyed = inputs.surveyed.drop(columns="offset").to_csv(index=False)  # independent of the order in the archive
-    texts = {"members_sha256": "".join(digests), "survey_sha256": surveyed}
+    surveyed = inputs.surveyed.drop(columns=["location", "offset"])  # independent of the order in the archive
+    texts = {"members_sha256": "".join(digests), "survey_sha256": surveyed.to_csv(index=False)}
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     # Without MD5s, the host decides the credit, and so a byte of the version.
     return hashes | {"members_of_ixi": [m for m, archive in inputs.archives.items() if is_from_ixi(m, archive)]}
@@ -223,8 +238,9 @@ def create_cut_jobs(
     first = survey_table[survey_table["subject_id"] != ""].drop_duplicates(["subject_id", "modality"])
     members: dict[str, dict[str, MemberRef]] = {}
     for row in first.to_dict("records"):
-        archive = inputs.archives[row["modality"]]
-        member = MemberRef(archive.location, row["offset"], row["size"], archive.fingerprint)
+        location = row["location"]
+        expected = inputs.archives[row["modality"]].fingerprint_of(location)
+        member = MemberRef(location, row["offset"], row["size"], expected)
         members.setdefault(row["subject_id"], {})[row["modality"]] = member
     wanted = set(screened.loc[screened["status"] == CANDIDATE, "subject_id"])
     available = set(screened["subject_id"]) if inputs.surveyed is None else wanted
@@ -233,3 +249,8 @@ def create_cut_jobs(
 
 def is_from_ixi(modality: str, archive: VerifiedFile) -> bool:
     return archive.origin in catalog.official(modalities.archive_name(modality)).urls
+
+
+def is_unverified_ixi(modality: str, archive: VerifiedFile) -> bool:
+    """Whether a whole archive came from IXI's own host without a published MD5 to check it by."""
+    return is_from_ixi(modality, archive) and not catalog.has_md5(modalities.archive_name(modality))

@@ -82,11 +82,12 @@ def _sources(survey_table: pd.DataFrame, inputs: Inputs) -> dict[str, Any]:
     for modality, archive in inputs.archives.items():
         marked = volumes.loc[volumes["modality"] == modality, "simulated"]
         sources[modality] = credit.describe_source(
-            modalities.archive_name(modality),
-            archive.md5 if inputs.surveyed is None else None,
+            archive.name if archive.files_sha256 else modalities.archive_name(modality),
+            archive.md5 or None,
             from_ixi=is_from_ixi(modality, archive),
             volumes=len(marked),
             simulated=int(marked.sum()),
+            files_sha256=archive.files_sha256,
         )
     if inputs.demographics:
         sources["demographics"] = credit.describe_source(

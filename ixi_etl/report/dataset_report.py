@@ -108,18 +108,16 @@ def dataset_report(
         sites=sites,
         charts={
             "funnel": charts.bars(_counts(funnel, sites), "Subjects remaining after each step"),
-            "depths": {
-                m: depth_bars(summary["histogram"], m, depth, sites) for m, depth in summary["modal_depth"].items()
-            },
+            "depths": {m: depth_bars(summary["histogram"], m, summary["modal_depth"][m], sites) for m in modalities},
             "reasons": charts.bars(_counts(reasons, sites), "Excluded subjects by reason"),
             "age": charts.strips(_by_split(used, "age"), "Age in years"),
             "intensities": {
                 m: charts.strips(_by_site(_in_units(used, m), "high"), f"{m}, percentile 99.9 of each slab")
-                for m in summary["modal_depth"]
+                for m in modalities
             },
         },
         funnel=manifest.to_records(flatten(funnel)),
-        depths={m: _depth_rows(summary, m, sites) for m in summary["modal_depth"]},
+        depths={m: _depth_rows(summary, m, sites) for m in modalities},
         rule=_modal_rule(funnel, sites) if summary["inputs"]["config"]["depth"] == "modal" else [],
         moving=moving(modalities, reference),
         reference=reference,
@@ -130,6 +128,7 @@ def dataset_report(
             if rows[column].notna().any()
         ],
         flags=flags[flags != ""].value_counts().sort_index().to_dict(),
+        pair_count=len(pairs),
         pairs=_cards(sample_across_sites(pairs), layers, reference),
         worst=_cards(worst_pairs(pairs), layers, reference),
         reasons=manifest.to_records(flatten(reasons)),
@@ -141,7 +140,7 @@ def dataset_report(
         people=_people(used),
         intensities=[
             {"": f"{m}, percentile {percentile}"} | _quartiles(_in_units(used, m)[which], None)
-            for m in summary["modal_depth"]
+            for m in modalities
             for which, percentile in (("low", "0.1"), ("high", "99.9"))
         ],
     )

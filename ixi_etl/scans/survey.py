@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pandas as pd
 
@@ -15,9 +16,10 @@ from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.errors import BadVolumeError
 from ixi_etl.modalities import archive_name
 from ixi_etl.scans.gunzip import inflate_head
-from ixi_etl.scans.nifti import Header, parse_header
+from ixi_etl.scans.names import Namer, VolumeName, ixi_name, namer
+from ixi_etl.scans.nifti import Header, parse_header, read_head
 from ixi_etl.scans.site_tables import count_by_site
-from ixi_etl.scans.tar import Member, index_archive
+from ixi_etl.scans.tar import MAX_MEMBER_BYTES, Member, index_archive
 
 SIMULATION_MARKS = ("SIMULATED", "SYNTHETIC")
 """Beginnings of the NIfTI field `descrip` of volumes made by `testing.phantom` and by `synthesize`."""
@@ -35,11 +37,6 @@ PLANES = ("sagittal", "coronal", "axial")  # perpendicular to R-L, A-P, S-I
 MAX_SIDE, MAX_VOXELS, MAX_VOXEL_BYTES = 1024, 128 << 20, 256 << 20
 MAX_NAME_SHOWN = 80  # characters of a member's name in a message
 HEAD_BYTES = 2048  # compressed, of each member: contains the whole header, whatever the compressor
-
-_WORD = "[A-Za-z0-9][A-Za-z0-9_.]{0,39}"  # a subject's id becomes part of file names
-NAME = re.compile(
-    rf"(?P<subject_id>(?P<person>{_WORD})-(?P<site>{_WORD})-{_WORD}(-{_WORD}){{0,2}})-(?P<modality>{_WORD}?)\.nii\.gz"
-)
 
 COLUMNS = [
     "subject_id",
@@ -64,15 +61,34 @@ COLUMNS = [
     "problem",
     "voxel_offset",
     "simulated",
+    "location",
     "offset",
     "size",
 ]
 
 
+@dataclass(frozen=True)
+class VolumeFile:
+    """A NIfTI file in a folder of the user.
+
+    Attributes:
+        location: its path.
+        name: relative to the folder.
+        volume: what the name says.
+    """
+
+    location: str
+    name: str
+    volume: VolumeName
+
+
 def survey(
-    archives: Mapping[str, str], progress: Progress = no_progress, http: HttpOptions = DEFAULT_HTTP
+    archives: Mapping[str, str | Sequence[VolumeFile]],
+    progress: Progress = no_progress,
+    http: HttpOptions = DEFAULT_HTTP,
+    patterns: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """Read one row per member of `archives` (modality -> path or URL), in archive order.
+    """Read one row per member of `archives`, in archive order. A file of a folder counts as a member.
 
     The columns (`COLUMNS`) are:
 
@@ -84,17 +100,22 @@ def survey(
     - note: what is unusual about the forms.
     - reason, problem: what is wrong with the header, as a manifest reason and in words.
     - simulated: whether the description marks the volume as simulated or generated.
-    - offset, size: position of the member's bytes in its archive.
+    - location, offset, size: the archive (or the file), and the position of the member's bytes in it.
 
     Args:
+        archives: modality -> path or URL of a tar, or files of a folder.
         http: only its `insecure_hosts` apply.
+        patterns: templates for the names of members of tars; without any they are IXI's.
 
     Raises:
         ArchiveError: an archive does not exist, or is not a tar.
+        ConfigError: a template is invalid.
     """
+    read_name = namer(patterns, ixi_name)
+    expected = " or ".join(patterns)
 
-    def members_of(modality: str) -> list[Member]:
-        reported = -1
+    def rows_of(modality: str) -> list[dict[str, object]]:
+        archive, reported = archives[modality], -1
 
         def on_member(fraction: float) -> None:
             nonlocal reported
@@ -102,16 +123,47 @@ def survey(
                 reported = int(100 * fraction)
                 progress(f"survey {modality}", reported, 100, "%")
 
-        return index_archive(archives[modality], HEAD_BYTES, on_member, http)
+        if not isinstance(archive, str):
+            rows = []
+            for done, file in enumerate(archive, 1):
+                rows.append(_row(modality, _read_start(file), file.volume) | {"location": file.location})
+                on_member(done / len(archive))
+            return rows
+        members = index_archive(archive, HEAD_BYTES, on_member, http)
+        wanted = expected or f"SUBJECT-SITE-NUMBER-{modality}.nii.gz"
+        return [_member_row(modality, member, read_name, wanted) | {"location": archive} for member in members]
 
     with ThreadPoolExecutor(max(len(archives), 1)) as pool:  # remote archives are read concurrently
-        members = dict(zip(archives, pool.map(members_of, archives), strict=True))
-    rows = [_row(modality, member) for modality in archives for member in members[modality]]
+        rows = [row for of_one in pool.map(rows_of, archives) for row in of_one]
     table = pd.DataFrame(rows, columns=COLUMNS)
     return table.astype({"depth": "Int64", "readable": bool, "simulated": bool})
 
 
-def _row(modality: str, member: Member) -> dict[str, object]:
+def _read_start(file: VolumeFile) -> Member:
+    """A file as a member: its size and first bytes."""
+    try:
+        with open(file.location, "rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            head = opened.read(HEAD_BYTES)
+    except OSError as error:
+        return Member(file.name, 0, 0, f"the file cannot be read ({error.strerror})")
+    too_large = size > MAX_MEMBER_BYTES
+    return Member(
+        file.name, 0, size, f"the file has {size} bytes; the maximum is {MAX_MEMBER_BYTES}" if too_large else "", head
+    )
+
+
+def _member_row(modality: str, member: Member, read_name: Namer, expected: str) -> dict[str, object]:
+    volume = read_name(member.name)
+    return _row(
+        modality,
+        member,
+        volume if volume and volume.modality == modality else None,
+        f"not a volume: the name is not {expected}",
+    )
+
+
+def _row(modality: str, member: Member, volume: VolumeName | None, other_name: str = "") -> dict[str, object]:
     row: dict[str, object] = dict.fromkeys(COLUMNS, "") | {
         "modality": modality,
         "member": member.name,
@@ -127,14 +179,13 @@ def _row(modality: str, member: Member) -> dict[str, object]:
         "readable": False,
         "depth": None,
     }
-    name = NAME.fullmatch(member.name.rpartition("/")[2])
-    if name is None or name["modality"] != modality:
-        return row | {"problem": f"not a volume: the name is not SUBJECT-SITE-NUMBER-{modality}.nii.gz"}
-    row |= {"subject_id": name["subject_id"], "site": name["site"]}
+    if volume is None:
+        return row | {"problem": other_name}
+    row |= {"subject_id": volume.subject_id, "site": volume.site}
     if member.problem:
         return row | {"reason": "unreadable", "problem": member.problem}
     try:
-        head = inflate_head(member.head)
+        head = inflate_head(member.head) if member.name.lower().endswith(".gz") else read_head(member.head)
     except BadVolumeError as error:
         return row | {"reason": error.reason, "problem": error.detail}
     header = parse_header(head, member.size)
@@ -165,8 +216,12 @@ def _row(modality: str, member: Member) -> dict[str, object]:
     }
 
 
-def describe_skipped_members(table: pd.DataFrame, modalities: Iterable[str]) -> list[str]:
-    """A sentence for each archive that is empty or has members whose names are not those of volumes."""
+def describe_skipped_members(table: pd.DataFrame, modalities: Iterable[str], patterns: Sequence[str] = ()) -> list[str]:
+    """A sentence for each archive that is empty or has members whose names are not those of volumes.
+
+    Args:
+        table: of `survey`, made with the same `patterns`.
+    """
     sentences = []
     for modality in modalities:
         members = table.loc[table["modality"] == modality]
@@ -177,10 +232,10 @@ def describe_skipped_members(table: pd.DataFrame, modalities: Iterable[str]) -> 
             first = (
                 others.iloc[0] if len(others.iloc[0]) <= MAX_NAME_SHOWN else f"...{others.iloc[0][-MAX_NAME_SHOWN:]}"
             )
+            expected = f"SUBJECT-SITE-NUMBER-{modality}.nii.gz, such as IXI002-Guys-0828-{modality}.nii.gz"
             sentences.append(
                 f"{archive_name(modality)}: {len(others)} of {len(members)} members are skipped, for example "
-                f"{first!r}; a volume is called SUBJECT-SITE-NUMBER-{modality}.nii.gz, such as "
-                f"IXI002-Guys-0828-{modality}.nii.gz"
+                f"{first!r}; a volume is called {' or '.join(patterns) or expected}"
             )
     return sentences
 

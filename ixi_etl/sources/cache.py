@@ -21,6 +21,7 @@ from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import filesystem_of, fingerprint, naming_file
 from ixi_etl.core.text import printable
 from ixi_etl.errors import ArchiveError, DownloadError, IxiError, redacted
+from ixi_etl.scans.survey import VolumeFile
 from ixi_etl.scans.tar import describe_non_file, index_archive
 from ixi_etl.sources.catalog import Source, not_found
 from ixi_etl.sources.http import HttpClient, RemoteFile, probe, validator_of
@@ -53,6 +54,28 @@ class VerifiedFile:
     origin: str
     validator: str | None
     fingerprint: str
+
+    @property
+    def surveyed_as(self) -> str | tuple[VolumeFile, ...]:
+        """What `survey` reads: the archive, or the files of a folder."""
+        return self.location
+
+    @property
+    def files_sha256(self) -> str:
+        """What stands for the MD5 if this is a folder of files; "" for an archive."""
+        return ""
+
+    def fingerprint_of(self, location: str) -> str:
+        """The expected fingerprint of the file that holds a member."""
+        return self.fingerprint
+
+    def current_fingerprint(self) -> str:
+        """What `fingerprint` would be now.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+        """
+        return fingerprint(self.location)
 
 
 def acquire(
@@ -143,11 +166,11 @@ def _hash_file(location: str, progress: Progress) -> str:
             done += len(block)
             progress(label, done, size, "B")
     if fingerprint(location) != before:
-        raise _changed_while_read(location)
+        raise changed_while_read(location)
     return digest.hexdigest()
 
 
-def _changed_while_read(location: str) -> DownloadError:
+def changed_while_read(location: str) -> DownloadError:
     return DownloadError(f"{location} changed while it was read; run again when it is whole")
 
 
@@ -167,7 +190,7 @@ def _verify_in_place(source: Source, folder: Path, progress: Progress) -> Verifi
         raise DownloadError(f"{location}: MD5 is {md5}, not {expected}; fetch the file again")
     verified = _write_record(folder, source, location, md5, location, None)
     if verified.fingerprint != before:  # the record must describe the bytes that were hashed
-        raise _changed_while_read(location)
+        raise changed_while_read(location)
     return verified
 
 

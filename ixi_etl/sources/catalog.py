@@ -21,10 +21,11 @@ CREDIT = (
 _HOST = "https://biomedic.doc.ic.ac.uk/brain-development/downloads/IXI"
 _MIRROR = "https://huggingface.co/datasets/Santhosh1884/IXI-Datasets/resolve/main"
 
-# Two public readers of IXI agree on the MD5s of T1 and T2.
+# Two public readers of IXI agree on the MD5s of T1 and T2. That of PD has one source; that of MRA is not known.
 _MD5 = {
     "IXI-T1.tar": "34901a0593b41dd19c1a1f746eac2d58",
     "IXI-T2.tar": "e3140d78730ecdd32ba92da48c0a9aaa",
+    "IXI-PD.tar": "88ecd9d1fa33cb4a2278183b42ffd749",
     "IXI.xls": "066002afe250e4375d132266fcfceac5",
 }
 
@@ -66,8 +67,17 @@ class Source:
 
 
 def official(name: str) -> Source:
-    """The published file `name`, at its official host and then at a mirror."""
-    return Source(name, (f"{_HOST}/{name}", f"{_MIRROR}/{name}"), _MD5[name])
+    """The published file `name`, at its official host and then at a mirror.
+
+    A file without a known MD5 is fetched from the official host only, because nothing could verify a mirror's.
+    """
+    mirrors = (f"{_MIRROR}/{name}",) if has_md5(name) else ()
+    return Source(name, (f"{_HOST}/{name}", *mirrors), _MD5.get(name))
+
+
+def has_md5(name: str) -> bool:
+    """Whether the MD5 of the published file `name` is known."""
+    return name in _MD5
 
 
 def is_published(name: str, md5: str) -> bool:

@@ -1,10 +1,11 @@
-"""The user's own archives (`--source`): a folder, a tar file or a URL, with the `MD5SUMS` beside them."""
+"""The user's own files (`--source`): archives, with the `MD5SUMS` beside them, or a folder of NIfTI files."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from ixi_etl.core.http_options import DEFAULT_HTTP, HttpOptions
 from ixi_etl.core.storage import filesystem_of, is_url
 from ixi_etl.core.text import printable
 from ixi_etl.errors import ArchiveError, ConfigError, DownloadError
-from ixi_etl.modalities import DEFAULT_MODALITIES as MODALITIES
-from ixi_etl.modalities import archive_name, modality_of
+from ixi_etl.modalities import DEFAULT_MODALITIES, archive_name, modality_of, renamed
+from ixi_etl.scans.survey import VolumeFile
 from ixi_etl.scans.tar import describe_non_file
 from ixi_etl.sources.catalog import Source, basename, normalise_location, not_found
+from ixi_etl.sources.folder import FolderSource, find_volumes, first_nifti_file
 from ixi_etl.sources.http import MAX_SMALL_FILE, HttpClient, read_small_file
 from ixi_etl.sources.md5sums import find_md5, parse_md5sums
 from ixi_etl.sources.retries import UnusableError, retry
@@ -25,11 +27,13 @@ log = logging.getLogger(__name__)
 _CHECKSUM_NAME = re.compile(r"(md5|sha\d|checksum)", re.IGNORECASE)
 
 
-def find_archives(source: str) -> dict[str, str]:
+def find_archives(source: str, modalities: Sequence[str] = DEFAULT_MODALITIES) -> dict[str, str]:
     """Modality -> path or URL of a user's own archives; whether they exist is not checked.
 
     Args:
-        source: a folder or URL that holds `IXI-T1.tar` and `IXI-T2.tar`, or one such tar; the other is beside it.
+        source: a folder or URL that holds `IXI-T1.tar`, `IXI-T2.tar` and so on, or one such tar; the others are beside
+            it.
+        modalities: those wanted.
 
     Raises:
         ConfigError: the name of the tar does not contain a modality, or the location is invalid.
@@ -39,23 +43,56 @@ def find_archives(source: str) -> dict[str, str]:
         folder, _, name = location.rpartition("/")
         modality = modality_of(name)
         if modality is None:
-            raise ConfigError(f"{source}: cannot tell T1 from T2 by the name {name}; call it IXI-T1.tar or IXI-T2.tar")
-        return {m: f"{folder}/{name.replace(modality, m)}" for m in MODALITIES}
-    return {m: f"{location}/{archive_name(m)}" for m in MODALITIES}
+            names = " or ".join(map(archive_name, modalities))
+            raise ConfigError(f"{source}: cannot tell {' from '.join(modalities)} by the name {name}; call it {names}")
+        return {m: f"{folder}/{renamed(name, m)}" for m in modalities}
+    return {m: f"{location}/{archive_name(m)}" for m in modalities}
 
 
-def user_sources(location: str, http: HttpOptions = DEFAULT_HTTP) -> dict[str, Source]:
-    """Modality -> a user's own archive, with its MD5 from an `MD5SUMS` file beside it, if that exists.
+def find_inputs(
+    source: str, modalities: Sequence[str] = DEFAULT_MODALITIES, patterns: Sequence[str] = ()
+) -> dict[str, str] | dict[str, tuple[VolumeFile, ...]]:
+    """Modality -> archive, as from `find_archives`; or its NIfTI files, in a local folder without such an archive.
 
     Raises:
-        ConfigError: the location is invalid.
-        DownloadError: an archive is missing; or `MD5SUMS` exists, or may exist, without the MD5 of each archive.
+        ConfigError: the location or a template is invalid.
+        DownloadError: the folder has neither.
     """
-    locations = find_archives(location)
+    archives = find_archives(source, modalities)
+    location = normalise_location(source)
+    if is_url(location) or not os.path.isdir(location) or any(map(os.path.lexists, archives.values())):
+        return archives
+    return find_volumes(location, modalities, patterns)
+
+
+def user_sources(
+    location: str,
+    http: HttpOptions = DEFAULT_HTTP,
+    modalities: Sequence[str] = DEFAULT_MODALITIES,
+    patterns: Sequence[str] = (),
+) -> dict[str, Source]:
+    """Modality -> a user's own archive, with its MD5 from an `MD5SUMS` file beside it, if that exists; or NIfTI files.
+
+    Raises:
+        ConfigError: the location or a template is invalid.
+        DownloadError: an archive is missing; or `MD5SUMS` exists, or may exist, without the MD5 of each archive; or no
+            NIfTI file is a volume of a modality.
+    """
+    locations: dict[str, str] = {}
+    files: dict[str, Source] = {}
+    for m, found in find_inputs(location, modalities, patterns).items():
+        if isinstance(found, str):
+            locations[m] = found
+        else:
+            files[m] = FolderSource(f"{m}.files", (normalise_location(location),), None, found)
+    return files or _archive_sources(locations, http)
+
+
+def _archive_sources(locations: dict[str, str], http: HttpOptions) -> dict[str, Source]:
     for path in locations.values():
         if not is_url(path) and not Path(path).exists():
-            raise not_found(path)
-    md5sums = locations["T1"].rpartition("/")[0] + "/MD5SUMS"
+            raise DownloadError(f"{not_found(path)}{_describe_loose_files(os.path.dirname(path))}")
+    md5sums = next(iter(locations.values())).rpartition("/")[0] + "/MD5SUMS"
     try:
         data = _read_md5sums(md5sums, http)
         entries = parse_md5sums(data or b"")
@@ -70,6 +107,12 @@ def user_sources(location: str, http: HttpOptions = DEFAULT_HTTP) -> dict[str, S
     if data is None and not is_url(md5sums):
         _warn_of_other_checksums(Path(md5sums))
     return {m: Source(archive_name(m), (path,), md5s[m]) for m, path in locations.items()}
+
+
+def _describe_loose_files(folder: str) -> str:
+    """Why NIfTI files of a folder with an archive are not used, for a message; "" if there are none."""
+    name = first_nifti_file(folder)
+    return f", or move the archives: beside them, NIfTI files such as {printable(name)} are not read" if name else ""
 
 
 _HOW_TO_WRITE = "write it with `md5sum *.tar > MD5SUMS`"

@@ -21,10 +21,10 @@ from servers import Answer, Call, Host, serve, served_as
 
 from ixi_etl.core.http_options import HttpOptions
 from ixi_etl.errors import ArchiveError
+from ixi_etl.scans.names import NAME
 from ixi_etl.scans.survey import (
     COLUMNS,
     HEAD_BYTES,
-    NAME,
     depth_histogram,
     modal_depths,
     modal_planes,

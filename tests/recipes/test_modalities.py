@@ -1,0 +1,241 @@
+"""Versions of other modalities than T1 and T2: which scans they have, where their voxels are, and what is recorded."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import SHRINK, SLICES, config_for
+from numpy.typing import NDArray
+
+from ixi_etl.config import DatasetConfig, RefreshConfig
+from ixi_etl.dataset import metadata
+from ixi_etl.dataset.manifest import to_records, used_rows
+from ixi_etl.dataset.publish import PublishedVersion
+from ixi_etl.dataset.store import open_arrays
+from ixi_etl.dataset.verify import verify
+from ixi_etl.modalities import MODALITIES
+from ixi_etl.pairing.register import mean_distance
+from ixi_etl.recipes.ixi import refresh
+from ixi_etl.scans.tar import index_archive, read_member
+from ixi_etl.testing.phantom import pack_nifti, write_phantom, write_tar
+
+THREE = {"modalities": "T1,T2,PD"}
+
+
+@pytest.fixture(scope="module")
+def four_archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("four")
+    write_phantom(folder, subjects=3, seed=5, shrink=SHRINK, modalities=MODALITIES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kept(four_archives: Path, tmp_path_factory: pytest.TempPathFactory) -> PublishedVersion:
+    """All four modalities; subjects without one of them are kept."""
+    config = config_for(
+        tmp_path_factory.mktemp("kept"), four_archives, modalities=MODALITIES, incomplete="keep", depth="any"
+    )
+    return refresh(config)
+
+
+def manifest_of(published: PublishedVersion) -> pd.DataFrame:
+    return metadata.read_manifest(published.folder)
+
+
+def members_of(archives: Path, modality: str) -> dict[str, bytes]:
+    path = str(archives / f"IXI-{modality}.tar")
+    return {m.name: read_member(path, m.offset, m.size) for m in index_archive(path)}
+
+
+def axial_slices(packed: bytes, start: int, stop: int) -> NDArray[Any]:
+    """The slices [z, y, x] of a volume as nibabel reads it, in scanner units."""
+    canonical = nib.as_closest_canonical(nib.Nifti1Image.from_bytes(gzip.decompress(packed)))
+    return canonical.get_fdata().transpose(2, 1, 0)[start:stop]
+
+
+def test_pd_is_on_the_grid_of_the_t2_voxel_for_voxel(kept: PublishedVersion, four_archives: Path) -> None:
+    arrays, members = open_arrays(kept.folder), members_of(four_archives, "PD")
+    rows = [row for row in to_records(used_rows(manifest_of(kept))) if row["pd_member"]]
+    assert rows
+    for row in rows:
+        stored = np.asarray(arrays["pd"][row["store_row"]]) * row["pd_scale"] + row["pd_offset"]
+        expected = axial_slices(members[row["pd_member"]], row["t2_window_start"], row["t2_window_stop"])
+        np.testing.assert_allclose(stored, expected, atol=max(0.5, row["pd_scale"] / 2))
+        assert json.loads(row["t2_to_pd_ras_mm"]) == np.eye(4).tolist()
+        assert row["flags"] == "" or "pd" not in row["flags"]
+
+
+def test_arrays_columns_and_name_follow_the_modalities(kept: PublishedVersion) -> None:
+    described = metadata.read_metadata(kept.folder)
+    assert (described["name"], described["source"], described["target"]) == ("ixi-t1-pd-mra-t2", "t1", "t2")
+    arrays = open_arrays(kept.folder)
+    assert {name for name, array in arrays.items() if array.ndim == 4} == {"t1", "t2", "pd", "mra"}
+    assert len({arrays[name].shape for name in ("t1", "t2", "pd", "mra")}) == 1
+    columns = set(manifest_of(kept).columns)
+    for name in ("t1", "pd", "mra"):
+        assert {f"t2_to_{name}_ras_mm", f"{name}_nmi_after", f"{name}_registration_error_mm"} <= columns
+    assert not {"motion_mm", "nmi_after"} & columns
+
+
+def test_a_kept_subject_without_a_scan_has_fill_values_and_a_flag(kept: PublishedVersion) -> None:
+    arrays, rows = open_arrays(kept.folder), used_rows(manifest_of(kept))
+    lacking = {name: rows[rows[f"{name}_member"] == ""] for name in ("pd", "mra")}
+    assert all(len(table) == 1 for table in lacking.values())
+    for name, table in lacking.items():
+        (row,) = to_records(table)
+        assert f"missing_{name}" in row["flags"].split(",")
+        assert pd.isna(row[f"{name}_p_low"])
+        assert pd.isna(row[f"{name}_nmi_after"])
+        assert row[f"t2_to_{name}_ras_mm"] == ""
+        assert not np.asarray(arrays[name][row["store_row"]]).any()
+        assert np.isnan(arrays[f"{name}_scale"][row["store_row"]])
+        assert np.isnan(np.asarray(arrays[f"{name}_affine"][row["store_row"]])).all()
+    assert verify(kept.folder, deep=True) == []
+
+
+def test_each_missing_modality_excludes_with_its_reason(four_archives: Path, tmp_path: Path) -> None:
+    table = manifest_of(refresh(config_for(tmp_path, four_archives, modalities=MODALITIES, depth="any")))
+    missing = table[table["reason"].str.startswith("missing_")]
+    assert set(missing["reason"]) == {f"missing_{m.lower()}" for m in MODALITIES}
+    for row in to_records(missing):
+        modality = row["reason"].removeprefix("missing_").upper()
+        assert row["detail"].startswith(f"{modality}: ")
+        assert row[f"{modality.lower()}_member"] == ""
+    assert "outside_fov" in set(table["reason"])  # an MRA that covers another part of the head
+
+
+def test_without_the_reference_a_subject_is_excluded_even_if_incomplete_ones_are_kept(kept: PublishedVersion) -> None:
+    table = manifest_of(kept)
+    without = table[table["t2_member"] == ""]
+    assert set(without["reason"]) == {"missing_t2"}
+
+
+@pytest.mark.parametrize("margin", [0, 2])
+def test_a_margin_adds_slices_on_both_sides(margin: int, four_archives: Path, tmp_path: Path) -> None:
+    config = DatasetConfig(slices=6, margin=margin, registration="none", pictures=False, depth="any")
+    done = refresh(RefreshConfig(root=str(tmp_path), source=str(four_archives), dataset=config))
+    row = to_records(used_rows(manifest_of(done)))[0]
+    arrays = open_arrays(done.folder)
+    start, stop = row["t2_window_start"], row["t2_window_stop"]
+    middle = json.loads(row["t2_shape"])[2] // 2
+    assert (stop - start, (start + stop) // 2) == (6 + 2 * margin, middle)
+    stored = np.asarray(arrays["t2"][row["store_row"]]) * row["t2_scale"] + row["t2_offset"]
+    expected = axial_slices(members_of(four_archives, "T2")[row["t2_member"]], start, stop)
+    np.testing.assert_allclose(stored, expected, atol=0.51)
+    described = metadata.read_metadata(done.folder)
+    assert described["inputs"]["config"].get("margin", 0) == margin
+
+
+def test_the_reference_may_be_the_t1(four_archives: Path, tmp_path: Path) -> None:
+    config = config_for(tmp_path, four_archives, reference="T1", slices=8, depth="any")
+    done = refresh(config)
+    described = metadata.read_metadata(done.folder)
+    assert (described["name"], described["source"], described["target"]) == ("ixi-t2-t1", "t2", "t1")
+    row = to_records(used_rows(manifest_of(done)))[0]
+    stored = np.asarray(open_arrays(done.folder)["t1"][row["store_row"]]) * row["t1_scale"] + row["t1_offset"]
+    expected = axial_slices(
+        members_of(four_archives, "T1")[row["t1_member"]], row["t1_window_start"], row["t1_window_stop"]
+    )
+    np.testing.assert_allclose(stored, expected, atol=max(0.5, row["t1_scale"] / 2))
+    assert np.shape(json.loads(row["t1_to_t2_ras_mm"])) == (4, 4)
+
+
+def echo_archives(folder: Path, four_archives: Path, shift_mm: float) -> Path:
+    """The T2s and PDs, the header of each PD moved along x."""
+    folder.mkdir()
+    write_tar(folder / "IXI-T2.tar", members_of(four_archives, "T2"))
+    moved = {}
+    for name, packed in members_of(four_archives, "PD").items():
+        try:
+            image = nib.Nifti1Image.from_bytes(gzip.decompress(packed))
+            affine = np.array(image.affine)
+            affine[0, 3] += shift_mm
+            moved[name] = pack_nifti(np.asarray(image.dataobj.get_unscaled()).T, affine)
+        except (EOFError, ValueError):  # the damaged member
+            moved[name] = packed
+    write_tar(folder / "IXI-PD.tar", moved)
+    return folder
+
+
+@pytest.mark.parametrize(("shift_mm", "differs"), [(0.0, False), (0.3, False), (8.0, True)])
+def test_the_headers_of_two_echoes_are_checked(
+    shift_mm: float, differs: bool, four_archives: Path, tmp_path: Path
+) -> None:
+    """A rounding error of the header moves no voxel; a real difference is flagged, and the PD is resampled."""
+    source = echo_archives(tmp_path / "echoes", four_archives, shift_mm)
+    done = refresh(config_for(tmp_path / "root", source, modalities="T2,PD", depth="any", slices=8))
+    rows = to_records(used_rows(manifest_of(done)))
+    assert {row["flags"] for row in rows} == {"grid_differs" if differs else ""}
+    members, arrays = members_of(source, "PD"), open_arrays(done.folder)
+    for row in rows:
+        stored = np.asarray(arrays["pd"][row["store_row"]]) * row["pd_scale"] + row["pd_offset"]
+        as_stored = axial_slices(members[row["pd_member"]], row["t2_window_start"], row["t2_window_stop"])
+        assert (np.abs(stored - as_stored).max() <= 0.51) == (not differs)
+
+
+def test_index_pairing_takes_slices_of_all_modalities_as_stored(four_archives: Path, tmp_path: Path) -> None:
+    done = refresh(config_for(tmp_path, four_archives, **THREE, pairing="index", depth="any"))
+    row = to_records(used_rows(manifest_of(done)))[0]
+    arrays = open_arrays(done.folder)
+    for name in ("t1", "t2", "pd"):
+        packed = members_of(four_archives, name.upper())[row[f"{name}_member"]]
+        volume = np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(packed)).get_fdata()).transpose(2, 1, 0)
+        start, stop = row[f"{name}_window_start"], row[f"{name}_window_stop"]
+        stored = np.asarray(arrays[name][row["store_row"]]) * row[f"{name}_scale"] + row[f"{name}_offset"]
+        np.testing.assert_allclose(stored, volume[start:stop], atol=max(0.5, row[f"{name}_scale"] / 2))
+    assert row["t1_nmi_before"] == row["t1_nmi_after"]
+    assert row["pd_nmi_after"] > 0
+
+
+@pytest.mark.faults
+def test_each_modality_is_registered_to_the_reference(tmp_path: Path) -> None:
+    """Larger volumes than elsewhere: at a quarter of the resolution a registration is not accurate."""
+    write_phantom(tmp_path / "archives", subjects=3, seed=1, shrink=2, modalities=MODALITIES, oddities=False)
+    config = config_for(
+        tmp_path / "root", tmp_path / "archives", modalities=MODALITIES, registration="rigid", slices=SLICES
+    )
+    rows = to_records(used_rows(manifest_of(refresh(config))))
+    truth = json.loads((tmp_path / "archives" / "truth.json").read_text())
+    points = np.random.default_rng(0).uniform((-60, -80, 0), (60, 70, 25), (500, 3))
+    assert len(rows) == 3
+    for row in rows:
+        true = truth[row["subject_id"]]["motions_mm_ras"]
+        for name, limit_mm in (("t1", 0.5), ("mra", 1.0)):
+            found = np.array(json.loads(row[f"t2_to_{name}_ras_mm"]))
+            assert mean_distance(found, np.array(true[name.upper()]), points) < limit_mm
+        assert row["mra_nmi_after"] > row["mra_nmi_before"]
+        assert json.loads(row["t2_to_pd_ras_mm"]) == np.eye(4).tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"modalities": "T1"}, "two or more"),
+        ({"modalities": "T1,T1"}, "two or more different"),
+        ({"modalities": "T1,DTI"}, "there is no modality DTI; the modalities are T1, T2, PD, MRA"),
+        ({"modalities": "T1,PD"}, "reference T2 is not one of the modalities T1, PD"),
+        ({"margin": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_impossible_modalities_are_one_line_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DatasetConfig.model_validate(options)
+
+
+def test_options_that_are_not_used_leave_the_name_of_a_version_as_it_was() -> None:
+    usual = DatasetConfig().model_dump(mode="json")
+    assert list(usual) == [
+        *("pairing", "window", "slices", "depth", "registration", "min_nmi", "low_similarity"),
+        *("max_registration_error", "uncertain", "pictures", "split_seed", "split"),
+    ]
+    assert DatasetConfig(modalities=("T2", "T1")).model_dump(mode="json") == usual
+    others = DatasetConfig(modalities="pd t2", margin=1).model_dump(mode="json")
+    assert set(others) - set(usual) == {"modalities", "margin"}
+    assert DatasetConfig.model_validate(others) == DatasetConfig(modalities=("T2", "PD"), margin=1)
