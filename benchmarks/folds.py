@@ -9,7 +9,7 @@
    T1s are registered and interpolated onto the slices of the T2s.
 3. For each person, the project's training step and plain PyTorch (`benchmarks/reference.py`) train on all others: from
    equal weights, on the same batches, with the published recipe at a smaller width.
-4. Both are measured on the person as `ixi-etl evaluate` does, beside its three baselines.
+4. Both are measured on the person as `ixi-etl evaluate` does, beside its baselines.
 
 All sessions of a person are left out together. Their scores are averaged, so a person counts once. OUT receives
 `scores.csv`, `summary.csv`, `comparison.csv` and a folder `sheets`.
@@ -43,8 +43,7 @@ from ixi_etl.core.parallel import usable_cores
 from ixi_etl.dataset import metadata
 from ixi_etl.dataset.splits import person_of
 from ixi_etl.errors import BadVolumeError, ConfigError
-from ixi_etl.modalities import DEFAULT_MODALITIES as MODALITIES
-from ixi_etl.modalities import archive_name
+from ixi_etl.modalities import DEFAULT_MODALITIES, archive_name
 from ixi_etl.pairing.geometry import sampling_matrix, trilinear
 from ixi_etl.pairing.register import Volume
 from ixi_etl.recipes.ixi import refresh
@@ -136,14 +135,14 @@ def write_archives(folder: Path, person_pattern: str, grid: Grid, archives: Path
 
     A name in which `person_pattern` does not occur is left out, with a message.
     """
-    members: dict[str, dict[str, bytes]] = {m: {} for m in MODALITIES}
+    members: dict[str, dict[str, bytes]] = {m: {} for m in DEFAULT_MODALITIES}
     for name, paths in find_pairs(folder).items():
         person = re.search(person_pattern, name)
         if person is None:
             print(f"{name}: left out, because {person_pattern} is not in the name")
             continue
         subject_id = "-".join(re.sub(r"[^A-Za-z0-9.]", "_", word) for word in (person[0], "pairs", name))
-        for modality in MODALITIES:
+        for modality in DEFAULT_MODALITIES:
             scan, space = read(paths[modality])
             scan = smooth(scan, grid)
             scan = to_grid(scan, grid) if modality == "T2" else scan
@@ -174,16 +173,11 @@ def split_fold(pairs: Pairs, person: str) -> tuple[Pairs, Pairs]:
 
 def _select(pairs: Pairs, subjects: NDArray[np.intp], split: str) -> Pairs:
     chosen = torch.from_numpy(subjects)
-    slices = torch.isin(pairs.subject, chosen)
     return replace(
         pairs,
         subjects=[pairs.subjects[n] for n in subjects],
-        source=pairs.source[slices],
-        target=pairs.target[slices],
-        subject=torch.searchsorted(chosen, pairs.subject[slices]),
-        position=pairs.position[slices],
-        source_range=pairs.source_range[chosen],
-        target_range=pairs.target_range[chosen],
+        sources=tuple(source.of_subjects(chosen) for source in pairs.sources),
+        target=pairs.target.of_subjects(chosen),
         split=split,
     )
 
