@@ -152,9 +152,9 @@ def write_archives(folder: Path, person_pattern: str, grid: Grid, archives: Path
         write_tar(archives / archive_name(modality), named)
 
 
-def make_version(archives: Path, root: Path, slices: int) -> Path:
-    """The folder of the version with the middle `slices` of each pair, all in the training split."""
-    dataset = DatasetConfig(depth="any", slices=slices, split=(1.0, 0.0, 0.0))
+def make_version(archives: Path, root: Path, slices: int, margin: int = 0) -> Path:
+    """The folder of the version with the middle `slices` of each pair and a margin, all in the training split."""
+    dataset = DatasetConfig(depth="any", slices=slices, split=(1.0, 0.0, 0.0), margin=margin)
     version = refresh(RefreshConfig(root=str(root), source=str(archives), dataset=dataset)).folder
     columns = ["subject_id", "status", "reason", "flags", "motion_mm", "registration_error_mm", "nmi_after"]
     print(metadata.read_manifest(version)[columns].to_string(index=False))
