@@ -9,7 +9,7 @@
    T1s are registered and interpolated onto the slices of the T2s.
 3. For each person, the project's training step and plain PyTorch (`benchmarks/reference.py`) train on all others: from
    equal weights, on the same batches, with the published recipe at a smaller width.
-4. Both are measured on the person as `ixi-etl evaluate` does, beside its three baselines.
+4. Both are measured on the person as `ixi-etl evaluate` does, beside its baselines.
 
 All sessions of a person are left out together. Their scores are averaged, so a person counts once. OUT receives
 `scores.csv`, `summary.csv`, `comparison.csv` and a folder `sheets`.
@@ -152,9 +152,9 @@ def write_archives(folder: Path, person_pattern: str, grid: Grid, archives: Path
         write_tar(archives / archive_name(modality), named)
 
 
-def make_version(archives: Path, root: Path, slices: int) -> Path:
-    """The folder of the version with the middle `slices` of each pair, all in the training split."""
-    dataset = DatasetConfig(depth="any", slices=slices, split=(1.0, 0.0, 0.0))
+def make_version(archives: Path, root: Path, slices: int, margin: int = 0) -> Path:
+    """The folder of the version with the middle `slices` of each pair and a margin, all in the training split."""
+    dataset = DatasetConfig(depth="any", slices=slices, split=(1.0, 0.0, 0.0), margin=margin)
     version = refresh(RefreshConfig(root=str(root), source=str(archives), dataset=dataset)).folder
     columns = ["subject_id", "status", "reason", "flags", "motion_mm", "registration_error_mm", "nmi_after"]
     print(metadata.read_manifest(version)[columns].to_string(index=False))
@@ -173,16 +173,11 @@ def split_fold(pairs: Pairs, person: str) -> tuple[Pairs, Pairs]:
 
 def _select(pairs: Pairs, subjects: NDArray[np.intp], split: str) -> Pairs:
     chosen = torch.from_numpy(subjects)
-    slices = torch.isin(pairs.subject, chosen)
     return replace(
         pairs,
         subjects=[pairs.subjects[n] for n in subjects],
-        source=pairs.source[slices],
-        target=pairs.target[slices],
-        subject=torch.searchsorted(chosen, pairs.subject[slices]),
-        position=pairs.position[slices],
-        source_range=pairs.source_range[chosen],
-        target_range=pairs.target_range[chosen],
+        sources=tuple(source.of_subjects(chosen) for source in pairs.sources),
+        target=pairs.target.of_subjects(chosen),
         split=split,
     )
 

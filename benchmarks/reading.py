@@ -235,7 +235,7 @@ def batch_alone(folder: str, batch: int, times: int) -> Work:
     from model.config import TrainConfig
 
     pairs = data.load_pairs(_files(folder)[0], "train")
-    config = TrainConfig(side=int(pairs.source.shape[-1]), batch_size=batch)
+    config = TrainConfig(side=pairs.shape[-1], batch_size=batch)
 
     def work() -> dict[str, Any]:
         for step in range(times):

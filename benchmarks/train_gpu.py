@@ -137,7 +137,8 @@ def idle_shares(root: Path, config: TrainConfig) -> tuple[float, float]:
     run = prepare_run(root, config)
     device = torch.device(run.config.device)
     torch.backends.cudnn.benchmark = True  # as in `model.train.train`
-    pairs, trainer = data.load_pairs(run.version, "train", run.config.direction, device), Trainer(run.config, device)
+    pairs = data.load_pairs(run.version, "train", run.config.direction, device, run.config.neighbours)
+    trainer = Trainer(run.config, device)
 
     def steps(first: int, count: int) -> None:
         for step in range(first, first + count):

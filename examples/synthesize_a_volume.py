@@ -21,7 +21,7 @@ def main(root: str, run: str, source: str, out: str) -> None:
     written = synthesize_file(trained, Path(source), Path(out))
     volume = nib.load(written)
     sidecar = json.loads(Path(str(written).removesuffix(".gz")).with_suffix(".json").read_text())
-    print(f"{written}: {volume.shape}, {trained.direction[0]} to {trained.direction[1]}")
+    print(f"{written}: {volume.shape}, {trained.direction}")
     for warning in sidecar["Warnings"]:
         print(f"warning: {warning}")
 

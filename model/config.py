@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -25,6 +26,37 @@ MAX_STEPS = 10**8 - 1  # checkpoints are sorted by name, with the step in eight 
 SEEDS = 1 << 63  # torch's seeds are 64-bit integers: from -SEEDS to SEEDS - 1
 
 
+MAX_NEIGHBOURS = 8
+
+_DIRECTION = re.compile(r"(\w+(?:\+\w+)*)->(\w+)", re.ASCII)
+
+
+class Direction(NamedTuple):
+    """From which arrays of a version to which one: `t1->t2`, `t1+pd->t2`."""
+
+    sources: tuple[str, ...]
+    target: str
+
+    def __str__(self) -> str:
+        return f"{'+'.join(self.sources)}->{self.target}"
+
+    @classmethod
+    def parse(cls, text: str | None) -> Direction:
+        """Read the text that `str` writes; spaces are ignored.
+
+        Raises:
+            ValueError: it is not SOURCE->TARGET or SOURCE+SOURCE->TARGET, or a name is repeated.
+        """
+        match = _DIRECTION.fullmatch((text or "").replace(" ", ""))
+        if match is None:
+            raise ValueError(f"{text!r} is not SOURCE->TARGET or SOURCE+SOURCE->TARGET")
+        names = [*match[1].split("+"), match[2]]
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated:
+            raise ValueError(f"{text!r} names {repeated} twice")
+        return cls(tuple(names[:-1]), names[-1])
+
+
 class TrainConfig(StrictModel):
     """The configuration of one training run. The defaults are the published recipe.
 
@@ -35,7 +67,10 @@ class TrainConfig(StrictModel):
 
     dataset: str = Field("ixi-t1-t2@latest", description="NAME@VERSION; latest is resolved once, at the start")
     direction: str | None = Field(
-        None, description="SOURCE->TARGET, for example t2->t1; by default that of the dataset"
+        None, description="SOURCE->TARGET, for example t2->t1 or t1+pd->t2; by default that of the dataset"
+    )
+    neighbours: Annotated[int, Field(ge=0, le=MAX_NEIGHBOURS)] = Field(
+        0, description="slices below and above, of each source, that the generator also sees"
     )
     side: int | None = Field(None, description="pixels of the square training crop; omit for whole slices")
     augment: Augment = Field("none", description="none; flip: left-right; jitter: flip, enlarge by 286/256, and crop")
@@ -80,6 +115,21 @@ class TrainConfig(StrictModel):
     samples: Annotated[int, Field(ge=0, le=10_000)] = Field(10, description="number of sample sheets in a run")
     log_every: Annotated[int, Field(ge=1)] = 50
 
+    @model_validator(mode="before")
+    @classmethod
+    def _compose_direction(cls, given: Any) -> Any:
+        """Accept `sources` and `target` in place of `direction`."""
+        if not isinstance(given, dict) or not {"sources", "target"} & given.keys():
+            return given
+        fields = dict(given)
+        sources, target = fields.pop("sources", None), fields.pop("target", None)
+        if fields.get("direction") is not None:
+            raise ValueError("give either direction, or sources and target")
+        names = [sources] if isinstance(sources, str) else sources
+        if not isinstance(names, list | tuple) or not names or not all(isinstance(n, str) for n in (*names, target)):
+            raise ValueError('give both sources and target, for example sources=["t1","pd"] and target=t2')
+        return fields | {"direction": f"{'+'.join(names)}->{target}"}
+
     @field_validator("side")
     @classmethod
     def _check_side(cls, side: int | None) -> int | None:
@@ -96,7 +146,8 @@ class TrainConfig(StrictModel):
     @property
     def run_id(self) -> str:
         """The run id of a resolved configuration: the version and a hash of all fields that affect the weights."""
-        fields = self.model_dump(mode="json", exclude=set(MAY_DIFFER))
+        newer = set() if self.neighbours else {"neighbours"}  # older runs without it keep their id
+        fields = self.model_dump(mode="json", exclude={*MAY_DIFFER, *newer})
         digest = hashlib.sha256(json.dumps({**fields, "steps": self.steps}, sort_keys=True).encode()).hexdigest()
         return f"{self.dataset.replace('@', '-')}-{digest[:8]}"
 
@@ -107,6 +158,20 @@ class TrainConfig(StrictModel):
         others = other.model_dump()
         differing = [k for k, value in self.model_dump().items() if value != others[k] and k not in free]
         return ", ".join(f"{k} {others[k]}, not {getattr(self, k)}" for k in differing)
+
+    @property
+    def channels(self) -> tuple[tuple[str, int], ...]:
+        """Source, and offset in slices to the superior, of each channel of the generator's input.
+
+        A configuration that is not resolved counts as one with a single source.
+        """
+        sources = (self.direction or "source").partition("->")[0].split("+")
+        return tuple((name, n) for name in sources for n in range(-self.neighbours, self.neighbours + 1))
+
+    @property
+    def input_channels(self) -> int:
+        """Number of channels of the generator's input."""
+        return len(self.channels)
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step 0, 1, ...: constant, then falling linearly so that it would reach 0 at step `steps`."""

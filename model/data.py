@@ -1,17 +1,20 @@
 """Load a split of a dataset version into the memory of the training device, and draw batches from it.
 
-Legend: N pairs of slices, of S subjects with Z slices each; B, H, W are batch, height, width. Pairs keep their stored
-dtype (int16, uint8); batches are float32 (B, 1, H, W) in [-1, 1]. Which pairs a step uses, and how they are augmented,
-depends on the seed and the step alone, so resuming needs only the step.
+Legend: N pairs, of S subjects with Z stored slices each; B, H, W are batch, height, width. The margin of a version, M
+slices at either end of each slab, is never a target, so N = S (Z - 2 M). A batch has C channels of sources: 2 n + 1
+slices of each, n being the `neighbours`. Arrays keep their stored dtype (int16, uint8); batches are float32 in [-1, 1].
+Which pairs a step uses, and how they are augmented, depends on the seed and the step alone, so resuming needs only the
+step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -21,93 +24,171 @@ from torch.nn import functional
 from zarr.buffer.cpu import NDBuffer
 
 from ixi_etl.dataset import manifest, metadata, verify
+from ixi_etl.dataset.schema import SCHEMAS, is_absent
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.errors import ConfigError, DatasetError, EmptySplitError
-from model.config import Augment, TrainConfig
+from model.config import Augment, Direction, TrainConfig
+
+log = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 JITTER = 286 / 256  # as published: enlarge by this factor, then crop at random
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """The pairs of slices of a split, ordered by subject, then by slice.
+class Slabs:
+    """One array of a split.
 
     Attributes:
-        direction: names of the source array and the target array.
-        subjects: S ids.
-        source, target: (N, H, W) as stored.
-        subject: (N,) index into `subjects`.
-        position: (N,) index of the slice in its slab, 0 to Z - 1.
-        source_range, target_range: (S, 2) float32, the stored values mapped to -1 and 1: the manifest's percentiles.
-        split: name of the split.
-        origin: `lower` if row 0 is shown at the bottom (y points to the anterior), `upper` if at the top.
+        stored: (S, Z, H, W) as stored.
+        low_high: (S, 2) float32, the stored values mapped to -1 and 1: the manifest's percentiles.
     """
 
-    direction: tuple[str, str]
+    stored: Tensor
+    low_high: Tensor
+
+    def normalised(self, rows: Tensor, subject: Tensor) -> Tensor:
+        """Slices `rows` (B, K) of the S x Z in this array, of the subjects (B,), in [-1, 1]: (B, K, H, W)."""
+        # `index_select` copies slice by slice, which takes a third of the time of indexing.
+        slices = self.stored.flatten(0, 1).index_select(0, rows.flatten())
+        return normalise(slices.unflatten(0, rows.shape), self.low_high[subject])
+
+    def of_subjects(self, chosen: Tensor) -> Slabs:
+        """The slabs of the subjects `chosen`, copied."""
+        return Slabs(self.stored[chosen], self.low_high[chosen])
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of a split, ordered by subject, then by slice: a slice of the target and what it is generated from.
+
+    Attributes:
+        direction: names of the source arrays and of the target array.
+        subjects: S ids.
+        sources: the source arrays, in the order of the direction.
+        target: the target array.
+        origin: `lower` if row 0 is shown at the bottom (y points to the anterior), `upper` if at the top.
+        split: name of the split.
+        neighbours: n.
+        margin: M.
+    """
+
+    direction: Direction
     subjects: Sequence[str]
-    source: Tensor
-    target: Tensor
-    subject: Tensor
-    position: Tensor
-    source_range: Tensor
-    target_range: Tensor
+    sources: tuple[Slabs, ...]
+    target: Slabs
     origin: Literal["lower", "upper"]
     split: str = "train"
+    neighbours: int = 0
+    margin: int = 0
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.subjects) * self.slices
+
+    @property
+    def device(self) -> torch.device:
+        return self.target.stored.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.target.stored.shape[2], self.target.stored.shape[3]
+
+    @property
+    def slices(self) -> int:
+        """Number of pairs of each subject."""
+        return self.target.stored.shape[1] - 2 * self.margin
+
+    @cached_property
+    def subject(self) -> Tensor:
+        """(N,) index into `subjects`."""
+        return torch.arange(len(self.subjects), device=self.device).repeat_interleave(self.slices)
+
+    @cached_property
+    def position(self) -> Tensor:
+        """(N,) index of the slice among those of its subject that are targets."""
+        return torch.arange(self.slices, device=self.device).repeat(len(self.subjects))
 
     def normalised(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Sources and targets of the pairs `index` (B,), uncropped: (B, 1, H, W) in [-1, 1]."""
+        """Sources (B, C, H, W) and targets (B, 1, H, W) of the pairs `index` (B,), uncropped, in [-1, 1].
+
+        Channels are ordered by source, then from inferior to superior. Beyond an end of the stored slab its outermost
+        slice is repeated.
+        """
         subject = self.subject[index]
-        return (  # `index_select` copies slice by slice, which takes a third of the time of indexing
-            normalise(self.source.index_select(0, index), self.source_range[subject]),
-            normalise(self.target.index_select(0, index), self.target_range[subject]),
-        )
+        # Among all S x Z slices; `index` counts those without margins.
+        rows = (index if not self.margin else index + self.margin * (2 * subject + 1)).unsqueeze(1)
+        source_rows = rows
+        if self.neighbours:
+            depth = self.target.stored.shape[1]
+            first = (subject * depth).unsqueeze(1)
+            offsets = torch.arange(-self.neighbours, self.neighbours + 1, device=self.device)
+            source_rows = first + (rows - first + offsets).clamp_(0, depth - 1)
+        images = [source.normalised(source_rows, subject) for source in self.sources]
+        return images[0] if len(images) == 1 else torch.cat(images, 1), self.target.normalised(rows, subject)
+
+    def centres(self, source: Tensor) -> Tensor:
+        """The slices at the target's place, one of each source, among all channels (B, C, H, W): a view."""
+        return source[:, self.neighbours :: 2 * self.neighbours + 1]
 
 
 def normalise(stored: Tensor, low_high: Tensor) -> Tensor:
-    """Map stored slices (B, H, W) to (B, 1, H, W) float32: `low_high` (B, 2) to [-1, 1], with clipping."""
-    low, high = low_high[:, 0, None, None], low_high[:, 1, None, None]
+    """Map stored slices (B, K, H, W) to float32: `low_high` (B, 2) to [-1, 1], with clipping."""
+    low, high = low_high[:, 0, None, None, None], low_high[:, 1, None, None, None]
     # In place: allocating memory for each term takes longer than computing it.
-    return stored.to(torch.float32, copy=True).sub_(low).mul_(2 / (high - low)).sub_(1).clamp_(-1, 1).unsqueeze(1)
+    return stored.to(torch.float32, copy=True).sub_(low).mul_(2 / (high - low)).sub_(1).clamp_(-1, 1)
 
 
-def parse_direction(direction: str | None, names: tuple[str, str]) -> tuple[str, str]:
-    """Parse `t1->t2` to (`t1`, `t2`); None means the direction of the dataset, `names`.
+def parse_direction(direction: str | None, version: Mapping[str, Any]) -> Direction:
+    """Parse a direction between arrays of the version with this metadata; None means its default direction.
 
     Raises:
-        ConfigError: these are not the two arrays of the dataset.
+        ConfigError: the text is not a direction, or names another array.
     """
     if direction is None:
-        return names
-    source, _, target = direction.partition("->")
-    if {source.strip(), target.strip()} != set(names):
-        allowed = f"{names[0]}->{names[1]} or {names[1]}->{names[0]}"
-        raise ConfigError(f"direction {direction!r} does not fit the dataset; use {allowed}")
-    return source.strip(), target.strip()
+        return Direction((version["source"],), version["target"])
+    arrays = SCHEMAS[version["name"]].arrays
+    try:
+        parsed = Direction.parse(direction)
+        unknown = [name for name in (*parsed.sources, parsed.target) if name not in arrays]
+        if not unknown:
+            return parsed
+        problem = f"{direction!r} names {unknown[0]}"
+    except ValueError as error:
+        problem = str(error)
+    example = Direction((version["source"],), version["target"])
+    raise ConfigError(
+        f"direction {problem}; the arrays of {version['name']} are {', '.join(arrays)}: use for example {example}"
+    )
 
 
-def load_pairs(folder: Path, split: str, direction: str | None = None, device: str | torch.device = "cpu") -> Pairs:
-    """Read one split of the version in `folder`, once.
+def load_pairs(
+    folder: Path, split: str, direction: str | None = None, device: str | torch.device = "cpu", neighbours: int = 0
+) -> Pairs:
+    """Read one split of the version in `folder`, once. Subjects that lack one of the arrays are left out.
 
     Raises:
-        EmptySplitError: the split has no subjects.
+        EmptySplitError: the split has no subjects with all of these arrays.
         ConfigError: `direction` does not fit the dataset.
         DatasetError: the version is damaged, or the device has too little memory.
     """
     version, table = verify.read_verified(folder)  # Zarr would read a missing shard as zeros
-    source, target = parse_direction(direction, (version["source"], version["target"]))
+    parsed = parse_direction(direction, version)
+    names = (*parsed.sources, parsed.target)
     used = manifest.used_rows(table)
-    chosen = used[used["split"] == split]
-    if chosen.empty:
+    in_split = used[used["split"] == split]
+    if in_split.empty:
         counts = ", ".join(f"{n} {name}" for name, n in version["splits"].items())
         raise EmptySplitError(f"{folder} has no subject in split {split} (it has {counts}); try another split_seed")
+    is_complete = ~np.logical_or.reduce([is_absent(in_split, name) for name in names])
+    chosen = in_split[is_complete]
+    if chosen.empty:
+        raise EmptySplitError(f"no subject in split {split} of {folder} has all of {', '.join(names)}")
+    if len(chosen) < len(in_split):
+        log.info("split %s: %d subjects lack one of %s", split, len(in_split) - len(chosen), ", ".join(names))
     arrays = open_arrays(folder)
     rows = chosen["store_row"].to_numpy(dtype=np.int64)
-    slices = arrays[source].shape[1]
-    slab = sum(arrays[name].nbytes // arrays[name].shape[0] for name in (source, target))
+    slab = sum(arrays[name].nbytes // arrays[name].shape[0] for name in names)
     _check_memory(folder, split, slab * len(rows), device)
 
     def ranges(name: str) -> Tensor:
@@ -126,26 +207,26 @@ def load_pairs(folder: Path, split: str, direction: str | None = None, device: s
         array = arrays[name]
         return torch.empty((len(rows), *array.shape[1:]), dtype=getattr(torch, str(array.dtype)))
 
-    def read_slices(name: str, buffer: Tensor) -> Tensor:
+    def read(name: str, buffer: Tensor) -> Slabs:
+        low_high = ranges(name)
         try:
             arrays[name].get_orthogonal_selection((rows,), out=NDBuffer.from_numpy_array(buffer.numpy()))
         except Exception as error:  # codecs raise many types on damaged bytes
             problems = verify.verify(folder, deep=True)
             raise DatasetError(problems[0] if problems else f"{folder}: cannot read {name} ({error})") from error
-        return buffer.flatten(0, 1).to(device)
+        return Slabs(buffer.to(device), low_high)
 
-    source_buffer, target_buffer = allocate(source), allocate(target)
+    buffers = {name: allocate(name) for name in names}
+    *sources, target = (read(name, buffers.pop(name)) for name in names)
     return Pairs(
-        direction=(source, target),
+        direction=parsed,
         subjects=chosen["subject_id"].tolist(),
-        source=read_slices(source, source_buffer),
-        target=read_slices(target, target_buffer),
-        subject=torch.arange(len(rows), device=device).repeat_interleave(slices),
-        position=torch.arange(slices, device=device).repeat(len(rows)),
-        source_range=ranges(source),
-        target_range=ranges(target),
-        origin="lower" if f"{source}_affine" in arrays else "upper",
+        sources=tuple(sources),
+        target=target,
+        origin="lower" if f"{parsed.target}_affine" in arrays else "upper",
         split=split,
+        neighbours=neighbours,
+        margin=version["inputs"]["config"].get("margin", 0),
     )
 
 
@@ -160,12 +241,12 @@ def _check_memory(folder: Path, split: str, need: int, device: str | torch.devic
 
 
 def draw_batch(pairs: Pairs, config: TrainConfig, start: int) -> tuple[Tensor, Tensor]:
-    """A batch for a resolved configuration, from pair `start` of the stream on: source and target (B, 1, side, side).
+    """A batch for a resolved configuration, from pair `start` of the stream on: source (B, C, side, side) and target.
 
     Computed on the device that holds the pairs, without waiting for a GPU.
     """
     assert config.side is not None
-    index = batch_indices(len(pairs), config.seed, start, config.batch_size, pairs.source.device)
+    index = batch_indices(len(pairs), config.seed, start, config.batch_size, pairs.device)
     source, target = augment(pairs.normalised(index), config.augment, config.side, config.seed, start)
     return source, target
 
@@ -194,7 +275,7 @@ def _generator(seed: int, stream: int, number: int) -> torch.Generator:
 
 
 def augment(images: Sequence[Tensor], kind: Augment, side: int, seed: int, first: int) -> list[Tensor]:
-    """Enlarge, crop to (B, 1, side, side) and flip `images` (B, 1, H, W) at random, all of a pair in the same way.
+    """Enlarge, crop to (B, C, side, side) and flip `images` (B, C, H, W) at random, all of a pair in the same way.
 
     The random draws for a pair depend on its place in the stream of `batch_indices`, where the first pair is `first`.
     So they are the same in batches of any size and for any number of processes.
@@ -215,8 +296,16 @@ def augment(images: Sequence[Tensor], kind: Augment, side: int, seed: int, first
     top, left, flipped = _to_device_async(drawn, device).split(1, dim=1)
     offsets = torch.arange(side, device=device)
     rows, columns = top + offsets, left + torch.where(flipped.bool(), offsets.flip(0), offsets)
-    image = torch.arange(batch, device=device)[:, None, None]
-    return [i[image, 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1) for i in images]
+    return [_take(i, rows, columns) for i in images]
+
+
+def _take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The pixels at `rows` and `columns` (B, side) of images (B, C, H, W)."""
+    channels = images.shape[1]
+    plane = torch.arange(images.shape[0] * channels, device=images.device)[:, None, None]
+    rows, columns = (n.repeat_interleave(channels, 0) for n in (rows, columns))
+    taken = images.flatten(0, 1)[plane, rows[:, :, None], columns[:, None, :]]
+    return taken.view(-1, channels, *taken.shape[1:])
 
 
 def check_side(side: int, height: int, width: int) -> None:

@@ -1,10 +1,11 @@
 """Measure a generator per subject, next to baselines that any generator should beat.
 
 All measures are of images normalised by the manifest's percentiles to [0, 1] (data range 1), over whole slices (mask
-`whole`) and over the head (mask `head`: pixels above Otsu's threshold of the subject's slab in the source or in the
-target). Whole slices are mostly background, which inflates every score.
+`whole`) and over the head (mask `head`: pixels above Otsu's threshold of the subject's slab in a source or in the
+target). Whole slices are mostly background, which inflates every score. Masks and baselines use the slices at the
+target's place, not their neighbours.
 
-Legend: N slices of S subjects with Z slices each; B, H, W are batch, height, width.
+Legend: N slices of S subjects with K sources; B, C, H, W are batch, channels of the sources, height, width.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ixi_etl.core.files import to_json, write_atomic
@@ -31,7 +34,8 @@ from model.generator import BATCH, Predictor, as_predictor, check_same_dataset, 
 GENERATED, SOURCE, MEAN_TARGET, MAPPING = "generated", "source as it is", "mean training target", "intensity mapping"
 MEASURES = ("psnr", "ssim", "mae")
 NORMALISATION = "slab percentiles 0.1 and 99.9 to [0, 1], clipped"
-BINS = 256  # of source intensities, for the intensity mapping
+BINS = 256  # of the intensities of each source, for the intensity mapping
+RCOND = 1e-10  # of its equations: rounding errors are far below, and the shares of all pixels in a bin above
 DATA_RANGE = 1.0
 
 
@@ -44,33 +48,60 @@ class Evaluation(NamedTuple):
 
 
 def baselines(train: Pairs) -> dict[str, Predictor]:
-    """Baseline predictors from the training split: source, mean target, and intensity mapping.
+    """Baseline predictors from the training split: each source, mean target, and intensity mapping.
 
-    The last is the mean training target at each of 256 source intensities: no function of the intensity alone has a
-    smaller mean squared error on the training split.
+    The last is a sum of one function of the intensity of each source, with `BINS` values each: the one with the
+    smallest mean squared error on the training split. For a single source it is the mean target at each intensity.
     """
-    slices = int(train.position.max()) + 1
-    total = torch.zeros(slices, *train.target.shape[1:], dtype=torch.float64)
-    counts, sums = torch.zeros(BINS, dtype=torch.float64), torch.zeros(BINS, dtype=torch.float64)
-    for index in torch.arange(len(train), device=train.source.device).split(BATCH):
+    slices, count = train.slices, len(train.sources)
+    total = torch.zeros(slices, *train.shape, dtype=torch.float64)
+    counts = torch.zeros((count * BINS) ** 2, dtype=torch.float64)  # pixels with each two bins
+    sums = torch.zeros(count * BINS, dtype=torch.float64)
+    for index in torch.arange(len(train), device=train.device).split(BATCH):
         source, target = (image.cpu() for image in train.normalised(index))
         total.index_add_(0, train.position[index].cpu(), target[:, 0].double())
-        bins = _bins(source).flatten()
-        counts += torch.bincount(bins, minlength=BINS)
-        sums += torch.bincount(bins, target.flatten().double(), minlength=BINS)
+        bins = _bins(train.centres(source))
+        sums += torch.bincount(bins.flatten(), target.expand(bins.shape).flatten().double(), minlength=len(sums))
+        both = bins.unsqueeze(2) * len(sums) + bins.unsqueeze(1)
+        counts += torch.bincount(both.flatten(), minlength=len(counts))
     mean = (total / len(train.subjects)).float().unsqueeze(1)
-    seen = (counts > 0).numpy()
-    curve = np.interp(np.arange(BINS), np.flatnonzero(seen), (sums / counts).numpy()[seen])
-    table = torch.from_numpy(curve).float()
+    table = torch.from_numpy(_fit_mapping(counts.view(len(sums), -1).numpy(), sums.numpy())).float()
+    names = [SOURCE] if count == 1 else [f"{name} as it is" for name in train.direction.sources]
     return {
-        SOURCE: lambda source, _: source,
+        **{name: partial(_source_as_it_is, train, n) for n, name in enumerate(names)},
         MEAN_TARGET: lambda source, position: mean.to(source.device)[position],
-        MAPPING: lambda source, _: table.to(source.device)[_bins(source)],
+        MAPPING: lambda source, _: table.to(source.device)[_bins(train.centres(source))].sum(1, keepdim=True),
     }
 
 
+def _source_as_it_is(pairs: Pairs, number: int, source: Tensor, _position: Tensor) -> Tensor:
+    return pairs.centres(source)[:, number : number + 1]
+
+
 def _bins(image: Tensor) -> Tensor:
-    return ((image + 1) / 2 * (BINS - 1)).round().long()
+    """Bins of K intensities (B, K, H, W): those of source k begin at k x `BINS`."""
+    first = torch.arange(image.shape[1], device=image.device)[:, None, None] * BINS
+    return ((image + 1) / 2 * (BINS - 1)).round().long() + first
+
+
+def _fit_mapping(counts: NDArray[np.float64], sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The values (K x `BINS`,) of the intensity mapping, by least squares.
+
+    The normal equations have the numbers of pixels with each two bins, (K x `BINS`, K x `BINS`), and the `sums` of the
+    target in each bin. They are solved in units of one over the root of a bin's pixels, in which bins are equally
+    precise; of all solutions the one with the least mean square is taken, as a constant may move from one source to
+    another. Bins without pixels are interpolated.
+    """
+    pixels = np.diag(counts)
+    seen = pixels > 0
+    root = np.sqrt(pixels[seen])
+    scaled = counts[np.ix_(seen, seen)] / np.outer(root, root)
+    values = np.linalg.lstsq(scaled, sums[seen] / root, rcond=RCOND)[0] / root
+    fitted = np.zeros(len(sums))
+    fitted[seen] = values
+    for own in np.split(np.arange(len(sums)), len(sums) // BINS):
+        fitted[own] = np.interp(own, own[seen[own]], fitted[own][seen[own]])
+    return fitted
 
 
 @torch.no_grad()
@@ -78,9 +109,9 @@ def measure(pairs: Pairs, methods: Mapping[str, Predictor], progress: Progress =
     """Score each method on `pairs`: a row per method, mask and subject, with `MEASURES`; psnr is in dB."""
     thresholds = _otsu_thresholds(pairs)
     scores: dict[tuple[str, str], list[dict[str, Tensor]]] = {}
-    for index in torch.arange(len(pairs), device=pairs.source.device).split(BATCH):
+    for index in torch.arange(len(pairs), device=pairs.device).split(BATCH):
         source, target = pairs.normalised(index)
-        head = _head_mask(source, target, thresholds.to(source.device)[pairs.subject[index]])
+        head = _head_mask(pairs.centres(source), target, thresholds.to(pairs.device)[pairs.subject[index]])
         for name, predict in methods.items():
             generated = (predict(source, pairs.position[index]).clamp(-1, 1) + 1) / 2
             for mask_name, mask in (("whole", None), ("head", head)):
@@ -97,18 +128,19 @@ def measure(pairs: Pairs, methods: Mapping[str, Predictor], progress: Progress =
 
 
 def _otsu_thresholds(pairs: Pairs) -> Tensor:
-    """Otsu's thresholds (S, 2) of each subject's source and target slab, in [-1, 1]."""
+    """Otsu's thresholds (S, K + 1) of each subject's slabs of sources and target, in [-1, 1]."""
     thresholds = []
     for subject in range(len(pairs.subjects)):
-        slabs = pairs.normalised(torch.nonzero(pairs.subject == subject).flatten())
-        thresholds.append([otsu_threshold(slab.cpu().numpy()) for slab in slabs])
+        source, target = pairs.normalised(torch.nonzero(pairs.subject == subject).flatten())
+        slabs = torch.cat([pairs.centres(source), target], 1).cpu().numpy()
+        thresholds.append([otsu_threshold(slabs[:, n]) for n in range(slabs.shape[1])])
     return torch.tensor(thresholds)
 
 
-def _head_mask(source: Tensor, target: Tensor, thresholds: Tensor) -> Tensor:
-    """Mask (B, 1, H, W) of the pixels above `thresholds` (B, 2) in the source or in the target."""
-    low = thresholds[:, :, None, None, None]
-    return (source > low[:, 0]) | (target > low[:, 1])
+def _head_mask(centres: Tensor, target: Tensor, thresholds: Tensor) -> Tensor:
+    """Mask (B, 1, H, W) of the pixels above `thresholds` (B, K + 1) in a source (B, K, H, W) or in the target."""
+    images = torch.cat([centres, target], 1)
+    return (images > thresholds[:, :, None, None]).any(1, keepdim=True)
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
@@ -181,9 +213,10 @@ def evaluate(
     network, trained, step = load_generator(measured, device)
     check_same_dataset(measured, trained, config)
     name = evaluation_name(split, weights, dropout)
-    pairs = data.load_pairs(version, split, config.direction, device)
+    load = partial(data.load_pairs, direction=config.direction, device=device, neighbours=config.neighbours)
+    pairs = load(version, split)
     methods = {GENERATED: as_predictor(network, dropout=dropout)}
-    methods |= baselines(data.load_pairs(version, "train", config.direction, device))
+    methods |= baselines(load(version, "train"))
     table = measure(pairs, methods, progress)
     table.insert(1, "split", split)
     table = table.assign(normalisation=NORMALISATION, data_range=DATA_RANGE)
@@ -197,9 +230,10 @@ def evaluate(
         "dropout": dropout,
         "dataset": config.dataset,
         "direction": config.direction,
+        "neighbours": config.neighbours,
         "normalisation": NORMALISATION,
         "data_range": DATA_RANGE,
-        "masks": {"whole": "every pixel", "head": "over Otsu's threshold in source or target"},
+        "masks": {"whole": "every pixel", "head": "over Otsu's threshold in a source or in the target"},
         "summary": json.loads(summary.to_json(orient="records")),
         "comparison": json.loads(comparison.to_json(orient="records")),
     }

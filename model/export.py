@@ -55,7 +55,7 @@ def export(generator: Path, file_format: Format, out: Path) -> tuple[Path, float
     if path.resolve() == generator.resolve():
         raise ExportError(f"{path} is the generator itself; give another -o")
     part = path.with_name(f".part-{path.name}")
-    description = _describe(config, step, trained_on, shape)
+    description = _describe(config, step, trained_on, shape, _inputs(config, file_format))
     description |= {k: metadata[k] for k in ("licence", "credit") if k in metadata}
     try:
         predict = write(generator, network, shape, description, part)
@@ -72,37 +72,58 @@ def export(generator: Path, file_format: Format, out: Path) -> tuple[Path, float
 
 
 def _describe(
-    config: TrainConfig, step: int, trained_on: PlaneSummary | None, shape: tuple[int, int]
+    config: TrainConfig,
+    step: int,
+    trained_on: PlaneSummary | None,
+    shape: tuple[int, int],
+    inputs: Mapping[str, list[dict[str, Any]]],
 ) -> dict[str, Any]:
     """The contents of config.json: what a user of the exported file needs to know."""
     return {
         "config": config.model_dump(mode="json"),
         "step": step,
         "planes": trained_on.model_dump(mode="json") if trained_on else None,
-        "input": {
-            "name": "source",
-            "dtype": "float32",
-            "shape": ["batch", 1, *shape],
-            "range": [-1, 1],
-            "normalisation": NORMALISATION,
-        },
+        "inputs": [
+            {
+                "name": name,
+                "dtype": "float32",
+                "shape": ["batch", len(channels), *shape],
+                "channels": channels,
+                "range": [-1, 1],
+                "normalisation": NORMALISATION,
+            }
+            for name, channels in inputs.items()
+        ],
         "output": {"name": "generated", "dtype": "float32", "shape": ["batch", 1, *shape], "range": [-1, 1]},
     }
+
+
+def _inputs(config: TrainConfig, file_format: Format) -> dict[str, list[dict[str, Any]]]:
+    """The inputs of the exported file, and of each its channels: source, and offset in slices to the superior.
+
+    ONNX has one input for each of several sources, named after it; otherwise there is one, `source`.
+    """
+    channels = [{"source": source, "slice_offset": offset} for source, offset in config.channels]
+    names = list(dict.fromkeys(source for source, _ in config.channels))
+    if file_format == "safetensors" or len(names) == 1:
+        return {"source": channels}
+    return {name: [channel for channel in channels if channel["source"] == name] for name in names}
 
 
 def _onnx_metadata(description: Mapping[str, Any]) -> dict[str, str]:
     """The description as the string properties of an ONNX model; other values than strings become JSON."""
     config = description["config"]
-    source, target = description["input"], description["output"]
+    sources, target = description["inputs"], description["output"]
     orientation = "; x increases to the right, y to anterior (RAS+)" if description["planes"] else ""
     texts = {
         "direction": config["direction"],
         "dataset": config["dataset"],
         "step": description["step"],
-        "input_range": source["range"],
+        "inputs": [{"name": source["name"], "channels": source["channels"]} for source in sources],
+        "input_range": sources[0]["range"],
         "output_range": target["range"],
-        "axes": f"[batch, 1, y, x]{orientation}",
-        "normalisation": source["normalisation"],
+        "axes": f"[batch, channel, y, x]{orientation}",
+        "normalisation": sources[0]["normalisation"],
         "planes": description["planes"],
         "licence": description.get("licence", f"not recorded; that of {config['dataset']}"),
         "credit": description.get("credit", f"not recorded; that of {config['dataset']}"),
@@ -130,14 +151,14 @@ def _write_safetensors(
 
 
 class _PaddedGenerator(nn.Module):
-    """The generator on slices of any size, as synthesis uses it."""
+    """The generator on slices of any size, as synthesis uses it, from a tensor of each source."""
 
     def __init__(self, generator: UNetGenerator) -> None:
         super().__init__()
         self.generator = generator
 
-    def forward(self, source: Tensor) -> Tensor:
-        return self.generator.forward_padded(source)
+    def forward(self, *sources: Tensor) -> Tensor:
+        return self.generator.forward_padded(sources[0] if len(sources) == 1 else torch.cat(sources, 1))
 
 
 def _write_onnx(
@@ -147,17 +168,19 @@ def _write_onnx(
     import onnx
     import onnxruntime
 
+    channels = {source["name"]: source["shape"][1] for source in description["inputs"]}
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():  # torch.onnx.export warns about its own code
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             _PaddedGenerator(network).eval(),
-            (torch.zeros(2, 1, *shape),),  # a batch of 1 would be exported as a constant
+            # A batch of 1 would be exported as a constant.
+            tuple(torch.zeros(2, count, *shape) for count in channels.values()),
             dynamo=True,
-            input_names=["source"],
+            input_names=list(channels),
             output_names=["generated"],
-            dynamic_shapes={"source": {0: torch.export.Dim("batch")}},
+            dynamic_shapes={"sources": ({0: torch.export.Dim("batch")},) * len(channels)},
             verbose=False,
         )
     assert program is not None
@@ -168,7 +191,12 @@ def _write_onnx(
     program.save(path)
     onnx.checker.check_model(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda source: torch.from_numpy(session.run(None, {"source": source.numpy()})[0])
+
+    def predict(source: Tensor) -> Tensor:
+        parts = source.split(list(channels.values()), 1)
+        return torch.from_numpy(session.run(None, {k: v.numpy() for k, v in zip(channels, parts, strict=True)})[0])
+
+    return predict
 
 
 @torch.no_grad()
@@ -177,6 +205,6 @@ def _difference(network: UNetGenerator, exported: Callable[[Tensor], Tensor], sh
     noise = torch.Generator().manual_seed(0)
     furthest = 0.0
     for batch in (1, 3):
-        source = torch.rand((batch, 1, *shape), generator=noise) * 2 - 1
+        source = torch.rand((batch, network.in_channels, *shape), generator=noise) * 2 - 1
         furthest = max(furthest, float((exported(source) - network.forward_padded(source)).abs().max()))
     return furthest

@@ -16,10 +16,10 @@ from model.networks import UNetGenerator, to_device
 GENERATOR_FILE = "generator.safetensors"
 
 Predictor = Callable[[Tensor, Tensor], Tensor]
-"""From sources (B, 1, H, W) in [-1, 1] and their positions in the slab (B,) to predicted targets (B, 1, H, W)."""
+"""From sources (B, C, H, W) in [-1, 1] and their positions in the slab (B,) to predicted targets (B, 1, H, W)."""
 
 BATCH = 16  # slices at a time
-DATASET_FIELDS = ("dataset", "direction", "side")
+DATASET_FIELDS = ("dataset", "direction", "neighbours", "side")
 """Weights are evaluated in a run only if they agree in these: others may have been trained on its test subjects."""
 
 
@@ -46,7 +46,9 @@ def as_predictor(generator: UNetGenerator, *, dropout: bool = False) -> Predicto
 def build_generator(config: TrainConfig) -> UNetGenerator:
     """The generator of a resolved configuration, with new random weights."""
     assert config.side is not None
-    return UNetGenerator(config.side, config.width, config.dropout, config.upsampling, config.norm)
+    return UNetGenerator(
+        config.side, config.width, config.dropout, config.upsampling, config.norm, config.input_channels
+    )
 
 
 def load_generator(path: Path, device: str | torch.device = "cpu") -> tuple[UNetGenerator, TrainConfig, int]:

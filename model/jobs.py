@@ -54,16 +54,17 @@ def prepare_run(root: str | Path, config: TrainConfig, run: str | None = None, s
     version = versions.resolve_version(data_root, wanted)
     folder = data_root.version(version)
     version_metadata = metadata.read_metadata(folder)
-    names = (version_metadata["source"], version_metadata["target"])
-    source, target = parse_direction(config.direction, names)
+    direction = parse_direction(config.direction, version_metadata)
     arrays = open_arrays(folder)
-    if source not in arrays:
-        raise DatasetError(f"{folder / metadata.METADATA} is damaged: it names an array {source} that does not exist")
-    height, width = arrays[source].shape[-2:]
+    missing = [name for name in (*direction.sources, direction.target) if name not in arrays]
+    if missing:
+        path = folder / metadata.METADATA
+        raise DatasetError(f"{path} is damaged: it names an array {missing[0]} that does not exist")
+    height, width = arrays[direction.target].shape[-2:]
     device = pick_device(config.device)
     resolved_fields = {
         "dataset": f"{name}@{version}",
-        "direction": f"{source}->{target}",
+        "direction": str(direction),
         "side": config.side or _largest_side(height, width),
         "precision": default_precision(device) if config.precision == "auto" else config.precision,
         "device": device,

@@ -1,7 +1,7 @@
-"""The networks and losses of pix2pix (Isola et al., 2017, arXiv:1611.07004), on one channel.
+"""The networks and losses of pix2pix (Isola et al., 2017, arXiv:1611.07004), with a target of one channel.
 
-Legend: B, C, H, W are batch, channel, height, width; h, w those of the discriminator's output, one logit per patch.
-Images are in [-1, 1]. All losses are float32 scalars, means over all elements.
+Legend: B, C, H, W are batch, channels of the source, height, width; h, w those of the discriminator's output, one logit
+per patch. Images are in [-1, 1]. All losses are float32 scalars, means over all elements.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ MAX_WIDTH_FACTOR = 8  # channels of the inner levels, in multiples of the width
 class UNetGenerator(nn.Module):
     """A U-Net with skip connections: stride-2 convolutions down to 1 x 1, and transposed convolutions back up.
 
-    From and to (B, 1, side, side). Its only noise is dropout. The defaults are the published network: 8 levels for 256
-    pixels, 54.4 M parameters.
+    From (B, C, side, side) to (B, 1, side, side). Its only noise is dropout. The defaults are the published network: 8
+    levels for 256 pixels, 54.4 M parameters.
 
     Args:
         side: pixels of the square image, a power of two from 32 to 512; it determines the number of levels.
@@ -35,6 +35,7 @@ class UNetGenerator(nn.Module):
         upsampling: `transpose` (published), or `nearest`: resize and convolve, which avoids checkerboard artifacts.
         norm: `instance` (affine), `batch`, or `none`. The published batch norm uses the statistics of the batch at test
             time too; at batch size 1 that is instance norm.
+        in_channels: C.
 
     Raises:
         ValueError: `side` is not supported.
@@ -47,11 +48,12 @@ class UNetGenerator(nn.Module):
         dropout: float = 0.5,
         upsampling: Upsampling = "transpose",
         norm: Norm = "instance",
+        in_channels: int = 1,
     ) -> None:
         super().__init__()
         if side not in SIDES:
             raise ValueError(f"side is {side}; the generator takes a power of two from 32 to 512")
-        self.side = side
+        self.side, self.in_channels = side, in_channels
         levels = side.bit_length() - 1
         channels = [width * min(2**level, MAX_WIDTH_FACTOR) for level in range(levels)]
         self.down = nn.ModuleList()
@@ -61,7 +63,7 @@ class UNetGenerator(nn.Module):
             self.down.append(
                 nn.Sequential(
                     *([] if outermost else [nn.LeakyReLU(0.2)]),
-                    Conv2d(1 if outermost else channels[level - 1], wide, 4, 2, 1),
+                    Conv2d(in_channels if outermost else channels[level - 1], wide, 4, 2, 1),
                     # A norm of the 1 x 1 image would set it to 0.
                     *([] if outermost or innermost else [_norm(norm, wide)]),
                 )
@@ -93,7 +95,7 @@ class UNetGenerator(nn.Module):
         return x
 
     def forward_padded(self, source: Tensor) -> Tensor:
-        """Generate from (B, 1, H, W) of any size, padded with background (-1) to the next multiples of `side`."""
+        """Generate from (B, C, H, W) of any size, padded with background (-1) to the next multiples of `side`."""
         height, width = source.shape[-2:]
         padded = functional.pad(source, (0, -width % self.side, 0, -height % self.side), value=-1.0)
         generated: Tensor = self(padded)
@@ -101,16 +103,18 @@ class UNetGenerator(nn.Module):
 
 
 class PatchDiscriminator(nn.Module):
-    """Classify overlapping patches of a pair as real or generated: (B, 1, H, W), twice, to logits (B, 1, h, w).
+    """Classify overlapping patches of a pair as real or generated.
+
+    From source (B, C, H, W) and target (B, 1, H, W) to logits (B, 1, h, w).
 
     Each logit sees `receptive_field` x `receptive_field` pixels: 70 with three layers (published), 34 with two, 16 with
     one, for small images.
     """
 
-    def __init__(self, width: int = 64, layers: int = 3, norm: Norm = "instance") -> None:
+    def __init__(self, width: int = 64, layers: int = 3, norm: Norm = "instance", source_channels: int = 1) -> None:
         super().__init__()
         strides = [2] * layers + [1, 1]
-        channels = [2, *(width * min(2**n, MAX_WIDTH_FACTOR) for n in range(layers + 1)), 1]
+        channels = [source_channels + 1, *(width * min(2**n, MAX_WIDTH_FACTOR) for n in range(layers + 1)), 1]
         blocks: list[nn.Module] = []
         for n, stride in enumerate(strides):
             first, last = n == 0, n == len(strides) - 1

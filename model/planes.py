@@ -1,4 +1,4 @@
-"""Summarise the planes that a generator was trained on, and define the same planes in another volume.
+"""Summarise the planes that a generator was trained on, and define the same planes in other volumes.
 
 Legend: volumes are [k, j, i] as stored; planes are [z, y, x]: x increases to the right, y to
 anterior, z to superior (RAS+), along the volume's own axes; matrices are 4 x 4, to RAS mm. `PlaneSummary` is stored in
@@ -17,7 +17,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ixi_etl.config import format_validation_error
 from ixi_etl.dataset import manifest, metadata
@@ -29,6 +29,7 @@ from model.data import Pairs
 
 BINS = 32  # of the histograms
 HISTOGRAM_SUBJECTS = 32  # training subjects that the histograms average over, at most
+MAX_SOURCES = 8
 SAME_SPACING = 1e-3  # relative; scanners write spacings with noise in the last digits
 _AXES = ("RL", "AP", "SI")
 
@@ -39,29 +40,55 @@ Intensity = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 Shares = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=BINS, max_length=BINS)]
 
 
+class SourceSummary(BaseModel):
+    """One source of the training planes.
+
+    Attributes:
+        spacing_mm: voxel size of the scan along x, y, z, the median over the training subjects.
+        histogram: mean of `histogram` over the training subjects.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    spacing_mm: tuple[Millimetres, Millimetres, Millimetres]
+    histogram: Shares
+
+
 class PlaneSummary(BaseModel):
-    """Geometry and intensities of the training planes: how to prepare a volume and how to scale the output.
+    """Geometry and intensities of the training planes: how to prepare volumes and how to scale the output.
 
     Attributes:
         shape: height (y) and width (x) of a training slice.
         spacing_mm: pixel size along x and y. This and all fields below are medians over the training subjects.
-        slab_mm: thickness of the slab that was trained on, and whose percentiles were mapped to -1 and 1.
+        slice_mm: distance of the slices; None in files of older versions, whose generators take no neighbours.
+        slab_mm: thickness of the slab whose percentiles were mapped to -1 and 1: the slices that were trained on, and
+            the margin.
         slab_offset_mm: distance of its middle above the middle of the stack that it was cut from.
-        source_spacing_mm: voxel size of the source scan along x, y, z.
+        sources: the sources, in the order of the direction.
         target_low_high: percentiles 0.1 and 99.9 of the target's slab, in the scanner's units.
-        source_histogram, target_histogram: means of `histogram` over the training subjects.
+        target_histogram: mean of `histogram` over the training subjects.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     shape: tuple[Pixels, Pixels]
     spacing_mm: tuple[Millimetres, Millimetres]
+    slice_mm: Millimetres | None = None
     slab_mm: Millimetres
     slab_offset_mm: Annotated[float, Field(ge=-1e3, le=1e3)]
-    source_spacing_mm: tuple[Millimetres, Millimetres, Millimetres]
+    sources: Annotated[tuple[SourceSummary, ...], Field(min_length=1, max_length=MAX_SOURCES)]
     target_low_high: tuple[Intensity, Intensity]
-    source_histogram: Shares
     target_histogram: Shares
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_single_source(cls, given: Any) -> Any:
+        """Files of older versions have the fields of a single source beside the others."""
+        if not isinstance(given, dict) or "sources" in given:
+            return given
+        fields = dict(given)
+        names = {"spacing_mm": "source_spacing_mm", "histogram": "source_histogram"}
+        return fields | {"sources": [{new: fields.pop(old) for new, old in names.items() if old in fields}]}
 
 
 def parse(path: Path, generator: dict[str, Any]) -> PlaneSummary | None:
@@ -83,27 +110,35 @@ def summarise(version: Path, pairs: Pairs) -> PlaneSummary | None:
 
     That is the case for pairs by index, whose source and target show different planes, and for digits.
     """
-    if metadata.read_metadata(version)["inputs"]["config"].get("pairing") != "anatomical":
+    version_metadata = metadata.read_metadata(version)
+    if version_metadata["inputs"]["config"].get("pairing") != "anatomical":
         return None
-    source, target = pairs.direction
+    reference, target = version_metadata["target"], pairs.direction.target  # the window is that of the reference
     table = manifest.used_rows(metadata.read_manifest(version)).set_index("subject_id").loc[list(pairs.subjects)]
+    rows = manifest.to_records(table)
     affines = np.asarray(open_arrays(version)[f"{target}_affine"])[table["store_row"].to_numpy(np.int64)]
     x, y, z = np.median(np.linalg.norm(affines[:, :3, :3], axis=1), axis=0).round(6).tolist()
-    offsets = [
-        (row["t2_window_start"] + row["t2_window_stop"] - _along_xyz(row, "t2", "shape")[2]) / 2
-        for row in manifest.to_records(table)
-    ]
-    spacings = [_along_xyz(row, source, "spacing_mm") for row in manifest.to_records(table)]
+    depths = [_along_xyz(row, reference, "shape")[2] for row in rows]
+    ends = [row[f"{reference}_window_start"] + row[f"{reference}_window_stop"] for row in rows]
     scale, offset = (torch.tensor(table[f"{target}_{c}"].to_numpy("float32"))[:, None] for c in ("scale", "offset"))
-    low, high = (pairs.target_range.cpu() * scale + offset).quantile(0.5, dim=0).tolist()
+    low, high = (pairs.target.low_high.cpu() * scale + offset).quantile(0.5, dim=0).tolist()
+    *source_histograms, target_histogram = _histograms(pairs)
+    sources = [
+        SourceSummary(
+            spacing_mm=tuple(np.median([_along_xyz(row, name, "spacing_mm") for row in rows], axis=0).tolist()),
+            histogram=shares,
+        )
+        for name, shares in zip(pairs.direction.sources, source_histograms, strict=True)
+    ]
     return PlaneSummary(
-        shape=(pairs.source.shape[-2], pairs.source.shape[-1]),
+        shape=pairs.shape,
         spacing_mm=(x, y),
-        slab_mm=(int(pairs.position.max()) + 1) * z,
-        slab_offset_mm=float(np.median(offsets)) * z,
-        source_spacing_mm=tuple(np.median(spacings, axis=0).tolist()),
+        slice_mm=z,
+        slab_mm=(pairs.slices + 2 * pairs.margin) * z,
+        slab_offset_mm=float(np.median(np.subtract(ends, depths) / 2)) * z,
+        sources=tuple(sources),
         target_low_high=(low, high),
-        **_histograms(pairs),
+        target_histogram=target_histogram,
     )
 
 
@@ -113,16 +148,16 @@ def _along_xyz(row: dict[str, Any], name: str, column: str) -> list[float]:
     return [values[next(n for n, letter in enumerate(letters) if letter in axis)] for axis in _AXES]
 
 
-def _histograms(pairs: Pairs) -> dict[str, tuple[float, ...]]:
-    """Mean histograms over up to `HISTOGRAM_SUBJECTS` subjects, evenly spread."""
+def _histograms(pairs: Pairs) -> list[tuple[float, ...]]:
+    """Mean histograms of the sources and of the target, over up to `HISTOGRAM_SUBJECTS` subjects, evenly spread."""
     count = len(pairs.subjects)
-    sums = np.zeros((2, BINS))
+    sums = np.zeros((len(pairs.sources) + 1, BINS))
     chosen = np.unique(np.linspace(0, count - 1, min(count, HISTOGRAM_SUBJECTS)).round().astype(int))
     for subject in chosen.tolist():
-        slabs = pairs.normalised(torch.nonzero(pairs.subject == subject).flatten())
-        sums += [histogram(slab.cpu().numpy()) for slab in slabs]
-    source, target = (sums / len(chosen)).round(6).tolist()
-    return {"source_histogram": tuple(source), "target_histogram": tuple(target)}
+        source, target = pairs.normalised(torch.nonzero(pairs.subject == subject).flatten())
+        slabs = torch.cat([pairs.centres(source), target], 1).cpu().numpy()
+        sums += [histogram(slabs[:, n]) for n in range(len(sums))]
+    return [tuple(shares) for shares in (sums / len(chosen)).round(6).tolist()]
 
 
 def histogram(slab: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -45,7 +45,8 @@ def run_report(run: Path) -> str:
     record = read_json(run / "config.json")
     metrics = _table(run / "metrics.csv", "step", "ms_per_step", "images_per_s", "peak_memory_mb")
     validation = _table(run / "validation.csv", "step", *MEASURES)
-    steps, samples = _samples(run / "samples")
+    kinds = source_kinds(record["config"]["direction"].partition("->")[0].split("+"))
+    steps, samples = _samples(run / "samples", kinds)
     return page.render_page(
         "run.html",
         "model",
@@ -110,20 +111,27 @@ def _speed(metrics: pd.DataFrame) -> dict[str, str]:
     }
 
 
-def _samples(folder: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """The titles of the frames; and for each sample its images: source and target once, the others for each frame."""
+def source_kinds(sources: Sequence[str]) -> list[str]:
+    """The names of the images of the sources in a sample: `source`, or if there are several, `source-t1` and so on."""
+    return ["source"] if len(sources) == 1 else [f"source-{name}" for name in sources]
+
+
+def _samples(folder: Path, kinds: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The titles of the frames; and for each sample its images: sources and target once, the others for each frame."""
     drawn = sorted(p for p in folder.glob("step-*") if p.is_dir())
     last = len(drawn) - 1
     drawn = [drawn[round(k * last / (FRAMES - 1))] for k in range(FRAMES)] if last >= FRAMES else drawn
-    names = sorted(p.name.removesuffix("-source.png") for p in drawn[-1].glob("*-source.png")) if drawn else []
+    names = sorted(p.name.removesuffix("-target.png") for p in drawn[-1].glob("*-target.png")) if drawn else []
     samples = []
     for name in names:
         subject, _, position = name.rpartition("-")
         samples.append(
             {
                 "label": f"{subject}, slice {position}",
-                "small": Image.open(drawn[-1] / f"{name}-source.png").width < SMALL,
-                **{kind: _uri(drawn[-1] / f"{name}-{kind}.png") for kind in ("source", "target")},
+                "small": Image.open(drawn[-1] / f"{name}-target.png").width < SMALL,
+                "fixed": {
+                    kind.replace("-", " "): _uri(drawn[-1] / f"{name}-{kind}.png") for kind in (*kinds, "target")
+                },
                 **{kind: [_uri(step / f"{name}-{kind}.png") for step in drawn] for kind in ("generated", "error")},
             }
         )

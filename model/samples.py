@@ -1,4 +1,7 @@
-"""Draw sample sheets: source, target, generated and absolute error of fixed subjects, in grey and in colour."""
+"""Draw sample sheets: sources, target, generated and absolute error of fixed subjects, in grey and in colour.
+
+Of each source the slice at the target's place is shown, not its neighbours.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 from ixi_etl.core.files import to_json, write_atomic
+from model.config import Direction
 from model.data import Pairs
 from model.generator import as_predictor
 from model.networks import UNetGenerator
-from model.report import SAMPLED
+from model.report import SAMPLED, source_kinds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUBJECTS_SHOWN = 6
-COLUMNS = ("source", "target", "generated", "error")
 COLOUR_MAPS = {"gray": ("gray", "gray"), "colour": ("viridis", "inferno")}  # for images, for errors
 ERROR_SHOWN = 0.5  # upper end of the error's scale, as a share of the data range
 
@@ -41,7 +44,9 @@ def draw_samples(generator: UNetGenerator, pairs: Pairs, folder: Path, name: str
     index = choose_slices(pairs)
     source, target = pairs.normalised(index)
     generated = as_predictor(generator)(source, pairs.position[index])
-    rows = {"source": source, "target": target, "generated": generated, "error": (generated - target).abs() / 2}
+    sources = pairs.centres(source).split(1, dim=1)
+    rows = dict(zip(source_kinds(pairs.direction.sources), sources, strict=True))
+    rows |= {"target": target, "generated": generated, "error": (generated - target).abs() / 2}
     flip = -1 if pairs.origin == "lower" else 1  # the first row of a PNG is its top
     images = {kind: values[:, 0].cpu().numpy()[:, ::flip] for kind, values in rows.items()}
     labels = [f"{pairs.subjects[int(pairs.subject[i])]} slice {int(pairs.position[i])}" for i in index]
@@ -51,14 +56,14 @@ def draw_samples(generator: UNetGenerator, pairs: Pairs, folder: Path, name: str
         scale = (0.0, ERROR_SHOWN) if kind == "error" else (-1.0, 1.0)
         for label, image in zip(labels, values, strict=True):
             _save_gray(image, scale, singles / f"{label.replace(' slice ', '-')}-{kind}.png")
-    write_atomic(folder / SAMPLED, to_json({"split": pairs.split, "direction": list(pairs.direction)}))
+    shown = {"split": pairs.split, "direction": [*pairs.direction.sources, pairs.direction.target]}
+    write_atomic(folder / SAMPLED, to_json(shown))
+    around = f", neighbours {pairs.neighbours}" if pairs.neighbours else ""
+    title = f"{name}, {pairs.direction}{around}, split {pairs.split}"
     paths = []
     for kind, maps in COLOUR_MAPS.items():
-        figure = _sheet(
-            images, labels, pairs.direction, maps, f"{name}, {' -> '.join(pairs.direction)}, split {pairs.split}"
-        )
         path = folder / f"{name}-{kind}.png"
-        figure.savefig(path)
+        _sheet(images, labels, pairs.direction, maps, title).savefig(path)
         paths.append(path)
     return paths
 
@@ -69,17 +74,16 @@ def _save_gray(image: np.ndarray, scale: tuple[float, float], path: Path) -> Non
 
 
 def _sheet(
-    images: dict[str, np.ndarray], labels: Sequence[str], direction: tuple[str, str], maps: tuple[str, str], title: str
+    images: dict[str, np.ndarray], labels: Sequence[str], direction: Direction, maps: tuple[str, str], title: str
 ) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.2 * len(COLUMNS) + 0.8, 2.35 * len(labels) + 0.5), dpi=110, layout="constrained")
-    axes = figure.subplots(len(labels), len(COLUMNS), squeeze=False)
-    titles = dict(
-        zip(COLUMNS, (f"source ({direction[0]})", f"target ({direction[1]})", "generated", "|error|"), strict=True)
-    )
+    figure = Figure(figsize=(2.2 * len(images) + 0.8, 2.35 * len(labels) + 0.5), dpi=110, layout="constrained")
+    axes = figure.subplots(len(labels), len(images), squeeze=False)
+    names = [f"source ({name})" for name in direction.sources]
+    titles = [*names, f"target ({direction.target})", "generated", "|error|"]
     for row, label in enumerate(labels):
-        for column, kind in enumerate(COLUMNS):
+        for column, kind in enumerate(images):
             axis = axes[row, column]
             error = kind == "error"
             shown = axis.imshow(
@@ -91,7 +95,7 @@ def _sheet(
             )
             axis.set(xticks=[], yticks=[])
             if row == 0:
-                axis.set_title(titles[kind], fontsize=9)
+                axis.set_title(titles[column], fontsize=9)
             if column == 0:
                 axis.set_ylabel(label, fontsize=7)
     figure.colorbar(shown, ax=axes[:, -1], label="|error| as a share of the data range", fraction=0.1)

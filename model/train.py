@@ -73,7 +73,7 @@ def train(
         on_start()
 
     # Load the data and make the networks.
-    pairs = data.load_pairs(version, "train", config.direction, device)
+    pairs = data.load_pairs(version, "train", config.direction, device, config.neighbours)
     sampled_pairs, validation_pairs = _load_validation(version, config, pairs, device)
     with _out_of_memory_as_user_error("before the first step", "a smaller width"):
         trainer, start = Trainer(config, device), 0
@@ -155,8 +155,9 @@ def save_best_generator(
 ) -> None:
     """Write the generator with the best validation (without validation: the last) to a file of its own.
 
-    The file holds all that synthesis needs: the weights, the configuration, the geometry of the training planes, and
-    the licence and credit of the dataset, under which it may be passed on.
+    The file holds all that synthesis needs: the weights, the configuration, the source and the slice offset of each
+    input channel, the geometry of the training planes, and the licence and credit of the dataset, under which it may be
+    passed on.
 
     Raises:
         CheckpointError: the run has no valid checkpoint.
@@ -166,8 +167,8 @@ def save_best_generator(
         raise CheckpointError(f"{run / 'checkpoints'} has no valid checkpoint; train again")
     weights = generator_weights(checkpoint.load(best.path)[0])
     record = {"step": best.step, "config": config.model_dump(mode="json"), "validation": best.validation}
-    record |= {"planes": trained_on.model_dump(mode="json") if trained_on else None, **licence}
-    checkpoint.save(run / GENERATOR_FILE, weights, record)
+    record |= {"channels": config.channels, "planes": trained_on.model_dump(mode="json") if trained_on else None}
+    checkpoint.save(run / GENERATOR_FILE, weights, {**record, **licence})
 
 
 def _load_validation(
@@ -175,7 +176,7 @@ def _load_validation(
 ) -> tuple[Pairs, Pairs | None]:
     """Pairs for samples and for validation: the validation split; if it is empty, the training split and None."""
     try:
-        held_out = data.load_pairs(version, "val", config.direction, device)
+        held_out = data.load_pairs(version, "val", config.direction, device, config.neighbours)
     except errors.EmptySplitError as error:
         log.warning("%s: no validation; the last checkpoint counts as the best, and samples show training data", error)
         return pairs, None

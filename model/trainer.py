@@ -42,7 +42,9 @@ class Trainer:
         self.generator = to_device(build_generator(config), device)
         self.discriminator: PatchDiscriminator | None = None
         if config.adversarial != "none":
-            discriminator = PatchDiscriminator(config.discriminator_width, config.discriminator_layers, config.norm)
+            discriminator = PatchDiscriminator(
+                config.discriminator_width, config.discriminator_layers, config.norm, config.input_channels
+            )
             self.discriminator = to_device(discriminator, device)
         torch.manual_seed(config.seed + self.rank)  # different dropout in each
         both = {"generator": self.generator, "discriminator": self.discriminator}
@@ -85,7 +87,10 @@ class Trainer:
             yield
 
     def step(self, source: Tensor, target: Tensor, lr: float) -> Tensor:
-        """Train on one batch (B, 1, H, W) in [-1, 1]; return the losses (6,), in the order of `LOSSES`."""
+        """Train on one batch in [-1, 1]; return the losses (6,), in the order of `LOSSES`.
+
+        `source` is (B, C, H, W), `target` (B, 1, H, W).
+        """
         if lr != self._lr:
             self._set_lr(lr)
         source = source.contiguous(memory_format=torch.channels_last)

@@ -61,7 +61,8 @@ TORCH_MISSING = (
 
 GROUPS = {
     "trained": (
-        "train evaluate synthesize synthesize_files export run_report docs examples digits trainer networks data"
+        "train evaluate synthesize synthesize_files export run_report docs examples digits trainer networks data "
+        "neighbours"
     ),
     "s3": "s3 remote_runs strays odd_filesystems security prune",
 }

@@ -9,7 +9,9 @@ import nibabel as nib
 import numpy as np
 
 from model import planes
-from model.planes import PlaneSummary
+from model.config import Direction
+from model.planes import PlaneSummary, SourceSummary
+from model.sources import Scan
 from model.synthesize import Trained
 
 
@@ -20,12 +22,16 @@ def identity(shape: tuple[int, int] = (24, 24), spacing_mm: float = 2.0, low_hig
         spacing_mm=(spacing_mm, spacing_mm),
         slab_mm=14.0,
         slab_offset_mm=0.0,
-        source_spacing_mm=(2.0, 2.0, 2.0),
+        sources=(SourceSummary(spacing_mm=(2.0, 2.0, 2.0), histogram=tuple(np.eye(planes.BINS)[20])),),
         target_low_high=low_high,
-        source_histogram=tuple(np.eye(planes.BINS)[20]),
         target_histogram=tuple(np.eye(planes.BINS)[1]),
     )
-    return Trained(lambda source, _: source, summary, ("t1", "t2"), "cpu", {"GeneratorSHA256": "0" * 64})
+    return Trained(lambda source, _: source, summary, Direction(("t1",), "t2"), "cpu", {"GeneratorSHA256": "0" * 64})
+
+
+def t1(values: np.ndarray, affine: np.ndarray, scale: tuple[float, float] = (1.0, 0.0)) -> dict[str, Scan]:
+    """The scans of a generator that takes a T1."""
+    return {"t1": Scan(values, affine, scale)}
 
 
 def head(shape_ijk: tuple[int, ...], affine: np.ndarray) -> np.ndarray:

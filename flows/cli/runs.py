@@ -129,7 +129,7 @@ def evaluate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a trained generator by subject (PSNR, SSIM, MAE), compared with three baselines.
+    """Measure a trained generator by subject (PSNR, SSIM, MAE), compared with simple baselines.
 
     Writes evaluation-SPLIT.csv (one row per subject, method and mask) and evaluation-SPLIT.json into the run. With
     --weights or --dropout the files have other names.
@@ -162,8 +162,17 @@ def evaluate(
 @app.command()
 def synthesize(
     run: Annotated[str, typer.Argument(help="Name of a run, a unique prefix of it, or latest; or a generator file.")],
-    inputs: Annotated[list[Path], typer.Argument(help="NIfTI volumes (.nii, .nii.gz), or folders of them.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="A .nii or .nii.gz file for one input, otherwise a folder.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="A .nii or .nii.gz file for one output, else a folder.")],
+    inputs: Annotated[
+        list[Path] | None, typer.Argument(help="NIfTI volumes (.nii, .nii.gz), or folders of them.", show_default=False)
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE",
+            help="A volume of each source, if the generator takes several; the output is on the grid of the first.",
+        ),
+    ] = None,
     root: Root = DEFAULT_ROOT,
     scratch: Scratch = None,
     device: Annotated[
@@ -174,7 +183,9 @@ def synthesize(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Generate a whole volume of the other modality from each input, on the grid of the input.
+    """Generate a whole volume of another modality from each input, on the grid of the input.
+
+    A generator that takes several sources gets a volume of each: --source t1=a.nii.gz --source pd=b.nii.gz.
 
     Writes a JSON file next to each output that records how it was made.
     """
@@ -184,16 +195,16 @@ def synthesize(
 
     if is_configured():
         chosen = {"root": root, "scratch": scratch, "device": device, "dropout": dropout, "seed": seed}
-        written: list[Path] = run_flow("synthesize", run, inputs, out, **chosen)
+        written: list[Path] = run_flow("synthesize", run, inputs or [], out, sources=source, **chosen)
     else:
         from flows.progress import show_progress
+        from model import outputs, volumes
         from model import synthesize as synthesis
-        from model import volumes
         from model.devices import pick_device
 
         generator = synthesis.find_generator(root, run, scratch)
         trained = synthesis.load_trained(generator, pick_device(device), dropout=dropout, seed=seed)
-        jobs = volumes.plan_outputs(inputs, out, trained.direction)
+        jobs = outputs.plan_outputs(inputs or [], out, trained.direction, source or [])
         with show_progress() as progress:
             written = volumes.synthesize(trained, jobs, progress)
     output.items("written", written)

@@ -30,8 +30,8 @@ def test_a_split_keeps_its_stored_values_and_order(published: PublishedVersion) 
         pairs = data.load_pairs(published.folder, split)
         rows = used[used["split"] == split]
         assert pairs.subjects == rows["subject_id"].tolist()
-        for name, loaded in (("t1", pairs.source), ("t2", pairs.target)):
-            stored = np.concatenate([np.asarray(arrays[name][row]) for row in rows["store_row"]])
+        for name, loaded in (("t1", pairs.sources[0].stored), ("t2", pairs.target.stored)):
+            stored = np.stack([np.asarray(arrays[name][row]) for row in rows["store_row"]])
             assert loaded.dtype == torch.int16
             np.testing.assert_array_equal(loaded.numpy(), stored)
 
@@ -45,8 +45,8 @@ def test_no_subject_is_in_two_splits(published: PublishedVersion) -> None:
 def test_the_other_direction_swaps_the_arrays(published: PublishedVersion) -> None:
     split = split_with_subjects(published)
     forward, backward = (data.load_pairs(published.folder, split, d) for d in ("t1->t2", "t2->t1"))
-    assert torch.equal(forward.source, backward.target)
-    assert torch.equal(forward.target_range, backward.source_range)
+    assert torch.equal(forward.sources[0].stored, backward.target.stored)
+    assert torch.equal(forward.target.low_high, backward.sources[0].low_high)
 
 
 def test_the_percentiles_are_mapped_to_minus_one_and_one(published: PublishedVersion) -> None:
@@ -56,7 +56,7 @@ def test_the_percentiles_are_mapped_to_minus_one_and_one(published: PublishedVer
     for subject, name in enumerate(pairs.subjects):
         index = torch.nonzero(pairs.subject == subject).flatten()
         _, target = pairs.normalised(index)
-        raw = pairs.target[index].numpy().astype(float)
+        raw = pairs.target.stored[subject].numpy().astype(float)
         low, high = used.loc[name, "t2_p_low"], used.loc[name, "t2_p_high"]
         wanted = np.clip((raw - low) / (high - low) * 2 - 1, -1, 1)
         np.testing.assert_allclose(target[:, 0].numpy(), wanted, atol=1e-5)
@@ -68,7 +68,7 @@ def test_the_percentiles_are_mapped_to_minus_one_and_one(published: PublishedVer
     ("split", "direction", "message"),
     [
         ("holdout", None, "has no subject in split holdout"),
-        ("train", "t1->pd", "direction 't1->pd' does not fit the dataset; use t1->t2 or t2->t1"),
+        ("train", "t1->pd", "direction 't1->pd' names pd; the arrays of ixi-t1-t2 are t1, t2: use for example t1->t2"),
     ],
 )
 def test_an_empty_split_and_an_unknown_array_are_one_line_errors(
@@ -166,7 +166,7 @@ def test_a_crop_larger_than_the_slices_is_refused() -> None:
 
 def test_normalise_does_not_change_its_input() -> None:
     for dtype in (torch.int16, torch.float32):
-        stored = torch.tensor([[[0, 50, 100, 200]]], dtype=dtype)
+        stored = torch.tensor([[[[0, 50, 100, 200]]]], dtype=dtype)
         found = data.normalise(stored, torch.tensor([[0.0, 100.0]]))
         assert found.flatten().tolist() == [-1, 0, 1, 1]
         assert stored.flatten().tolist() == [0, 50, 100, 200]

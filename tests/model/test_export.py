@@ -87,7 +87,7 @@ def test_safetensors_have_equal_weights_and_metadata(upsampling: str, tmp_path: 
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
     assert find_generator(tmp_path / "no root", str(tmp_path / "out")) == path
     description = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (description["step"], description["config"]["width"], description["input"]["shape"]) == (
+    assert (description["step"], description["config"]["width"], description["inputs"][0]["shape"]) == (
         7,
         4,
         ["batch", 1, 48, 32],

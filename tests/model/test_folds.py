@@ -43,7 +43,7 @@ def pairs(version: Path) -> Pairs:
 
 def test_sessions_of_different_grids_become_one_version(pairs: Pairs) -> None:
     assert len(pairs.subjects) == len(SESSIONS)
-    assert pairs.source.shape == (4 * len(SESSIONS), 64, 64)
+    assert pairs.sources[0].stored.shape == (len(SESSIONS), 4, 64, 64)
     assert folds.people_of(pairs) == PEOPLE
 
 
@@ -55,10 +55,10 @@ def test_no_person_is_in_both_parts_of_a_fold(pairs: Pairs) -> None:
         assert len(train) + len(test) == len(pairs)
         for part in (train, test):
             for n, subject in enumerate(part.subjects):
-                whole = pairs.subject == pairs.subjects.index(subject)
-                assert (part.source[part.subject == n] == pairs.source[whole]).all()
-                assert (part.target[part.subject == n] == pairs.target[whole]).all()
-                assert (part.target_range[n] == pairs.target_range[pairs.subjects.index(subject)]).all()
+                whole = pairs.subjects.index(subject)
+                assert (part.sources[0].stored[n] == pairs.sources[0].stored[whole]).all()
+                assert (part.target.stored[n] == pairs.target.stored[whole]).all()
+                assert (part.target.low_high[n] == pairs.target.low_high[whole]).all()
 
 
 def test_every_session_is_measured_once_by_every_method(version: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL_NETWORKS
-from heads import head, identity, nifti_of, volume_of
+from heads import head, identity, nifti_of, t1, volume_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from profiles import examples
@@ -60,7 +60,7 @@ def test_an_identity_generator_returns_the_input_for_every_orientation(
     source = tmp_path / "x-T1.nii"
     source.write_bytes(nifti_of(values, affine))
     trained = identity((40, 40), 1.7)
-    low, high = synthesize.synthesize_volume(trained, values, affine).source_low_high
+    low, high = synthesize.synthesize_volume(trained, t1(values, affine)).source_low_high["t1"]
     out = volumes.synthesize_file(identity((40, 40), 1.7, (low, high)), source, tmp_path / "out.nii.gz")
     before, after = nib.load(source), nib.load(out)
     np.testing.assert_array_equal(after.affine, before.affine)
@@ -82,8 +82,8 @@ def test_a_volume_with_the_training_spacing_is_not_interpolated(orientation: str
     affine = rigid((5, 4, -3), (2, 1, 0)) @ grid_affine(shape, (2.0, 2.0, 2.0), orientation)
     values = np.random.default_rng(0).uniform(0, 1000, shape[::-1]).astype(np.float32)
     trained = identity()
-    low, high = synthesize.synthesize_volume(trained, values, affine).source_low_high
-    again = synthesize.synthesize_volume(identity(low_high=(low, high)), values, affine)
+    low, high = synthesize.synthesize_volume(trained, t1(values, affine)).source_low_high["t1"]
+    again = synthesize.synthesize_volume(identity(low_high=(low, high)), t1(values, affine))
     np.testing.assert_allclose(again.values, values.clip(low, high), atol=0.01)
 
 
@@ -92,12 +92,12 @@ def test_a_volume_wider_than_a_training_slice_is_centred_on_its_head() -> None:
     affine = grid_affine(shape, (2.0, 2.0, 2.0), "RAS")
     affine[0, 3] -= 25  # the head, at the world's origin, is far from the middle of the volume
     values = head(shape, affine)
-    made = synthesize.synthesize_volume(identity(), values, affine)
-    low, high = made.source_low_high
-    again = synthesize.synthesize_volume(identity(low_high=(low, high)), values, affine)
+    made = synthesize.synthesize_volume(identity(), t1(values, affine))
+    low, high = made.source_low_high["t1"]
+    again = synthesize.synthesize_volume(identity(low_high=(low, high)), t1(values, affine))
     np.testing.assert_allclose(again.values[values > 200], values[values > 200].clip(low, high), atol=0.01)
     assert made.warnings == []
-    too_small = synthesize.synthesize_volume(identity(shape=(8, 8)), values, affine)
+    too_small = synthesize.synthesize_volume(identity(shape=(8, 8)), t1(values, affine))
     assert "of the head is outside the 16 x 16 mm of a training slice" in too_small.warnings[0]
 
 
@@ -112,7 +112,7 @@ def test_planes_without_a_head_are_left_empty() -> None:
         seen.extend(position.tolist())
         return torch.ones_like(source)
 
-    got = synthesize.synthesize_volume(replace(trained, predict=draws_everywhere), values, affine).values
+    got = synthesize.synthesize_volume(replace(trained, predict=draws_everywhere), t1(values, affine)).values
     assert seen == list(range(15))
     assert (got[:15] == 20).all()
     assert (got[15:] == 10).all()
@@ -127,7 +127,7 @@ def test_evaluation_and_synthesis_generate_the_same_slices(
     run = prepare_run(tmp_path, TrainConfig.model_validate(SMALL | {"direction": direction}), "a")
     path = train_run(run)
     trained = synthesize.load_trained(path)
-    source, _ = trained.direction
+    (source,) = trained.direction.sources
     pairs = data.load_pairs(published.folder, "train", direction)
     rows = manifest.used_rows(metadata.read_manifest(published.folder))
     row = rows[rows["subject_id"] == pairs.subjects[0]].iloc[0]
@@ -154,10 +154,12 @@ def test_the_generator_records_its_training_planes(loaded: Trained, published: P
     assert wanted.shape == (height, width)
     assert wanted.spacing_mm == pytest.approx((3.75, 3.75))  # the phantom's, a quarter of IXI's resolution
     assert wanted.slab_mm == pytest.approx(slices * 5)
-    assert wanted.source_spacing_mm == pytest.approx((4.8, 3.75, 3.75))  # sagittal slices of 4.8 mm
+    (source,) = wanted.sources
+    assert source.spacing_mm == pytest.approx((4.8, 3.75, 3.75))  # sagittal slices of 4.8 mm
+    assert wanted.slice_mm == pytest.approx(5)
     assert wanted.target_low_high == pytest.approx((rows["t2_p_low"].median(), rows["t2_p_high"].median()))
-    assert sum(wanted.source_histogram) == pytest.approx(1, abs=1e-4)
-    assert planes.histogram_distance(wanted.source_histogram, wanted.target_histogram) > 0.05
+    assert sum(source.histogram) == pytest.approx(1, abs=1e-4)
+    assert planes.histogram_distance(source.histogram, wanted.target_histogram) > 0.05
 
 
 def test_the_slab_is_at_the_position_of_the_training_window(published: PublishedVersion, loaded: Trained) -> None:
@@ -172,7 +174,7 @@ def test_the_slab_is_at_the_position_of_the_training_window(published: Published
 
 def test_another_spacing_gives_a_warning(tmp_path: Path) -> None:
     affine = grid_affine((20, 20, 10), (2, 2, 4), "LAS")
-    made = synthesize.synthesize_volume(identity(), head((20, 20, 10), affine), affine)
+    made = synthesize.synthesize_volume(identity(), t1(head((20, 20, 10), affine), affine))
     assert made.warnings[0].startswith("voxels of 2 x 2 x 4 mm (along x, y, z) are far from the 2 x 2 x 2 mm")
 
 
@@ -223,10 +225,10 @@ def test_only_histograms_near_the_targets_give_a_warning(
 ) -> None:
     """A T1 of another protocol is far from both histograms, and often nearer to the T2s'."""
     trained = identity()
-    distances = {trained.planes.source_histogram: to_source, trained.planes.target_histogram: to_target}
+    distances = {trained.planes.sources[0].histogram: to_source, trained.planes.target_histogram: to_target}
     monkeypatch.setattr(planes, "histogram_distance", lambda _, other: distances[other])
     affine = grid_affine((20, 20, 20), (2, 2, 2), "LAS")
-    warnings = synthesize.synthesize_volume(trained, head((20, 20, 20), affine), affine).warnings
+    warnings = synthesize.synthesize_volume(trained, t1(head((20, 20, 20), affine), affine)).warnings
     assert any("looks more like a T2 than a T1" in warning for warning in warnings) is warned
 
 
@@ -242,7 +244,7 @@ def test_only_planes_with_a_head_are_generated_and_no_batch_is_empty(monkeypatch
         return source
 
     monkeypatch.setattr(synthesize, "BLOCK_PIXELS", 1)
-    made = synthesize.synthesize_volume(replace(identity(), predict=recorded), values, affine)
+    made = synthesize.synthesize_volume(replace(identity(), predict=recorded), t1(values, affine))
     assert 0 < min(batches) <= max(batches) <= BATCH
     assert sum(batches) <= 40
     assert not made.values[:80].any()
@@ -254,7 +256,7 @@ def test_the_result_does_not_depend_on_the_block_size(orientation: str, monkeypa
     affine = rigid((9, -4, 6), (1, -2, 3)) @ grid_affine(shape, (2.1, 1.9, 2.2), orientation)
     values = head(shape, affine)
     trained = identity((40, 40), 1.7, (0, 1000))
-    one_block = synthesize.synthesize_volume(trained, values, affine)
+    one_block = synthesize.synthesize_volume(trained, t1(values, affine))
     sizes = []
     resample = synthesize.geometry.resample
 
@@ -264,7 +266,7 @@ def test_the_result_does_not_depend_on_the_block_size(orientation: str, monkeypa
 
     monkeypatch.setattr(synthesize.geometry, "resample", recorded)
     monkeypatch.setattr(synthesize, "BLOCK_PIXELS", 1)
-    blocks = synthesize.synthesize_volume(trained, values, affine)
+    blocks = synthesize.synthesize_volume(trained, t1(values, affine))
     np.testing.assert_allclose(blocks.values, one_block.values, atol=2e-3)
     assert blocks.source_low_high == one_block.source_low_high
     assert blocks.warnings == one_block.warnings
@@ -278,9 +280,9 @@ def test_slope_and_intercept_change_only_the_units(slope: float) -> None:
     affine = grid_affine(shape, (2, 2, 2), "LAS")
     units = np.rint(head(shape, affine)).astype(np.int16)
     stored = ((units - 7) / slope).astype(np.float32)
-    plain = synthesize.synthesize_volume(identity(low_high=(0, 1000)), units, affine)
-    scaled = synthesize.synthesize_volume(identity(low_high=(0, 1000)), stored, affine, scale=(slope, 7.0))
-    assert scaled.source_low_high == pytest.approx(plain.source_low_high, abs=0.01)
+    plain = synthesize.synthesize_volume(identity(low_high=(0, 1000)), t1(units, affine))
+    scaled = synthesize.synthesize_volume(identity(low_high=(0, 1000)), t1(stored, affine, (slope, 7.0)))
+    assert scaled.source_low_high["t1"] == pytest.approx(plain.source_low_high["t1"], abs=0.01)
     np.testing.assert_allclose(scaled.values, plain.values, atol=0.1)
 
 
@@ -299,13 +301,15 @@ def test_a_generator_cannot_choose_where_outputs_are_written(direction: str | No
         {"shape": [200_000, 200_000]},
         {"spacing_mm": [0, 0]},
         {"spacing_mm": [float("nan")] * 2},
-        {"source_spacing_mm": [0, 0, 0]},
+        {"sources": [{"spacing_mm": [0, 0, 0], "histogram": [0] * 32}]},
+        {"sources": []},
+        {"sources": None},
         {"slab_mm": float("nan")},
         {"slab_mm": 0},
         {"slab_offset_mm": float("inf")},
         {"target_low_high": [float("nan"), 1]},
         {"target_low_high": [0, 1e308]},
-        {"source_histogram": [1]},
+        {"target_histogram": [1]},
     ],
     ids=str,
 )
@@ -332,7 +336,7 @@ def test_the_seed_reproduces_dropout(root: Path, tmp_path: Path) -> None:
 
     def made(**options: Any) -> np.ndarray:
         loaded = synthesize.load_trained(path, **options)
-        return synthesize.synthesize_volume(loaded, values, affine).values
+        return synthesize.synthesize_volume(loaded, t1(values, affine)).values
 
     assert np.array_equal(made(), made(seed=1))
     assert np.array_equal(made(dropout=True, seed=1), made(dropout=True, seed=1))

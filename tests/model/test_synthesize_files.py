@@ -12,14 +12,17 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from heads import head, identity, nifti_of, volume_of
+from heads import head, identity, nifti_of, t1, volume_of
 
 from flows.cli import main
 from ixi_etl.dataset import manifest, metadata
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.errors import SynthesisError
 from ixi_etl.testing.phantom import grid_affine, rigid
-from model import synthesize, volumes
+from model import outputs, synthesize, volumes
+from model.config import Direction
+
+T1_TO_T2 = Direction(("t1",), "t2")
 
 
 @pytest.mark.parametrize("kind", ["qform alone", "big-endian", "NIfTI-2", "different forms"])
@@ -185,7 +188,7 @@ def test_target_units_are_kept_for_small_and_large_values(low_high: tuple[float,
     values = head((24, 24, 24), grid)
     (tmp_path / "a.nii.gz").write_bytes(nifti_of(values, grid))
     trained = identity(low_high=low_high)
-    made = synthesize.synthesize_volume(trained, values, grid)
+    made = synthesize.synthesize_volume(trained, t1(values, grid))
     image = nib.load(volumes.synthesize_file(trained, tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"))
     assert image.get_data_dtype() == np.int16
     low, high = low_high
@@ -208,14 +211,14 @@ def test_target_units_are_kept_for_small_and_large_values(low_high: tuple[float,
 )
 def test_outputs_are_named_after_their_inputs(name: str, renamed: str, tmp_path: Path) -> None:
     (tmp_path / name).touch()
-    assert volumes.plan_outputs([tmp_path], tmp_path / "out", ("t1", "t2")) == [
-        (tmp_path / name, tmp_path / "out" / renamed)
+    assert outputs.plan_outputs([tmp_path], tmp_path / "out", T1_TO_T2) == [
+        ({"t1": tmp_path / name}, tmp_path / "out" / renamed)
     ]
 
 
 def test_a_direction_is_not_interpreted_as_a_pattern(tmp_path: Path) -> None:
     (tmp_path / "x-T1.nii").touch()
-    ((_, out),) = volumes.plan_outputs([tmp_path / "x-T1.nii"], tmp_path / "out", ("t1", r"a\1"))
+    ((_, out),) = outputs.plan_outputs([tmp_path / "x-T1.nii"], tmp_path / "out", Direction(("t1",), r"a\1"))
     assert out.name == r"x-A\1.nii"
 
 
@@ -223,18 +226,17 @@ def test_outputs_never_overwrite_an_input_or_each_other(tmp_path: Path) -> None:
     (tmp_path / "a-T1.nii").touch()
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "a-T1.nii").touch()
-    direction = ("t1", "t2")
     with pytest.raises(SynthesisError, match="is an input, or would be written twice"):
-        volumes.plan_outputs([tmp_path / "a-T1.nii"], tmp_path / "a-T1.nii", direction)
+        outputs.plan_outputs([tmp_path / "a-T1.nii"], tmp_path / "a-T1.nii", T1_TO_T2)
     with pytest.raises(SynthesisError, match="is an input, or would be written twice"):
-        volumes.plan_outputs([tmp_path / "a-T1.nii", tmp_path / "b"], tmp_path / "out", direction)
+        outputs.plan_outputs([tmp_path / "a-T1.nii", tmp_path / "b"], tmp_path / "out", T1_TO_T2)
     (tmp_path / "c").mkdir()
     with pytest.raises(SynthesisError, match="has no volume in it"):
-        volumes.plan_outputs([tmp_path / "c"], tmp_path / "out", direction)
+        outputs.plan_outputs([tmp_path / "c"], tmp_path / "out", T1_TO_T2)
     (tmp_path / "c" / "a-T1.nii").touch()
     (tmp_path / "c" / "a-T1.nii.gz").touch()
     with pytest.raises(SynthesisError, match=r"a-T2.json is an input, or would be written twice"):
-        volumes.plan_outputs([tmp_path / "c"], tmp_path / "out", direction)
+        outputs.plan_outputs([tmp_path / "c"], tmp_path / "out", T1_TO_T2)
 
 
 def test_other_files_in_a_folder_are_skipped_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -247,7 +249,7 @@ def test_other_files_in_a_folder_are_skipped_and_logged(tmp_path: Path, caplog: 
     os.mkfifo(scans / "pipe-T1.nii")
     (tmp_path / "0123").touch()
     (scans / "z-T1.nii.gz").symlink_to(tmp_path / "0123")  # as in a content-addressed store
-    jobs = volumes.plan_outputs([scans], tmp_path / "out", ("t1", "t2"))
+    jobs = outputs.plan_outputs([scans], tmp_path / "out", T1_TO_T2)
     assert [out.name for _, out in jobs] == ["B-T2.nii.gz", "a-T2.nii.gz", "z-T2.nii.gz"]
     assert "skipped 3 hidden files (.DS_Store ...)" in caplog.text
     for name in ("a-folder.nii.gz", "link-T1.nii.gz", "pipe-T1.nii"):
@@ -259,28 +261,28 @@ def test_a_folder_without_volumes_suggests_a_folder_inside_it(tmp_path: Path) ->
     with pytest.raises(
         SynthesisError, match=r"has no volume in it .*; give one of the 1 folders in it, such as sub-01"
     ):
-        volumes.plan_outputs([tmp_path], tmp_path / "out", ("t1", "t2"))
+        outputs.plan_outputs([tmp_path], tmp_path / "out", T1_TO_T2)
 
 
 def test_files_of_other_programs_are_not_overwritten(tmp_path: Path) -> None:
     affine = grid_affine((20, 22, 18), (2, 2, 2), "LAS")
     source = tmp_path / "a_T1w.nii.gz"
     source.write_bytes(gzip.compress(nifti_of(head((20, 22, 18), affine), affine)))
-    jobs = volumes.plan_outputs([source], tmp_path, ("t1", "t2"))
+    jobs = outputs.plan_outputs([source], tmp_path, T1_TO_T2)
     volumes.synthesize(identity(), jobs)
-    assert volumes.plan_outputs([source], tmp_path, ("t1", "t2")) == jobs  # it may overwrite its own output
+    assert outputs.plan_outputs([source], tmp_path, T1_TO_T2) == jobs  # it may overwrite its own output
     (tmp_path / "a_T2w.json").write_text("{}")
     with pytest.raises(SynthesisError, match=r"a_T2w.json was not written by this command"):
-        volumes.plan_outputs([source], tmp_path, ("t1", "t2"))
+        outputs.plan_outputs([source], tmp_path, T1_TO_T2)
     (tmp_path / "a_T2w.nii.gz").write_bytes(source.read_bytes())
     with pytest.raises(SynthesisError, match=r"a_T2w.nii.gz was not written by this command"):
-        volumes.plan_outputs([source], tmp_path, ("t1", "t2"))
+        outputs.plan_outputs([source], tmp_path, T1_TO_T2)
 
 
 @pytest.mark.parametrize("out", ["file/made", "file"])
 def test_an_unwritable_output_folder_is_refused_before_any_work(out: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    jobs = [(tmp_path / "a-T1.nii", tmp_path / out / "a-T2.nii")]
+    jobs = [({"t1": tmp_path / "a-T1.nii"}, tmp_path / out / "a-T2.nii")]
     with pytest.raises(SynthesisError, match=r"cannot write to .*; give another -o"):
         volumes.synthesize(identity(), jobs)
 
@@ -297,7 +299,7 @@ def test_an_unreadable_input_does_not_stop_the_others(tmp_path: Path, monkeypatc
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", refused)
-    jobs = volumes.plan_outputs([tmp_path], tmp_path / "out", ("t1", "t2"))
+    jobs = outputs.plan_outputs([tmp_path], tmp_path / "out", T1_TO_T2)
     with pytest.raises(SynthesisError, match=r"1 of 2 inputs could not be used; .*a-T1.nii .*: Permission denied"):
         volumes.synthesize(identity(), jobs)
     assert (tmp_path / "out" / "b-T2.nii").is_file()

@@ -378,7 +378,10 @@ def test_resuming_with_another_configuration_is_refused_with_the_difference(fini
         ({"dataset": "ixi-t1-t2@ffff"}, "there is no version ffff in"),
         ({"dataset": "mnist@latest"}, "there is no dataset mnist"),
         ({"side": 256}, "crops of 256 x 256 do not fit slices of 64 x 64; set a smaller side"),
-        ({"direction": "t1->t1"}, "direction 't1->t1' does not fit the dataset; use t1->t2 or t2->t1"),
+        (
+            {"direction": "t1->t1"},
+            "direction 't1->t1' names t1 twice; the arrays of ixi-t1-t2 are t1, t2: use for example t1->t2",
+        ),
         ({"device": "cuda:7"}, "device cuda:7 is not available"),
         ({"device": "meta"}, "device meta is not available"),
     ],
@@ -409,7 +412,7 @@ def test_a_damaged_shard_is_refused_by_name(published: PublishedVersion, tmp_pat
         (["train", "--dataset", "ixi-t1-t2@ffff"], "error: there is no version ffff in"),
         (
             ["train", "--set", "wormhole=1"],
-            "error: there is no field wormhole; the fields are dataset, direction, side,",
+            "error: there is no field wormhole; the fields are dataset, direction, neighbours,",
         ),
         (["train", "--set", "learning_rate=1"], "error: there is no field learning_rate; did you mean lr?"),
         (["train", "--set", "steps"], "error: --set steps: give NAME=VALUE, for example --set steps=1000"),

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ixi_etl.errors import CheckpointError
 from model import data
-from model.config import TrainConfig
-from model.data import Pairs
+from model.config import Direction, TrainConfig
+from model.data import Pairs, Slabs
 from model.trainer import Trainer
 
 N, SUBJECTS = 9, 3
@@ -34,15 +34,13 @@ def config_of(**settings: object) -> TrainConfig:
 
 def pairs_on(device: str) -> Pairs:
     generator = torch.Generator().manual_seed(0)
-    source, target = (torch.randint(0, 900, (N, 40, 40), generator=generator, dtype=torch.int16) for _ in range(2))
-    low_high = torch.tensor([[5.0, 800.0]] * SUBJECTS)
-    return Pairs(
-        ("t1", "t2"),
-        [f"{n}" for n in range(SUBJECTS)],
-        *(values.to(device) for values in (source, target, torch.arange(N) // SUBJECTS, torch.arange(N) % SUBJECTS)),
-        *(low_high.to(device) for _ in range(2)),
-        "lower",
+    shape = (SUBJECTS, N // SUBJECTS, 40, 40)
+    low_high = torch.tensor([[5.0, 800.0]] * SUBJECTS).to(device)
+    source, target = (
+        Slabs(torch.randint(0, 900, shape, generator=generator, dtype=torch.int16).to(device), low_high)
+        for _ in range(2)
     )
+    return Pairs(Direction(("t1",), "t2"), [f"{n}" for n in range(SUBJECTS)], (source,), target, "lower")
 
 
 class ValueReads(TorchDispatchMode):
