@@ -30,7 +30,7 @@ from model.config import SEEDS, Direction
 from model.generator import BATCH, GENERATOR_FILE, Predictor, as_predictor, load_generator
 from model.planes import PlaneSummary
 from model.run import find_run
-from model.sources import (
+from model.source_planes import (
     BY_HEADERS,
     Alignment,
     Planes,

@@ -21,7 +21,7 @@ from ixi_etl.scans import affines, nifti
 from ixi_etl.scans.intensity import FULL_SCALE, INT16, MIN_LEVELS
 from model.input_checks import name_warnings
 from model.outputs import Job, check_writable, sidecar_path
-from model.sources import Alignment, Scan
+from model.source_planes import Alignment, Scan
 from model.synthesize import MAX_VOXELS, Synthesis, Trained, log, synthesize_volume
 
 
@@ -52,8 +52,9 @@ def synthesize_file(
         SynthesisError: an input cannot be used; the message names it.
     """
     paths = {trained.direction.sources[0]: source} if isinstance(source, Path) else dict(source)
-    first, *others = files = [_open(path) for path in paths.values()]
-    _use_common_spaces(first, others)
+    files = [_open(path) for path in paths.values()]
+    _use_common_space(files)
+    first = files[0]
     try:
         scans = {name: file.scan for name, file in zip(paths, files, strict=True)}
         made = synthesize_volume(trained, scans, progress, f"synthesize {first.path.name}")
@@ -68,7 +69,7 @@ def synthesize_file(
         log.info("%s: %d header extensions are not copied (codes %s)", first.path, len(dropped), dropped)
     digests = [hashlib.sha256(file.packed).hexdigest() for file in files]
     head = nifti.read_head(first.packed)
-    del first, others, files  # frees memory
+    del first, files  # frees memory
     voxels, slope, intercept = _to_int16(made.values, *trained.planes.target_low_high)
     made.values = np.empty(0, np.float32)  # frees memory
     target, taken = trained.direction.target.upper(), " and ".join(name.upper() for name in paths)
@@ -111,20 +112,18 @@ def _open(path: Path) -> SourceFile:
         raise SynthesisError(f"{path} cannot be used: {error}") from error
 
 
-def _use_common_spaces(first: SourceFile, others: Iterable[SourceFile]) -> None:
+def _use_common_space(files: Sequence[SourceFile]) -> None:
     """Use the form of each header that a refresh would use for the scans of a subject.
 
     Raises:
-        SynthesisError: two files share no space.
+        SynthesisError: the files share no space.
     """
-    forms = first.header.forms
-    for file in others:
-        spaces = affines.choose_spaces(forms, file.header.forms)
-        if spaces is None:
-            raise SynthesisError(f"{file.path} cannot be used: its header shares no space with that of {first.path}")
-        forms = {spaces[0]: forms[spaces[0]]}
-        first.header.use(spaces[0])
-        file.header.use(spaces[1])
+    spaces = affines.choose_spaces(*(file.header.forms for file in files))
+    if spaces is None:
+        names = " and ".join(str(file.path) for file in files)
+        raise SynthesisError(f"{names} cannot be used together: their headers share no space")
+    for file, space in zip(files, spaces, strict=True):
+        file.header.use(space)
 
 
 def _file_warnings(trained: Trained, names: Iterable[str], files: Sequence[SourceFile]) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from model import planes
 from model.config import Direction
 from model.planes import PlaneSummary, SourceSummary
-from model.sources import Scan
+from model.source_planes import Scan
 from model.synthesize import Trained
 
 

@@ -19,7 +19,17 @@ LAYERS = (
 )
 """Packages and modules of `ixi_etl` from the top down."""
 
-INFERENCE = ("generator", "evaluate", "planes", "synthesize", "volumes", "export")
+INFERENCE = (
+    "generator",
+    "evaluate",
+    "planes",
+    "source_planes",
+    "input_checks",
+    "synthesize",
+    "outputs",
+    "volumes",
+    "export",
+)
 TRAINING_LOOP = {"model.train", "model.trainer", "model.jobs"}
 
 

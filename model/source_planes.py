@@ -19,10 +19,11 @@ from ixi_etl.modalities import ECHOES
 from ixi_etl.pairing import geometry, register
 from ixi_etl.pairing.geometry import Matrix
 from ixi_etl.pairing.similarity import nmi
+from ixi_etl.scans import affines
 from ixi_etl.scans.intensity import otsu_threshold
 from model.data import normalise
 
-SAME_AFFINE_MM = 1e-3  # headers hold affines in single precision
+MIN_COMMON = 0.5  # share of the head below which similarities are not comparable
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,8 @@ def align(first: tuple[str, Scan], other: tuple[str, Scan], planes: Planes, slab
         SynthesisError: the mirror image of the scan fits better.
     """
     (first_name, fixed), (name, moving) = first, other
-    is_same_grid = fixed.voxels.shape == moving.voxels.shape and np.allclose(
-        fixed.affine, moving.affine, rtol=0, atol=SAME_AFFINE_MM
-    )
-    if is_same_grid and {first_name.upper(), name.upper()} <= ECHOES:
+    is_echo = {first_name.upper(), name.upper()} <= ECHOES and moving.voxels.shape == fixed.voxels.shape
+    if is_echo and affines.same_grid(moving.affine, fixed.affine, fixed.voxels.shape[::-1]):
         return BY_HEADERS
     volumes = (register.Volume(scan.voxels, geometry.rounded(scan.affine)) for scan in (moving, fixed))
     try:
@@ -125,7 +124,11 @@ def align(first: tuple[str, Scan], other: tuple[str, Scan], planes: Planes, slab
         sample_planes(moving, alignment, planes, slab) for alignment in (BY_HEADERS, aligned)
     )
     common = foreground & covered & covered_after
-    if common.any() and nmi(after[common], target[common]) <= nmi(before[common], target[common]):
+    if common.sum() >= MIN_COMMON * foreground.sum():
+        is_better = nmi(after[common], target[common]) > nmi(before[common], target[common])
+    else:
+        is_better = bool((foreground & covered_after).sum() > (foreground & covered).sum())
+    if not is_better:
         warning = "registration did not make it more similar; the headers' alignment is used"
         return Alignment(np.eye(4), error_mm=found.error_mm(points, np.eye(4)), warning=warning)
     return aligned
