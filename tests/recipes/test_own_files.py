@@ -63,6 +63,7 @@ def test_files_give_the_same_store_and_decisions_as_archives(
     assert record["inputs"]["archives_md5"] == {}
     assert {source["md5"] for source in record["sources"].values()} == {None}
     assert {m: source["files_sha256"] for m, source in record["sources"].items()} == record["inputs"]["files_sha256"]
+    assert f"SHA-256 of the files {record['inputs']['files_sha256']['T1']}" in (made.folder / "report.html").read_text()
     assert str(folder) not in (made.folder / "dataset.json").read_text()
     with caplog.at_level(logging.WARNING):
         assert refresh(config) == PublishedVersion(made.version, made.folder, is_new=False)

@@ -138,6 +138,20 @@ def test_a_folder_without_volumes_of_a_modality_is_a_one_line_error(tmp_path: Pa
         user_sources(str(tmp_path), patterns=("x",))
 
 
+def test_a_folder_that_cannot_be_listed_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its subjects would be missing otherwise."""
+    fill(tmp_path, *PAIR, "closed/bob_T1.nii")
+    scanned = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scanned(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert f"{tmp_path}/closed: Permission denied" in error_of(tmp_path)
+
+
 def test_an_unchanged_folder_is_not_read_again(tmp_path: Path) -> None:
     folder, root, reports = fill(tmp_path / "in", *PAIR, "bob_T1.nii"), tmp_path / "root", []
     first = inputs_of(root, folder)
