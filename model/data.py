@@ -158,7 +158,8 @@ def parse_direction(direction: str | None, version: Mapping[str, Any]) -> Direct
         problem = str(error)
     example = Direction((version["source"],), version["target"])
     raise ConfigError(
-        f"direction {problem}; the arrays of {version['name']} are {', '.join(arrays)}: use for example {example}"
+        f"direction {problem}; the arrays of {version['name']} are {', '.join(arrays)}: "
+        f"use for example {example}, or another dataset"
     )
 
 

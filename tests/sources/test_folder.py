@@ -292,7 +292,7 @@ def test_a_file_that_cannot_be_read_is_a_one_line_error(tmp_path: Path, monkeypa
     assert "is a broken link; fetch what it points to (git annex get, datalad get)" in message()
 
 
-@settings(max_examples=examples(15), deadline=None)
+@settings(max_examples=examples(15))
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=8), max_size=5))
 def test_any_file_names_are_read_or_skipped(tmp_path_factory: pytest.TempPathFactory, starts: list[str]) -> None:
     folder = fill(tmp_path_factory.mktemp("any"), *PAIR)
