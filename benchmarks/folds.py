@@ -43,8 +43,7 @@ from ixi_etl.core.parallel import usable_cores
 from ixi_etl.dataset import metadata
 from ixi_etl.dataset.splits import person_of
 from ixi_etl.errors import BadVolumeError, ConfigError
-from ixi_etl.modalities import DEFAULT_MODALITIES as MODALITIES
-from ixi_etl.modalities import archive_name
+from ixi_etl.modalities import DEFAULT_MODALITIES, archive_name
 from ixi_etl.pairing.geometry import sampling_matrix, trilinear
 from ixi_etl.pairing.register import Volume
 from ixi_etl.recipes.ixi import refresh
@@ -136,14 +135,14 @@ def write_archives(folder: Path, person_pattern: str, grid: Grid, archives: Path
 
     A name in which `person_pattern` does not occur is left out, with a message.
     """
-    members: dict[str, dict[str, bytes]] = {m: {} for m in MODALITIES}
+    members: dict[str, dict[str, bytes]] = {m: {} for m in DEFAULT_MODALITIES}
     for name, paths in find_pairs(folder).items():
         person = re.search(person_pattern, name)
         if person is None:
             print(f"{name}: left out, because {person_pattern} is not in the name")
             continue
         subject_id = "-".join(re.sub(r"[^A-Za-z0-9.]", "_", word) for word in (person[0], "pairs", name))
-        for modality in MODALITIES:
+        for modality in DEFAULT_MODALITIES:
             scan, space = read(paths[modality])
             scan = smooth(scan, grid)
             scan = to_grid(scan, grid) if modality == "T2" else scan
@@ -153,9 +152,9 @@ def write_archives(folder: Path, person_pattern: str, grid: Grid, archives: Path
         write_tar(archives / archive_name(modality), named)
 
 
-def make_version(archives: Path, root: Path, slices: int) -> Path:
-    """The folder of the version with the middle `slices` of each pair, all in the training split."""
-    dataset = DatasetConfig(depth="any", slices=slices, split=(1.0, 0.0, 0.0))
+def make_version(archives: Path, root: Path, slices: int, margin: int = 0) -> Path:
+    """The folder of the version with the middle `slices` of each pair and a margin, all in the training split."""
+    dataset = DatasetConfig(depth="any", slices=slices, split=(1.0, 0.0, 0.0), margin=margin)
     version = refresh(RefreshConfig(root=str(root), source=str(archives), dataset=dataset)).folder
     columns = ["subject_id", "status", "reason", "flags", "motion_mm", "registration_error_mm", "nmi_after"]
     print(metadata.read_manifest(version)[columns].to_string(index=False))

@@ -12,8 +12,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
-from ixi_etl.modalities import DEFAULT_MODALITIES as MODALITIES
-from ixi_etl.modalities import archive_name
+from ixi_etl.modalities import DEFAULT_MODALITIES, archive_name
 from ixi_etl.testing.phantom import PhantomSubject, simulate
 
 HEADS = 4
@@ -47,7 +46,7 @@ def archives(folder: Path, pairs: int, shrink: int = 1, odd: int = 0) -> Path:
     source = heads(folder, shrink)
     target.mkdir(parents=True, exist_ok=True)
     sums = []
-    for modality in MODALITIES:
+    for modality in DEFAULT_MODALITIES:
         packed = [(source / f"{n}-{modality}.nii.gz").read_bytes() for n in range(HEADS + 1)]
         with tarfile.open(target / archive_name(modality), "w", format=tarfile.GNU_FORMAT) as tar:
             for number in range(pairs + odd):

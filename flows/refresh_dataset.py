@@ -21,7 +21,6 @@ from flows.artifacts import progress_artifacts, show_version
 from flows.progress import show_progress
 from ixi_etl.config import RefreshConfig
 from ixi_etl.core.files import lock_root
-from ixi_etl.core.storage import DEFAULT_DATASET
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.errors import DownloadError
 from ixi_etl.recipes import ixi, ixi_inputs, ixi_version
@@ -51,8 +50,9 @@ publish_version = task(task_run_name="publish {job.version}", cache_policy=NO_CA
 
 
 def announce(config: RefreshConfig, refreshed: PublishedVersion) -> None:
-    """Emit the event of a new version, which triggers a training run (`prefect.yaml`)."""
-    resource = {"prefect.resource.id": f"ixi.dataset.{DEFAULT_DATASET}", "prefect.resource.name": DEFAULT_DATASET}
+    """Emit the event of a new version; one of `ixi-t1-t2` starts a training run (`prefect.yaml`)."""
+    name = config.data_root.name
+    resource = {"prefect.resource.id": f"ixi.dataset.{name}", "prefect.resource.name": name}
     emit_event("ixi.dataset.published", resource, payload={"version": refreshed.version, "root": config.root})
 
 
@@ -67,7 +67,7 @@ def _run_name() -> str:
 def refresh_dataset(config: RefreshConfig | None = None) -> PublishedVersion:
     """Publish the dataset version of this configuration and these archives, unless it is published already.
 
-    A new version emits an event, which starts a training run; an existing version does not.
+    A new version emits an event, an existing one does not. That of a version of T1 and T2 starts a training run.
 
     Args:
         config: Sources, root, parallelism and the dataset to make.

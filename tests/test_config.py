@@ -41,7 +41,7 @@ def test_nearest_name_finds_the_intended_field(typed: str, intended: str | None)
         (RefreshConfig, {"dataset": {"windows": 1}}, "dataset: there is no field windows; did you mean window?"),
         (RefreshConfig, {"sorce": "x"}, "there is no field sorce; did you mean source?"),
         (TrainConfig, {"stpes": 1, "widht": 2}, "did you mean steps?; there is no field widht; did you mean width?"),
-        (DatasetConfig, {"zzz": 1}, "there is no field zzz; the fields are pairing, window, slices, depth,"),
+        (DatasetConfig, {"zzz": 1}, "there is no field zzz; the fields are modalities, reference,"),
     ],
 )
 def test_error_names_the_nearest_field_in_one_line(model: Any, given: dict[str, Any], expected: str) -> None:

@@ -48,7 +48,7 @@ def test_synthesize_a_volume_writes_it_on_the_grid_of_the_input(
     output, given = nib.load(out), nib.load(source)
     assert output.shape == given.shape
     assert (output.affine == given.affine).all()
-    assert "t1 to t2" in capsys.readouterr().out
+    assert "t1->t2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)

@@ -17,6 +17,7 @@ from ixi_etl.config import DatasetConfig
 from ixi_etl.dataset.manifest import to_records
 from ixi_etl.dataset.schema import CANDIDATE, EXCLUDED, REASONS, SCHEMAS
 from ixi_etl.dataset.splits import person_of
+from ixi_etl.modalities import archive_name
 from ixi_etl.scans.affines import ALIGNED, Form, choose_spaces, forms_differ, space_name
 from ixi_etl.scans.demographics import canonical_person
 from ixi_etl.scans.survey import modal_depths
@@ -105,6 +106,7 @@ class HeaderChecks:
     def __init__(self, depth: Mapping[str, int], volumes: list[dict[str, Any]], dataset_config: DatasetConfig) -> None:
         self.dataset_config = dataset_config
         self.modalities = dataset_config.modalities
+        self.are_files = any(record["location"].endswith((".nii", ".nii.gz")) for record in volumes)
         self.modal_depth = depth
         self.modal_grid: dict[str, tuple[tuple[int, ...], tuple[float, ...]]] = {}
         for modality in self.modalities:
@@ -125,17 +127,13 @@ class HeaderChecks:
     def check(self, scans: Mapping[str, list[dict[str, Any]]]) -> list[tuple[str, str]]:
         """(reason, detail) of every failed check, T1 before T2 before others."""
         kept_without = self.kept_without(scans)
-        missing = [(f"missing_{m.lower()}", f"{m}: no member in IXI-{m}.tar") for m in self.modalities if not scans[m]]
-        failures = [failure for failure in missing if failure[0] not in kept_without]
+        missing = [m for m in self.modalities if not scans[m] and f"missing_{m.lower()}" not in kept_without]
+        failures = [(f"missing_{m.lower()}", f"{m}: no {self._count_members(m)}") for m in missing]
         for modality in self.modalities:
             if len(scans[modality]) > 1:
                 names = ", ".join(record["member"] for record in scans[modality])
-                failures.append(
-                    (
-                        "duplicate_member",
-                        f"{modality}: {len(scans[modality])} members in IXI-{modality}.tar; expected 1: {names}",
-                    )
-                )
+                found = f"{len(scans[modality])} {self._count_members(modality, plural=True)}"
+                failures.append(("duplicate_member", f"{modality}: {found}; expected 1: {names}"))
             for record in scans[modality][:1]:
                 if record["reason"] in (
                     "",
@@ -147,6 +145,11 @@ class HeaderChecks:
                 else:
                     failures += self._check_grid(modality, record)
         return failures
+
+    def _count_members(self, modality: str, *, plural: bool = False) -> str:
+        """What is counted, after a number: `member in IXI-T1.tar`, or `file` in a folder of volumes."""
+        ending = "s" if plural else ""
+        return f"file{ending}" if self.are_files else f"member{ending} in {archive_name(modality)}"
 
     def kept_without(self, scans: Mapping[str, list[dict[str, Any]]]) -> list[str]:
         """`missing_pd` and so on, for the modalities without which `incomplete = keep` keeps the subject."""

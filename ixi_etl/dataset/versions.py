@@ -58,8 +58,8 @@ def datasets_in(root: str | Path) -> list[str]:
     Raises:
         IxiError: the bucket does not exist or does not respond.
     """
-    check_reachable(root)
     folder = DataRoot(root).datasets.parent
+    check_reachable(root)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     return [name for name in COMMANDS if name in names] or [DEFAULT_DATASET]
 

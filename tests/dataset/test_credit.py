@@ -50,6 +50,16 @@ def test_the_source_of_a_file_depends_on_its_md5_and_volumes(kind: str, argument
     assert ("not verified" in credited["credit"]) == (kind == UNVERIFIED)
 
 
+def test_an_archive_of_ixi_without_a_published_md5_is_credited_as_not_verified() -> None:
+    source = describe_source("IXI-MRA.tar", OTHER, from_ixi=True)
+    credited = credit_and_licence({"MRA": source})
+    assert (source["source"], source["md5_is_published"]) == (UNVERIFIED, False)
+    assert credited == {"credit": f"{catalog.CREDIT}; not verified: no MD5 of this archive is published"} | {
+        "licence": catalog.LICENCE
+    }
+    assert describe_source("IXI-MRA.tar", OTHER)["source"] == OWN
+
+
 def test_the_credit_of_a_mix_names_each_part() -> None:
     own = describe_source("IXI-T2.tar", OTHER)
     credited = credit_and_licence({"T1": describe_source(T1, MD5[T1]), "T2": own, "demographics": own})

@@ -13,8 +13,7 @@ import pytest
 from faults_table import Row
 
 from ixi_etl.config import RefreshConfig
-from ixi_etl.modalities import DEFAULT_MODALITIES as MODALITIES
-from ixi_etl.modalities import archive_name
+from ixi_etl.modalities import DEFAULT_MODALITIES, archive_name
 from ixi_etl.testing.phantom import PhantomSubject, simulate, write_tar
 
 pytestmark = pytest.mark.faults
@@ -53,7 +52,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_subjects(tmp_path: Path, r
     for subjects in (8, 16, 32):
         source = tmp_path / f"source{subjects}"
         source.mkdir()
-        for m in MODALITIES:
+        for m in DEFAULT_MODALITIES:
             members = {f"IXI{n:03d}-Guys-{n:04d}-{m}.nii.gz": heads[n % 4][m] for n in range(subjects)}
             write_tar(source / archive_name(m), members)
         config = RefreshConfig(root=str(tmp_path / f"root{subjects}"), source=str(source), workers=2)

@@ -127,7 +127,10 @@ def test_verify_and_versions_report_on_a_published_version(
         (["versions", "--root", "/nowhere"], "no published version"),
         (["verify", "abc", "--root", "/nowhere"], "there is no version abc"),
         (["verify", "digits@latest", "--root", "/nowhere"], "run `ixi-etl digits` first"),
-        (["verify", "brains@latest"], "there is no dataset brains; give one of ixi-t1-t2@latest, digits@latest"),
+        (
+            ["verify", "brains@latest"],
+            "there is no dataset brains; give ixi-t1-t2@latest, digits@latest, or another name",
+        ),
         (["verify", "digits@"], "digits@ names no version"),
         (["versions", "digits@3f2a", "latest"], "are versions of different datasets"),
         (["refresh", "--window", "20", "10"], "window"),

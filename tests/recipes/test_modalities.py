@@ -172,7 +172,7 @@ def test_the_headers_of_two_echoes_are_checked(
     source = echo_archives(tmp_path / "echoes", four_archives, shift_mm)
     done = refresh(config_for(tmp_path / "root", source, modalities="T2,PD", depth="any", slices=8))
     rows = to_records(used_rows(manifest_of(done)))
-    assert {row["flags"] for row in rows} == {"grid_differs" if differs else ""}
+    assert {"grid_differs" in row["flags"] for row in rows} == {differs}
     members, arrays = members_of(source, "PD"), open_arrays(done.folder)
     for row in rows:
         stored = np.asarray(arrays["pd"][row["store_row"]]) * row["pd_scale"] + row["pd_offset"]

@@ -26,6 +26,7 @@ from ixi_etl.scans.survey import (
     COLUMNS,
     HEAD_BYTES,
     depth_histogram,
+    describe_skipped_members,
     modal_depths,
     modal_planes,
     survey,
@@ -58,6 +59,11 @@ def test_the_survey_agrees_with_nibabel(archives: Path, table: pd.DataFrame) -> 
         assert (row.slope, row.intercept) == (float(header["scl_slope"]), float(header["scl_inter"]))
         assert row.subject_id == row.member.rsplit("-", 1)[0]
         assert row.site == row.member.split("-")[1]
+
+
+def assert_same_but_location(found: pd.DataFrame, expected: pd.DataFrame) -> None:
+    assert (found["location"] != expected["location"]).all()
+    pd.testing.assert_frame_equal(found.drop(columns="location"), expected.drop(columns="location"))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +107,7 @@ def test_a_remote_survey_requests_each_header_once(archives: Path) -> None:
     tar = archives / "IXI-T1.tar"
     local = survey({"T1": str(tar)})
     with serve(Host(tar.read_bytes())) as host:
-        pd.testing.assert_frame_equal(survey({"T1": host.url}), local)
+        assert_same_but_location(survey({"T1": host.url}), local)
     requests = [r for r in host.requests if r.method == "GET"]
     assert len(requests) <= len(local) + 3  # one for the start, two for the end
     assert sum(r.sent for r in requests) <= len(requests) * (HEAD_BYTES + 2 * 512)
@@ -125,7 +131,7 @@ def test_only_insecure_hosts_skip_the_certificate_check(archives: Path) -> None:
     tar, certified = archives / "IXI-T1.tar", served_as(trustme.CA(), "localhost", "127.0.0.1")
     with serve(Host(tar.read_bytes()), certified, "localhost") as named, serve(Host(b""), certified) as numbered:
         found = survey({"T1": named.url}, http=HttpOptions(insecure_hosts=("localhost",)))
-        pd.testing.assert_frame_equal(found, survey({"T1": str(tar)}))
+        assert_same_but_location(found, survey({"T1": str(tar)}))
         for url, insecure_hosts in ((numbered.url, ("localhost",)), (named.url, ())):
             with pytest.raises(ArchiveError, match="certificate is not valid \\(--insecure-host") as caught:
                 survey({"T1": url}, http=HttpOptions(insecure_hosts=insecure_hosts))
@@ -159,7 +165,7 @@ def test_a_netrc_password_is_sent_only_to_its_host(
         call.correct() if call.headers.get("authorization") else call.plain(401)
 
     with serve(Host(tar.read_bytes(), answer)) as host, serve(Host(b"", answer), name="localhost") as elsewhere:
-        pd.testing.assert_frame_equal(survey({"T1": host.url}), survey({"T1": str(tar)}))
+        assert_same_but_location(survey({"T1": host.url}), survey({"T1": str(tar)}))
         assert authorizations == {f"Basic {base64.b64encode(b'me:secret').decode()}"}
         authorizations.clear()
         with pytest.raises(ArchiveError, match="not there, or cannot be reached"):
@@ -217,6 +223,21 @@ def test_the_subject_id_is_everything_before_the_last_dash() -> None:
     found = NAME.fullmatch("IXI002-Guys-0828-T1.nii.gz")
     assert found is not None
     assert found.groupdict() == {"subject_id": "IXI002-Guys-0828", "person": "IXI002", "site": "Guys", "modality": "T1"}
+
+
+def test_members_of_a_tar_are_named_by_templates(tmp_path: Path) -> None:
+    volume = pack_nifti(np.zeros((3, 4, 5), "<i2"), grid_affine((5, 4, 3), (1, 1, 1), "RAS"))
+    names = ("./HH/7/t1.nii.gz", "HH/7/t1.nii", "HH/7/t2.nii.gz", "IXI002-Guys-0828-T1.nii.gz")
+    write_tar(
+        tmp_path / "IXI-T1.tar", {name: volume if name.endswith("gz") else gzip.decompress(volume) for name in names}
+    )
+    patterns = ("{site}/{subject}/{modality}.nii.gz", "T1={site}/{subject}-2/*.nii", "T1={site}/{subject}/t1.nii")
+    table = survey({"T1": str(tmp_path / "IXI-T1.tar")}, patterns=patterns).set_index("member")
+    assert table.loc[list(names), "subject_id"].tolist() == ["7-HH", "7-HH", "", ""]
+    assert table.loc[list(names), "depth"].tolist()[:2] == [3, 3]  # gzipped and plain
+    (sentence,) = describe_skipped_members(table.reset_index(), ["T1"], patterns)
+    assert "2 of 4 members are skipped" in sentence
+    assert all(pattern in sentence for pattern in patterns)
 
 
 def test_the_modal_plane_is_the_most_common_one(table: pd.DataFrame) -> None:

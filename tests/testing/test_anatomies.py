@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def test_each_subject_is_warped_differently_and_reproducibly(heads: list[anatomi
 
 
 def test_no_head_is_in_two_splits() -> None:
-    heads = [anatomies.Anatomy(str(n), {}, {}) for n in range(5)]
+    heads = [anatomies.Anatomy(str(n), str(n), {}, {}) for n in range(5)]
     persons = [f"IXI{n:03d}" for n in range(200)]
     assigned = anatomies.assign_anatomies(heads, persons, DatasetConfig())
     of_split: dict[str, set[str]] = {}
@@ -78,10 +79,61 @@ def test_no_head_is_in_two_splits() -> None:
     assert of_split == {"train": {"0", "1", "2"}, "val": {"3"}, "test": {"4"}}
 
 
-def test_fewer_than_three_heads_are_shared_by_the_splits() -> None:
-    heads = [anatomies.Anatomy(str(n), {}, {}) for n in range(2)]
+def test_sessions_of_a_person_are_in_one_split() -> None:
+    heads = [anatomies.Anatomy(f"p{n // 2}s{n % 2}", f"p{n // 2}", {}, {}) for n in range(6)]
+    assigned = anatomies.assign_anatomies(heads, [f"IXI{n:03d}" for n in range(200)], DatasetConfig())
+    of_split: dict[str, set[str]] = {}
+    for person, head in assigned.items():
+        of_split.setdefault(split_of(person, DatasetConfig()), set()).add(head.name)
+    assert of_split == {"train": {"p0s0", "p0s1"}, "val": {"p1s0", "p1s1"}, "test": {"p2s0", "p2s1"}}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "people"),
+    [
+        (anatomies.PERSON, {"oms", "sub-01"}),
+        (r"^[^_]+(_p\d+)?", {"oms_p01", "oms_p03", "sub-01"}),
+    ],
+)
+def test_the_person_is_found_in_the_name(
+    pattern: str, people: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("oms_p01s1", "oms_p01s2", "oms_p03s1", "sub-01_ses-1"):
+        (tmp_path / f"{name}_T1w.nii.gz").touch()
+        (tmp_path / f"{name}_T2w.nii.gz").touch()
+    monkeypatch.setattr(anatomies, "_read_anatomy", lambda person, name, paths: anatomies.Anatomy(name, person, {}, {}))
+    assert {head.person for head in anatomies.read_anatomies(tmp_path, pattern)} == people
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (r"p\d+", "finds nothing in the name a"),
+        ("(", "--person ( is not a regular expression"),
+        ("x*", "finds nothing"),
+    ],
+)
+def test_an_unusable_pattern_is_refused(pattern: str, message: str, tmp_path: Path) -> None:
+    for name in ("a_T1.nii", "a_T2.nii"):
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        anatomies.read_anatomies(tmp_path, pattern)
+
+
+@pytest.mark.parametrize("modality", ["PD", "MRA"])
+def test_a_modality_that_no_head_has_is_refused(modality: str, tmp_path: Path) -> None:
+    for name in ("a_T1.nii", "a_T2.nii", "a_MRA.nii"):  # an MRA is not read: its place in the head is not known
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=f"no head in .* has a {modality} that can be used; leave {modality} out"):
+        phantom.write_phantom(tmp_path / "sim", bases=tmp_path, modalities=("T1", "T2", modality))
+    assert not (tmp_path / "sim").exists()
+
+
+def test_heads_of_fewer_than_three_people_are_shared_by_the_splits(caplog: pytest.LogCaptureFixture) -> None:
+    heads = [anatomies.Anatomy(str(n), "ab"[n % 2], {}, {}) for n in range(4)]
     assigned = anatomies.assign_anatomies(heads, [f"IXI{n:03d}" for n in range(50)], DatasetConfig())
-    assert {head.name for head in assigned.values()} == {"0", "1"}
+    assert {head.name for head in assigned.values()} == {"0", "1", "2", "3"}
+    assert "fewer than three people (a, b), so all splits share them; if this is wrong, give --person" in caplog.text
 
 
 def test_a_scan_without_its_pair_is_named_and_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -114,6 +166,11 @@ def test_subjects_whose_head_has_a_pd_have_one(
     blank = np.zeros((4, 4, 4), np.float32)
     monkeypatch.setattr(anatomies.Anatomy, "sample", lambda head, _: (dict.fromkeys(head.scans, blank), np.eye(4)))
     phantom.write_phantom(tmp_path, subjects=3, seed=5, oddities=False, shrink=4, bases=tmp_path)
+    without_pd = tmp_path / "without"
+    phantom.write_phantom(
+        without_pd, subjects=3, seed=5, oddities=False, shrink=4, bases=tmp_path, modalities=("T1", "T2")
+    )
+    assert not (without_pd / "IXI-PD.tar").exists()
     heads_used = {s: t["head"] for s, t in json.loads((tmp_path / "truth.json").read_text()).items()}
     table = survey({"PD": str(tmp_path / "IXI-PD.tar")})
     assert set(table["subject_id"]) == {s for s, head in heads_used.items() if head == "aligned"}
@@ -124,7 +181,7 @@ def test_subjects_whose_head_has_a_pd_have_one(
 def test_archives_are_made_from_the_heads(
     bases: Path, heads: list[anatomies.Anatomy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(phantom, "read_anatomies", lambda folder, **_: {bases: heads}[folder])
+    monkeypatch.setattr(phantom, "read_anatomies", lambda folder, *_, **__: {bases: heads}[folder])
     phantom.write_phantom(tmp_path, subjects=2, seed=5, oddities=False, shrink=4, bases=bases)
     assert not (tmp_path / "IXI-PD.tar").exists()
     truth = json.loads((tmp_path / "truth.json").read_text())
