@@ -75,6 +75,7 @@ PUBLIC: dict[str, list[str]] = {
         "model.synthesize.load_trained",
         "model.synthesize.Trained",
         "model.synthesize.synthesize_volume",
+        "model.source_planes.Scan",
         "model.volumes.synthesize_file",
         "model.export.export",
     ],
