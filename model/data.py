@@ -304,7 +304,7 @@ def _take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The pixels at `rows` and `columns` (B, side) of images (B, C, H, W)."""
     channels = images.shape[1]
     plane = torch.arange(images.shape[0] * channels, device=images.device)[:, None, None]
-    rows, columns = (n.repeat_interleave(channels, 0) for n in (rows, columns))
+    rows, columns = (n[:, None].expand(-1, channels, -1).flatten(0, 1) for n in (rows, columns))
     taken = images.flatten(0, 1)[plane, rows[:, :, None], columns[:, None, :]]
     return taken.view(-1, channels, *taken.shape[1:])
 
