@@ -7,13 +7,14 @@ of planes to RAS mm. B, C, H, W are batch, channels, height, width of the genera
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ixi_etl.config import MAX_REGISTRATION_ERROR_MM
 from ixi_etl.errors import SynthesisError
 from ixi_etl.modalities import ECHOES
 from ixi_etl.pairing import geometry, register
@@ -47,12 +48,14 @@ class Alignment:
 
     Attributes:
         first_to_own: from a point in the world of the first scan to the same tissue in the scan's own.
+        is_registered: whether it is the result of a registration, or that of the headers.
         motion_mm, motion_deg: mean displacement over the head, and angle of rotation.
-        error_mm: estimated error, mean over the head; None if the scan was not registered.
-        warning: why the headers' alignment is used although registration was tried; "" otherwise.
+        error_mm: estimated error, mean over the head; None without a registration.
+        warning: why it is uncertain; "" if it is not.
     """
 
     first_to_own: Matrix
+    is_registered: bool = False
     motion_mm: float = 0.0
     motion_deg: float = 0.0
     error_mm: float | None = None
@@ -119,7 +122,7 @@ def align(first: tuple[str, Scan], other: tuple[str, Scan], planes: Planes, slab
     foreground = (target > otsu_threshold(target)) & within
     points = geometry.world_points(foreground, planes.grid @ translation(2, slab.start))
     matrix = found.fixed_to_moving
-    aligned = Alignment(matrix, *register.measure_motion(matrix, points), found.error_mm(points, matrix))
+    aligned = Alignment(matrix, True, *register.measure_motion(matrix, points))
     (before, covered), (after, covered_after) = (
         sample_planes(moving, alignment, planes, slab) for alignment in (BY_HEADERS, aligned)
     )
@@ -128,10 +131,11 @@ def align(first: tuple[str, Scan], other: tuple[str, Scan], planes: Planes, slab
         is_better = nmi(after[common], target[common]) > nmi(before[common], target[common])
     else:
         is_better = bool((foreground & covered_after).sum() > (foreground & covered).sum())
-    if not is_better:
-        warning = "registration did not make it more similar; the headers' alignment is used"
-        return Alignment(np.eye(4), error_mm=found.error_mm(points, np.eye(4)), warning=warning)
-    return aligned
+    better = aligned if is_better else BY_HEADERS
+    error_mm = found.error_mm(points, better.first_to_own)
+    is_uncertain = error_mm > MAX_REGISTRATION_ERROR_MM
+    warning = f"the estimated error of its alignment with the {first_name} is {error_mm:.1f} mm" if is_uncertain else ""
+    return replace(better, error_mm=error_mm, warning=warning)
 
 
 def sample_planes(

@@ -149,7 +149,7 @@ def _describe_sources(made: Synthesis) -> dict[str, Any]:
 def _describe_alignment(alignment: Alignment) -> dict[str, Any]:
     return {
         "Matrix": alignment.first_to_own.tolist(),
-        "Registered": alignment.error_mm is not None,
+        "Registered": alignment.is_registered,
         "EstimatedError": alignment.error_mm,
         "Motion": alignment.motion_mm,
         "Rotation": alignment.motion_deg,

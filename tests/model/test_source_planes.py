@@ -116,16 +116,20 @@ def test_only_echoes_on_one_grid_are_not_registered(monkeypatch: pytest.MonkeyPa
     assert len(calls) == 2
 
 
-def test_a_registration_that_does_not_help_or_fails_leaves_the_headers_with_a_warning(
+def test_a_registration_that_does_not_help_or_fails_leaves_the_alignment_of_the_headers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     wrong = rigid((20, 0, 0), (0, 8, 0))
     monkeypatch.setattr(register, "register", lambda *_: Registration(wrong, wrong))
     found = aligned(("t1", "t2"))
     np.testing.assert_array_equal(found.first_to_own, np.eye(4))
-    assert found.warning == "registration did not make it more similar; the headers' alignment is used"
+    assert not found.is_registered
     assert found.error_mm is not None
+    assert found.warning == f"the estimated error of its alignment with the t1 is {found.error_mm:.1f} mm"
     assert found.error_mm > 5
+    monkeypatch.setattr(register, "register", lambda *_: Registration(np.eye(4), np.eye(4)))
+    unmoved = aligned(("t1", "t2"))  # the head did not move
+    assert (unmoved.is_registered, unmoved.error_mm, unmoved.warning) == (False, 0, "")
 
     def fails(*_: Any) -> None:
         raise register.RegistrationError("nothing overlaps")
