@@ -84,7 +84,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     flag = special.flag or f"--{name.replace('_', '-')}"
     option = typer.Option(
         f"{flag}/--no-{flag[2:]}" if value_type is bool else flag,
-        help=_help(field),
+        help=_help(field, "," if special.type is str else " "),
         metavar=special.metavar,
         envvar=special.envvar,
         show_default=False,  # the default here is always None, meaning "not given"
@@ -117,18 +117,21 @@ def _nested_metadata(annotation: Any) -> Iterator[Any]:
                 yield from item.metadata if isinstance(item, FieldInfo) else [item]
 
 
-def _help(field: FieldInfo) -> str:
-    """The description as a sentence; what begins with a value (`auto: ...`) begins as it is written."""
+def _help(field: FieldInfo, between: str) -> str:
+    """The description as a sentence; what begins with a value (`auto: ...`) begins as it is written.
+
+    `between` separates the values of a default.
+    """
     text = field.description or ""
     is_value = text.partition(" ")[0].endswith(":")
-    return f"{text if is_value else text[:1].upper() + text[1:]}.{_shown_default(field)}"
+    return f"{text if is_value else text[:1].upper() + text[1:]}.{_shown_default(field, between)}"
 
 
-def _shown_default(field: FieldInfo) -> str:
+def _shown_default(field: FieldInfo, between: str) -> str:
     default = field.default
     if field.default_factory is not None or default in (None, "", ()) or default is False:
         return ""
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else "yes" if default is True else str(default)
+    shown = between.join(map(str, default)) if isinstance(default, tuple) else "yes" if default is True else str(default)
     return rf"  \[default: {shown}]"  # escaped, as Rich reads brackets as markup
 
 

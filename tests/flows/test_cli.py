@@ -129,7 +129,7 @@ def test_verify_and_versions_report_on_a_published_version(
         (["verify", "digits@latest", "--root", "/nowhere"], "run `ixi-etl digits` first"),
         (
             ["verify", "brains@latest"],
-            "there is no dataset brains; give ixi-t1-t2@latest, digits@latest, or another name",
+            "there is no dataset brains; give ixi-t1-t2@latest, digits@latest",
         ),
         (["verify", "digits@"], "digits@ names no version"),
         (["versions", "digits@3f2a", "latest"], "are versions of different datasets"),
