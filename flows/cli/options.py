@@ -131,7 +131,8 @@ def _shown_default(field: FieldInfo, between: str) -> str:
     default = field.default
     if field.default_factory is not None or default in (None, "", ()) or default is False:
         return ""
-    shown = between.join(map(str, default)) if isinstance(default, tuple) else "yes" if default is True else str(default)
+    values = default if isinstance(default, tuple) else ["yes" if default is True else default]
+    shown = between.join(map(str, values))
     return rf"  \[default: {shown}]"  # escaped, as Rich reads brackets as markup
 
 
