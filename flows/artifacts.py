@@ -59,7 +59,7 @@ def show_version(published: PublishedVersion) -> None:
         create_link_artifact(_link(report), str(report), f"{name}-report", "Report of the version")
         worst = published.folder / metadata.PICTURES / metadata.WORST_PAIRS
         if worst.exists():
-            title = "T1, T2 and edges of the ten least similar pairs"
+            title = "The ten subjects with the least certain alignment: scans, and their edges on the reference"
             create_image_artifact(_data_uri(worst.read_bytes()), f"{name}-pairs", title)
 
 

@@ -124,18 +124,23 @@ UserText = Annotated[str, BeforeValidator(_check_utf8), AfterValidator(_without_
 UserPath = Annotated[UserText, Field(min_length=1)]
 
 
+def _upper_case(given: Any) -> Any:
+    return given.upper() if isinstance(given, str) else given
+
+
 def _split_names(given: Any) -> Any:
-    """`"T1,t2"` -> `["T1", "T2"]`; anything else unchanged."""
-    return re.split(r"[,\s]+", given.strip().upper()) if isinstance(given, str) else given
+    """`"T1,t2"` or `["T1", "t2"]` -> `["T1", "T2"]`; what is neither text nor a list stays."""
+    names = re.split(r"[,\s]+", given) if isinstance(given, str) else given
+    return [_upper_case(name) for name in names if name != ""] if isinstance(names, list | tuple) else names
 
 
 def _check_modalities(given: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the modalities in their usual order; reject fewer than two, repeated and unknown ones."""
+    """Return the modalities in their usual order; reject none, repeated and unknown ones."""
     unknown = [name for name in given if name not in MODALITIES]
     if unknown:
         raise ValueError(f"there is no modality {unknown[0]}; the modalities are {', '.join(MODALITIES)}")
-    if len(set(given)) < len(given) or len(given) < 2:
-        raise ValueError(f"{', '.join(given) or 'nothing'}: give two or more different ones of {', '.join(MODALITIES)}")
+    if len(set(given)) < len(given) or not given:
+        raise ValueError(f"{', '.join(given) or 'nothing'}: give different ones of {', '.join(MODALITIES)}")
     return modalities.in_order(given)
 
 
@@ -143,7 +148,11 @@ Modalities = Annotated[tuple[str, ...], BeforeValidator(_split_names), AfterVali
 
 
 def chosen_modalities(given: Any) -> tuple[str, ...]:
-    """Modalities as the field `modalities` takes them, where none of them is a reference: for a survey."""
+    """Modalities as the field `modalities` takes them, one or more: for a survey, which makes no pairs.
+
+    Raises:
+        pydantic.ValidationError: one is unknown or repeated.
+    """
     return TypeAdapter(Modalities).validate_python(given)
 
 
@@ -153,7 +162,7 @@ class DatasetConfig(StrictModel):
     modalities: Annotated[Modalities, Option(type=str, metavar="T1,T2,...")] = Field(
         DEFAULT_MODALITIES, description=f"which of {', '.join(MODALITIES)} the dataset has, separated by commas"
     )
-    reference: Literal["T1", "T2", "PD", "MRA"] = Field(
+    reference: Annotated[Literal["T1", "T2", "PD", "MRA"], BeforeValidator(_upper_case)] = Field(
         "T2", description="modality whose slices are cut and never resampled; the others are moved to it"
     )
     register_echoes: bool = Field(
@@ -167,7 +176,7 @@ class DatasetConfig(StrictModel):
     )
     pairing: Literal["anatomical", "index"] = Field(
         "anatomical",
-        description="anatomical: T1 resampled onto the T2's planes; index: slice k with slice k as stored",
+        description="anatomical: all scans on the reference's planes; index: slice k with slice k as stored",
     )
     window: Annotated[Literal["middle"] | tuple[int, int], Option(type=tuple[int, int], metavar="START STOP")] = Field(
         "middle", description="the middle slices, or an explicit [start, stop) along the slice axis"
@@ -207,6 +216,8 @@ class DatasetConfig(StrictModel):
 
     @model_validator(mode="after")
     def _check(self) -> DatasetConfig:
+        if len(self.modalities) < 2:
+            raise ValueError(f"{self.modalities[0]} alone makes no pairs; give two or more modalities")
         if self.reference not in self.modalities:
             raise ValueError(f"reference {self.reference} is not one of the modalities {', '.join(self.modalities)}")
         if self.window != "middle" and not 0 <= self.window[0] < self.window[1]:
@@ -329,6 +340,12 @@ class RefreshConfig(JobConfig):
     insecure_hosts: Annotated[tuple[str, ...], Option(flag="--insecure-host")] = Field(
         (), description="host whose TLS certificate is not checked; may be repeated"
     )
+
+    @model_validator(mode="after")
+    def _pattern_needs_source(self) -> RefreshConfig:
+        if self.pattern and self.source is None:
+            raise ValueError("pattern says how the files of source are named; give source too")
+        return self
 
     @model_validator(mode="after")
     def _members_need_network(self) -> RefreshConfig:

@@ -20,7 +20,6 @@ from ixi_etl.modalities import ECHOES
 from ixi_etl.pairing import geometry, register
 from ixi_etl.pairing.geometry import Matrix
 from ixi_etl.pairing.similarity import nmi
-from ixi_etl.scans import affines
 from ixi_etl.scans.intensity import otsu_threshold
 from model.data import normalise
 
@@ -108,8 +107,8 @@ def align(first: tuple[str, Scan], other: tuple[str, Scan], planes: Planes, slab
         SynthesisError: the mirror image of the scan fits better.
     """
     (first_name, fixed), (name, moving) = first, other
-    is_echo = {first_name.upper(), name.upper()} <= ECHOES and moving.voxels.shape == fixed.voxels.shape
-    if is_echo and affines.same_grid(moving.affine, fixed.affine, fixed.voxels.shape[::-1]):
+    grids = [(scan.affine, scan.voxels.shape[::-1]) for scan in (moving, fixed)]
+    if {first_name.upper(), name.upper()} <= ECHOES and geometry.on_same_grid(*grids[0], *grids[1]):
         return BY_HEADERS
     volumes = (register.Volume(scan.voxels, geometry.rounded(scan.affine)) for scan in (moving, fixed))
     try:

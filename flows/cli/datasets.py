@@ -116,8 +116,10 @@ def _find_archives(config: RefreshConfig, modalities: Sequence[str] = DEFAULT_MO
         return find_archives(config.source, modalities)
     archives = config.data_root.archives
     locations = {m: str(archives / archive_name(m)) for m in modalities}
-    if not all(Path(location).exists() for location in locations.values()):
-        raise ArchiveError(f"{archives} has no archives yet; run `ixi-etl refresh`, or give --source")
+    missing = [archive_name(m) for m, location in locations.items() if not Path(location).exists()]
+    if missing:
+        what = "archives yet" if len(missing) == len(locations) else missing[0]
+        raise ArchiveError(f"{archives} has no {what}; run `ixi-etl refresh`, or give --source")
     return locations
 
 
@@ -143,7 +145,7 @@ def refresh(
     dataset: dict[str, Any],
     preset: Annotated[
         Literal["paired", "paper"],
-        typer.Option(help="paired: T1 resampled onto the T2's planes. paper: slices by index, as published."),
+        typer.Option(help="paired: all scans on the planes of the reference. paper: slices by index, as published."),
     ] = "paired",
     then_train: Annotated[
         Preset | None,

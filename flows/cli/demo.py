@@ -81,15 +81,15 @@ def simulate(
     With --bases, no person's heads are in two splits of a refresh with the default split, if there are three people.
     """
     output = Output(quiet, as_json)
-    from pydantic import TypeAdapter
-
     from flows.progress import show_progress
-    from ixi_etl.config import Modalities
+    from ixi_etl.config import chosen_modalities
     from ixi_etl.core.parallel import usable_cores
     from ixi_etl.testing.anatomies import PERSON
     from ixi_etl.testing.phantom import write_phantom
 
-    wanted = TypeAdapter(Modalities).validate_python(modalities) if modalities is not None else None
+    wanted = chosen_modalities(modalities) if modalities is not None else None
+    if person is not None and bases is None:
+        raise ConfigError("--person says how the files of --bases are named; give --bases too")
     with show_progress() as progress:
         write_phantom(
             folder,

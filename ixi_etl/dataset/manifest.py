@@ -13,16 +13,17 @@ import pandas as pd
 
 from ixi_etl.config import DatasetConfig
 from ixi_etl.dataset.alignment import DISSIMILAR, UNCERTAIN, judge_alignments
-from ixi_etl.dataset.schema import CANDIDATE, EXCLUDED, IXI, REASONS, SCHEMAS, USED, Schema
+from ixi_etl.dataset.schema import CANDIDATE, EXCLUDED, REASONS, SCHEMAS, USED, Schema
 from ixi_etl.dataset.splits import assign_splits, person_of
 from ixi_etl.scans.site_tables import count_by_site, site_table, site_table_to_records
 
-DUPLICATE = "duplicate_scan"
+DUPLICATE, GRID_DIFFERS = "duplicate_scan", "grid_differs"
 FLAGS = {
     "forms_differ": "the sform and the qform of a scan describe two spaces; the space that the scans share is used",
     "unlike_spaces": "one scan's affine is in scanner space and another's is aligned to something",
     "template_space": "the affines are in a template space, so voxel sizes are those of the template",
     "affine_not_pixdim": "an affine has other voxel sizes or angles than the pixdim; the affine's are used",
+    GRID_DIFFERS: "the T2 and the PD, two echoes of one scan, have different grids; one is registered and interpolated",
     DUPLICATE: "the same voxels are in the archives more than once; persons who share them are in one split",
 }
 """Flags set from headers and from the comparison of scans. The cut has further flags."""
@@ -78,7 +79,7 @@ def used_rows(manifest: pd.DataFrame) -> pd.DataFrame:
     return manifest[manifest["status"] == USED].sort_values("store_row")
 
 
-def funnel(manifest: pd.DataFrame, schema: Schema = IXI) -> pd.DataFrame:
+def funnel(manifest: pd.DataFrame, schema: Schema) -> pd.DataFrame:
     """Number of subjects left after each step of the schema: one row per step, columns as in `site_table`."""
     remaining = manifest
     steps = []
@@ -90,7 +91,7 @@ def funnel(manifest: pd.DataFrame, schema: Schema = IXI) -> pd.DataFrame:
     return site_table(counts.iloc[:, :-1], counts.iloc[:, -1])
 
 
-def counts(manifest: pd.DataFrame, schema: Schema = IXI) -> dict[str, Any]:
+def counts(manifest: pd.DataFrame, schema: Schema) -> dict[str, Any]:
     """The counts in `dataset.json`: used subjects, subjects of each split, and the funnel."""
     rows = used_rows(manifest)
     steps = site_table_to_records(funnel(manifest, schema))

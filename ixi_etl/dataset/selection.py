@@ -196,7 +196,9 @@ class HeaderChecks:
             slices = (
                 f"of the middle {self.dataset_config.slices}" if window == "middle" else f"[{window[0]}, {window[1]})"
             )
-            failures.append(("grid_not_modal", f"{modality}: {shape[2]} slices; the window {slices} does not fit"))
+            margin = f" with a margin of {self.dataset_config.margin}" if self.dataset_config.margin else ""
+            problem = f"{modality}: {shape[2]} slices; the window {slices}{margin} does not fit"
+            failures.append(("grid_not_modal", problem))
         return failures
 
 

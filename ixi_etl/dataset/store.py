@@ -140,7 +140,8 @@ def assemble(
         zarr.create_group(folder, attributes=attributes)
         for name in names:
             units = f"scanner units, times {name}_scale plus {name}_offset"
-            labels = {"long_name": f"{name.upper()}-weighted intensity", "units": units}
+            kind = "MRA" if name == "mra" else f"{name.upper()}-weighted"
+            labels = {"long_name": f"{kind} intensity", "units": units}
             _create_slabs(folder / name, (len(shards), *slab_shape), pairing, labels)
             for row, shard in enumerate(shards):
                 if name not in shard:

@@ -1,4 +1,4 @@
-"""Geometry of the slabs: axes, windows, and resampling of the T1 on the T2's planes.
+"""Geometry of the slabs: axes, windows, and resampling of other scans on the planes of the reference.
 
 Legend: I, J, K are voxel axes as stored; x, y, z are the slab's: x increases to the right, y to anterior, z to
 superior (RAS+). World points are RAS mm. Arrays are indexed slowest axis first: [k, j, i] and [z, y, x]. Matrices are
@@ -12,6 +12,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
+
+from ixi_etl.scans.affines import same_grid
 
 Matrix = NDArray[np.float64]
 
@@ -59,6 +61,19 @@ def axial_slab(volume: NDArray[Any], affine: Matrix, window: tuple[int, int]) ->
 def axial_depth(shape_ijk: tuple[int, ...], affine: Matrix) -> int:
     """Number of axial slices of a stored volume: its length along the axis nearest to inferior-superior."""
     return shape_ijk[int(np.argmax(nib.io_orientation(affine)[:, 0]))]
+
+
+def on_same_grid(
+    affine: Matrix, shape_ijk: tuple[int, ...], other_affine: Matrix, other_shape_ijk: tuple[int, ...]
+) -> bool:
+    """Whether two volumes have their voxels at the same places (within `affines.MAX_FORM_ERROR_MM`), in any order."""
+    grids = []
+    for one, shape in ((affine, shape_ijk), (other_affine, other_shape_ijk)):
+        orientation = nib.io_orientation(one)
+        lengths = [shape[int(np.flatnonzero(orientation[:, 0] == axis)[0])] for axis in range(3)]
+        grids.append((one @ nib.orientations.inv_ornt_aff(orientation, shape), tuple(lengths)))
+    (first, first_shape), (second, second_shape) = grids
+    return first_shape == second_shape and same_grid(first, second, first_shape)
 
 
 def sampling_matrix(slab_affine: Matrix, volume_affine: Matrix, slab_to_volume_mm: Matrix) -> Matrix:

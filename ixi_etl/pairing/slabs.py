@@ -143,7 +143,7 @@ def anatomical_slabs(
     """
     reference = dataset_config.reference
     target = _axial_slab(volumes[reference], dataset_config)
-    grid = volumes[reference].header.shape, volumes[reference].affine
+    grid = volumes[reference].affine, volumes[reference].header.shape
     fixed = volumes.pop(reference)
     is_registered = dataset_config.registration == "rigid"
     foreground = foreground_mask(target)
@@ -157,7 +157,7 @@ def anatomical_slabs(
         measured: dict[str, Any] = {}
         flags: list[str] = []
         is_echo = {modality, reference} <= ECHOES
-        on_grid = is_echo and scan.header.shape == grid[0] and affines.same_grid(scan.affine, grid[1], grid[0])
+        on_grid = is_echo and geometry.on_same_grid(scan.affine, scan.header.shape, *grid)
         if on_grid and not dataset_config.register_echoes:
             alignment = _same_slices(scan, target, foreground, dataset_config)
         else:

@@ -21,7 +21,7 @@ from ixi_etl.core.parallel import parallel_map
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.dataset import manifest, metadata, publish, selection
 from ixi_etl.dataset.publish import PublishedVersion
-from ixi_etl.dataset.schema import CANDIDATE, IXI, SCHEMAS
+from ixi_etl.dataset.schema import CANDIDATE, SCHEMAS, is_absent
 from ixi_etl.dataset.splits import person_of
 from ixi_etl.errors import DatasetError
 from ixi_etl.pairing.cut import CutJob, archive_changed, cut_subject, read_member_checked, record_path
@@ -43,6 +43,9 @@ ALWAYS_ALLOWED_UNREADABLE = 10  # subjects
 BYTES_PER_VOXEL = 2  # int16
 MAX_SUBJECTS_SHOWN = 5  # in a warning
 UNREADABLE_REASONS = ("unreadable", "corrupt_voxels")
+
+FLAGS_OF_THE_CUT = (manifest.DUPLICATE, manifest.GRID_DIFFERS)
+"""Flags of `manifest.FLAGS` that need voxels, or all affines of a subject."""
 
 UNCHECKED = "archive_unchecked"
 """Flag of subjects whose members were fetched singly, so that the MD5 of their archive was not checked."""
@@ -103,8 +106,16 @@ def select_subjects(job: RefreshJob, survey_table: pd.DataFrame) -> pd.DataFrame
         slices = " and ".join(f"{m} slices are {plane}" for m, plane in planes.items())
         log.warning("index pairing: %s, so the two pictures of a pair show different planes of the head", slices)
     screened = selection.screen_headers(survey_table, dataset_config, people)
-    _warn_about_flags(screened, [flag for flag in manifest.FLAGS if flag != manifest.DUPLICATE])
+    _warn_about_flags(screened, [flag for flag in manifest.FLAGS if flag not in FLAGS_OF_THE_CUT])
+    _check_modalities(screened[screened["status"] == CANDIDATE], dataset_config)
     return screened
+
+
+def _check_modalities(subjects: pd.DataFrame, dataset_config: DatasetConfig) -> None:
+    """Check that each modality has a scan, if there are any subjects: those that lack it may be kept."""
+    absent = [m for m in dataset_config.modalities if len(subjects) and is_absent(subjects, m.lower()).all()]
+    if absent:
+        raise DatasetError(f"no subject that can be used has a {absent[0]}; leave {absent[0]} out of --modalities")
 
 
 def _read_people(file: DemographicsFile, survey_table: pd.DataFrame) -> dict[str, dict[str, float | str]]:
@@ -120,7 +131,8 @@ def _read_people(file: DemographicsFile, survey_table: pd.DataFrame) -> dict[str
 
 def _warn_about_flags(manifest_table: pd.DataFrame, flags: Sequence[str]) -> None:
     for flag in flags:
-        has_flag = manifest_table["flags"].str.split(",").map(lambda names, flag=flag: flag in names)
+        # With several moving modalities, a flag of the alignment of one of them is named after it.
+        has_flag = manifest_table["flags"].str.contains(rf"(?:^|,)(?:[a-z0-9]+_)?{flag}(?:,|$)")
         subjects = manifest_table.loc[has_flag, "subject_id"].tolist()
         if subjects:
             shown = ", ".join(subjects[:MAX_SUBJECTS_SHOWN]) + (", ..." if len(subjects) > MAX_SUBJECTS_SHOWN else "")
@@ -161,11 +173,11 @@ def cut_subjects(
                 records[cut_job.subject_id] = _with_unchecked_flag(records[cut_job.subject_id])
     _check_files_exist(work, records)
     final = manifest.finalise(screened, records, config.dataset)
-    _warn_about_flags(final, (manifest.DUPLICATE,))
+    _warn_about_flags(final, FLAGS_OF_THE_CUT)
     audit = job.staging / metadata.MANIFEST
     write_atomic(audit, SCHEMAS[config.dataset.name].to_csv(final))
     skipped = describe_skipped_members(survey_table, inputs.archives, config.pattern)
-    _check_enough_subjects(final, config.max_unreadable, audit, skipped)
+    _check_enough_subjects(final, config, audit, skipped)
     return final, records
 
 
@@ -230,8 +242,9 @@ def _check_files_exist(work: Path, records: Mapping[str, Any]) -> None:
         raise DatasetError(f"{missing[0]} was cut, but is not in {work}; Dask's workers must share that folder")
 
 
-def _check_enough_subjects(final: pd.DataFrame, max_unreadable: float, audit: Path, skipped: Sequence[str]) -> None:
-    paired = final[~final["reason"].isin(IXI.steps["paired"])]
+def _check_enough_subjects(final: pd.DataFrame, config: RefreshConfig, audit: Path, skipped: Sequence[str]) -> None:
+    dataset_config, max_unreadable = config.dataset, config.max_unreadable
+    paired = final[~final["reason"].isin(SCHEMAS[dataset_config.name].steps["paired"])]
     unreadable = paired[paired["reason"].isin(UNREADABLE_REASONS)]
     if len(unreadable) > max(max_unreadable * len(paired), ALWAYS_ALLOWED_UNREADABLE):
         raise DatasetError(
@@ -239,6 +252,7 @@ def _check_enough_subjects(final: pd.DataFrame, max_unreadable: float, audit: Pa
             f"({', '.join(unreadable['subject_id'])}); "
             f"{audit} lists the reasons; fetch the archives again, or raise --max-unreadable"
         )
+    _check_modalities(manifest.used_rows(final), dataset_config)
     if manifest.used_rows(final).empty:
         if final.empty:
             raise DatasetError(f"the archives contain no subject: {'; '.join(skipped)}")

@@ -82,7 +82,7 @@ def _sources(survey_table: pd.DataFrame, inputs: Inputs) -> dict[str, Any]:
     for modality, archive in inputs.archives.items():
         marked = volumes.loc[volumes["modality"] == modality, "simulated"]
         sources[modality] = credit.describe_source(
-            archive.name if archive.files_sha256 else modalities.archive_name(modality),
+            f"files of {modality}" if archive.files_sha256 else modalities.archive_name(modality),
             archive.md5 or None,
             from_ixi=is_from_ixi(modality, archive),
             volumes=len(marked),

@@ -54,10 +54,12 @@ def list_pairs(final: pd.DataFrame, name: str) -> pd.DataFrame:
 def worst_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
     """The pairs of `list_pairs` whose alignment is least certain, worst first.
 
-    First those without an estimated error, then by the largest, then by the lowest NMI.
+    First those whose registration failed, then by the largest estimated error, then by the lowest NMI; last those that
+    were not registered, such as two echoes.
     """
-    order = {"registration_error_mm": False, "nmi_after": True, "subject_id": True}
-    return pairs.sort_values([*order], ascending=[*order.values()], na_position="first").head(WORST_SHOWN)
+    failed = pairs["registration_error_mm"].isna() & pairs["motion_mm"].notna()
+    order = {"failed": False, "registration_error_mm": False, "nmi_after": True, "subject_id": True}
+    return pairs.assign(failed=failed).sort_values([*order], ascending=[*order.values()]).head(WORST_SHOWN)
 
 
 def describe_alignment(row: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -142,6 +143,8 @@ def survey(
 def _read_start(file: VolumeFile) -> Member:
     """A file as a member: its size and first bytes."""
     try:
+        if not stat.S_ISREG(os.stat(file.location).st_mode):  # reading a pipe or a device may never end
+            return Member(file.name, 0, 0, "the file is not a regular file")
         with open(file.location, "rb") as opened:
             size = os.fstat(opened.fileno()).st_size
             head = opened.read(HEAD_BYTES)

@@ -93,7 +93,7 @@ def read_anatomies(
     pairs = list(find_pairs(folder).items())
     for modality in needed:
         if not any(modality in paths for _, paths in pairs):
-            raise ConfigError(f"no head in {folder} has a {modality} that can be used; leave {modality} out")
+            raise ConfigError(f"no head in {folder} has {modality} that can be used; leave {modality} out")
     people = _people_of([name for name, _ in pairs], person)
     return parallel_map(
         lambda pair: _read_anatomy(people[pair[0]], *pair),

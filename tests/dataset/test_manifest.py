@@ -93,7 +93,7 @@ def test_final_manifests_are_valid_and_survive_the_csv(table: pd.DataFrame, data
     assert list(final.columns) == IXI.columns
     again = IXI.from_csv(IXI.to_csv(final), "m.csv")
     pd.testing.assert_frame_equal(again, final)
-    funnel = manifest.funnel(final)["all"]
+    funnel = manifest.funnel(final, IXI)["all"]
     assert funnel.is_monotonic_decreasing
     assert (funnel.iloc[0], funnel.iloc[-1]) == (len(final), len(used))
     assert manifest.exclusions(final)["all"].sum() == len(final) - len(used)

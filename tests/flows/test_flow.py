@@ -18,6 +18,7 @@ from flows.cli import main
 from ixi_etl.dataset.manifest import funnel
 from ixi_etl.dataset.metadata import read_manifest, read_metadata
 from ixi_etl.dataset.publish import PublishedVersion
+from ixi_etl.dataset.schema import IXI
 from ixi_etl.errors import DownloadError
 from ixi_etl.testing.loopback import serve_folder
 
@@ -92,7 +93,7 @@ def test_refresh_creates_artifacts_on_the_server(runs: Runs) -> None:
     manifest = read_manifest(version.folder)
     excluded = manifest[manifest["status"] == "excluded"]
     summary, listed = artifacts["ixi-t1-t2-summary"][1], json.loads(artifacts["ixi-t1-t2-exclusions"][1])
-    assert f"| found | {' | '.join(str(n) for n in funnel(manifest).loc['found'])} |" in summary
+    assert f"| found | {' | '.join(str(n) for n in funnel(manifest, IXI).loc['found'])} |" in summary
     assert [row["subject_id"] for row in listed] == excluded["subject_id"].tolist()
     assert all(len(data) < 300_000 for kind, data in artifacts.values() if kind == "image")
     assert f"]({(version.folder / 'report.html').as_uri()})" in artifacts["ixi-t1-t2-report"][1]

@@ -20,9 +20,11 @@ from ixi_etl.dataset.manifest import to_records, used_rows
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.dataset.verify import verify
+from ixi_etl.errors import DatasetError
 from ixi_etl.modalities import MODALITIES
 from ixi_etl.pairing.register import mean_distance
-from ixi_etl.recipes.ixi import refresh
+from ixi_etl.recipes.ixi import _check_enough_subjects, refresh
+from ixi_etl.report.dataset_report import list_pairs, worst_pairs
 from ixi_etl.scans.tar import index_archive, read_member
 from ixi_etl.testing.phantom import pack_nifti, write_phantom, write_tar
 
@@ -180,6 +182,66 @@ def test_the_headers_of_two_echoes_are_checked(
         assert (np.abs(stored - as_stored).max() <= 0.51) == (not differs)
 
 
+def test_another_order_of_storage_is_the_same_grid(four_archives: Path, tmp_path: Path) -> None:
+    """The PDs are stored from right to left, with affines that say so: their voxels are where they were."""
+    source = tmp_path / "turned"
+    source.mkdir()
+    write_tar(source / "IXI-T2.tar", members_of(four_archives, "T2"))
+    turned = {}
+    for name, packed in list(members_of(four_archives, "PD").items())[:3]:
+        image = nib.Nifti1Image.from_bytes(gzip.decompress(packed))
+        affine = image.affine @ np.array([[-1.0, 0, 0, image.shape[0] - 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+        turned[name] = pack_nifti(np.asarray(image.dataobj.get_unscaled())[::-1].T, affine)
+    write_tar(source / "IXI-PD.tar", turned)
+    done = refresh(config_for(tmp_path / "root", source, modalities="T2,PD", depth="any", slices=8))
+    rows, arrays = to_records(used_rows(manifest_of(done))), open_arrays(done.folder)
+    assert len(rows) == len(turned)
+    for row in rows:
+        assert row["flags"] == ""
+        expected = axial_slices(turned[row["pd_member"]], row["t2_window_start"], row["t2_window_stop"])
+        np.testing.assert_array_equal(np.asarray(arrays["pd"][row["store_row"]]), expected)
+
+
+def test_the_report_shows_each_pair_and_the_uncertain_ones_first(kept: PublishedVersion) -> None:
+    table = manifest_of(kept)
+    pairs = list_pairs(table, "ixi-t1-pd-mra-t2")
+    used = used_rows(table)
+    present = {m: int((used[f"{m.lower()}_member"] != "").sum()) for m in ("T1", "PD", "MRA")}
+    assert pairs["modality"].value_counts().to_dict() == present
+    page = (kept.folder / metadata.REPORT).read_text()
+    assert f"of {len(pairs)} pairs, sampled from all sites" in page
+    assert "MRA: NMI by headers" in page
+    registered = pairs.assign(motion_mm=1.0, registration_error_mm=np.linspace(0.1, 0.9, len(pairs)))
+    echoes = pairs["modality"] == "PD"
+    registered.loc[echoes, ["motion_mm", "registration_error_mm"]] = np.nan
+    registered.loc[registered.index[-1:], "registration_error_mm"] = np.nan  # failed
+    worst = worst_pairs(registered.reset_index(drop=True))
+    assert pd.isna(worst["registration_error_mm"].iloc[0])
+    assert worst["motion_mm"].iloc[0] == 1
+    assert worst["registration_error_mm"].iloc[1:].dropna().is_monotonic_decreasing
+    assert worst["motion_mm"].isna().to_list() == sorted(worst["motion_mm"].isna())  # echoes are last
+
+
+def test_a_modality_without_a_usable_scan_is_a_one_line_error(four_archives: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for modality in ("T1", "T2"):
+        write_tar(source / f"IXI-{modality}.tar", members_of(four_archives, modality))
+    write_tar(source / "IXI-PD.tar", {"IXI999-Guys-0001-PD.nii.gz": b"no volume"})
+    config = config_for(tmp_path / "root", source, **THREE, incomplete="keep")
+    with pytest.raises(DatasetError, match="no subject that can be used has a PD; leave PD out of --modalities"):
+        refresh(config)
+
+
+def test_subjects_without_a_modality_do_not_count_as_paired() -> None:
+    rows = [{"status": "excluded", "reason": "missing_pd", "subject_id": f"a{n}"} for n in range(100)]
+    rows += [{"status": "excluded", "reason": "corrupt_voxels", "subject_id": f"b{n}"} for n in range(12)]
+    rows += [{"status": "used", "reason": "", "subject_id": f"c{n}"} for n in range(20)]
+    dataset = DatasetConfig(modalities="T1,T2,PD")
+    with pytest.raises(DatasetError, match="12 of 32 paired subjects are unreadable"):
+        _check_enough_subjects(pd.DataFrame(rows), RefreshConfig(dataset=dataset, max_unreadable=0.1), Path("x"), [])
+
+
 def test_index_pairing_takes_slices_of_all_modalities_as_stored(four_archives: Path, tmp_path: Path) -> None:
     done = refresh(config_for(tmp_path, four_archives, **THREE, pairing="index", depth="any"))
     row = to_records(used_rows(manifest_of(done)))[0]
@@ -217,8 +279,9 @@ def test_each_modality_is_registered_to_the_reference(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"modalities": "T1"}, "two or more"),
-        ({"modalities": "T1,T1"}, "two or more different"),
+        ({"modalities": "T1"}, "T1 alone makes no pairs"),
+        ({"modalities": "T1,T1"}, "T1, T1: give different ones"),
+        ({"modalities": ""}, "nothing: give different ones"),
         ({"modalities": "T1,DTI"}, "there is no modality DTI; the modalities are T1, T2, PD, MRA"),
         ({"modalities": "T1,PD"}, "reference T2 is not one of the modalities T1, PD"),
         ({"margin": -1}, "greater than or equal to 0"),
@@ -236,6 +299,9 @@ def test_options_that_are_not_used_leave_the_name_of_a_version_as_it_was() -> No
         *("max_registration_error", "uncertain", "pictures", "split_seed", "split"),
     ]
     assert DatasetConfig(modalities=("T2", "T1")).model_dump(mode="json") == usual
-    others = DatasetConfig(modalities="pd t2", margin=1).model_dump(mode="json")
+    assert (
+        DatasetConfig.model_validate({"modalities": ["t2", "t1"], "reference": "t2"}).model_dump(mode="json") == usual
+    )
+    others = DatasetConfig(modalities="pd t2,", margin=1).model_dump(mode="json")
     assert set(others) - set(usual) == {"modalities", "margin"}
     assert DatasetConfig.model_validate(others) == DatasetConfig(modalities=("T2", "PD"), margin=1)

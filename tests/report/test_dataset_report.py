@@ -20,7 +20,7 @@ from PIL import Image
 
 from ixi_etl.dataset import manifest, metadata
 from ixi_etl.dataset.publish import PublishedVersion
-from ixi_etl.dataset.schema import REASONS
+from ixi_etl.dataset.schema import IXI, REASONS
 from ixi_etl.pairing.pictures import pair_layers
 from ixi_etl.recipes.ixi import refresh
 from ixi_etl.report import charts, page
@@ -113,7 +113,7 @@ def test_pairs_of_each_site_and_the_least_similar_pairs_are_shown(published_mani
 
 def test_the_cost_of_the_modal_rule_is_shown_by_site(summary: dict[str, Any], published_manifest: pd.DataFrame) -> None:
     rows = table_of(page_of(dataset_report(summary, published_manifest, {})), "Pairs excluded only by their depth")
-    funnel = manifest.funnel(published_manifest)
+    funnel = manifest.funnel(published_manifest, IXI)
     before, after = funnel.loc["readable"], funnel.loc["modal depth"]
     costs = {name: (int(readable), int(out)) for name, readable, out, _ in rows}
     assert costs == {

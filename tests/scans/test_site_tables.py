@@ -70,18 +70,18 @@ def test_flattened_tables_have_no_additional_rows(rows: int, table: pd.DataFrame
 
 
 def test_the_funnel_and_the_exclusions_count_each_site(final: pd.DataFrame) -> None:
-    funnel, exclusions = manifest.funnel(final), manifest.exclusions(final)
+    funnel, exclusions = manifest.funnel(final, IXI), manifest.exclusions(final)
     assert funnel["sites"].loc["used"].to_dict() == USED
     assert funnel["all"]["found"] == len(final)
     assert exclusions["sites"].loc["depth_not_modal"].to_dict() == dict.fromkeys(SITES, 1)
-    counts = json.loads(json.dumps(manifest.counts(final)))
+    counts = json.loads(json.dumps(manifest.counts(final, IXI)))
     assert counts["funnel"]["used"] == {"all": sum(USED.values()), "sites": USED}
 
 
 def test_flattened_tables_have_a_column_for_each_site(table: pd.DataFrame, final: pd.DataFrame) -> None:
     for counts, labels in (
         (depth_histogram(table), 2),
-        (manifest.funnel(final), 1),
+        (manifest.funnel(final, IXI), 1),
         (manifest.exclusions(final), 1),
     ):
         flat = flatten(counts)
@@ -110,7 +110,7 @@ def test_reports_and_charts_show_any_site_name(table: pd.DataFrame, final: pd.Da
         "sources": {},
         "credit": "",
         "licence": "",
-        **manifest.counts(final),
+        **manifest.counts(final, IXI),
     }
     page = dataset_report(summary, final, {})
     assert f'<th scope="row">site all</th><td>2</td><td>1</td><td>{1 / 2:.0%}</td>' in page
