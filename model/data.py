@@ -184,9 +184,10 @@ def load_pairs(
     is_complete = ~np.logical_or.reduce([is_absent(in_split, name) for name in names])
     chosen = in_split[is_complete]
     if chosen.empty:
-        raise EmptySplitError(f"no subject in split {split} of {folder} has all of {', '.join(names)}")
+        raise EmptySplitError(f"no subject in split {split} of {folder} has all of {', '.join(names)}; train on others")
     if len(chosen) < len(in_split):
-        log.info("split %s: %d subjects lack one of %s", split, len(in_split) - len(chosen), ", ".join(names))
+        lacking = len(in_split) - len(chosen)
+        log.info("split %s: %d of %d subjects lack one of %s", split, lacking, len(in_split), ", ".join(names))
     arrays = open_arrays(folder)
     rows = chosen["store_row"].to_numpy(dtype=np.int64)
     slab = sum(arrays[name].nbytes // arrays[name].shape[0] for name in names)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,7 +130,7 @@ def measure(pairs: Pairs, methods: Mapping[str, Predictor], progress: Progress =
 
 def _otsu_thresholds(pairs: Pairs) -> Tensor:
     """Otsu's thresholds (S, K + 1) of each subject's slabs of sources and target, in [-1, 1]."""
-    thresholds = []
+    pairs, thresholds = replace(pairs, neighbours=0), []
     for subject in range(len(pairs.subjects)):
         source, target = pairs.normalised(torch.nonzero(pairs.subject == subject).flatten())
         slabs = torch.cat([pairs.centres(source), target], 1).cpu().numpy()

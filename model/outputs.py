@@ -69,6 +69,8 @@ def _parse_sources(given: Sequence[str]) -> dict[str, Path]:
             raise SynthesisError(f"--source {text}: give NAME=FILE, for example --source t1=T1.nii.gz")
         if name in files:
             raise SynthesisError(f"--source {text}: {name} is given twice")
+        if Path(path) in files.values():
+            raise SynthesisError(f"--source {text}: the file is given twice")
         files[name] = Path(path)
     return files
 

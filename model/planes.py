@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -150,7 +151,7 @@ def _along_xyz(row: dict[str, Any], name: str, column: str) -> list[float]:
 
 def _histograms(pairs: Pairs) -> list[tuple[float, ...]]:
     """Mean histograms of the sources and of the target, over up to `HISTOGRAM_SUBJECTS` subjects, evenly spread."""
-    count = len(pairs.subjects)
+    pairs, count = replace(pairs, neighbours=0), len(pairs.subjects)
     sums = np.zeros((len(pairs.sources) + 1, BINS))
     chosen = np.unique(np.linspace(0, count - 1, min(count, HISTOGRAM_SUBJECTS)).round().astype(int))
     for subject in chosen.tolist():

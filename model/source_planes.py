@@ -97,19 +97,26 @@ class Source:
     head_threshold: float
 
 
-def align(first: tuple[str, Scan], other: tuple[str, Scan], planes: Planes, slab: slice) -> Alignment:
-    """Register a scan to the first one, as a refresh does; each is given with the name of its modality.
+def echo_of(first: tuple[str, Scan], other: tuple[str, Scan]) -> Scan | None:
+    """The other scan with its voxels exactly at those of the first, if both are echoes of one scan on one grid."""
+    (first_name, fixed), (name, scan) = first, other
+    if not {first_name.upper(), name.upper()} <= ECHOES:
+        return None
+    grids = [(each.affine, each.voxels.shape[::-1]) for each in (scan, fixed)]
+    affine = geometry.affine_on_grid_of(*grids[0], *grids[1])
+    return None if affine is None else replace(scan, affine=affine)
 
-    Echoes of one acquisition on one grid are aligned already. The registration counts only if it makes the scans more
+
+def align(first: tuple[str, Scan], moving: Scan, planes: Planes, slab: slice) -> Alignment:
+    """Register a scan to the first one (given with its name), as a refresh does.
+
+    For scans of which `echo_of` gives None. The registration counts only if it makes the scans more
     similar over the head in the planes `slab`.
 
     Raises:
         SynthesisError: the mirror image of the scan fits better.
     """
-    (first_name, fixed), (name, moving) = first, other
-    grids = [(scan.affine, scan.voxels.shape[::-1]) for scan in (moving, fixed)]
-    if {first_name.upper(), name.upper()} <= ECHOES and geometry.on_same_grid(*grids[0], *grids[1]):
-        return BY_HEADERS
+    first_name, fixed = first
     volumes = (register.Volume(scan.voxels, geometry.rounded(scan.affine)) for scan in (moving, fixed))
     try:
         found = register.register(*volumes)

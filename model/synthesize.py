@@ -37,6 +37,7 @@ from model.source_planes import (
     Scan,
     Source,
     align,
+    echo_of,
     generator_input,
     normalise_planes,
     sample_planes,
@@ -178,7 +179,8 @@ def synthesize_volume(
     values = np.full(volume.shape, low, np.float32)
     axis, to_inferior = planes.axial_axis(first.affine)
     depth, height, width = stack.shape
-    lost, per_block = 0, max(BATCH, BLOCK_PIXELS // max(height * width, volume.size // depth))
+    channels = len(in_order) * len(shifts)
+    lost, per_block = 0, max(BATCH, BLOCK_PIXELS // max(channels * height * width, volume.size // depth))
     for start in range(0, depth, per_block):
         block = slice(start, min(start + per_block, depth))
         generated = _generate(trained, in_order, generator_input(in_order, stack, block, shifts))
@@ -240,7 +242,9 @@ def _prepare_sources(
     head = np.zeros(0, np.bool_)
     for name, scan in scans.items():
         with _naming(name, scans) as prefix:
-            alignment = align(first, (name, scan), stack, slab) if sources else BY_HEADERS
+            echo = echo_of(first, (name, scan))
+            scan = echo or scan
+            alignment = align(first, scan, stack, slab) if sources and echo is None else BY_HEADERS
             sampled, inside = sample_planes(scan, alignment, stack, slab)
             low, high = percentiles(sampled[None])[0].tolist()
             if not low < high:

@@ -185,7 +185,7 @@ def synthesize(
 ) -> None:
     """Generate a whole volume of another modality from each input, on the grid of the input.
 
-    A generator that takes several sources gets a volume of each: --source t1=a.nii.gz --source pd=b.nii.gz.
+    A generator that takes several sources gets a volume of each: --source pd=a.nii.gz --source t1=b.nii.gz.
 
     Writes a JSON file next to each output that records how it was made.
     """

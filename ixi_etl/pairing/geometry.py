@@ -63,17 +63,26 @@ def axial_depth(shape_ijk: tuple[int, ...], affine: Matrix) -> int:
     return shape_ijk[int(np.argmax(nib.io_orientation(affine)[:, 0]))]
 
 
-def on_same_grid(
+def affine_on_grid_of(
     affine: Matrix, shape_ijk: tuple[int, ...], other_affine: Matrix, other_shape_ijk: tuple[int, ...]
-) -> bool:
-    """Whether two volumes have their voxels at the same places (within `affines.MAX_FORM_ERROR_MM`), in any order."""
-    grids = []
-    for one, shape in ((affine, shape_ijk), (other_affine, other_shape_ijk)):
-        orientation = nib.io_orientation(one)
-        lengths = [shape[int(np.flatnonzero(orientation[:, 0] == axis)[0])] for axis in range(3)]
-        grids.append((one @ nib.orientations.inv_ornt_aff(orientation, shape), tuple(lengths)))
-    (first, first_shape), (second, second_shape) = grids
-    return first_shape == second_shape and same_grid(first, second, first_shape)
+) -> Matrix | None:
+    """The affine that puts the voxels of a volume exactly where another has its own, whatever their order in storage.
+
+    None if the grids differ: in size, or by more than `affines.MAX_FORM_ERROR_MM` at a voxel.
+    """
+    (turn, own, own_size), (_, other, other_size) = (
+        _reoriented(one, shape) for one, shape in ((affine, shape_ijk), (other_affine, other_shape_ijk))
+    )
+    is_same = own_size == other_size and same_grid(own, other, own_size)
+    return rounded(other @ np.linalg.inv(turn)) if is_same else None
+
+
+def _reoriented(affine: Matrix, shape_ijk: tuple[int, ...]) -> tuple[Matrix, Matrix, tuple[int, ...]]:
+    """From (x, y, z, 1) of the volume turned to RAS to its (i, j, k, 1), the turned affine, and the turned size."""
+    orientation = nib.io_orientation(affine)
+    turn = nib.orientations.inv_ornt_aff(orientation, shape_ijk)
+    size = tuple(shape_ijk[int(axis)] for axis in np.argsort(orientation[:, 0]))
+    return turn, affine @ turn, size
 
 
 def sampling_matrix(slab_affine: Matrix, volume_affine: Matrix, slab_to_volume_mm: Matrix) -> Matrix:

@@ -157,7 +157,7 @@ def anatomical_slabs(
         measured: dict[str, Any] = {}
         flags: list[str] = []
         is_echo = {modality, reference} <= ECHOES
-        on_grid = is_echo and geometry.on_same_grid(scan.affine, scan.header.shape, *grid)
+        on_grid = is_echo and geometry.affine_on_grid_of(scan.affine, scan.header.shape, *grid) is not None
         if on_grid and not dataset_config.register_echoes:
             alignment = _same_slices(scan, target, foreground, dataset_config)
         else:
