@@ -162,9 +162,9 @@ class DatasetConfig(StrictModel):
     modalities: Annotated[Modalities, Option(type=str, metavar="T1,T2,...")] = Field(
         DEFAULT_MODALITIES, description=f"which of {', '.join(MODALITIES)} the dataset has, separated by commas"
     )
-    reference: Annotated[Literal["T1", "T2", "PD", "MRA"], BeforeValidator(_upper_case)] = Field(
-        "T2", description="modality whose slices are cut and never resampled; the others are moved to it"
-    )
+    reference: Annotated[
+        Literal["T1", "T2", "PD", "MRA"], BeforeValidator(_upper_case), Option(type=str, metavar="T1|T2|...")
+    ] = Field("T2", description="modality whose slices are cut and never resampled; the others are moved to it")
     register_echoes: bool = Field(
         False, description="also register PD to T2, or T2 to PD: echoes of one scan, whose voxels agree"
     )

@@ -14,6 +14,7 @@ import pytest
 from conftest import SHRINK, SLICES, config_for
 from numpy.typing import NDArray
 
+from flows.cli import main
 from ixi_etl.config import DatasetConfig, RefreshConfig
 from ixi_etl.dataset import metadata
 from ixi_etl.dataset.manifest import to_records, used_rows
@@ -305,3 +306,24 @@ def test_options_that_are_not_used_leave_the_name_of_a_version_as_it_was() -> No
     others = DatasetConfig(modalities="pd t2,", margin=1).model_dump(mode="json")
     assert set(others) - set(usual) == {"modalities", "margin"}
     assert DatasetConfig.model_validate(others) == DatasetConfig(modalities=("T2", "PD"), margin=1)
+
+
+def test_the_command_takes_modalities_and_names_the_dataset(
+    four_archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--modalities", "pd,t2", "--margin", "1", "--slices", "4", "--depth", "any", "--no-pictures", "--json"]
+
+    def run(*arguments: str) -> int | str | None:
+        with pytest.raises(SystemExit) as end:
+            main([*arguments, "--root", str(tmp_path)])
+        return end.value.code
+
+    assert run("refresh", "--source", str(four_archives), *options) == 0
+    done = json.loads(capsys.readouterr().out)
+    folder = Path(done["manifest"]).parent
+    assert folder.parent.name == "ixi-pd-t2"
+    assert open_arrays(folder)["pd"].shape[1] == 6
+    assert run("versions", "--json") == 0
+    assert f"ixi-pd-t2@{done['version']}" in capsys.readouterr().out
+    assert run("refresh", "--modalities", "t1,pd") == 2
+    assert "reference T2 is not one of the modalities T1, PD" in capsys.readouterr().err
