@@ -88,6 +88,8 @@ def simulate(
     from ixi_etl.testing.phantom import write_phantom
 
     wanted = chosen_modalities(modalities) if modalities is not None else None
+    if wanted is not None and len(wanted) < 2:
+        raise ConfigError(f"--modalities {wanted[0]}: a subject has two scans or more; give two or more modalities")
     if person is not None and bases is None:
         raise ConfigError("--person says how the files of --bases are named; give --bases too")
     with show_progress() as progress:

@@ -317,7 +317,7 @@ def test_too_many_unreadable_pairs_end_the_refresh(archives: Path, tmp_path: Pat
     table = pd.read_csv(audit)
     assert (table["reason"] == "unreadable").sum() == 11
     ten_unreadable = table[table["subject_id"] != "IXI510-HH-1"]
-    jobs._check_enough_subjects(ten_unreadable, config.max_unreadable, audit, [])  # ten are always allowed
+    jobs._check_enough_subjects(ten_unreadable, config, audit, [])  # ten are always allowed
     assert refresh(config.model_copy(update={"max_unreadable": 0.9})).is_new
 
 

@@ -124,7 +124,7 @@ def test_an_unusable_pattern_is_refused(pattern: str, message: str, tmp_path: Pa
 def test_a_modality_that_no_head_has_is_refused(modality: str, tmp_path: Path) -> None:
     for name in ("a_T1.nii", "a_T2.nii", "a_MRA.nii"):  # an MRA is not read: its place in the head is not known
         (tmp_path / name).touch()
-    with pytest.raises(ConfigError, match=f"no head in .* has a {modality} that can be used; leave {modality} out"):
+    with pytest.raises(ConfigError, match=f"no head in .* has {modality} that can be used; leave {modality} out"):
         phantom.write_phantom(tmp_path / "sim", bases=tmp_path, modalities=("T1", "T2", modality))
     assert not (tmp_path / "sim").exists()
 

@@ -185,8 +185,8 @@ def test_without_oddities_every_subject_has_every_modality(tmp_path: Path) -> No
     ("options", "message"),
     [
         (["--modalities", "T1,DTI"], "there is no modality DTI; the modalities are T1, T2, PD, MRA"),
-        (["--modalities", "T2"], "give two or more different ones"),
-        (["--modalities", "t1 t2,t2"], "give two or more different ones"),
+        (["--modalities", "T2"], "give two or more modalities"),
+        (["--modalities", "t1 t2,t2"], "T1, T2, T2: give different ones"),
     ],
 )
 def test_unusable_modalities_are_refused(
