@@ -18,8 +18,9 @@ from types import FrameType
 
 log = logging.getLogger(__name__)
 
-GRACE_S = 5.0
-"""Seconds that a command may take to end after a training run has saved; its Prefect server may no longer answer."""
+GRACE_S = 15.0
+"""Seconds that a command may take to end after a training run has saved; its Prefect server may no longer answer. Five
+were too few on a machine with four busy processes on two cores."""
 
 at_end: list[Callable[[], None]] = []
 """Callbacks that end the child processes of this process, run before a signal ends it."""

@@ -180,7 +180,7 @@ def do_measured_refresh(pipe: Connection, config: str) -> None:
 
         setattr(module, name, timed)
 
-    measure(survey, "_row", lambda modality, member: str(member.name))
+    measure(survey, "_row", lambda _modality, member, *_: str(member.name))
     measure(ixi, "cut_subject", lambda job, *_: str(job.subject_id))
     made = ixi.refresh(RefreshConfig.model_validate_json(config))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
