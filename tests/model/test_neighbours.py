@@ -1,4 +1,4 @@
-"""The comparison of neighbours (`benchmarks.neighbours`): who is trained on whom, and what the summary says."""
+"""The comparison of neighbours (`benchmarks.neighbours`): its folds, and what the summary says."""
 
 from __future__ import annotations
 
