@@ -156,6 +156,9 @@ def chosen_modalities(given: Any) -> tuple[str, ...]:
     return TypeAdapter(Modalities).validate_python(given)
 
 
+Count = Annotated[int, Field(ge=0)]
+
+
 class DatasetConfig(StrictModel):
     """How a version is made from its archives. Every field changes its bytes, so all are part of its name."""
 
@@ -181,14 +184,19 @@ class DatasetConfig(StrictModel):
     window: Annotated[Literal["middle"] | tuple[int, int], Option(type=tuple[int, int], metavar="START STOP")] = Field(
         "middle", description="the middle slices, or an explicit [start, stop) along the slice axis"
     )
-    slices: Annotated[int, Field(gt=0)] = Field(20, description="number of slices in the middle window")
+    slices: Annotated[int, Field(gt=0)] = Field(20, description="number of slices in the window, unless it is explicit")
+    slice_rule: Literal["middle", "area"] = Field(
+        "middle",
+        description="middle: the middle slices of the volume; area: the adjacent slices with the largest area of head",
+    )
     depth: Literal["modal", "any"] = Field(
         "modal",
         description="modal: keep only volumes of the most common depth, as published; any: keep every depth that fits",
     )
-    registration: Literal["none", "rigid"] = Field(
+    registration: Literal["none", "rigid", "affine"] = Field(
         "rigid",
-        description="rigid: correct the motion between the scans; none: align by headers only (always none for index)",
+        description="rigid: correct the motion between the scans; affine: also scale and shear (12 parameters); "
+        "none: align by headers only (always none for index)",
     )
     min_nmi: Annotated[float, Field(ge=0, le=1)] = Field(
         MIN_NMI,
@@ -206,6 +214,32 @@ class DatasetConfig(StrictModel):
     pictures: bool = Field(True, description="draw a picture of each pair, and a sheet of the ten least similar")
     split_seed: int = Field(0, description="seed of the hash that assigns each person to train, val or test")
     split: tuple[float, float, float] = Field((0.8, 0.1, 0.1), description="shares of train, val and test")
+    split_by: Literal["person", "order", "file"] = Field(
+        "person",
+        description="person: by a hash, so no person is in two splits; order: the first subjects are train, by "
+        "split-counts; file: slices are shuffled, so one person's can be in several splits",
+    )
+    split_counts: tuple[Count, Count, Count] | None = Field(
+        None, description="numbers of subjects in train, val and test, for split-by order"
+    )
+    subjects: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="use only the first subjects that can be used, in the order of their ids"
+    )
+    normalisation: Literal["percentiles", "range", "mean"] = Field(
+        "percentiles",
+        description="which values become 0 and 1. percentiles: 0.1 and 99.9 of the slab; range: its least and largest; "
+        "mean: 0, and the largest over all subjects of value / the slab's mean",
+    )
+    preparation: Annotated[Literal["none", "syndiff", "selfrdb", "moschetto"], Option(hidden=True)] = Field(
+        "none", description="the published preparation that a preset follows; its deviations are recorded"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_split_by(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("split_counts") is not None:
+            return {"split_by": "order"} | given
+        return given
 
     @model_validator(mode="before")
     @classmethod
@@ -226,7 +260,18 @@ class DatasetConfig(StrictModel):
             raise ValueError("index pairing takes slices as stored; registration must be none")
         if min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-9:
             raise ValueError(f"split shares {list(self.split)} must be >= 0 and add up to 1")
+        if self.window != "middle" and self.slice_rule != "middle":
+            raise ValueError(f"window {list(self.window)} is explicit; slice_rule must be middle")
+        self._check_split_counts()
         return self
+
+    def _check_split_counts(self) -> None:
+        if (self.split_by == "order") != (self.split_counts is not None):
+            raise ValueError("split_by order needs split_counts, for example 25 5 10, and only order uses them")
+        if self.split_counts is None or self.subjects is None or sum(self.split_counts) <= self.subjects:
+            return
+        counts = " + ".join(map(str, self.split_counts))
+        raise ValueError(f"split_counts {counts} need {sum(self.split_counts)} subjects; subjects is {self.subjects}")
 
     def window_in(self, depth: int) -> tuple[int, int] | None:
         """The window [start, stop) among `depth` slices; None if it does not fit."""
@@ -264,7 +309,21 @@ class DatasetConfig(StrictModel):
         }
 
 
-NEWER_FIELDS = frozenset({"modalities", "reference", "register_echoes", "incomplete", "margin"})
+NEWER_FIELDS = frozenset(
+    {
+        "modalities",
+        "reference",
+        "register_echoes",
+        "incomplete",
+        "margin",
+        "slice_rule",
+        "split_by",
+        "split_counts",
+        "subjects",
+        "normalisation",
+        "preparation",
+    }
+)
 """Fields of `DatasetConfig` that are newer than pipeline version 8."""
 
 

@@ -73,7 +73,8 @@ def _pop_given(arguments: dict[str, Any], options: Mapping[str, Any]) -> dict[st
 
 def _options_of(model: type[BaseModel], only: Sequence[str]) -> Iterator[tuple[str, inspect.Parameter]]:
     for name, field in model.model_fields.items():
-        if not isinstance(field.default, BaseModel) and (not only or name in only):
+        is_hidden = any(isinstance(item, Option) and item.hidden for item in field.metadata)
+        if not isinstance(field.default, BaseModel) and not is_hidden and (not only or name in only):
             yield name, _parameter(name, field)
 
 

@@ -15,9 +15,11 @@ class Option:
         type: of the value, if the field accepts more than a command line can express.
         metavar: placeholder in the help.
         envvar: environment variable that supplies the value if the option is omitted.
+        hidden: the field has no option, because a preset sets it.
     """
 
     flag: str | None = None
     type: Any = None
     metavar: str | None = None
     envvar: str | None = None
+    hidden: bool = False

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from ixi_etl.config import DatasetConfig
 from ixi_etl.dataset.alignment import DISSIMILAR, UNCERTAIN, judge_alignments
@@ -72,6 +74,25 @@ def find_equal_scans(records: Mapping[str, Mapping[str, Any]]) -> list[list[tupl
         for modality, digest in record.get("voxels_sha256", {}).items():
             groups.setdefault(digest, []).append((subject, modality))
     return sorted(group for group in groups.values() if len(group) > 1)
+
+
+def slices_in_split(used: pd.DataFrame, split: str, slices: int) -> NDArray[np.bool_]:
+    """Mask (S, `slices`) of the slices in a split, of the S used subjects; `slices` counts those without margins."""
+    if "slice_splits" not in used:
+        return np.repeat((used["split"] == split).to_numpy(bool)[:, np.newaxis], slices, axis=1)
+    names = [row.split(",") for row in used["slice_splits"]]
+    mask: NDArray[np.bool_] = np.array(names, dtype=str).reshape(-1, slices) == split
+    return mask
+
+
+def intensity_ranges(used: pd.DataFrame, name: str) -> NDArray[np.float64]:
+    """(S, 2) stored values of the array `name` that become 0 and 1 (for a network -1 and 1); NaN where it is absent.
+
+    They are the columns `_low` and `_high` of a version with another normalisation than percentiles, otherwise `_p_low`
+    and `_p_high`.
+    """
+    prefix = name if f"{name}_low" in used else f"{name}_p"
+    return used[[f"{prefix}_low", f"{prefix}_high"]].to_numpy(dtype=np.float64, na_value=np.nan)
 
 
 def used_rows(manifest: pd.DataFrame) -> pd.DataFrame:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,8 @@ from ixi_etl.errors import DatasetError
 from ixi_etl.modalities import DATASETS, DEFAULT_MODALITIES, DEFAULT_REFERENCE, MODALITIES, moving
 
 USED, EXCLUDED, CANDIDATE = "used", "excluded", "candidate"
+MIXED = "mixed"
+"""The `split` of a subject whose slices are in several, which `slice_splits` lists."""
 
 REASONS = {
     **{f"missing_{m.lower()}": f"the archive has no {m} of this subject" for m in MODALITIES},
@@ -61,6 +63,7 @@ class Schema:
         allowed: column -> allowed values; for a number, minimum and maximum.
         complete: given the manifest, the mask of rows with all further values that a used row must have.
         reasons: reason -> what it means.
+        optional: further columns and their dtypes, which some configurations add at the end.
     """
 
     dtypes: Mapping[str, str]
@@ -69,10 +72,17 @@ class Schema:
     allowed: Mapping[str, tuple[Any, ...]]
     complete: Callable[[pd.DataFrame], Any]
     reasons: Mapping[str, str]
+    optional: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[str]:
+        """The columns that every manifest has."""
         return list(self.dtypes)
+
+    def dtypes_with(self, given: Iterable[str]) -> dict[str, str]:
+        """`dtypes` and, after them, those of the `optional` columns among the `given` ones."""
+        present = set(given)
+        return {**self.dtypes, **{name: dtype for name, dtype in self.optional.items() if name in present}}
 
     def to_csv(self, manifest: pd.DataFrame) -> str:
         """Validate a manifest and return its CSV text, in which no cell is a spreadsheet formula."""
@@ -87,8 +97,9 @@ class Schema:
         try:
             # A member's name may contain a carriage return, which pandas does not quote.
             raw = pd.read_csv(io.StringIO(text), dtype="str", keep_default_na=False, lineterminator="\n")
-            if list(raw.columns) != self.columns:
-                wrong = sorted(set(raw.columns) ^ set(self.columns)) or "their order"
+            expected = list(self.dtypes_with(raw.columns))
+            if list(raw.columns) != expected:
+                wrong = sorted(set(raw.columns) ^ set(expected)) or "their order"
                 raise ValueError(f"the columns differ from those of a manifest: {wrong}")
             return self.validate(self.typed(_with_formulas(raw)))
         except Exception as error:  # pandas and pandera raise many kinds on damaged text
@@ -97,7 +108,7 @@ class Schema:
     def typed(self, table: pd.DataFrame) -> pd.DataFrame:
         """Convert a table to the manifest's dtypes. Empty values become "" in text columns and missing in numbers."""
         columns = {}
-        for name, dtype in self.dtypes.items():
+        for name, dtype in self.dtypes_with(table.columns).items():
             column = table[name]
             if dtype == "str":
                 columns[name] = column.where(column.notna(), "").astype("str")
@@ -118,8 +129,9 @@ class Schema:
         import pandera.errors
 
         dtypes = [(str(name), str(dtype)) for name, dtype in manifest.dtypes.items()]
-        if dtypes != list(self.dtypes.items()):
-            wrong = sorted(dict(set(dtypes) ^ set(self.dtypes.items()))) or "their order or number"
+        expected = self.dtypes_with(manifest.columns).items()
+        if dtypes != list(expected):
+            wrong = sorted(dict(set(dtypes) ^ set(expected))) or "their order or number"
             raise ValueError(f"the columns or their types differ from those of a manifest: {wrong}")
         try:
             checked: pd.DataFrame = self._contract.validate(manifest)
@@ -136,7 +148,8 @@ class Schema:
         """
         import pandera.pandas as pa
 
-        allowed = {"status": (USED, EXCLUDED), "reason": ("", *self.reasons), "split": ("", *SPLITS), **self.allowed}
+        splits = ("", *SPLITS, MIXED)
+        allowed = {"status": (USED, EXCLUDED), "reason": ("", *self.reasons), "split": splits, **self.allowed}
         texts = [name for name, dtype in self.dtypes.items() if dtype == "str"]
         columns = {"subject_id": pa.Column(unique=True)}
         for name, values in allowed.items():
@@ -283,6 +296,7 @@ def ixi_schema(modalities: Sequence[str], reference: str) -> Schema:
         | {column: (0, 1) for columns in alignments.values() for column in columns if "nmi_" in column},
         complete=complete,
         reasons={reason: text.format(**words) for reason, text in REASONS.items()},
+        optional={"slice_splits": "str"} | {f"{name}_{end}": "Float64" for name in names for end in ("low", "high")},
     )
 
 
