@@ -244,6 +244,11 @@ def test_a_run_of_the_preset_records_its_deviations(published: PublishedVersion,
     assert train_run(resumed, resume=True) == path
 
 
+def test_the_documentation_has_every_deviation() -> None:
+    text = " ".join((Path(__file__).parents[2] / "docs" / "training.md").read_text().split())
+    assert [sentence for sentence in DEVIATIONS["moschetto"] if f"- {sentence}" not in text] == []
+
+
 def test_a_run_of_another_preset_records_no_deviations(trained: Path) -> None:
     assert "preset" not in read_json(trained / "runs" / "a" / "config.json")
     assert all(preset(name).deviations == [] for name in PRESETS if name != "moschetto")
