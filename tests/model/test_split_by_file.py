@@ -20,7 +20,7 @@ from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import MIXED, USED
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.errors import EmptySplitError
-from model import data, evaluate, samples
+from model import data, evaluate, planes, samples
 from model.config import Direction, TrainConfig
 from model.data import Pairs, Slabs
 from model.evaluate import MEAN_TARGET
@@ -137,6 +137,18 @@ def test_samples_show_the_slice_nearest_to_the_middle(by_file: Path) -> None:
         for n in shown.tolist():
             of_subject = pairs.position[pairs.subject == pairs.subject[n]]
             assert abs(int(pairs.position[n]) - SLICES // 2) == int((of_subject - SLICES // 2).abs().min())
+
+
+def test_histograms_are_of_whole_slabs_as_those_of_new_volumes_are(by_file: Path) -> None:
+    train = data.load_pairs(by_file, "train")
+    summary = planes.summarise(by_file, train)
+    assert summary is not None
+    assert summary.slab_mm == pytest.approx(SLICES * 5)
+    shares = [
+        planes.histogram(data.normalise(slab[None], low_high[None])[0].numpy())
+        for slab, low_high in zip(train.target.stored, train.target.low_high, strict=True)
+    ]
+    np.testing.assert_allclose(summary.target_histogram, np.mean(shares, axis=0), atol=1e-5)
 
 
 def test_a_split_by_file_is_trained_on_sampled_and_evaluated(by_file: Path) -> None:
