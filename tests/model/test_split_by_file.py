@@ -29,17 +29,21 @@ from model.jobs import evaluate_run, prepare_run, train_run
 HEIGHT, WIDTH = 3, 2
 
 
+def with_slice_splits(table: pd.DataFrame, by_subject: list[list[str]]) -> pd.DataFrame:
+    """The manifest with the splits of the slices of each used subject."""
+    changed, rows = table.assign(slice_splits=""), table.index[table["status"] == USED]
+    changed.loc[rows, "slice_splits"] = [",".join(names) for names in by_subject]
+    changed.loc[rows, "split"] = [names[0] if len(set(names)) == 1 else MIXED for names in by_subject]
+    return changed
+
+
 def shuffle_slices(table: pd.DataFrame) -> pd.DataFrame:
-    """Assign slices to splits at random, except that the first subject is in `train` alone and slice 5 never is."""
-    rng, splits = np.random.default_rng(0), []
+    """Assign slices to splits at random, except that slice 5 is never in `train`, and all others of the first are."""
+    rng, by_subject = np.random.default_rng(0), []
     for n in range(int((table["status"] == USED).sum())):
         names = ["train"] * SLICES if n == 0 else rng.choice(SPLITS, SLICES).tolist()
-        splits.append([*names[:5], "test" if n else "val", *names[6:]])
-    is_used = table["status"] == USED
-    joined = pd.Series(map(",".join, splits), table.index[is_used])
-    return table.assign(
-        split=table["split"].where(~is_used, MIXED), slice_splits=joined.reindex(table.index).fillna("").astype(str)
-    )
+        by_subject.append([*names[:5], "test" if n else "val", *names[6:]])
+    return with_slice_splits(table, by_subject)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +173,8 @@ def test_a_split_by_file_is_trained_on_sampled_and_evaluated(by_file: Path) -> N
 
 def test_an_empty_split_by_file_states_the_subjects_of_each_split(by_file: Path, tmp_path: Path) -> None:
     def no_validation(table: pd.DataFrame) -> pd.DataFrame:
-        return table.assign(slice_splits=table["slice_splits"].str.replace("val", "train"))
+        joined = table.loc[table["status"] == USED, "slice_splits"].str.replace("val", "train")
+        return with_slice_splits(table, [names.split(",") for names in joined])
 
     folder = alter_version(by_file, tmp_path, no_validation)
     counts = [len(data.load_pairs(folder, split).subjects) for split in ("train", "test")]
