@@ -12,6 +12,7 @@ If the root is on S3, a run works in the scratch folder and is uploaded: see `mo
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from model.config import SIDES, TrainConfig
 from model.data import check_side, parse_direction
 from model.devices import default_precision, describe_hardware, pick_device, under_torchrun
 from model.evaluate import Evaluation
+from model.protocols import PROTOCOLS
 from model.report import write_report
 from model.run import CONFIG_FILE, RUN_ID, Run, new_run, pull, push_if_possible
 from model.train import do_nothing, train
@@ -124,6 +126,7 @@ def evaluate_run(
     split: str = "test",
     weights: Path | None = None,
     dropout: bool = False,
+    protocols: Sequence[str] = tuple(PROTOCOLS),
     progress: Progress = no_progress,
 ) -> Evaluation:
     """Evaluate the best generator or the one in `weights`, and update the report: see `model.evaluate.evaluate`."""
@@ -136,6 +139,7 @@ def evaluate_run(
         split=split,
         device=run.config.device,
         dropout=dropout,
+        protocols=protocols,
         progress=progress,
     )
     write_report(run.folder)
