@@ -198,7 +198,7 @@ def windowed(x: Image, y: Image) -> tuple[Image, Image]:
 
 
 def ms_ssim(x: Image, y: Image) -> float:
-    """Wang et al. (2003): contrast and structure at each of five scales; at the last also the luminance, and the edges."""
+    """Wang et al. (2003): contrast and structure at five scales; at the last with luminance and edges."""
     total = 1.0
     for weight in (0.0448, 0.2856, 0.3001, 0.2363):
         total *= max(windowed(x, y)[1][5:-5, 5:-5].mean(), 0) ** weight
