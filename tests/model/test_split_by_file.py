@@ -20,10 +20,10 @@ from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import MIXED, USED
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.errors import EmptySplitError
-from model import data, evaluate, planes, samples
+from model import data, planes, samples
+from model.baselines import MEAN_TARGET, baselines
 from model.config import Direction, TrainConfig
 from model.data import Pairs, Slabs
-from model.evaluate import MEAN_TARGET
 from model.jobs import evaluate_run, prepare_run, train_run
 
 HEIGHT, WIDTH = 3, 2
@@ -127,7 +127,7 @@ def test_the_mean_target_counts_the_slices_of_each_position(by_file: Path) -> No
     counts = torch.bincount(train.position, minlength=SLICES)
     assert counts[5] == 0  # no training slice there
     assert len(set(counts.tolist())) > 2
-    mean = evaluate.baselines(train)[MEAN_TARGET](torch.zeros(1, 1, 1, 1), torch.arange(SLICES))
+    mean = baselines(train)[MEAN_TARGET](torch.zeros(1, 1, 1, 1), torch.arange(SLICES))
     for position in range(SLICES):
         own = target[train.position == position] if counts[position] else target
         torch.testing.assert_close(mean[position], own.mean(0), atol=1e-5, rtol=0)
