@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flows.cli import main
 from ixi_etl.dataset import manifest, metadata
+from ixi_etl.dataset.direction import Direction
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.errors import ConfigError, EmptySplitError
@@ -27,7 +28,7 @@ from ixi_etl.recipes.ixi import refresh
 from ixi_etl.scans.tar import index_archive, read_member
 from ixi_etl.testing.phantom import pack_nifti, write_tar
 from model import data, evaluate, export, planes, synthesize, volumes
-from model.config import Direction, TrainConfig
+from model.config import TrainConfig
 from model.data import Pairs, Slabs
 from model.evaluate import MAPPING
 from model.generator import BATCH, as_predictor, load_generator
