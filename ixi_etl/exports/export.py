@@ -22,7 +22,7 @@ from ixi_etl.errors import ConfigError, DatasetError
 from ixi_etl.exports.layout import Layout, Row
 from ixi_etl.exports.nifti import Nifti
 from ixi_etl.exports.pix2pix import BITS, Pix2pix
-from ixi_etl.exports.selection import Selection, select
+from ixi_etl.exports.selection import Selection, read_selection
 from ixi_etl.exports.selfrdb import SelfRDB
 from ixi_etl.exports.syndiff import SynDiff
 
@@ -79,7 +79,7 @@ def export_dataset(
     """
     make_layout = _layout(file_format, bits)
     target = _check_out(out)
-    selection = select(folder, direction, version)
+    selection = read_selection(folder, direction, version)
     layout = make_layout(selection)
     layout.check()
     staging = target.with_name(f".{target.name}.exporting")
@@ -164,7 +164,7 @@ def _describe(folder: Path, file_format: str, layout: Layout, rows: list[Row]) -
         f"Exported from {selection.version} by ixi-etl {__version__}.\n\n"
         f"Credit:  {kept.get('credit', 'not recorded')}\n"
         f"Licence: {kept.get('licence', 'not recorded')}\n"
-        f"Changes: scans cut into slabs and paired; {layout.values}.\n\n"
+        f"Changes: the scans were cut, paired and interpolated. Values: {layout.values}.\n\n"
         "Pass this file on with every copy of these files.\n"
     )
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import zarr
 from numpy.typing import NDArray
 
 from ixi_etl.config import SPLITS
@@ -82,7 +81,7 @@ class Selection:
         shape: (Z, H, W).
         margin: slices at either end of each stored slab, which are not exported.
         is_split_by_file: whether the slices of one subject may be in several splits.
-        arrays: the arrays of the store.
+        arrays: the arrays of the store, of Zarr or NumPy.
     """
 
     folder: Path
@@ -93,7 +92,7 @@ class Selection:
     shape: tuple[int, int, int]
     margin: int
     is_split_by_file: bool
-    arrays: Mapping[str, zarr.Array[Any]]
+    arrays: Mapping[str, Any]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -143,8 +142,8 @@ class Selection:
         return images if self.pairing == "images" else images[:, ::-1]  # y points to the anterior
 
 
-def select(folder: Path, direction: str | None = None, version: str | None = None) -> Selection:
-    """Verify the version in `folder` and select what an export in this direction holds.
+def read_selection(folder: Path, direction: str | None = None, version: str | None = None) -> Selection:
+    """Verify the version in `folder`, and select what an export in this direction holds.
 
     Args:
         direction: SOURCE->TARGET or SOURCE+SOURCE->TARGET; by default that of the dataset.
@@ -156,9 +155,19 @@ def select(folder: Path, direction: str | None = None, version: str | None = Non
         EmptySplitError: no subject has all arrays of the direction.
     """
     metadata, table = verify.read_verified(folder, version)
+    return select(folder, metadata, table, open_arrays(folder), direction)
+
+
+def select(
+    folder: Path,
+    metadata: Mapping[str, Any],
+    table: pd.DataFrame,
+    arrays: Mapping[str, Any],
+    direction: str | None = None,
+) -> Selection:
+    """What `read_selection` selects, given the content of a version: `dataset.json`, the manifest and the arrays."""
     parsed = parse_direction(direction, metadata)
     names = (*parsed.sources, parsed.target)
-    arrays = open_arrays(folder)
     used = manifest.used_rows(table)
     lacks = pd.DataFrame({name: np.asarray(is_absent(used, name), bool) for name in names}, index=used.index)
     chosen = used[~lacks.any(axis=1)]
@@ -166,20 +175,21 @@ def select(folder: Path, direction: str | None = None, version: str | None = Non
         raise EmptySplitError(f"no subject of {folder} has all of {', '.join(names)}; export another direction")
     lacking = zip(used["subject_id"], lacks.itertuples(index=False), strict=True)
     margin = int(metadata["inputs"]["config"].get("margin", 0))
+    shape = _common_shape(arrays, names, margin)
     return Selection(
         folder=folder,
         metadata=metadata,
         direction=parsed,
-        subjects=_subjects(chosen, names, metadata, arrays[parsed.target].shape[1] - 2 * margin, margin),
+        subjects=_subjects(chosen, names, metadata, shape[0], margin),
         left_out={s: tuple(n for n, lack in zip(names, row, strict=True) if lack) for s, row in lacking if any(row)},
-        shape=_common_shape(arrays, names, margin),
+        shape=shape,
         margin=margin,
         is_split_by_file="slice_splits" in used,
         arrays=arrays,
     )
 
 
-def _common_shape(arrays: Mapping[str, zarr.Array[Any]], names: tuple[str, ...], margin: int) -> tuple[int, int, int]:
+def _common_shape(arrays: Mapping[str, Any], names: tuple[str, ...], margin: int) -> tuple[int, int, int]:
     shapes = {name: tuple(int(n) for n in arrays[name].shape[1:]) for name in names}
     (depth, height, width), *others = dict.fromkeys(shapes.values())
     if others:
