@@ -9,7 +9,7 @@ from ixi_etl.errors import MissingExtraError
 EXTRAS = {
     "train": ("torch", "matplotlib", "safetensors", "scipy", "tensorboard", "torchmetrics"),
     "bids": ("ancpbids",),
-    "export": ("onnx", "onnxruntime", "onnxscript"),
+    "export": ("h5py", "onnx", "onnxruntime", "onnxscript"),
 }
 """Extra of pyproject.toml -> the modules that its packages provide."""
 

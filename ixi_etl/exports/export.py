@@ -16,7 +16,7 @@ from ixi_etl import __version__
 from ixi_etl.core.extras import require_extra
 from ixi_etl.core.files import lock_root, os_errors_as_user_errors, sha256_file, to_json
 from ixi_etl.core.progress import Progress, no_progress
-from ixi_etl.core.storage import expand_home, is_url
+from ixi_etl.core.storage import expand_home, is_url, naming_file
 from ixi_etl.dataset.metadata import METADATA
 from ixi_etl.errors import ConfigError, DatasetError
 from ixi_etl.exports.layout import Layout, Row
@@ -83,7 +83,7 @@ def export_dataset(
     layout = make_layout(selection)
     layout.check()
     staging = target.with_name(f".{target.name}.exporting")
-    with os_errors_as_user_errors(), lock_root(staging, "-o"):
+    with os_errors_as_user_errors(), naming_file(target), lock_root(staging, "-o"):
         try:
             _check_disk(staging, layout.size_bytes)
             written = staging / "files"

@@ -12,6 +12,7 @@ finds the same pixels, and the same number of them, only if the size is even.
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any, ClassVar
@@ -74,13 +75,20 @@ class SelfRDB(Layout):
             if role == "mask" and each.split != "test":
                 continue
             file = Path(modality, each.split, f"slice_{each.number}.npy")
-            np.save(folder / file, np.ascontiguousarray(image))
+            (folder / file).write_bytes(npy(image))
             rows.append(self.row(subject, name, role, file, split=each.split, slice=each.z, slices=1, index=0))
         return rows
 
     def describe(self) -> dict[str, Any]:
         mask = f"above {MASK_ABOVE} of the range of each slice of {self.mask_from}"
         return super().describe() | {**describe_padding(self.selection), "mask": mask}
+
+
+def npy(image: NDArray[Any]) -> bytes:
+    """The content of a `.npy` file. From memory, as `np.save` to a full disk does not say why it failed."""
+    packed = io.BytesIO()
+    np.save(packed, np.ascontiguousarray(image))
+    return packed.getvalue()
 
 
 def foreground(images: NDArray[np.float32]) -> NDArray[np.uint8]:

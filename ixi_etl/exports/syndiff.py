@@ -10,8 +10,10 @@ become 255.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any, ClassVar
@@ -43,7 +45,7 @@ class SynDiff(Layout):
 
         _, height, width = self.selection.shape
         counts = self.selection.counts()
-        with ExitStack() as stack:
+        with _disk_errors(), ExitStack() as stack:
             images: dict[tuple[str, str], Any] = {}
             for split in SPLITS:
                 for name in self.selection.names:
@@ -70,6 +72,18 @@ class SynDiff(Layout):
     def describe(self) -> dict[str, Any]:
         axes = {"axes": "image, column, row: the loader swaps the last two"}
         return super().describe() | {**describe_padding(self.selection), **axes}
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Reduce an error of the disk, which HDF5 reports in several lines or as a `RuntimeError`, to its number."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        match = re.search(r"errno = (\d+)", str(error))
+        if not match:
+            raise
+        raise OSError(int(match[1]), os.strerror(int(match[1]))) from error
 
 
 def file_name(split: str, array: str) -> str:
