@@ -12,8 +12,9 @@ nnU-Net takes only whole numbers as labels. Its forks for translation (Phyrise/n
 sources and targets as the images of two data sets, with a mask of 1 as labels, and then use the preprocessed targets as
 labels of the first.
 
-Values are the scanner's: stored int16 with its scale and offset as slope and intercept, bit for bit. nnU-Net and MONAI
-normalise themselves, and scaled or clipped values could not be turned back.
+Values are the scanner's: stored int16, with its scale and offset as slope and intercept. nnU-Net and MONAI normalise
+themselves, and scaled or clipped values could not be turned back. At most two voxels of a slab differ from the store
+(`mark_corners`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from ixi_etl.scans.nifti import pack_like
 
 FIRST_ID = 901  # nnU-Net keeps 1 to 10 for the data sets of the Medical Segmentation Decathlon
 ALIGNED = 2  # code of a space that another scan defines; the affine of the reference holds for all slabs of a pair
-COMPRESSION = 4  # of gzip: 6 takes twice as long for 2% less
+COMPRESSION = 4  # of gzip: 6 takes three times as long for files that are 1% smaller
 
 
 class Nifti(Layout):
@@ -116,7 +117,8 @@ class Nifti(Layout):
         head = _geometry(self.selection, affine @ _shift_z(self.selection.margin))
         for name, file in self._files(subject).items():
             stored = self.selection.stored(subject, name).astype(np.int16, copy=False)
-            _save(folder / file, pack_like(head, stored, self.selection.version, *subject.scales[name]))
+            values = mark_corners(stored, *subject.scales[name])
+            _save(folder / file, pack_like(head, values, self.selection.version, *subject.scales[name]))
             place = {"split": subject.split, "slice": self.selection.margin, "slices": depth, "index": 0}
             rows.append(self.row(subject, name, self.role(name), file, **place))
         if subject.split != "test":
@@ -127,7 +129,24 @@ class Nifti(Layout):
 
     def describe(self) -> dict[str, Any]:
         orientation = "voxel axes x to the right, y to anterior, z to superior (RAS+), with the affine in mm"
-        return super().describe() | {"orientation": orientation, "size": list(self.selection.shape[::-1])}
+        size = list(self.selection.shape[::-1])
+        return super().describe() | {
+            "orientation": orientation,
+            "size": size,
+            "corners": "not 0, so that nothing crops",
+        }
+
+
+def mark_corners(stored: NDArray[np.int16], scale: float, offset: float) -> NDArray[np.int16]:
+    """A copy of a slab [z, y, x] whose first and last voxel are not 0 in scanner units, but one stored unit more.
+
+    nnU-Net crops each data set to the box of its voxels that are not 0. The boxes of a resampled scan and of the
+    reference differ, so source and target would lose their common grid.
+    """
+    values = stored.copy()
+    for corner in ((0, 0, 0), (-1, -1, -1)):
+        values[corner] += values[corner] * scale + offset == 0
+    return values
 
 
 def _shift_z(slices: int) -> NDArray[np.float64]:

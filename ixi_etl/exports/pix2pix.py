@@ -23,6 +23,7 @@ from ixi_etl.exports.layout import Layout, Row
 from ixi_etl.exports.selection import Selection, Subject
 
 BITS = (8, 16)
+COMPRESSION = 3  # of zlib: its default, 6, takes more than twice as long, for files that are at most a tenth smaller
 PNG_HEADERS = 1 << 10  # bytes beside the pixels; a line of a PNG has one more byte than its pixels
 
 
@@ -55,7 +56,7 @@ class Pix2pix(Layout):
             rows = []
             for each, image in zip(subject.slices, np.concatenate(halves, axis=2), strict=True):
                 file = Path(each.split, f"{each.number:06d}_{subject.subject_id}_{each.z:03d}.png")
-                Image.fromarray(image).save(folder / file)
+                Image.fromarray(image).save(folder / file, compress_level=COMPRESSION)
                 place = {"split": each.split, "slice": each.z, "slices": 1, "index": 0}
                 rows += [self.row(subject, name, self.role(name), file, **place) for name in self.selection.names]
             return rows

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ixi_etl.core.files import sha256_file
+
 Images = NDArray[np.float32]
 
 
@@ -71,3 +73,8 @@ def decathlon(datalist: Path, key: str) -> list[tuple[nib.Nifti1Image, nib.Nifti
     """The images and labels of MONAI's list, whose paths are relative to the list."""
     items = json.loads(datalist.read_text())[key]
     return [(nib.load(datalist.parent / item["image"]), nib.load(datalist.parent / item["label"])) for item in items]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Relative path -> SHA-256 of each file of an export."""
+    return {str(f.relative_to(folder)): sha256_file(f) for f in sorted(folder.rglob("*")) if f.is_file()}

@@ -16,12 +16,13 @@ import consumers
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import OnS3, config_for
+from conftest import config_for
+from consumers import hashes
 
 from flows.cli import main
 from flows.cli.versions import export_dataset as command
 from ixi_etl.core import extras
-from ixi_etl.core.files import lock_root, sha256_file
+from ixi_etl.core.files import lock_root
 from ixi_etl.dataset.manifest import used_rows
 from ixi_etl.dataset.metadata import METADATA, read_manifest
 from ixi_etl.dataset.publish import PublishedVersion
@@ -31,10 +32,6 @@ from ixi_etl.exports.export import LAYOUTS, export_dataset
 from ixi_etl.recipes.ixi import refresh
 
 SPLITS = ("train", "val", "test")
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {str(f.relative_to(folder)): sha256_file(f) for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
 def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -246,9 +243,3 @@ def test_what_a_killed_export_left_is_replaced_and_an_export_in_progress_is_not(
     export_dataset(published.folder, "nifti", out)
     assert not list(tmp_path.rglob("half.npy"))
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_version_on_s3_gives_the_same_export(on_s3: OnS3, published: PublishedVersion, tmp_path: Path) -> None:
-    export_dataset(on_s3.made.folder, "nifti", tmp_path / "s3")
-    export_dataset(published.folder, "nifti", tmp_path / "local")
-    assert hashes(tmp_path / "s3") == hashes(tmp_path / "local")

@@ -48,7 +48,7 @@ def padded(images: np.ndarray) -> np.ndarray:
     return np.pad(images, ((0, 0), (0, images.shape[1] % 2), (0, images.shape[2] % 2)))
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(height=st.integers(1, 11), width=st.integers(1, 11), bits=st.sampled_from([8, 16]))
 def test_every_image_format_gives_the_normalised_pairs_of_each_split(
     tmp_path_factory: pytest.TempPathFactory, height: int, width: int, bits: int
@@ -256,6 +256,23 @@ def test_nifti_is_a_pair_of_data_sets_for_nnunet(tmp_path: Path) -> None:
         fold = {"train": ["IXI001-Guys-01", "IXI003-Guys-03"], "val": ["IXI000-Guys-00"]}
         assert json.loads((tmp_path / dataset / "splits_final.json").read_text()) == [fold]
         assert [f.name for f in (tmp_path / dataset / "imagesTs").iterdir()] == ["IXI002-Guys-02_0000.nii.gz"]
+
+
+def test_no_slab_is_cropped_to_its_voxels_that_are_not_0(tmp_path: Path) -> None:
+    arrays = pair()
+    arrays["t1"][2] = 0
+    arrays["t1"][2, 0, 0, 1] = arrays["t1"][2, 1, -1, -1] = 5
+    columns = {"t2_scale": 2.0, "t2_offset": -8.0}  # 4 is stored for 0
+    arrays["t2"][2, 0, 0, 0] = 4
+    Nifti(selection_of(arrays, SUBJECT_SPLITS, columns=columns)).write(tmp_path, no_progress)
+    ((image, label),) = consumers.decathlon(tmp_path / "datalist.json", "test")
+    wanted = arrays["t1"][2].copy()
+    wanted[0, 0, 0] = 1
+    assert np.array_equal(image.get_fdata(), wanted.transpose(2, 1, 0))
+    assert label.get_fdata()[0, 0, 0] == 2
+    for volume in (image, label):
+        corners = [[int(found[end]) for end in (0, -1)] for found in map(np.sort, np.nonzero(volume.get_fdata()))]
+        assert corners == [[0, 5], [0, 7], [0, 1]]
 
 
 def test_the_qform_is_left_out_if_the_affine_has_shear(tmp_path: Path) -> None:
