@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -28,34 +27,6 @@ SEEDS = 1 << 63  # torch's seeds are 64-bit integers: from -SEEDS to SEEDS - 1
 
 MAX_LEVELS = SIDES[-1].bit_length() - 1
 MAX_NEIGHBOURS = 8
-
-_DIRECTION = re.compile(r"(\w+(?:\+\w+)*)->(\w+)", re.ASCII)
-
-
-class Direction(NamedTuple):
-    """From which arrays of a version to which one: `t1->t2`, `t1+pd->t2`."""
-
-    sources: tuple[str, ...]
-    target: str
-
-    def __str__(self) -> str:
-        return f"{'+'.join(self.sources)}->{self.target}"
-
-    @classmethod
-    def parse(cls, text: str | None) -> Direction:
-        """Read the text that `str` writes; spaces are ignored.
-
-        Raises:
-            ValueError: it is not SOURCE->TARGET or SOURCE+SOURCE->TARGET, or a name is repeated.
-        """
-        match = _DIRECTION.fullmatch((text or "").replace(" ", ""))
-        if match is None:
-            raise ValueError(f"{text!r} is not SOURCE->TARGET or SOURCE+SOURCE->TARGET")
-        names = [*match[1].split("+"), match[2]]
-        repeated = next((name for name in names if names.count(name) > 1), None)
-        if repeated:
-            raise ValueError(f"{text!r} names {repeated} twice")
-        return cls(tuple(names[:-1]), names[-1])
 
 
 class TrainConfig(StrictModel):

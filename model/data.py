@@ -25,11 +25,12 @@ from zarr.buffer.cpu import NDBuffer
 
 from ixi_etl.config import SPLITS
 from ixi_etl.dataset import manifest, metadata, verify
-from ixi_etl.dataset.schema import SCHEMAS, is_absent
+from ixi_etl.dataset.direction import Direction, parse_direction
+from ixi_etl.dataset.schema import is_absent
 from ixi_etl.dataset.store import open_arrays
-from ixi_etl.errors import ConfigError, DatasetError, EmptySplitError
+from ixi_etl.errors import DatasetError, EmptySplitError
 from model.augmentation import augment, batch_indices
-from model.config import Direction, TrainConfig
+from model.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -160,30 +161,6 @@ def normalise(stored: Tensor, low_high: Tensor) -> Tensor:
     low, high = low_high[:, 0, None, None, None], low_high[:, 1, None, None, None]
     # In place: allocating memory for each term takes longer than computing it.
     return stored.to(torch.float32, copy=True).sub_(low).mul_(2 / (high - low)).sub_(1).clamp_(-1, 1)
-
-
-def parse_direction(direction: str | None, version: Mapping[str, Any]) -> Direction:
-    """Parse a direction between arrays of the version with this metadata; None means its default direction.
-
-    Raises:
-        ConfigError: the text is not a direction, or names another array.
-    """
-    if direction is None:
-        return Direction((version["source"],), version["target"])
-    arrays = SCHEMAS[version["name"]].arrays
-    try:
-        parsed = Direction.parse(direction)
-        unknown = [name for name in (*parsed.sources, parsed.target) if name not in arrays]
-        if not unknown:
-            return parsed
-        problem = f"{direction!r} names {unknown[0]}"
-    except ValueError as error:
-        problem = str(error)
-    example = Direction((version["source"],), version["target"])
-    raise ConfigError(
-        f"direction {problem}; the arrays of {version['name']} are {', '.join(arrays)}: "
-        f"use for example {example}, or another dataset"
-    )
 
 
 def load_pairs(

@@ -21,6 +21,7 @@ from ixi_etl.core.files import os_errors_as_user_errors, sha256_file
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import DataRoot
 from ixi_etl.dataset import metadata, versions
+from ixi_etl.dataset.direction import parse_direction
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.errors import CheckpointError, ConfigError
 from model import data
@@ -180,7 +181,7 @@ def evaluate_foreign(
     version = versions.resolve_version(data_root, wanted)
     folder = data_root.version(version)
     described = metadata.read_metadata(folder)
-    parsed = data.parse_direction(direction, described)
+    parsed = parse_direction(direction, described)
     if len(parsed.sources) != 1:
         raise ConfigError(f"--direction {parsed}: a foreign generator takes one source")
     is_anatomical = described["inputs"]["config"].get("pairing") == "anatomical"

@@ -7,9 +7,9 @@ import re
 import numpy as np
 from numpy.typing import NDArray
 
+from ixi_etl.dataset.direction import Direction
 from ixi_etl.errors import SynthesisError
 from model import planes
-from model.config import Direction
 from model.planes import PlaneSummary, SourceSummary
 
 SPACING_WARNED, SPACING_REFUSED = 1.5, 8.0

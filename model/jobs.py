@@ -24,12 +24,13 @@ from ixi_etl.core.files import lock_root, os_errors_as_user_errors, to_json, wri
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import DataRoot
 from ixi_etl.dataset import metadata, versions
+from ixi_etl.dataset.direction import parse_direction
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.errors import ConfigError, DatasetError
 from model import evaluate
 from model.augmentation import check_crop
 from model.config import MAX_STEPS, SIDES, TrainConfig
-from model.data import count_pairs, parse_direction
+from model.data import count_pairs
 from model.devices import default_precision, describe_hardware, pick_device, torchrun_rank, under_torchrun
 from model.evaluate import Evaluation
 from model.protocols import PROTOCOLS

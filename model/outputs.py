@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ixi_etl.core.files import read_json
+from ixi_etl.dataset.direction import Direction
 from ixi_etl.errors import BadVolumeError, SynthesisError
 from ixi_etl.scans import nifti
-from model.config import Direction
 from model.synthesize import check_sources
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ixi_etl.core.files import to_json, write_atomic
-from model.config import Direction
+from ixi_etl.dataset.direction import Direction
 from model.data import Pairs
 from model.generator import as_predictor
 from model.networks import UNetGenerator

@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 
 from ixi_etl.core.files import sha256_file
 from ixi_etl.core.progress import Progress, no_progress
+from ixi_etl.dataset.direction import Direction
 from ixi_etl.errors import CheckpointError, SynthesisError
 from ixi_etl.pairing import geometry
 from ixi_etl.scans.intensity import otsu_threshold
 from model import checkpoint, input_checks, planes
-from model.config import SEEDS, Direction
+from model.config import SEEDS
 from model.generator import BATCH, GENERATOR_FILE, Predictor, as_predictor, load_generator
 from model.planes import PlaneSummary
 from model.run import find_run

@@ -1,9 +1,9 @@
-"""Commands that inspect and remove published versions: verify, versions, prune."""
+"""Commands that inspect, export and remove published versions: verify, versions, export-dataset, prune."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -125,6 +125,57 @@ def _compare(output: Output, root: str, old: str, new: str | None) -> None:
         output.text(same, changes=[])
     else:
         output.table("changes", changes, f"{len(changes)} subjects differ: {names[0]} (old), {names[1]} (new)")
+    output.end()
+
+
+@app.command()
+def export_dataset(
+    file_format: Annotated[
+        Literal["selfrdb", "syndiff", "pix2pix", "nifti"],
+        typer.Option("--format", help="Whose files to write; nifti is for nnU-Net and MONAI."),
+    ],
+    out: Annotated[str, typer.Option("-o", "--out", help="New folder for the files.")],
+    version: Annotated[str, typer.Argument(help=f"Version to export: {VERSION_HELP}; or its folder.")] = "latest",
+    direction: Annotated[
+        str | None,
+        typer.Option(help=r"SOURCE->TARGET, for example t2->t1.  \[default: that of the dataset]", show_default=False),
+    ] = None,
+    bits: Annotated[
+        Literal["8", "16"] | None,
+        typer.Option(help=r"Bits of the grey levels of pix2pix.  \[default: 8]", show_default=False),
+    ] = None,
+    root: Root = DEFAULT_ROOT,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write a version as files that other projects read: SelfRDB, SynDiff, pix2pix, nnU-Net and MONAI.
+
+    The split is kept, by subject. export.csv lists what went where; LICENCE.txt says what to pass on with the files.
+    """
+    import pandas as pd
+
+    from flows.progress import show_progress
+    from ixi_etl.dataset import metadata, versions
+    from ixi_etl.exports import export
+
+    output = Output(quiet, as_json)
+    folder = versions.find_version(root, version)
+    # A copied folder may have any name.
+    name = metadata.read_metadata(folder)["version"] if versions.folder_from(version) else None
+    with show_progress() as progress:
+        done = export.export_dataset(
+            folder,
+            file_format,
+            out,
+            direction=direction,
+            bits=int(bits) if bits else None,
+            version=name,
+            progress=progress,
+        )
+    table = pd.DataFrame([{"split": split, **counts} for split, counts in done.counts.items()])
+    output.table("splits", table, f"{done.version} as {file_format}")
+    output.data(version=done.version, left_out=done.left_out)
+    output.fields({"folder": done.folder})
     output.end()
 
 

@@ -53,14 +53,17 @@ def verify(
     return _verify(folder, version or folder.name, deep, progress)[0]
 
 
-def read_verified(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+def read_verified(folder: Path, version: str | None = None) -> tuple[dict[str, Any], pd.DataFrame]:
     """Read the metadata and manifest of a version, and check that `verify` finds no problem.
+
+    Args:
+        version: its name, if the folder has another one.
 
     Raises:
         DatasetError: the first problem, with the command that repairs it.
     """
     metadata = read_metadata(folder)
-    problems, table = _verify(folder, folder.name)
+    problems, table = _verify(folder, version or folder.name)
     if problems or table is None:
         raise DatasetError(f"{problems[0]}; `{COMMANDS[metadata['name']]}` makes the version again")
     return metadata, table

@@ -16,10 +16,10 @@ from onnx import TensorProto, helper
 
 from flows.cli import main
 from ixi_etl.dataset import metadata
+from ixi_etl.dataset.direction import Direction
 from ixi_etl.errors import CheckpointError, ConfigError
 from model import data
 from model.baselines import SOURCE
-from model.config import Direction
 from model.export import export
 from model.foreign import ORIENTATIONS, ForeignGenerator, as_predictor, evaluate_foreign
 from model.jobs import evaluate_run

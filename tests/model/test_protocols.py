@@ -17,9 +17,9 @@ from profiles import examples
 from scipy.ndimage import gaussian_filter, uniform_filter
 from skimage.filters import threshold_triangle
 
+from ixi_etl.dataset.direction import Direction
 from ixi_etl.errors import ConfigError
 from model import evaluate, scores
-from model.config import Direction
 from model.data import Pairs, Slabs
 from model.evaluate import GENERATED
 from model.protocols import MEASURES, PROTOCOLS, Protocol, Scores, Subject, parse_protocols

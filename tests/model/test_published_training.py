@@ -12,10 +12,11 @@ from altered import alter_version
 from conftest import SMALL_NETWORKS
 
 from ixi_etl.core.files import read_json
+from ixi_etl.dataset.direction import Direction
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.errors import ConfigError
 from model import data
-from model.config import DEVIATIONS, PRESETS, Direction, TrainConfig, preset
+from model.config import DEVIATIONS, PRESETS, TrainConfig, preset
 from model.cpu_layers import InstanceNorm2d
 from model.data import Pairs, Slabs
 from model.export import export

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flows.cli import main
 from ixi_etl.dataset import manifest, metadata
+from ixi_etl.dataset.direction import Direction
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.errors import ConfigError, EmptySplitError
@@ -28,7 +29,7 @@ from ixi_etl.scans.tar import index_archive, read_member
 from ixi_etl.testing.phantom import pack_nifti, write_tar
 from model import augmentation, data, evaluate, export, planes, synthesize, volumes
 from model.baselines import MAPPING, baselines
-from model.config import Direction, TrainConfig
+from model.config import TrainConfig
 from model.data import Pairs, Slabs
 from model.generator import BATCH, as_predictor, load_generator
 from model.jobs import evaluate_run, prepare_run, train_run

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from ixi_etl.config import SPLITS
 from ixi_etl.core.files import read_json
 from ixi_etl.dataset import manifest, metadata
+from ixi_etl.dataset.direction import Direction
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import MIXED, USED
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.errors import EmptySplitError
 from model import data, planes, samples
 from model.baselines import MEAN_TARGET, baselines
-from model.config import Direction, TrainConfig
+from model.config import TrainConfig
 from model.data import Pairs, Slabs
 from model.jobs import evaluate_run, prepare_run, train_run
 

@@ -16,11 +16,11 @@ from heads import head, identity, nifti_of, t1, volume_of
 
 from flows.cli import main
 from ixi_etl.dataset import manifest, metadata
+from ixi_etl.dataset.direction import Direction
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.errors import SynthesisError
 from ixi_etl.testing.phantom import grid_affine, rigid
 from model import outputs, synthesize, volumes
-from model.config import Direction
 
 T1_TO_T2 = Direction(("t1",), "t2")
 
