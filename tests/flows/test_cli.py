@@ -17,7 +17,8 @@ from conftest import SMALL_NETWORKS
 from typer.testing import CliRunner
 
 import ixi_etl
-from flows.cli import app, main
+from flows.cli import app, import_commands, main
+from flows.cli.app import COMMANDS as COMMANDS_OF_MODULES
 from flows.presets import Preset
 from ixi_etl import __version__
 from ixi_etl.config import PRESETS, DatasetConfig
@@ -26,6 +27,7 @@ from ixi_etl.dataset.publish import PublishedVersion
 
 TOP = Path(__file__).parents[2]
 README = (TOP / "README.md").read_text()
+import_commands()
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
