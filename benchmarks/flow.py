@@ -64,7 +64,7 @@ def flow(source: str, warm: str, scratch: str) -> Work:
 
 
 def _counts() -> dict[str, int]:
-    """How many task runs, events, logs and artifacts the server has, once it has received all events of this process."""
+    """How many task runs, artifacts and events the server has, once it has received all events of this process."""
     from prefect.client.orchestration import get_client
     from prefect.events.worker import EventsWorker
 
