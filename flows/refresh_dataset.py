@@ -88,7 +88,7 @@ def refresh_dataset(config: RefreshConfig | None = None) -> PublishedVersion:
             inputs = download_members(config, progress)
         else:
             sources = ixi_inputs.find_sources(config)
-            downloads = {key: download.submit(config, source, progress) for key, source in sources.items()}
+            downloads = {key: download.submit(config, unsearched(source), progress) for key, source in sources.items()}
             inputs = ixi_inputs.collect_inputs(config, {key: future.result() for key, future in downloads.items()})
         job = ixi_inputs.create_job(config, inputs, progress)
         published = ixi.find_published(job)

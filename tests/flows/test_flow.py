@@ -21,6 +21,7 @@ from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import IXI
 from ixi_etl.errors import DownloadError
 from ixi_etl.recipes.ixi_inputs import RefreshJob
+from ixi_etl.sources.catalog import Source
 from ixi_etl.testing.loopback import serve_folder
 
 pytestmark = [pytest.mark.usefixtures("prefect"), pytest.mark.stack]
@@ -90,12 +91,8 @@ def test_prefect_does_not_search_what_grows_with_the_subjects(runs: Runs) -> Non
     """A search takes milliseconds per subject. Prefect does not look into tables by itself."""
     from prefect.utilities.annotations import quote
 
-    assert any(isinstance(value, quote) and isinstance(value.unwrap(), RefreshJob) for value in runs.searched)
-    assert not [
-        value
-        for value in runs.searched
-        if isinstance(value, RefreshJob | dict | list | tuple) and not isinstance(value, quote)
-    ]
+    assert {Source, RefreshJob, dict} <= {type(v.unwrap()) for v in runs.searched if isinstance(v, quote)}
+    assert not [v for v in runs.searched if isinstance(v, (Source, RefreshJob, dict))]
 
 
 def test_runs_have_readable_names(runs: Runs) -> None:
@@ -104,6 +101,8 @@ def test_runs_have_readable_names(runs: Runs) -> None:
     with get_client(sync_client=True) as client:
         names = {run.name for run in client.read_flow_runs()}
     assert f"refresh anatomical from {runs.source}" in names
+    tasks = {event.resource.name for event in runs.events if event.event == "prefect.task-run.Completed"}
+    assert {"download IXI-T1.tar", f"cut for {runs.first.version}", f"publish {runs.first.version}"} <= tasks
 
 
 def test_refresh_creates_artifacts_on_the_server(runs: Runs) -> None:
