@@ -5,6 +5,7 @@ Simulating a head takes seconds, so a few heads are repeated under other subject
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ HEADS = 4
 SEED = 11
 SHRINK_QUICK = 4
 ODD_DEPTH = 146  # of the T1 of subjects that are excluded because their depth is not the modal one
+VOXELS_AT = 352  # where the voxels begin in a NIfTI file without extensions
 MEMBERS = {"T1": 581, "T2": 578}  # of IXI itself
 
 
@@ -56,6 +58,24 @@ def archives(folder: Path, pairs: int, shrink: int = 1, odd: int = 0) -> Path:
             digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         sums.append(f"{digest}  {archive_name(modality)}\n")
     (target / "MD5SUMS").write_text("".join(sums))
+    return target
+
+
+def small_archives(folder: Path, subjects: int, shrink: int = 8) -> Path:
+    """Archives of many subjects with small volumes. No two scans are equal: each has its number in its first voxels."""
+    target = folder / f"small-{subjects}-{shrink}"
+    if (target / "done").exists():
+        return target
+    source = heads(folder, shrink)
+    target.mkdir(parents=True, exist_ok=True)
+    for modality in DEFAULT_MODALITIES:
+        volumes = [gzip.decompress((source / f"{n}-{modality}.nii.gz").read_bytes()) for n in range(HEADS)]
+        with tarfile.open(target / archive_name(modality), "w", format=tarfile.GNU_FORMAT) as tar:
+            for number in range(subjects):
+                data = bytearray(volumes[number % HEADS])
+                data[VOXELS_AT : VOXELS_AT + 4 : 2] = number.to_bytes(2, "little")  # two int16 voxels, from 0 to 255
+                _add(tar, number, modality, gzip.compress(data, 1, mtime=0))
+    (target / "done").touch()
     return target
 
 

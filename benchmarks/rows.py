@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks import inputs
 from benchmarks.measure import Measured, Row, Settings, alternate, duration, ratio, require_equal, seconds, speed_row
 
-E, R, T = "benchmarks.etl:", "benchmarks.reading:", "benchmarks.training:"
+E, F, R, T = "benchmarks.etl:", "benchmarks.flow:", "benchmarks.reading:", "benchmarks.training:"
 
 
 def _shrink(settings: Settings) -> int:
@@ -302,15 +302,44 @@ def start(settings: Settings) -> list[Row]:
     """Commands, from the start of the process to its end, imports included."""
     source = str(inputs.archives(Path(settings.folder), 4, inputs.SHRINK_QUICK))
     out = str(inputs.scratch_folder(Path(settings.folder), "survey"))
-    shown, surveyed = alternate(
+    root = str(inputs.scratch_folder(Path(settings.folder), "published"))
+    refreshing = ["refresh", "--source", source, "--root", root, "--registration", "none", "--quiet"]
+    refreshing += ["--slices", "12"]  # of the 33 slices of a small T2
+    shown, surveyed, _, refreshed = alternate(
         settings.times,
         (T + "command", {"arguments": ["--help"]}),
         (T + "command", {"arguments": ["survey", "--source", source, "--out", out, "--quiet"]}),
+        (T + "command", {"arguments": refreshing}),  # publishes the version, in the first turn
+        (T + "command", {"arguments": refreshing}),
     )
     return [
-        _limit_row("ixi-etl --help", seconds(shown), 0.5, "s"),
+        _limit_row("ixi-etl --help", seconds(shown), 0.3, "s"),
+        _limit_row("ixi-etl refresh, published before", seconds(refreshed), 1.5, "s"),
         _limit_row("ixi-etl survey, 8 small volumes", seconds(surveyed), 1.5, "s"),
     ]
+
+
+def prefect(settings: Settings) -> list[Row]:
+    """Prefect's part in a refresh of 600 and of 6,000 small subjects: the flow less the plain function."""
+    folder, rows, own = Path(settings.folder), [], []
+    for subjects in (20, 40) if settings.quick else (600, 6000):
+        source = str(inputs.small_archives(folder, subjects))
+        shared: dict[str, Any] = {"source": source, "scratch": settings.folder}
+        shared |= {"warm": str(inputs.small_archives(folder, 8))}
+        (plain,), (flow,) = alternate(1, (F + "plain", shared), (F + "flow", shared))
+        require_equal("version", [plain], [flow])
+        found = flow.result
+        own.append((found["cpu"] - plain.result["cpu"], flow.peak_mb - plain.peak_mb, found["server_mb"]))
+        note = f"{found['tasks']} task runs, {found['events']} events, {found['artifacts']} artifacts"
+        note += f"; server {found['server_mb']:.0f} MB; CPU {found['cpu']:.1f} and {plain.result['cpu']:.1f} s"
+        note += f"; peak {flow.peak_mb:.0f} and {plain.peak_mb:.0f} MB above {flow.base_mb:.0f} and {plain.base_mb:.0f}"
+        what = f"refresh as a flow, {subjects:,} subjects"
+        times = duration(flow.seconds), duration(plain.seconds)
+        rows.append(Row(what, "the plain function", *times, f"{flow.seconds / plain.seconds:.2f} x", "-", None, note))
+    (_, *small), (_, *large) = own
+    grown = max(b - a for a, b in zip(small, large, strict=True))
+    what = "the same, memory that Prefect adds, grown"
+    return [*rows, Row(what, "-", f"{grown:.0f} MB", "-", "-", "flat (10 MB)", grown <= 10)]
 
 
 ROWS: dict[str, Callable[[Settings], list[Row]]] = {
@@ -323,4 +352,5 @@ ROWS: dict[str, Callable[[Settings], list[Row]]] = {
     "step": step,
     "curves": curves,
     "start": start,
+    "prefect": prefect,
 }

@@ -49,7 +49,7 @@ def show_version(published: PublishedVersion) -> None:
         table = metadata.read_manifest(published.folder)
         name, report = described["name"], published.folder / metadata.REPORT
         excluded = table[table["status"] == EXCLUDED][["subject_id", "site", "reason", "detail"]]
-        create_markdown_artifact(_version_markdown(published, described), f"{name}-summary")
+        create_markdown_artifact(_version_markdown(published, described, table), f"{name}-summary")
         create_table_artifact(
             manifest.to_records(excluded.head(MAX_ROWS)), f"{name}-exclusions", "Excluded subjects, with the reason"
         )
@@ -135,7 +135,7 @@ def _errors_as_warnings() -> Iterator[None]:
         log.warning("the Prefect server did not accept all artifacts (%s: %s)", type(error).__name__, error)
 
 
-def _version_markdown(published: PublishedVersion, described: Mapping[str, Any]) -> str:
+def _version_markdown(published: PublishedVersion, described: Mapping[str, Any], table: pd.DataFrame) -> str:
     items = {
         "state": "new" if published.is_new else "published before",
         "folder": f"`{published.folder}`",
@@ -146,7 +146,7 @@ def _version_markdown(published: PublishedVersion, described: Mapping[str, Any])
         **{name: described[name] for name in ("credit", "licence") if name in described},
     }
     parts = [f"# {described['name']}@{published.version}", _markdown_list(items)]
-    for summary in (summaries.funnel_summary(published.folder), summaries.exclusions_summary(published.folder)):
+    for summary in (summaries.funnel_summary(table, described["name"]), summaries.exclusions_summary(table)):
         if len(summary.shown):
             parts += [f"## {summary.title}", _markdown_table(summary.shown)]
     return "\n\n".join(parts)

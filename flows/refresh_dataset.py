@@ -11,11 +11,12 @@ or as a deployment. Without a server `ixi-etl refresh` calls `ixi_etl.recipes.ix
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
+from prefect.utilities.annotations import quote
 
 from flows.artifacts import progress_artifacts, show_version
 from flows.progress import show_progress
@@ -49,6 +50,14 @@ cut_subjects = task(task_run_name="cut for {job.version}", cache_policy=NO_CACHE
 publish_version = task(task_run_name="publish {job.version}", cache_policy=NO_CACHE)(ixi_version.publish_version)
 
 
+T = TypeVar("T")
+
+
+def unsearched(value: T) -> T:
+    """`value`, in which Prefect does not look for results of other tasks: that takes milliseconds per subject."""
+    return cast(T, quote(value))
+
+
 def announce(config: RefreshConfig, refreshed: PublishedVersion) -> None:
     """Emit the event of a new version; one of `ixi-t1-t2` starts a training run (`prefect.yaml`)."""
     name = config.data_root.name
@@ -79,7 +88,7 @@ def refresh_dataset(config: RefreshConfig | None = None) -> PublishedVersion:
             inputs = download_members(config, progress)
         else:
             sources = ixi_inputs.find_sources(config)
-            downloads = {key: download.submit(config, source, progress) for key, source in sources.items()}
+            downloads = {key: download.submit(config, unsearched(source), progress) for key, source in sources.items()}
             inputs = ixi_inputs.collect_inputs(config, {key: future.result() for key, future in downloads.items()})
         job = ixi_inputs.create_job(config, inputs, progress)
         published = ixi.find_published(job)
@@ -87,10 +96,10 @@ def refresh_dataset(config: RefreshConfig | None = None) -> PublishedVersion:
             log.info("version %s is published already: %s", job.version, published.folder)
             show_version(published)
             return published
-        survey_table = survey_archives(job)
-        screened = select_subjects(job, survey_table)
-        final, records = cut_subjects(job, survey_table, screened)
-        refreshed = publish_version(job, survey_table, final, records)
+        survey_table = survey_archives(unsearched(job))
+        screened = select_subjects(unsearched(job), survey_table)
+        final, records = cut_subjects(unsearched(job), survey_table, screened)
+        refreshed = publish_version(unsearched(job), survey_table, final, unsearched(records))
         announce(config, refreshed)
         show_version(refreshed)
         log.info("published version %s: %s", job.version, refreshed.folder)

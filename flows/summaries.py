@@ -19,23 +19,22 @@ class Summary(NamedTuple):
     terms: Mapping[str, str] = {}
 
 
-def funnel_summary(folder: Path) -> Summary:
-    """How many subjects of a version are left after each step, by site."""
-    from ixi_etl.dataset import manifest, metadata
+def funnel_summary(table: pd.DataFrame, name: str) -> Summary:
+    """How many subjects of a version of dataset `name` are left after each step, by site, given its manifest."""
+    from ixi_etl.dataset import manifest
     from ixi_etl.dataset.schema import SCHEMAS
     from ixi_etl.scans.site_tables import flatten, site_table_to_records
 
-    schema = SCHEMAS[metadata.read_metadata(folder)["name"]]
-    funnel = manifest.funnel(metadata.read_manifest(folder), schema)
+    funnel = manifest.funnel(table, SCHEMAS[name])
     return Summary("Subjects left after each step", flatten(funnel), site_table_to_records(funnel))
 
 
-def exclusions_summary(folder: Path) -> Summary:
-    """Excluded subjects of a version by reason and site; an empty table if every subject is used."""
-    from ixi_etl.dataset import manifest, metadata
+def exclusions_summary(table: pd.DataFrame) -> Summary:
+    """Excluded subjects of a manifest by reason and site; an empty table if every subject is used."""
+    from ixi_etl.dataset import manifest
     from ixi_etl.scans.site_tables import flatten, site_table_to_records
 
-    exclusions = manifest.exclusions(metadata.read_manifest(folder))
+    exclusions = manifest.exclusions(table)
     return Summary("Excluded subjects by reason", flatten(exclusions), site_table_to_records(exclusions))
 
 

@@ -17,7 +17,7 @@ from api_page import PUBLIC, api_page, definition_of, first_line
 from conftest import SMALL_NETWORKS, config_for
 from test_layers import LAYERS, PACKAGES
 
-from flows.cli import app
+from flows.cli import app, import_commands
 from ixi_etl import __version__, errors
 from ixi_etl.dataset import metadata
 from ixi_etl.dataset.publish import PublishedVersion
@@ -27,6 +27,7 @@ from ixi_etl.recipes.ixi import refresh
 
 TOP = Path(__file__).parent.parent
 PAGES = [*sorted(TOP.glob("*.md")), *sorted((TOP / "docs").rglob("*.md"))]
+import_commands()
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 TARGETS = re.findall(r"^([a-z-]+):", (TOP / "Makefile").read_text(), re.MULTILINE)
 OTHER_PROGRAMS = {"python3", "pip", ".venv/bin/pip", ".venv/bin/pre-commit", "tensorboard", "napari"}

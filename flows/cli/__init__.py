@@ -1,9 +1,9 @@
-"""The command line `ixi-etl`: one module for each group of commands.
+"""The command line `ixi-etl`: one module for each group of commands (`app.COMMANDS`).
 
-Commands import what they need where they use it, because `--help` must not wait for pandas, torch or Prefect.
+Only the module of the command that is called is imported. Commands import what they need where they use it, because
+`--help` must not wait for pandas, torch or Prefect.
 """
 
-from flows.cli import datasets, demo, evaluations, runs, versions  # noqa: F401 - registers their commands
-from flows.cli.app import app, main
+from flows.cli.app import app, import_commands, main
 
-__all__ = ["app", "main"]
+__all__ = ["app", "import_commands", "main"]

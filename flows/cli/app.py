@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,15 @@ from ixi_etl.core.signals import end_on_signals
 from ixi_etl.errors import ConfigError, IxiError, StoppedError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+COMMANDS = {
+    "datasets": ("survey", "check-official", "refresh", "digits"),
+    "demo": ("demo", "simulate"),
+    "evaluations": ("evaluate",),
+    "runs": ("train", "synthesize", "export"),
+    "versions": ("verify", "versions", "prune", "export-dataset"),
+}
+"""Module of `flows.cli` -> the commands that it adds to `app`."""
 
 Root = Annotated[
     str, typer.Option("--root", envvar="IXI_ROOT", help="Folder or s3://bucket/prefix that holds datasets and runs.")
@@ -45,6 +55,13 @@ def _global_options(
     ] = False,
 ) -> None:
     """Turn the IXI brain MRI archives into a verified, versioned, paired T1/T2 dataset, and train pix2pix on it."""
+
+
+def import_commands(name: str = "") -> None:
+    """Import the module of the command `name`; all modules if there is no such command, as for `--help`."""
+    modules = [module for module, names in COMMANDS.items() if name in names]
+    for module in modules or COMMANDS:
+        import_module(f"flows.cli.{module}")
 
 
 def main(arguments: list[str] | None = None) -> Any:
@@ -84,7 +101,9 @@ def _run(arguments: list[str] | None) -> int:
     from pydantic import ValidationError
 
     Output.current = None
+    given = sys.argv[1:] if arguments is None else arguments
     try:
+        import_commands(next((argument for argument in given if not argument.startswith("-")), ""))
         app(arguments)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0

@@ -16,10 +16,9 @@ def show_version(output: Output, published: PublishedVersion) -> None:
     from ixi_etl.dataset import metadata
     from ixi_etl.dataset.store import STORE
 
-    funnel, exclusions = (
-        summaries.funnel_summary(published.folder),
-        summaries.exclusions_summary(published.folder),
-    )
+    table = metadata.read_manifest(published.folder, validate=False)  # it was just made or verified
+    name = metadata.read_metadata(published.folder)["name"]
+    funnel, exclusions = summaries.funnel_summary(table, name), summaries.exclusions_summary(table)
     output.table("funnel", funnel.shown, funnel.title, funnel.records)
     if exclusions.records:
         output.table("exclusions", exclusions.shown, exclusions.title, exclusions.records)

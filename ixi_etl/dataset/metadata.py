@@ -136,8 +136,11 @@ def normalisation_of(folder: Path) -> str:
     return str(read_metadata(folder)["inputs"]["config"].get("normalisation", "percentiles"))
 
 
-def read_manifest(folder: Path) -> pd.DataFrame:
-    """Read and check the manifest of a version's folder.
+def read_manifest(folder: Path, *, validate: bool = True) -> pd.DataFrame:
+    """Read the manifest of a version's folder.
+
+    Args:
+        validate: check the rules of its schema, too. Not needed if the version was just made or verified.
 
     Raises:
         DatasetError: the manifest is missing or breaks its schema.
@@ -147,7 +150,7 @@ def read_manifest(folder: Path) -> pd.DataFrame:
         text = path.read_bytes().decode()  # reading as text would turn \r into \n
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} cannot be read ({error})") from error
-    return schema.from_csv(text, str(path))
+    return schema.from_csv(text, str(path), validate=validate)
 
 
 def published_digest(folder: Path) -> str | None:

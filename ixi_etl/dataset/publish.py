@@ -26,7 +26,7 @@ from ixi_etl.dataset.metadata import (
     read_pointer,
     with_digest,
 )
-from ixi_etl.dataset.verify import verify
+from ixi_etl.dataset.verify import verify, verify_files
 from ixi_etl.dataset.versions import published_versions
 from ixi_etl.errors import DatasetError
 from ixi_etl.sources.cache import VerifiedFile
@@ -63,7 +63,7 @@ def find_published(data_root: DataRoot, version: str, origins: Mapping[str, Any]
     _restore_quarantined(data_root)
     if version not in published_versions(data_root):
         return None
-    problems = verify(data_root.version(version))
+    problems = verify_files(data_root.version(version))
     if problems:
         log.warning("version %s is damaged and will be made again: %s", version, problems[0])
         return None

@@ -17,16 +17,17 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, Crc32cCodec
 
 from ixi_etl.core.files import sha256_file
 from ixi_etl.core.storage import is_local, naming_file
 from ixi_etl.errors import DatasetError
+
+if TYPE_CHECKING:  # functions import it: it takes 0.1 s, and a refresh of a published version opens no store
+    import zarr
 
 STORE = "slices.zarr"
 IMAGES_PER_CHUNK, IMAGES_PER_SHARD = 100, 1000  # with one image of 1 KB per chunk there would be 70,000 chunks
@@ -52,6 +53,9 @@ def _create(
     attributes: dict[str, Any] | None = None,
 ) -> zarr.Array[Any]:
     """Create an array of whole slices. `chunk` is (subjects, slices) per chunk, `shard` is subjects per shard."""
+    import zarr
+    from zarr.codecs import BloscCodec, Crc32cCodec
+
     typesize = np.dtype(dtype).itemsize
     with _settings_lock, zarr.config.set(_WRITING):
         return zarr.create_array(
@@ -134,6 +138,8 @@ def assemble(
         scales: for each row, array name -> (scale, offset) to scanner units; 1 and 0 if not given.
         subjects: ids of the rows.
     """
+    import zarr
+
     all_scales = scales or [dict.fromkeys(names, (1.0, 0.0))] * len(shards)
     absent_affine, absent_scale = np.full((4, 4), np.nan), (np.nan, np.nan)
     with _disk_errors(folder):
@@ -163,6 +169,8 @@ def assemble(
 
 def _write_small_array(path: Path, values: NDArray[Any], dimensions: Sequence[str], attributes: dict[str, Any]) -> None:
     """Write a small float64 array in one uncompressed chunk."""
+    import zarr
+
     zarr.create_array(
         path,
         data=np.ascontiguousarray(values, np.float64),
@@ -190,6 +198,8 @@ def write_images(
     Raises:
         DatasetError: the data read back differ from what was written.
     """
+    import zarr
+
     with _disk_errors(folder):
         zarr.create_group(folder, attributes=attributes)
         for name, values in images.items():
@@ -214,6 +224,8 @@ def _write_labels(folder: Path, dimension: str, labels: Sequence[str]) -> None:
     """
     if not labels:
         return
+    import zarr
+
     array = zarr.create_array(
         folder / dimension,
         shape=(len(labels),),
@@ -227,6 +239,8 @@ def _write_labels(folder: Path, dimension: str, labels: Sequence[str]) -> None:
 
 
 def _consolidate(folder: Path) -> None:
+    import zarr
+
     with warnings.catch_warnings():  # consolidated metadata is an extension of v3 that plain readers ignore
         warnings.simplefilter("ignore")
         zarr.consolidate_metadata(folder)
@@ -238,6 +252,8 @@ def open_arrays(version: Path) -> dict[str, zarr.Array[Any]]:
     Raises:
         DatasetError: the store does not exist, or its metadata are damaged.
     """
+    import zarr
+
     path = version / STORE
     try:
         with _settings_lock, zarr.config.set(_READING if is_local(path) else {}):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,18 @@ def verify(
     return _verify(folder, version or folder.name, deep, progress)[0]
 
 
+def verify_files(folder: Path) -> list[str]:
+    """The problems of the files of a version, one line each: whether they are those that were published.
+
+    These are the default checks of `verify` that need only sizes and hashes. The manifest's rules and the store were
+    checked when the version was published, and cannot differ while the hashes hold.
+    """
+    try:
+        return _file_problems(folder, read_metadata(folder), folder.name)
+    except DatasetError as error:
+        return [str(error)]
+
+
 def read_verified(folder: Path, version: str | None = None) -> tuple[dict[str, Any], pd.DataFrame]:
     """Read the metadata and manifest of a version, and check that `verify` finds no problem.
 
@@ -77,6 +89,28 @@ def _verify(
         metadata = read_metadata(folder)
     except DatasetError as error:
         return [str(error)], None
+    problems = _file_problems(folder, metadata, version, deep, progress)
+    names, schema = (metadata["source"], metadata["target"]), SCHEMAS[metadata["name"]]
+    if names[0] == names[1] or not set(names) <= set(schema.arrays):
+        problems.append(
+            f"{folder / METADATA} is damaged: {names[0]} and {names[1]} are not arrays of {metadata['name']}"
+        )
+        return problems, None
+    table = None
+    try:
+        table = read_manifest(folder)
+        problems += _verify_store(folder, schema.arrays, manifest.used_rows(table), deep, progress)
+        if not manifest.counts(table, schema).items() <= metadata.items():
+            problems.append(f"{folder / MANIFEST} does not give the counts in {METADATA}")
+    except DatasetError as error:
+        problems.append(str(error))
+    return problems, table
+
+
+def _file_problems(
+    folder: Path, metadata: Mapping[str, Any], version: str, deep: bool = False, progress: Progress = no_progress
+) -> list[str]:
+    """Missing files, wrong sizes and hashes, and a name that is not the hash of the inputs."""
     problems = []
     sizes = file_sizes(folder)
     for done, (name, known) in enumerate(metadata["files"].items(), 1):
@@ -97,21 +131,7 @@ def _verify(
         problems.append(
             f"{folder / METADATA} is damaged: its version is not its folder's name, or not the hash of its inputs"
         )
-    names, schema = (metadata["source"], metadata["target"]), SCHEMAS[metadata["name"]]
-    if names[0] == names[1] or not set(names) <= set(schema.arrays):
-        problems.append(
-            f"{folder / METADATA} is damaged: {names[0]} and {names[1]} are not arrays of {metadata['name']}"
-        )
-        return problems, None
-    table = None
-    try:
-        table = read_manifest(folder)
-        problems += _verify_store(folder, schema.arrays, manifest.used_rows(table), deep, progress)
-        if not manifest.counts(table, schema).items() <= metadata.items():
-            problems.append(f"{folder / MANIFEST} does not give the counts in {METADATA}")
-    except DatasetError as error:
-        problems.append(str(error))
-    return problems, table
+    return problems
 
 
 def _warn_of_foreign_files(folder: Path, names: Iterable[str]) -> None:

@@ -17,7 +17,8 @@ from conftest import SMALL_NETWORKS
 from typer.testing import CliRunner
 
 import ixi_etl
-from flows.cli import app, main
+from flows.cli import app, import_commands, main
+from flows.cli.app import COMMANDS as COMMANDS_OF_MODULES
 from flows.presets import Preset
 from ixi_etl import __version__
 from ixi_etl.config import PRESETS, DatasetConfig
@@ -26,6 +27,7 @@ from ixi_etl.dataset.publish import PublishedVersion
 
 TOP = Path(__file__).parents[2]
 README = (TOP / "README.md").read_text()
+import_commands()
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
@@ -317,18 +319,52 @@ def test_demo_does_not_clear_a_foreign_folder(tmp_path: Path, capsys: pytest.Cap
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-SLOW_IMPORTS = ("prefect", "torch", "SimpleITK", "matplotlib", "dask", "distributed", "zarr", "pandera")
+SLOW_IMPORTS = {"prefect", "torch", "SimpleITK", "matplotlib", "dask", "distributed", "zarr", "pandera"}
+
+
+def imported_modules(code: str) -> set[str]:
+    """The modules that a process has imported when it has run `code` and written a last line of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(); print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(done.stdout.splitlines()[-1].split())
 
 
 def imported_packages(code: str) -> set[str]:
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"], capture_output=True, text=True, check=True
-    )
-    return {name.partition(".")[0] for name in done.stdout.split()}
+    return {name.partition(".")[0] for name in imported_modules(code)}
 
 
-def test_help_needs_no_slow_import() -> None:
-    assert not imported_packages("import flows.cli") & {*SLOW_IMPORTS, "pandas", "numpy", "nibabel"}
+def run_in_process(*arguments: str) -> str:
+    """Code that runs the command line and continues."""
+    return f"from flows.cli import main\ntry: main({arguments!r})\nexcept SystemExit as end: assert not end.code\n"
+
+
+@pytest.mark.parametrize("command", [(), ("refresh",), ("train",)])
+def test_help_needs_no_slow_import(command: tuple[str, ...]) -> None:
+    imported = imported_packages(run_in_process(*command, "--help"))
+    assert not imported & {*SLOW_IMPORTS, "pandas", "numpy", "nibabel", "httpx", "PIL", "jinja2", "fsspec"}
+
+
+def test_refresh_of_a_published_version_needs_no_slow_import(
+    refreshed: PublishedVersion, archives: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes and hashes say that it is intact; the store is not opened, and the rules are not checked again."""
+    monkeypatch.setenv("PREFECT_API_URL", "")
+    options = ("--root", root_of(refreshed), "--source", str(archives), "--slices", "12", "--registration", "none")
+    assert not imported_packages(run_in_process("refresh", *options, "--json")) & SLOW_IMPORTS
+
+
+def test_only_the_module_of_the_command_is_imported() -> None:
+    """Every command is in the table by which it is found, in the order of `--help`."""
+    table = [name for names in COMMANDS_OF_MODULES.values() for name in names]
+    assert table == list(COMMANDS)
+    for module, names in COMMANDS_OF_MODULES.items():
+        assert {COMMANDS[name].callback.__module__ for name in names} == {f"flows.cli.{module}"}
+    imported = imported_modules(run_in_process("verify", "--help"))
+    assert {f"flows.cli.{module}" for module in COMMANDS_OF_MODULES} & imported == {"flows.cli.versions"}
 
 
 def test_library_imports_neither_prefect_nor_torch() -> None:

@@ -20,6 +20,8 @@ from ixi_etl.dataset.metadata import read_manifest, read_metadata
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import IXI
 from ixi_etl.errors import DownloadError
+from ixi_etl.recipes.ixi_inputs import RefreshJob
+from ixi_etl.sources.catalog import Source
 from ixi_etl.testing.loopback import serve_folder
 
 pytestmark = [pytest.mark.usefixtures("prefect"), pytest.mark.stack]
@@ -27,7 +29,10 @@ pytestmark = [pytest.mark.usefixtures("prefect"), pytest.mark.stack]
 
 @dataclass(frozen=True)
 class Runs:
-    """Two refreshes as flows, the events of both, and the artifacts and progress of the first."""
+    """Two refreshes as flows, the events of both, and the artifacts and progress of the first.
+
+    `searched` are the arguments of tasks in which Prefect looked for results of other tasks.
+    """
 
     root: Path
     source: str
@@ -36,21 +41,30 @@ class Runs:
     events: list[Any]
     artifacts: dict[str, tuple[str, Any]]
     progress: set[tuple[str, float]]
+    searched: list[Any]
 
 
 @pytest.fixture(scope="module")
 def runs(prefect: None, archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     from prefect.events.clients import AssertingEventsClient
     from prefect.events.worker import EventsWorker
+    from prefect.utilities.collections import visit_collection
 
     from flows.refresh_dataset import refresh_dataset
 
     root = tmp_path_factory.mktemp("flow")
+    searched: list[Any] = []
+
+    def search(value: Any, *arguments: Any, **options: Any) -> Any:
+        searched.append(value)
+        return visit_collection(value, *arguments, **options)
+
     EventsWorker.instance().drain()
     AssertingEventsClient.reset()
     EventsWorker.set_client_override(AssertingEventsClient)
     try:
-        with serve_folder(archives) as url:
+        with serve_folder(archives) as url, pytest.MonkeyPatch.context() as patch:
+            patch.setattr("prefect.task_engine.visit_collection", search)
             first = refresh_dataset(config_for(root, url))
             artifacts, progress = artifacts_of_last_run()
             second = refresh_dataset(config_for(root, url))
@@ -58,7 +72,7 @@ def runs(prefect: None, archives: Path, tmp_path_factory: pytest.TempPathFactory
     finally:
         EventsWorker.set_client_override(None)
     events = [event for client in AssertingEventsClient.all for event in client.events]
-    return Runs(root, url, first, second, events, artifacts, progress)
+    return Runs(root, url, first, second, events, artifacts, progress, searched)
 
 
 def test_flow_publishes_the_same_version_from_http(runs: Runs, published: PublishedVersion) -> None:
@@ -73,12 +87,22 @@ def test_new_version_is_announced_once(runs: Runs) -> None:
     assert announced == [("ixi.dataset.ixi-t1-t2", {"version": runs.first.version, "root": str(runs.root)})]
 
 
+def test_prefect_does_not_search_what_grows_with_the_subjects(runs: Runs) -> None:
+    """A search takes milliseconds per subject. Prefect does not look into tables by itself."""
+    from prefect.utilities.annotations import quote
+
+    assert {Source, RefreshJob, dict} <= {type(v.unwrap()) for v in runs.searched if isinstance(v, quote)}
+    assert not [v for v in runs.searched if isinstance(v, (Source, RefreshJob, dict))]
+
+
 def test_runs_have_readable_names(runs: Runs) -> None:
     from prefect import get_client
 
     with get_client(sync_client=True) as client:
         names = {run.name for run in client.read_flow_runs()}
     assert f"refresh anatomical from {runs.source}" in names
+    tasks = {event.resource.name for event in runs.events if event.event == "prefect.task-run.Completed"}
+    assert {"download IXI-T1.tar", f"cut for {runs.first.version}", f"publish {runs.first.version}"} <= tasks
 
 
 def test_refresh_creates_artifacts_on_the_server(runs: Runs) -> None:

@@ -9,13 +9,14 @@ import typer
 from pydantic import BaseModel, Field
 from typer.testing import CliRunner
 
-from flows.cli import app
+from flows.cli import app, import_commands
 from flows.cli.options import options_from
 from flows.cli.runs import COMMON_FIELDS
 from ixi_etl.config import DatasetConfig, DigitsConfig, DigitsDataset, RefreshConfig
 from ixi_etl.core.option import Option
 from model.config import TrainConfig
 
+import_commands()
 COMMANDS = {command.name: command for command in typer.main.get_command(app).commands.values()}  # type: ignore[attr-defined]
 
 
