@@ -56,17 +56,17 @@ PREPARATIONS = {
             "subjects": 40,
             "normalisation": "mean",
         },
-        source="icon-lab/SynDiff at 8e5064e (README.md, dataset.py), its issues 13, 24 and 31",
+        source="icon-lab/SynDiff at 8e5064e (README.md, dataset.py), its issues 13, 24, 28 and 31",
         deviations=(
             _REGISTRATION,
             _INTERPOLATION,
             "All subjects are registered; published training data may be unregistered, as SynDiff trains on unpaired "
             "images.",
-            "The slices are the 100 adjacent ones with the largest area of head (Otsu's threshold), scalp and neck "
-            "included; published are about 100 slices that contain brain, chosen by eye.",
-            "The first 25 of the 40 subjects are train, the next 5 val, the last 10 test; published are the numbers, "
-            "and that the 40 are the first in order, not which of them are in which split.",
-            "The first 40 subjects are counted among those with a T1 and a T2; SynDiff also used the PD, so its 40 "
+            "Slices are the adjacent ones with the largest area of head (Otsu's threshold), scalp and neck included; "
+            "published are about 100 axial slices with brain tissue, and no rule by which they were selected.",
+            "The first subjects are train, the next val, the last test; published are the numbers 25, 5 and 10, and "
+            "that the 40 are the first in order, not which of them are in which split.",
+            "The first subjects are counted among those with a T1 and a T2; SynDiff also used the PD, so its 40 "
             "probably have all three.",
             _AUDIT,
             _ONE_SHAPE,
@@ -92,13 +92,13 @@ PREPARATIONS = {
             "The preparation of IXI is not published: neither subjects nor registration nor slices. The authors refer "
             "to their script for BraTS (issue 4). This preset follows it where it can, and otherwise SynDiff, which is "
             "of the same laboratory.",
-            "The first 40 subjects are split 25, 5 and 10 in order; the script for BraTS shuffles all subjects with "
-            "seed 42 and takes the first 40 of them.",
+            "The first subjects are train, the next val, the last test; the script for BraTS shuffles all subjects "
+            "with seed 42, and takes 25, 5 and 10 from the front.",
             "The T2 is registered onto the T1 as for SynDiff; the script for BraTS needs no registration.",
             _REGISTRATION,
             _INTERPOLATION,
-            "The slices are the 100 adjacent ones with the largest area of head (Otsu's threshold); the script for "
-            "BraTS takes slices 27 to 126 of volumes in a template's space, which have no counterpart in IXI.",
+            "Slices are the adjacent ones with the largest area of head (Otsu's threshold); the script for BraTS takes "
+            "slices 27 to 126 of volumes in a template's space, which have no counterpart in IXI.",
             "Each slab is scaled by its own least and largest value; the script for BraTS scales each slice by its "
             "own, so that the brightness of a tissue changes from slice to slice.",
             _AUDIT,

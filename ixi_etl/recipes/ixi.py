@@ -110,7 +110,7 @@ def select_subjects(job: RefreshJob, survey_table: pd.DataFrame) -> pd.DataFrame
     _warn_about_flags(screened, [flag for flag in manifest.FLAGS if flag not in FLAGS_OF_THE_CUT])
     candidates = screened[screened["status"] == CANDIDATE]
     _check_modalities(candidates, dataset_config)
-    check_split_counts(len(candidates), dataset_config, "the headers of the others are excluded")
+    check_split_counts(screened, dataset_config)
     return screened
 
 
@@ -270,4 +270,4 @@ def _check_enough_subjects(final: pd.DataFrame, config: RefreshConfig, audit: Pa
             raise DatasetError(f"the archives contain no subject: {'; '.join(skipped)}")
         reasons = ", ".join(f"{n} {reason}" for reason, n in final["reason"].value_counts().items())
         raise DatasetError("; ".join([f"no subject is left ({reasons})", *skipped, f"{audit} lists the reasons"]))
-    check_split_counts(len(manifest.used_rows(final)), dataset_config, f"{audit} lists the reasons of the others")
+    check_split_counts(final, dataset_config)

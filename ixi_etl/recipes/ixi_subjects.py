@@ -47,17 +47,19 @@ def cut_enough(
     return records | cut(rest)
 
 
-def check_split_counts(subjects: int, dataset_config: DatasetConfig, audit: str) -> None:
-    """Check that there are as many subjects as the split by order needs; `audit` says where the excluded are listed.
+def check_split_counts(subjects: pd.DataFrame, dataset_config: DatasetConfig) -> None:
+    """Check that as many `subjects` are used, or candidates, as the split by order needs; none at all is another error.
 
     Raises:
         DatasetError: there are fewer.
     """
-    counts = dataset_config.split_counts
-    if counts and subjects < sum(counts):
+    left, counts = int((subjects["reason"] == "").sum()), dataset_config.split_counts
+    if counts and 0 < left < sum(counts):
+        found = subjects.loc[subjects["reason"] != "", "reason"].value_counts()
+        excluded = f" (excluded: {', '.join(f'{n} {reason}' for reason, n in found.items())})" if len(found) else ""
         raise DatasetError(
-            f"{subjects} subjects can be used, but split_counts {dataset_config.shown_counts} need {sum(counts)}; give "
-            f"--split-counts that add up to at most {subjects}, or more subjects ({audit})"
+            f"{left} subjects can be used{excluded}, but split_counts {dataset_config.shown_counts} need "
+            f"{sum(counts)}; give --split-counts that add up to at most {left}, or archives with more subjects"
         )
 
 
