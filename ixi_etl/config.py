@@ -282,7 +282,7 @@ class DatasetConfig(StrictModel):
         if self.subjects is not None and needed > self.subjects:
             raise ValueError(
                 f"split_counts {self.shown_counts} need {needed} subjects, but subjects is {self.subjects}; "
-                f"give split_counts that add up to at most {self.subjects}"
+                f"give split_counts that add up to at most {self.subjects}, or more subjects"
             )
 
     @property
