@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import nibabel as nib
@@ -41,14 +42,14 @@ def stretches(matrix: geometry.Matrix) -> Any:
     return np.linalg.svd(matrix[:3, :3], compute_uv=False)
 
 
-def test_an_affine_search_recovers_a_scale_of_three_per_cent() -> None:
+def test_an_affine_search_recovers_a_scale_of_three_per_cent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(register, "AFFINE", replace(register.AFFINE, samples=30_000))  # for speed
     t1, t2 = pair_of(shrink=4)
     larger, true = stretched(t1, STRETCHES[0])
     heads = [register._whole(scan, register.FINE.spacing_mm) for scan in (t2, larger)]
     found = register._affine_search(*heads, np.eye(4))
     np.testing.assert_allclose(stretches(found), 1.03, atol=0.006)
     assert register.mean_distance(found, true, register.head_points(t2)) < 0.5  # of voxels of 3.75 mm
-    assert register._search(register.FINE, *heads, np.eye(4))[0][:3, :3] == pytest.approx(np.eye(3), abs=0.05)
 
 
 @pytest.mark.stack  # takes seconds
