@@ -61,6 +61,11 @@ def test_dataset_page_lists_the_columns_of_the_manifest() -> None:
         assert page == schema
 
 
+def test_dataset_page_lists_the_columns_of_other_preparations() -> None:
+    listed = [cells[0] for cells in rows("dataset.md", "| column | type | when | what it holds |")]
+    assert sorted(name for cell in listed for name in names(cell)) == sorted(IXI.optional)
+
+
 def test_dataset_page_lists_the_reasons_in_the_order_of_the_checks() -> None:
     documented = [name for cell, _ in rows("dataset.md", "| reason | what it means |") for name in names(cell)]
     assert documented == list(REASONS)
