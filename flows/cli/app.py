@@ -27,7 +27,7 @@ COMMANDS = {
     "demo": ("demo", "simulate"),
     "evaluations": ("evaluate",),
     "runs": ("train", "synthesize", "export"),
-    "versions": ("verify", "versions", "prune", "export-dataset"),
+    "versions": ("verify", "versions", "export-dataset", "prune"),
 }
 """Module of `flows.cli` -> the commands that it adds to `app`."""
 
