@@ -31,8 +31,8 @@ from ixi_etl.recipes.ixi_inputs import (
     Inputs,
     RefreshJob,
     create_cut_jobs,
-    start_job,
 )
+from ixi_etl.recipes.ixi_overlap import start_job
 from ixi_etl.recipes.ixi_version import publish_version
 from ixi_etl.scans.demographics import read_demographics
 from ixi_etl.scans.survey import describe_skipped_members, modal_planes, survey
