@@ -73,9 +73,9 @@ class Arrival:
         """Whether the requested share of the file is two segments a connection beyond what a companion has."""
         assert self._part is not None
         total = len(self._part.segments)
-        ahead = 1 - (queued + 2 * self._http.connections) / total
+        ahead = total - queued - 2 * self._http.connections
         return any(
-            ahead > len(other.done) / len(other.segments)
+            ahead * len(other.segments) > len(other.done) * total
             for companion in self._companions
             if (other := companion._part) and time.monotonic() < companion._paces_until
         )
