@@ -85,7 +85,7 @@ def surveyed(host: Host) -> list[LoggedRequest]:
 
 def bytes_fetched_again(host: Host) -> int:
     """Bytes of the archives that were fetched more than once, beside the survey."""
-    sent = sum(request.sent for request in host.requests if segment_of(request, host) is not None)
+    sent = sum(r.sent for r in host.requests if r.status == 206 and segment_of(r, host) is not None)
     return sent - len(host.files[T1]) - len(host.files[T2])
 
 
@@ -147,7 +147,7 @@ def test_a_wrong_md5_throws_the_work_away_and_the_next_refresh_is_right(
 ) -> None:
     host.files[T2] = flip_bit(contents[T2], 300_000)
     host.answer = last_segment_after(cut)
-    with pytest.raises(DownloadError, match="IXI-T2.tar: .*MD5 is"):
+    with pytest.raises(DownloadError, match=r"IXI-T2\.tar: .*MD5 is"):
         ixi.refresh(config, cut)
     assert cut.counts
     assert versions.published_versions(config.data_root) == []
@@ -160,7 +160,7 @@ def test_work_and_bytes_survive_a_server_that_stops_in_the_middle(
     host: Host, config: RefreshConfig, published: PublishedVersion, cut: Cut, times: list[dict[str, int]]
 ) -> None:
     host.answer = last_segment_after(cut, status(403))
-    with pytest.raises(DownloadError, match="IXI-T2.tar: 403"):
+    with pytest.raises(DownloadError, match=r"IXI-T2\.tar: 403"):
         ixi.refresh(config, cut)
     assert versions.published_versions(config.data_root) == []
     kept = shard_times(config)
@@ -168,7 +168,7 @@ def test_work_and_bytes_survive_a_server_that_stops_in_the_middle(
     host.answer = Call.correct
     assert_same(ixi.refresh(config), published)
     assert kept.items() <= times[-1].items()
-    assert bytes_fetched_again(host) == 2 * len(b"no")  # the response was sent in place of the last segment, twice
+    assert bytes_fetched_again(host) == 0
 
 
 @pytest.mark.parametrize("lacks", ["byte ranges", "MD5SUMS"])
@@ -201,7 +201,7 @@ def test_a_survey_that_fails_costs_only_the_head_start(
     with caplog.at_level("INFO"):
         assert_same(ixi.refresh(config, cut), published)
     assert cut.counts == []
-    assert "no more subjects are cut before the archives are complete: http" in caplog.text
+    assert "no more subjects are cut before the archives are complete: cannot read http" in caplog.text
 
 
 @pytest.mark.parametrize("option", [{"offline": True}, {"dask": "tcp://host:1"}])
