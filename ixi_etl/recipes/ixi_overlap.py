@@ -53,8 +53,8 @@ def head_start(
 ) -> Iterator[Mapping[str, Arrival]]:
     """Cut the subjects whose members arrive, while the block downloads the sources.
 
-    Yields key of a source -> the `Arrival` to give to its download; nothing where there can be no head start: unless
-    all archives come over HTTP and their MD5s are known, which are in the version's name, and this machine cuts.
+    Yields key of a source -> the `Arrival` to give to its download. Yields none, and does nothing, unless all files
+    come over HTTP, their MD5s are known (the version's name is made from them), and this machine cuts.
     """
     known = all(source.over_http and source.md5 for source in sources.values())
     if not known or config.offline or config.dask:
@@ -119,18 +119,13 @@ class _HeadStart:
             log.info("no more subjects are cut before the archives are complete: %s", error)
 
     def _downloads_started(self) -> bool:
-        """Wait until all archives come in byte ranges, or are complete; False if none is left to wait for."""
-        others = [arrival for key, arrival in self.arrivals.items() if key not in self._archives]
+        """Wait until all archives come in byte ranges and demographics are there; False if nothing is left to do."""
+
+        def started(key: str, arrival: Arrival) -> bool:
+            return arrival.whole or (arrival.url is not None and key in self._archives)
+
         with self._changed:
-            self._changed.wait_for(
-                lambda: (
-                    self._stopped
-                    or (
-                        all(arrival.whole or arrival.url for arrival in self._archives.values())
-                        and all(arrival.whole for arrival in others)
-                    )
-                )
-            )
+            self._changed.wait_for(lambda: self._stopped or all(started(*each) for each in self.arrivals.items()))
             return not self._stopped and not all(arrival.whole for arrival in self._archives.values())
 
     def _create_job(self) -> RefreshJob:
