@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks import inputs
 from benchmarks.measure import Measured, Row, Settings, alternate, duration, ratio, require_equal, seconds, speed_row
+from benchmarks.overlap import overlap
 
 E, F, R, T = "benchmarks.etl:", "benchmarks.flow:", "benchmarks.reading:", "benchmarks.training:"
 
@@ -347,6 +348,7 @@ ROWS: dict[str, Callable[[Settings], list[Row]]] = {
     "remote": remote,
     "members": members,
     "refresh": refresh,
+    "overlap": overlap,
     "growth": growth,
     "reading": reading,
     "step": step,

@@ -1,4 +1,7 @@
-"""Serve byte ranges with latency from a separate process, and count the requests and bytes it answered."""
+"""Serve byte ranges with latency from a separate process, and count the requests and bytes it answered.
+
+All responses together can be limited to a rate, like a link that they share.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from threading import Lock
 
 LATENCY_S = 0.02
 BLOCK = 1 << 20
+LIMITED_BLOCK = 64 << 10  # so that a small response need not wait for long
 
 
 class _Call(BaseHTTPRequestHandler):
@@ -23,6 +27,8 @@ class _Call(BaseHTTPRequestHandler):
     folder = Path()
     counts = {"requests": 0, "bytes": 0}  # noqa: RUF012 - one server per process
     lock = Lock()
+    rate = 0.0  # bytes per second; 0 is unlimited
+    free_at = 0.0  # time.monotonic() at which the link has sent all that it was given
 
     def do_GET(self) -> None:
         if self.path == "/counts":
@@ -50,13 +56,22 @@ class _Call(BaseHTTPRequestHandler):
         with open(path, "rb") as file:
             file.seek(start)
             while start < stop:
-                data = file.read(min(BLOCK, stop - start))
+                data = file.read(min(LIMITED_BLOCK if self.rate else BLOCK, stop - start))
                 start += len(data)
+                self._wait_for_link(len(data))
                 with self.lock:
                     self.counts["bytes"] += len(data)
                 self.wfile.write(data)
 
     do_HEAD = do_GET  # noqa: N815
+
+    def _wait_for_link(self, size: int) -> None:
+        if not self.rate:
+            return
+        with self.lock:
+            _Call.free_at = max(self.free_at, time.monotonic()) + size / self.rate
+            wait = self.free_at - time.monotonic()
+        time.sleep(max(0.0, wait))
 
     def _reply(self, status: int, body: bytes) -> None:
         self.send_response(status)
@@ -75,9 +90,9 @@ class _Call(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[str]:
-    """Serve `folder` during the block; yield the URL."""
-    command = [sys.executable, "-m", "benchmarks.serving", str(folder)]
+def serving(folder: Path, rate: float = 0) -> Iterator[str]:
+    """Serve `folder` during the block, at `rate` bytes per second if that is not 0; yield the URL."""
+    command = [sys.executable, "-m", "benchmarks.serving", str(folder), str(rate)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -93,7 +108,7 @@ def counts(url: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    _Call.folder = Path(sys.argv[1])
+    _Call.folder, _Call.rate = Path(sys.argv[1]), float(sys.argv[2])
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Call)
     server.daemon_threads = True
     print(server.server_port, flush=True)

@@ -25,6 +25,7 @@ from ixi_etl.core.files import lock_root
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.errors import DownloadError
 from ixi_etl.recipes import ixi, ixi_inputs, ixi_version
+from ixi_etl.recipes.ixi_overlap import head_start
 
 
 def _may_succeed_later(_task: Any, _run: Any, state: Any) -> bool:
@@ -88,8 +89,12 @@ def refresh_dataset(config: RefreshConfig | None = None) -> PublishedVersion:
             inputs = download_members(config, progress)
         else:
             sources = ixi_inputs.find_sources(config)
-            downloads = {key: download.submit(config, unsearched(source), progress) for key, source in sources.items()}
-            inputs = ixi_inputs.collect_inputs(config, {key: future.result() for key, future in downloads.items()})
+            with head_start(config, sources, progress) as arrivals:
+                downloads = {
+                    key: download.submit(config, unsearched(source), progress, unsearched(arrivals.get(key)))
+                    for key, source in sources.items()
+                }
+                inputs = ixi_inputs.collect_inputs(config, {key: future.result() for key, future in downloads.items()})
         job = ixi_inputs.create_job(config, inputs, progress)
         published = ixi.find_published(job)
         if published:

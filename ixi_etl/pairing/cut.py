@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,28 +122,59 @@ def cut_subject(job: CutJob, dataset_config: DatasetConfig, work: Path) -> dict[
     members = {m: member for m, member in job.members.items() if member.size <= MAX_MEMBER_BYTES}  # larger: excluded
     if finished and finished["fingerprints"] == _current_fingerprints(members):
         return finished
-    packed: dict[str, bytes] = {}  # the only reference to the bytes, so that `_cut` can free them early
+    packed: dict[str, bytes] = {}  # the only references to the bytes, so that `_cut` can free them early
     fingerprints: dict[str, str] = {}
     for modality, member in members.items():
         packed[modality], fingerprints[modality] = read_member_checked(member)
-    hashes = {f"{m.lower()}_sha256": hashlib.sha256(data).hexdigest() for m, data in packed.items()}
-    if finished and hashes.items() <= finished.items():
-        record = finished | {"fingerprints": fingerprints}
-    else:
-        record = {"made_for": _job_identity(job), "fingerprints": fingerprints, **hashes}
-        # With a prefix, because a spreadsheet would read 12345e67 as a number.
-        record |= {
-            f"{m.lower()}_gzip_crc32": f"crc32:{data[-8:-4][::-1].hex()}" if gunzip.is_gzip(data) else ""
-            for m, data in packed.items()
-        }
-        if job.is_candidate:
-            try:
-                _cut(job, packed, dataset_config, work, record)
-            except BadVolumeError as error:
-                record |= {"reason": error.reason, "detail": error.detail}
-    record = _with_digest(record)
-    write_atomic(record_path(work, job.subject_id), to_json(record))
-    return record
+    hashes = _hashes(packed)
+    if finished and finished["fingerprints"].keys() == members.keys() and hashes.items() <= finished.items():
+        return _write_record(job, finished | {"fingerprints": fingerprints}, work)
+    return _cut_and_record(job, packed, hashes | {"fingerprints": fingerprints}, dataset_config, work)
+
+
+@os_errors_as_user_errors()
+def cut_unverified(
+    job: CutJob, read: Callable[[str, MemberRef], bytes], dataset_config: DatasetConfig, work: Path
+) -> None:
+    """Cut one subject into `work`, unless it has a record, from archives that are not verified yet.
+
+    The record has no fingerprints. `cut_subject` therefore reads the members of the verified archives, and reuses the
+    record only if they have the SHA-256s in it.
+
+    Args:
+        read: returns the bytes of a member, given its modality and position.
+    """
+    if _read_finished_record(job, work):
+        return
+    packed = {m: read(m, member) for m, member in job.members.items() if member.size <= MAX_MEMBER_BYTES}
+    _cut_and_record(job, packed, _hashes(packed) | {"fingerprints": dict.fromkeys(packed, "")}, dataset_config, work)
+
+
+def _hashes(packed: Mapping[str, bytes]) -> dict[str, Any]:
+    return {f"{m.lower()}_sha256": hashlib.sha256(data).hexdigest() for m, data in packed.items()}
+
+
+def _cut_and_record(
+    job: CutJob, packed: dict[str, bytes], record: dict[str, Any], dataset_config: DatasetConfig, work: Path
+) -> dict[str, Any]:
+    """Cut a subject from its packed members; `record` has their hashes and the fingerprints of their archives."""
+    # With a prefix, because a spreadsheet would read 12345e67 as a number.
+    record |= {
+        f"{m.lower()}_gzip_crc32": f"crc32:{data[-8:-4][::-1].hex()}" if gunzip.is_gzip(data) else ""
+        for m, data in packed.items()
+    }
+    if job.is_candidate:
+        try:
+            _cut(job, packed, dataset_config, work, record)
+        except BadVolumeError as error:
+            record |= {"reason": error.reason, "detail": error.detail}
+    return _write_record(job, record, work)
+
+
+def _write_record(job: CutJob, record: Mapping[str, Any], work: Path) -> dict[str, Any]:
+    complete = _with_digest({"made_for": _job_identity(job), **record})
+    write_atomic(record_path(work, job.subject_id), to_json(complete))
+    return complete
 
 
 def _job_identity(job: CutJob) -> list[Any]:

@@ -31,8 +31,8 @@ from ixi_etl.recipes.ixi_inputs import (
     Inputs,
     RefreshJob,
     create_cut_jobs,
-    start_job,
 )
+from ixi_etl.recipes.ixi_overlap import start_job
 from ixi_etl.recipes.ixi_subjects import check_split_counts, cut_enough, warn_about_leaks
 from ixi_etl.recipes.ixi_version import publish_version
 from ixi_etl.scans.demographics import read_demographics

@@ -23,6 +23,7 @@ from ixi_etl.pairing.cut import CutJob, MemberRef, archive_changed, read_member_
 from ixi_etl.scans.names import parse_pattern
 from ixi_etl.scans.survey import VolumeFile, survey
 from ixi_etl.sources import catalog
+from ixi_etl.sources.arrivals import Arrival
 from ixi_etl.sources.cache import VerifiedFile, acquire
 from ixi_etl.sources.folder import FolderSource, acquire_folder
 from ixi_etl.sources.members import fetch_members, find_remote
@@ -104,12 +105,6 @@ class RefreshJob:
         return self.staging / "work"
 
 
-def start_job(config: RefreshConfig, progress: Progress = no_progress) -> RefreshJob:
-    """Fetch and verify all inputs, and compute the version's name."""
-    acquire_all = acquire_members if config.fetch == "members" else acquire_inputs
-    return create_job(config, acquire_all(config, progress), progress)
-
-
 def create_job(config: RefreshConfig, inputs: Inputs, progress: Progress = no_progress) -> RefreshJob:
     """The job for verified inputs."""
     version, version_inputs = name_version(config, inputs)
@@ -134,23 +129,34 @@ def find_sources(config: RefreshConfig) -> dict[str, catalog.Source]:
     return {m: catalog.official(modalities.archive_name(m)) for m in config.dataset.modalities} | official
 
 
-def acquire_file(config: RefreshConfig, source: catalog.Source, progress: Progress = no_progress) -> VerifiedFile:
-    """Fetch and verify one file into the root's archives; or hash the files of a folder."""
+def acquire_file(
+    config: RefreshConfig, source: catalog.Source, progress: Progress = no_progress, arrival: Arrival | None = None
+) -> VerifiedFile:
+    """Fetch and verify one file into the root's archives, followed by `arrival`; or hash the files of a folder."""
+    folder = config.data_root.archives
     if isinstance(source, FolderSource):
-        return acquire_folder(source, config.data_root.archives, progress)
-    return acquire(
-        source,
-        config.data_root.archives,
-        http=config.http,
-        progress=progress,
-    )
+        return acquire_folder(source, folder, progress)
+    verified = acquire(source, folder, http=config.http, progress=progress, arrival=arrival)
+    if arrival:
+        arrival.finish()
+    return verified
 
 
-def acquire_inputs(config: RefreshConfig, progress: Progress = no_progress) -> Inputs:
-    """Fetch and verify all files concurrently."""
-    sources = find_sources(config)
-    with ThreadPoolExecutor(len(sources)) as pool:
-        downloads = {key: pool.submit(acquire_file, config, source, progress) for key, source in sources.items()}
+def acquire_inputs(
+    config: RefreshConfig,
+    progress: Progress = no_progress,
+    sources: Mapping[str, catalog.Source] | None = None,
+    arrivals: Mapping[str, Arrival] | None = None,
+) -> Inputs:
+    """Fetch and verify all files concurrently.
+
+    Args:
+        sources: of `find_sources`, if they are known.
+        arrivals: key of a source -> what follows its download.
+    """
+    files, followed = sources or find_sources(config), arrivals or {}
+    with ThreadPoolExecutor(len(files)) as pool:
+        downloads = {key: pool.submit(acquire_file, config, s, progress, followed.get(key)) for key, s in files.items()}
         return collect_inputs(config, {key: future.result() for key, future in downloads.items()})
 
 

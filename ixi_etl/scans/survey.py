@@ -105,7 +105,7 @@ def survey(
 
     Args:
         archives: modality -> path or URL of a tar, or files of a folder.
-        http: only its `insecure_hosts` apply.
+        http: only its `insecure_hosts` and `timeout_s` apply.
         patterns: templates for the names of members of tars; without any they are IXI's.
 
     Raises:

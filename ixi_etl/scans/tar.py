@@ -91,7 +91,7 @@ def index_archive(
         location: path or fsspec URL.
         head_bytes: size of `Member.head`.
         on_member: called after each member with the fraction of the archive that was passed, 0 to 1.
-        http: only its `insecure_hosts` apply; fsspec makes the requests.
+        http: only its `insecure_hosts` and `timeout_s` apply; fsspec makes the requests.
 
     Raises:
         ArchiveError: the archive is missing, cannot be read, or is not a complete tar.
@@ -191,11 +191,15 @@ def _check_end(file: Any, at: int, end: int, where: str) -> None:
 
 
 def _fsspec_options(location: str, http: HttpOptions) -> dict[str, Any]:
-    """Options for fsspec: like downloads, obey proxies in the environment, `~/.netrc` and insecure hosts."""
+    """Options for fsspec: like downloads, obey proxies in the environment, `~/.netrc`, insecure hosts and timeouts."""
     url = urlsplit(location)
     if url.scheme not in ("http", "https"):
         return {}
-    return {"client_kwargs": {"trust_env": True}} | ({"ssl": False} if url.hostname in http.insecure_hosts else {})
+    from aiohttp import ClientTimeout  # slow to import
+
+    timeout = ClientTimeout(total=10 * http.timeout_s, sock_connect=http.timeout_s, sock_read=http.timeout_s)
+    options = {"client_kwargs": {"trust_env": True, "timeout": timeout}}
+    return options | ({"ssl": False} if url.hostname in http.insecure_hosts else {})
 
 
 def read_member(location: str, offset: int, size: int) -> bytes:

@@ -23,6 +23,7 @@ from ixi_etl.core.text import printable
 from ixi_etl.errors import ArchiveError, DownloadError, IxiError, redacted
 from ixi_etl.scans.survey import VolumeFile
 from ixi_etl.scans.tar import describe_non_file, index_archive
+from ixi_etl.sources.arrivals import Arrival
 from ixi_etl.sources.catalog import Source, not_found
 from ixi_etl.sources.http import HttpClient, RemoteFile, probe, validator_of
 from ixi_etl.sources.partial import PartialFile, discard_partial
@@ -84,6 +85,7 @@ def acquire(
     *,
     http: HttpOptions = DEFAULT_HTTP,
     progress: Progress = no_progress,
+    arrival: Arrival | None = None,
 ) -> VerifiedFile:
     """Ensure that the file of `source` is available, complete and verified.
 
@@ -92,6 +94,7 @@ def acquire(
 
     Args:
         folder: for downloads, and for the records of verified files.
+        arrival: follows the download, if there is one.
 
     Raises:
         DownloadError: no URL provided the right file; the message gives the reason for each URL, and what to do.
@@ -112,7 +115,7 @@ def acquire(
             return _write_record(folder, source, location, source.md5, source.urls[0], None)
         if http.offline:
             raise DownloadError(f"{path} is missing or not the right file; run once without --offline to fetch it")
-        return _try_each_url(source, path, http, progress)
+        return _try_each_url(source, path, http, progress, arrival or Arrival(path))
 
 
 def recorded_md5(folder: Path, name: str, location: str) -> str | None:
@@ -217,13 +220,13 @@ def _may_use_copy(existing: VerifiedFile, source: Source, http: HttpOptions) -> 
     return same or source.md5 is not None
 
 
-def _try_each_url(source: Source, path: Path, http: HttpOptions, progress: Progress) -> VerifiedFile:
+def _try_each_url(source: Source, path: Path, http: HttpOptions, progress: Progress, arrival: Arrival) -> VerifiedFile:
     """Download from the first URL that provides the right file."""
     reasons, transient = [], False
     for url in source.urls:
         try:
             with HttpClient(http) as client:
-                return _download(client, url, source, path, progress)
+                return _download(client, url, source, path, progress, arrival)
         except UnusableError as error:
             log.warning("%s: %s", url, error)
             reasons.append(f"{url}: {error}")
@@ -234,7 +237,9 @@ def _try_each_url(source: Source, path: Path, http: HttpOptions, progress: Progr
     raise DownloadError(f"cannot download {source.name}: {'; '.join(reasons)}. Try again later, or {manual}", transient)
 
 
-def _download(client: HttpClient, url: str, source: Source, path: Path, progress: Progress) -> VerifiedFile:
+def _download(
+    client: HttpClient, url: str, source: Source, path: Path, progress: Progress, arrival: Arrival
+) -> VerifiedFile:
     """Download a file from one URL and verify it.
 
     Repeats once if the file changed on the server, or if the MD5 is wrong because bytes of two files were mixed.
@@ -244,7 +249,7 @@ def _download(client: HttpClient, url: str, source: Source, path: Path, progress
         with PartialFile(path, remote_file, client.http) as part:
             part.check_disk()
             try:
-                _fetch(client, remote_file, source, part, progress)
+                _fetch(client, remote_file, source, part, progress, arrival)
             except ChangedError:
                 continue  # the next probe decides whether the fetched bytes are still usable
             part.sync()
@@ -254,16 +259,24 @@ def _download(client: HttpClient, url: str, source: Source, path: Path, progress
             verified = _write_record(path.parent, source, str(path), md5, url, remote_file.validator)
             part.record.unlink(missing_ok=True)
             return verified
+        arrival.reject()
         discard_partial(path)
         if not part.mixed:
             raise UnusableError(f"MD5 is {md5}, not {source.md5}")
     raise UnusableError("the file changed while it was fetched, twice")
 
 
-def _fetch(client: HttpClient, remote_file: RemoteFile, source: Source, part: PartialFile, progress: Progress) -> None:
+def _fetch(
+    client: HttpClient,
+    remote_file: RemoteFile,
+    source: Source,
+    part: PartialFile,
+    progress: Progress,
+    arrival: Arrival,
+) -> None:
     if remote_file.ranges:
         try:
-            fetch_ranges(client, remote_file, part, part.segments, max_request_bytes=0, progress=progress)
+            fetch_ranges(client, remote_file, part, part.segments, 0, progress, arrival)
             return
         except RangeIgnoredError:  # some servers and caches serve short ranges only, such as that of the probe
             log.warning("%s ignores byte ranges; fetching the whole file in one request", remote_file.url)

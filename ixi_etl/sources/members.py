@@ -11,6 +11,7 @@ from ixi_etl.core.http_options import DEFAULT_HTTP, HttpOptions
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import fingerprint, naming_file
 from ixi_etl.errors import ConfigError, DownloadError
+from ixi_etl.sources.arrivals import Arrival
 from ixi_etl.sources.cache import VerifiedFile
 from ixi_etl.sources.catalog import Source
 from ixi_etl.sources.http import HttpClient, RemoteFile, probe
@@ -83,7 +84,7 @@ def fetch_members(
                 segments = [part.segments[index] for index in wanted]
                 part.needed_bytes = sum(segment.stop - segment.start for segment in segments)
                 part.check_disk()
-                fetch_ranges(client, remote_file, part, segments, MAX_REQUEST_BYTES, progress)
+                fetch_ranges(client, remote_file, part, segments, MAX_REQUEST_BYTES, progress, Arrival(path))
                 part.sync()
         except ChangedError:
             message = f"{remote.url} changed while its members were fetched; run again"

@@ -37,7 +37,7 @@ class Segment:
     stop: int
 
 
-def _part_path(path: Path) -> Path:
+def part_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.part")
 
 
@@ -48,11 +48,17 @@ def _record_path(path: Path) -> Path:
 def discard_partial(path: Path) -> None:
     """Remove the partial download of `path`."""
     _record_path(path).unlink(missing_ok=True)
-    _part_path(path).unlink(missing_ok=True)
+    part_path(path).unlink(missing_ok=True)
 
 
 _open_parts: set[PartialFile] = set()
 _open_parts_lock = threading.Lock()
+
+
+def bytes_to_come() -> int:
+    """Bytes of disk space to leave free for all open partial downloads, and to spare."""
+    with _open_parts_lock:
+        return sum(part.missing_bytes() for part in _open_parts) + SPARE_BYTES
 
 
 class PartialFile:
@@ -75,7 +81,7 @@ class PartialFile:
         If the MD5 will be verified, a download from another URL is resumed too. Segments without given `bounds` have
         `http.segment_bytes` each.
         """
-        self.path, self.record = _part_path(path), _record_path(path)
+        self.path, self.record = part_path(path), _record_path(path)
         size = self.needed_bytes = remote_file.size or 0
         step = http.segment_bytes
         if bounds is None:
@@ -123,8 +129,7 @@ class PartialFile:
 
     def check_disk(self) -> None:
         """Raise `DownloadError` if the disk cannot hold this and all other open partial downloads."""
-        with _open_parts_lock:
-            need = sum(part.missing_bytes() for part in _open_parts) + SPARE_BYTES
+        need = bytes_to_come()
         free = shutil.disk_usage(self.path.parent).free
         if need > free:
             raise DownloadError(

@@ -1,7 +1,8 @@
 """Fetch the bytes of a file: its missing segments in parallel range requests, or the whole file in one stream.
 
 A resumed download fetches the wanted segments that are not in `PartialFile.done`, which `partial` reads from its
-record. The record marks single segments as done; one request fetches a group of adjacent segments.
+record. The record marks single segments as done; one request fetches a group of adjacent segments. An `Arrival` decides
+which group is next.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 
 from ixi_etl.core.progress import Progress
+from ixi_etl.sources.arrivals import Arrival
 from ixi_etl.sources.http import HttpClient, RemoteFile, body_blocks, get, validator_of
 from ixi_etl.sources.partial import PartialFile, Segment
 from ixi_etl.sources.retries import (
@@ -38,10 +40,12 @@ def fetch_ranges(
     wanted: Sequence[Segment],
     max_request_bytes: int,
     progress: Progress,
+    arrival: Arrival,
 ) -> None:
     """Fetch the wanted segments that are not done, over parallel connections; the first failure stops all of them.
 
-    Adjacent segments share a request of up to `max_request_bytes`. `progress` counts bytes.
+    Adjacent segments share a request of up to `max_request_bytes`. `progress` counts bytes. `arrival` chooses the
+    order, and is told of finished segments.
 
     Raises:
         ChangedError: the server serves another file now.
@@ -49,9 +53,15 @@ def fetch_ranges(
         UnusableError: a response is not the requested range, or all tries are used up.
     """
     part.truncate(remote_file.size or 0)  # at once: `PartialFile` does not resume a part of another length
-    with server_load(remote_file.url) as server, ThreadPoolExecutor(client.http.connections) as pool:
-        download = _RangeDownload(client, remote_file, part, wanted, server, progress)
-        jobs = [pool.submit(download.fetch, group) for group in _coalesce_ranges(download.missing, max_request_bytes)]
+    http = client.http
+    with (
+        server_load(remote_file.url) as server,
+        ThreadPoolExecutor(http.connections) as pool,
+        arrival.following(remote_file.url, part, http),
+    ):
+        download = _RangeDownload(client, remote_file, part, wanted, server, progress, arrival)
+        queue = list(_coalesce_ranges(download.missing, max_request_bytes))
+        jobs = [pool.submit(download.fetch_from, queue) for _ in range(min(http.connections, len(queue)))]
         try:
             for job in jobs:
                 job.result()
@@ -88,20 +98,22 @@ class _RangeDownload:
         wanted: Sequence[Segment],
         server: ServerLoad,
         progress: Progress,
+        arrival: Arrival,
     ) -> None:
         self.missing = [segment for segment in wanted if segment.index not in part.done]
         self.halt = threading.Event()
         self._client, self._remote_file, self._part, self._server = client, remote_file, part, server
-        self._policy = RetryPolicy(server, client.http)
+        self._policy, self._arrival = RetryPolicy(server, client.http), arrival
         self._progress, self._progress_lock = progress, threading.Lock()
         self._wanted_bytes = _total_bytes(wanted)
         self._fetched_bytes = self._wanted_bytes - _total_bytes(self.missing)
         self._report(0)
 
-    def fetch(self, group: Sequence[Segment]) -> None:
-        """Fetch adjacent segments, with retries; a failure halts the other connections."""
+    def fetch_from(self, queue: list[list[Segment]]) -> None:
+        """Fetch groups of adjacent segments, with retries, until the queue is empty; a failure halts all others."""
         try:
-            self._fetch(group)
+            while group := self._arrival.take(queue, self.halt):
+                self._fetch(group)
         except BaseException:
             self.halt.set()
             raise
@@ -122,6 +134,7 @@ class _RangeDownload:
                         offset += len(block)
                         while unfinished and unfinished[0].stop <= offset:
                             self._part.mark_done(unfinished.pop(0))
+                            self._arrival.advanced()
                         if self.halt.is_set():
                             return
             except (TransientError, UnusableError) as error:

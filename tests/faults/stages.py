@@ -77,7 +77,7 @@ def _report_refresh(pipe: Connection, config: RefreshConfig) -> None:
         return {path.name: path.stat().st_mtime_ns for path in paths}
 
     _report(pipe, ixi_inputs, "acquire_file", "download")
-    _report(pipe, ixi_inputs, "name_version", "name")
+    _report(pipe, ixi, "find_published", "name")
     _report(pipe, ixi, "cut_subjects", "cut", modification_times)
     for module in (ixi, ixi_version):  # the plain refresh calls one, the flow the other
         _report(pipe, module, "publish_version", "publish")

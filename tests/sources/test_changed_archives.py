@@ -22,7 +22,7 @@ from ixi_etl.dataset import metadata
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.errors import ArchiveError, DatasetError
 from ixi_etl.pairing import cut as cutting
-from ixi_etl.pairing.cut import CutJob, MemberRef, cut_subject, record_path, shard_path
+from ixi_etl.pairing.cut import CutJob, MemberRef, cut_subject, cut_unverified, record_path, shard_path
 from ixi_etl.recipes import digits as mnist
 from ixi_etl.recipes import ixi as jobs
 from ixi_etl.recipes import ixi_inputs
@@ -141,6 +141,31 @@ def test_record_is_reused_only_for_the_same_bytes(job: CutJob, tmp_path: Path) -
     assert other["t2_sha256"] == hashlib.sha256(OTHER_T2).hexdigest()
     assert other["files"][shard.name] != first["files"][shard.name]
     assert other["files"][shard.name] == hashlib.sha256(shard.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("arrived", "is_reused"),
+    [
+        ({"T1": T1, "T2": T2}, True),
+        ({"T1": T1, "T2": OTHER_T2}, False),
+        ({"T1": T1, "T2": T2, "PD": T2}, False),
+    ],
+    ids=["the same bytes", "other bytes", "a member more"],
+)
+def test_record_made_from_unverified_bytes_is_reused_only_for_the_same_members(
+    arrived: dict[str, bytes], is_reused: bool, job: CutJob, tmp_path: Path
+) -> None:
+    (work := tmp_path / "early").mkdir()
+    early = replace(job, members={m: MemberRef("unread", 0, len(data)) for m, data in arrived.items()})
+    cut_unverified(early, lambda modality, _: arrived[modality], CONFIG, work)
+    written = record_path(work, SUBJECT).stat().st_ino
+    cut_unverified(early, lambda *_: b"never read", CONFIG, work)
+    assert record_path(work, SUBJECT).stat().st_ino == written, "a finished subject was cut again"
+    before = {path.name: path.stat().st_ino for path in work.glob("*.shard")}
+    record, without = (cut_subject(job, CONFIG, folder) for folder in (work, tmp_path / "work"))
+    assert record["record_sha256"] == without["record_sha256"]
+    after = {path.name: path.stat().st_ino for path in work.glob("*.shard")}
+    assert (before == after) == is_reused
 
 
 @pytest.mark.parametrize("change", [{"version": "another"}, {"subject_id": "IXI003-Guys-0001"}])
