@@ -13,7 +13,7 @@ import tarfile
 from pathlib import Path
 
 from ixi_etl.modalities import DEFAULT_MODALITIES, archive_name
-from ixi_etl.testing.phantom import PhantomSubject, simulate
+from ixi_etl.testing.phantom import PhantomSubject, simulate, write_phantom
 
 HEADS = 4
 SEED = 11
@@ -56,6 +56,14 @@ def archives(folder: Path, pairs: int, shrink: int = 1, odd: int = 0) -> Path:
             digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         sums.append(f"{digest}  {archive_name(modality)}\n")
     (target / "MD5SUMS").write_text("".join(sums))
+    return target
+
+
+def different_heads(folder: Path, subjects: int, shrink: int = 1) -> Path:
+    """A folder with archives of subjects who each have a head of their own, so that some can be held out."""
+    target = folder / f"different-{subjects}-{shrink}"
+    if not (target / "truth.json").exists():  # it is written last
+        write_phantom(target, subjects, SEED, oddities=False, shrink=shrink)
     return target
 
 

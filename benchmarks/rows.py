@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks import inputs
 from benchmarks.measure import Measured, Row, Settings, alternate, duration, ratio, require_equal, seconds, speed_row
+from benchmarks.quality import quality
 
 E, R, T = "benchmarks.etl:", "benchmarks.reading:", "benchmarks.training:"
 
@@ -322,5 +323,6 @@ ROWS: dict[str, Callable[[Settings], list[Row]]] = {
     "reading": reading,
     "step": step,
     "curves": curves,
+    "quality": quality,
     "start": start,
 }
