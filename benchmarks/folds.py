@@ -22,7 +22,7 @@ import gzip
 import re
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,7 +31,6 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
@@ -168,18 +167,8 @@ def people_of(pairs: Pairs) -> list[str]:
 def split_fold(pairs: Pairs, person: str) -> tuple[Pairs, Pairs]:
     """The pairs of all others, to train on, and those of `person`, to test on."""
     of_person = np.array([person_of(subject) == person for subject in pairs.subjects])
-    return _select(pairs, np.flatnonzero(~of_person), "train"), _select(pairs, np.flatnonzero(of_person), "test")
-
-
-def _select(pairs: Pairs, subjects: NDArray[np.intp], split: str) -> Pairs:
-    chosen = torch.from_numpy(subjects)
-    return replace(
-        pairs,
-        subjects=[pairs.subjects[n] for n in subjects],
-        sources=tuple(source.of_subjects(chosen) for source in pairs.sources),
-        target=pairs.target.of_subjects(chosen),
-        split=split,
-    )
+    train, test = (torch.from_numpy(np.flatnonzero(mask)) for mask in (~of_person, of_person))
+    return pairs.of_subjects(train, "train"), pairs.of_subjects(test, "test")
 
 
 def run_fold(person: str, version: Path, config: TrainConfig, out: Path) -> pd.DataFrame:

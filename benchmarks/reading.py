@@ -96,6 +96,7 @@ def _warmed(case: Callable[..., Work]) -> Callable[..., Work]:
 def _epoch(folder: str) -> Work:
     """Read all batches with our loader, in random order."""
     from model import data
+    from model.augmentation import batch_indices
 
     version, _, _ = _files(folder)
 
@@ -103,8 +104,7 @@ def _epoch(folder: str) -> Work:
         pairs = data.load_pairs(version, "train")
         starts = range(0, len(pairs), BATCH)
         batches = (
-            pairs.normalised(data.batch_indices(len(pairs), 0, start, min(BATCH, len(pairs) - start)))
-            for start in starts
+            pairs.normalised(batch_indices(len(pairs), 0, start, min(BATCH, len(pairs) - start))) for start in starts
         )
         return _consumed(batches, pairs)
 

@@ -5,4 +5,4 @@ Their settings are in `model.config.PRESETS`.
 
 from typing import Literal
 
-Preset = Literal["paper", "digits", "smoke", "gpu"]
+Preset = Literal["paper", "digits", "smoke", "gpu", "moschetto"]

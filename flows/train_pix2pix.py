@@ -50,7 +50,7 @@ def train_pix2pix(
     Args:
         dataset: NAME@VERSION; by default the latest version of the preset's dataset.
         preset: paper: as published, 49,200 steps, best on a GPU. digits: MNIST. smoke: a minute on a CPU. gpu: large
-            batches.
+            batches. moschetto: the pix2pix of arXiv 2507.14575, 300 passes, on a GPU.
         root: Folder, or s3://bucket/prefix, that holds datasets and runs.
         scratch: If the root is on S3: folder of this machine to work in.
         run: Name of the run; by default from version and settings.

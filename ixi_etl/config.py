@@ -157,6 +157,7 @@ def chosen_modalities(given: Any) -> tuple[str, ...]:
 
 
 Count = Annotated[int, Field(ge=0)]
+Normalisation = Literal["percentiles", "range", "mean"]
 
 
 class DatasetConfig(StrictModel):
@@ -225,7 +226,7 @@ class DatasetConfig(StrictModel):
     subjects: Annotated[int, Field(ge=1)] | None = Field(
         None, description="use only the first subjects that can be used, in the order of their ids"
     )
-    normalisation: Literal["percentiles", "range", "mean"] = Field(
+    normalisation: Normalisation = Field(
         "percentiles",
         description="which values become 0 and 1. percentiles: 0.1 and 99.9 of the slab; range: its least and largest; "
         "mean: 0, and the largest over all subjects of value / the slab's mean",

@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,16 +22,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ixi_etl.config import format_validation_error
+from ixi_etl.config import Normalisation, format_validation_error
 from ixi_etl.core.files import fsync_path
 from ixi_etl.errors import CheckpointError
 from model.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
+Size = Annotated[int, Field(ge=1, le=4096)]  # pixels; a file from an untrusted source could ask for all memory
+
 
 class _Metadata(BaseModel):
-    """The metadata that every file must have; a generator's file has more."""
+    """The metadata that every file must have; a generator's file has more.
+
+    `normalisation` is that of the dataset, and `slice_shape` the height and width of its slices. Both are in files of
+    generators; those of older versions lack them.
+    """
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -39,6 +45,8 @@ class _Metadata(BaseModel):
     config: dict[str, Any]
     validation: dict[str, float]
     processes: int | None = Field(None, ge=1)
+    normalisation: Normalisation = "percentiles"
+    slice_shape: tuple[Size, Size] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +157,7 @@ def parse_config(path: Path, fields: dict[str, Any]) -> TrainConfig:
         raise CheckpointError(
             f"the configuration in {path} cannot be used: {format_validation_error(error)}"
         ) from error
-    if config.side is None:
+    if not config.is_sized:
         raise CheckpointError(f"the configuration in {path} cannot be used: it has no side")
     return config
 

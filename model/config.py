@@ -26,6 +26,7 @@ MAX_STEPS = 10**8 - 1  # checkpoints are sorted by name, with the step in eight 
 SEEDS = 1 << 63  # torch's seeds are 64-bit integers: from -SEEDS to SEEDS - 1
 
 
+MAX_LEVELS = SIDES[-1].bit_length() - 1
 MAX_NEIGHBOURS = 8
 
 _DIRECTION = re.compile(r"(\w+(?:\+\w+)*)->(\w+)", re.ASCII)
@@ -60,7 +61,8 @@ class Direction(NamedTuple):
 class TrainConfig(StrictModel):
     """The configuration of one training run. The defaults are the published recipe.
 
-    `prepare_run` resolves it: it sets the version in `dataset`, `direction`, `side`, `precision` and `device`.
+    `prepare_run` resolves it: it sets the version in `dataset`, `direction`, `side` (unless `levels` is set), `steps`
+    (from `epochs`), `precision` and `device`.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -78,6 +80,10 @@ class TrainConfig(StrictModel):
     width: Annotated[int, Field(ge=1, le=MAX_WIDTH)] = Field(
         64, description="channels of the generator's outermost level"
     )
+    levels: Annotated[int, Field(ge=1, le=MAX_LEVELS)] | None = Field(
+        None,
+        description="halvings of the generator, which then takes slices of any shape; by default down to 1 x 1",
+    )
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.5, description="dropout rate of the decoder's three innermost levels"
     )
@@ -89,13 +95,22 @@ class TrainConfig(StrictModel):
     )
 
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] = Field(49_200, description="optimiser steps")
+    epochs: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = Field(
+        None, description="passes over the training pairs, in place of steps"
+    )
     batch_size: Annotated[int, Field(ge=1, le=1 << 24)] = Field(1, description="pairs per step and process")
     lr: Annotated[float, Field(gt=0)] = Field(2e-4, description="learning rate")
+    lr_discriminator: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="learning rate of the discriminator, if it differs; it falls as lr does"
+    )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.5, 0.999)
     decay: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="share of the steps, at the end, over which lr falls to 0"
     )
     adversarial: Adversarial = "bce"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="s: the discriminator learns the labels 1 - s (real) and s (generated)"
+    )
     reconstruction: Reconstruction = "l1"
     lambda_l1: Annotated[float, Field(ge=0)] = Field(100.0, description="weight of the reconstruction loss, l1 or l2")
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -114,6 +129,10 @@ class TrainConfig(StrictModel):
     keep: Annotated[int, Field(ge=1)] = Field(2, description="newest checkpoints kept, besides the best")
     samples: Annotated[int, Field(ge=0, le=10_000)] = Field(10, description="number of sample sheets in a run")
     log_every: Annotated[int, Field(ge=1)] = 50
+
+    published: Literal["none", "moschetto"] = Field(
+        "none", description="the published training that a preset follows; its deviations are recorded"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -138,6 +157,12 @@ class TrainConfig(StrictModel):
         return side
 
     @model_validator(mode="after")
+    def _check_sizes(self) -> TrainConfig:
+        if self.levels is not None and self.side is not None and self.side % 2**self.levels:
+            raise ValueError(f"side {self.side} is not a multiple of {2**self.levels}, for {self.levels} levels")
+        return self
+
+    @model_validator(mode="after")
     def _check_loss(self) -> TrainConfig:
         if self.adversarial == "none" and self.reconstruction == "none":
             raise ValueError("adversarial and reconstruction are both none: there is no loss to train on")
@@ -146,7 +171,8 @@ class TrainConfig(StrictModel):
     @property
     def run_id(self) -> str:
         """The run id of a resolved configuration: the version and a hash of all fields that affect the weights."""
-        newer = set() if self.neighbours else {"neighbours"}  # older runs without it keep their id
+        # A newer field at its default is left out, so older runs without it keep their id.
+        newer = {name for name in NEWER_FIELDS if getattr(self, name) == type(self).model_fields[name].default}
         fields = self.model_dump(mode="json", exclude={*MAY_DIFFER, *newer})
         digest = hashlib.sha256(json.dumps({**fields, "steps": self.steps}, sort_keys=True).encode()).hexdigest()
         return f"{self.dataset.replace('@', '-')}-{digest[:8]}"
@@ -173,14 +199,35 @@ class TrainConfig(StrictModel):
         """Number of channels of the generator's input."""
         return len(self.channels)
 
+    @property
+    def is_sized(self) -> bool:
+        """Whether the number of levels of the generator is known, as it is in a resolved configuration."""
+        return self.side is not None or self.levels is not None
+
+    @property
+    def deviations(self) -> list[str]:
+        """How the training differs from the published one that its preset follows, in sentences."""
+        values = {name: (getattr(self, name), value) for name, value in PRESETS.get(self.published, {}).items()}
+        changed = [f"{name} is {own}, not {value}." for name, (own, value) in values.items() if own != value]
+        return [*DEVIATIONS[self.published], *changed]
+
+    def crop(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the training crops of slices with this `shape`."""
+        return shape if self.side is None else (self.side, self.side)
+
     def lr_at(self, step: int) -> float:
         """Learning rate of step 0, 1, ...: constant, then falling linearly so that it would reach 0 at step `steps`."""
         falling = self.decay * self.steps
         return self.lr * min(1.0, (self.steps - step) / falling) if falling else self.lr
 
 
-MAY_DIFFER = frozenset({"steps", "device", "cuda_graphs", "checkpoint_every", "keep", "samples", "log_every"})
+MAY_DIFFER = frozenset(
+    {"steps", "epochs", "device", "cuda_graphs", "checkpoint_every", "keep", "samples", "log_every", "published"}
+)
 """Fields that may change when a run is resumed."""
+
+NEWER_FIELDS = frozenset({"neighbours", "levels", "lr_discriminator", "label_smoothing"})
+"""Fields of the run id that were added after the first runs."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The published 49,200 steps are 100 passes over 492 images; a version of IXI has many more slices.
@@ -205,13 +252,46 @@ PRESETS: dict[str, dict[str, Any]] = {
         "log_every": 25,
     },
     "gpu": {"batch_size": 32, "steps": 20_000, "augment": "jitter", "decay": 0.5, "ema": 0.999, "precision": "bf16"},
+    # The pix2pix of Moschetto et al. (2025, arXiv:2507.14575).
+    "moschetto": {
+        "published": "moschetto",
+        "levels": 5,
+        "batch_size": 128,
+        "epochs": 300,
+        "decay": 1 / 3,
+        "lr_discriminator": 5e-5,
+        "label_smoothing": 0.095,
+        "precision": "fp32",
+        "checkpoint_every": 50,
+    },
 }
+
+DEVIATIONS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "moschetto": (
+        "Images are normalised to [-1, 1]; theirs are 8-bit images in [0, 1].",
+        "Slices whose sides are no multiples of 32 are padded at the ends of the axes; theirs on both sides.",
+        "Norms are of each channel, with learned scale and shift; theirs are of all channels of an image together, "
+        "without.",
+        "Dropout is in the three innermost levels of the decoder; theirs is in the three between its innermost and its "
+        "outermost.",
+        "The discriminator learns the labels 0.905 and 0.095. Theirs are 0.9 and 0.1, and in 5% of the batches 1 and "
+        "0: the same on average, and the loss is linear in the label.",
+        "Both losses of a step are of one output of the generator; theirs are of two, with new dropout.",
+        "All batches are full; theirs is smaller at the end of each pass, so they make more steps.",
+        "The learning rates fall at each step of the last third, towards 0; theirs once a pass, to 1/101.",
+        "The best of the generators validated every 50 steps is kept; theirs is the best after any pass.",
+    ),
+}
+"""For each published training, how its preset differs from the published code."""
 
 
 def preset(name: str, **settings: Any) -> TrainConfig:
-    """The configuration of a preset, with `settings` overriding its fields.
+    """The configuration of a preset, with `settings` overriding its fields; `steps` or `epochs` overrides both.
 
     Raises:
         pydantic.ValidationError: a field is unknown or a value is invalid.
     """
-    return TrainConfig.model_validate(PRESETS[name] | settings)
+    lengths = {"steps", "epochs"}
+    replaced = lengths if lengths & settings.keys() else set()
+    return TrainConfig.model_validate({k: v for k, v in PRESETS[name].items() if k not in replaced} | settings)

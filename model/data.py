@@ -2,37 +2,36 @@
 
 Legend: N pairs, of S subjects with Z stored slices each; B, H, W are batch, height, width. The margin of a version, M
 slices at either end of each slab, is never a target, so N = S (Z - 2 M). A batch has C channels of sources: 2 n + 1
-slices of each, n being the `neighbours`. Arrays keep their stored dtype (int16, uint8); batches are float32 in [-1, 1].
-Which pairs a step uses, and how they are augmented, depends on the seed and the step alone, so resuming needs only the
-step.
+slices of each, n being the `neighbours`. A version split by file has fewer pairs: see `Pairs.kept`. Arrays keep their
+stored dtype (int16, uint8); batches are float32 in [-1, 1]. `model.augmentation` chooses and augments the pairs of one.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import psutil
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 from zarr.buffer.cpu import NDBuffer
 
+from ixi_etl.config import SPLITS
 from ixi_etl.dataset import manifest, metadata, verify
 from ixi_etl.dataset.schema import SCHEMAS, is_absent
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.errors import ConfigError, DatasetError, EmptySplitError
-from model.config import Augment, Direction, TrainConfig
+from model.augmentation import augment, batch_indices
+from model.config import Direction, TrainConfig
 
 log = logging.getLogger(__name__)
-
-CPU = torch.device("cpu")
-JITTER = 286 / 256  # as published: enlarge by this factor, then crop at random
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Slabs:
 
     Attributes:
         stored: (S, Z, H, W) as stored.
-        low_high: (S, 2) float32, the stored values mapped to -1 and 1: the manifest's percentiles.
+        low_high: (S, 2) float32, the stored values mapped to -1 and 1: `manifest.intensity_ranges`.
     """
 
     stored: Tensor
@@ -71,6 +70,8 @@ class Pairs:
         split: name of the split.
         neighbours: n.
         margin: M.
+        kept: (N,) int64 in increasing order, which of the S (Z - 2 M) slices are pairs of the split; None for all. A
+            split by file keeps some slices of a subject, but its whole slabs are in memory: the others are neighbours.
     """
 
     direction: Direction
@@ -81,9 +82,10 @@ class Pairs:
     split: str = "train"
     neighbours: int = 0
     margin: int = 0
+    kept: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.subjects) * self.slices
+        return len(self.subjects) * self.slices if self.kept is None else len(self.kept)
 
     @property
     def device(self) -> torch.device:
@@ -96,17 +98,21 @@ class Pairs:
 
     @property
     def slices(self) -> int:
-        """Number of pairs of each subject."""
+        """Number of slices of each subject that can be targets."""
         return self.target.stored.shape[1] - 2 * self.margin
 
     @cached_property
     def subject(self) -> Tensor:
         """(N,) index into `subjects`."""
+        if self.kept is not None:
+            return self.kept // self.slices
         return torch.arange(len(self.subjects), device=self.device).repeat_interleave(self.slices)
 
     @cached_property
     def position(self) -> Tensor:
-        """(N,) index of the slice among those of its subject that are targets."""
+        """(N,) index of the slice among those of its subject that can be targets."""
+        if self.kept is not None:
+            return self.kept % self.slices
         return torch.arange(self.slices, device=self.device).repeat(len(self.subjects))
 
     def normalised(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,6 +122,8 @@ class Pairs:
         slice is repeated.
         """
         subject = self.subject[index]
+        if self.kept is not None:
+            index = self.kept[index]
         # Among all S x Z slices; `index` counts those without margins.
         rows = (index if not self.margin else index + self.margin * (2 * subject + 1)).unsqueeze(1)
         source_rows = rows
@@ -126,6 +134,21 @@ class Pairs:
             source_rows = first + (rows - first + offsets).clamp_(0, depth - 1)
         images = [source.normalised(source_rows, subject) for source in self.sources]
         return images[0] if len(images) == 1 else torch.cat(images, 1), self.target.normalised(rows, subject)
+
+    def of_subjects(self, chosen: Tensor, split: str) -> Pairs:
+        """The pairs of the subjects `chosen` (n,), copied, as another split."""
+        kept = None
+        if self.kept is not None:
+            numbered = enumerate(chosen.tolist())
+            kept = torch.cat([self.position[self.subject == old] + new * self.slices for new, old in numbered])
+        return replace(
+            self,
+            subjects=[self.subjects[n] for n in chosen.tolist()],
+            sources=tuple(source.of_subjects(chosen) for source in self.sources),
+            target=self.target.of_subjects(chosen),
+            split=split,
+            kept=kept,
+        )
 
     def centres(self, source: Tensor) -> Tensor:
         """The slices at the target's place, one of each source, among all channels (B, C, H, W): a view."""
@@ -176,28 +199,18 @@ def load_pairs(
     version, table = verify.read_verified(folder)  # Zarr would read a missing shard as zeros
     parsed = parse_direction(direction, version)
     names = (*parsed.sources, parsed.target)
-    used = manifest.used_rows(table)
-    in_split = used[used["split"] == split]
-    if in_split.empty:
-        counts = ", ".join(f"{n} {name}" for name, n in version["splits"].items())
-        raise EmptySplitError(f"{folder} has no subject in split {split} (it has {counts}); try another split_seed")
-    is_complete = ~np.logical_or.reduce([is_absent(in_split, name) for name in names])
-    chosen = in_split[is_complete]
-    if chosen.empty:
-        raise EmptySplitError(f"no subject in split {split} of {folder} has all of {', '.join(names)}; train on others")
-    if len(chosen) < len(in_split):
-        lacking = len(in_split) - len(chosen)
-        log.info("split %s: %d of %d subjects lack one of %s", split, lacking, len(in_split), ", ".join(names))
     arrays = open_arrays(folder)
+    margin = version["inputs"]["config"].get("margin", 0)
+    chosen, is_in_split = _choose(folder, version, table, split, names, arrays[parsed.target].shape[1] - 2 * margin)
     rows = chosen["store_row"].to_numpy(dtype=np.int64)
     slab = sum(arrays[name].nbytes // arrays[name].shape[0] for name in names)
     _check_memory(folder, split, slab * len(rows), device)
 
     def ranges(name: str) -> Tensor:
-        low_high = chosen[[f"{name}_p_low", f"{name}_p_high"]].to_numpy(dtype=np.float32, na_value=np.nan)
+        low_high = manifest.intensity_ranges(chosen, name).astype(np.float32)
         usable = np.isfinite(low_high).all(axis=1) & (low_high[:, 0] < low_high[:, 1])
         for subject, (low, high) in zip(chosen["subject_id"][~usable], low_high[~usable], strict=True):
-            problem = f"{folder}: cannot normalise the {name} of {subject}, its percentiles are {low:g} and {high:g}"
+            problem = f"{folder}: cannot normalise the {name} of {subject}, whose range is {low:g} to {high:g}"
             raise DatasetError(f"{problem}; make the version again: `{metadata.COMMANDS[version['name']]}`")
         return torch.from_numpy(low_high).to(device)
 
@@ -228,8 +241,40 @@ def load_pairs(
         origin="lower" if f"{parsed.target}_affine" in arrays else "upper",
         split=split,
         neighbours=neighbours,
-        margin=version["inputs"]["config"].get("margin", 0),
+        margin=margin,
+        kept=None if is_in_split.all() else torch.from_numpy(np.flatnonzero(is_in_split)).to(device),
     )
+
+
+def _choose(
+    folder: Path, version: Mapping[str, Any], table: pd.DataFrame, split: str, names: Sequence[str], slices: int
+) -> tuple[pd.DataFrame, NDArray[np.bool_]]:
+    """The rows of the subjects with slices in a split and all of the arrays, and the mask (S, slices) of these slices.
+
+    Raises:
+        EmptySplitError: there are none.
+    """
+    used = manifest.used_rows(table)
+    masks = {name: manifest.slices_in_split(used, name, slices) for name in dict.fromkeys((*SPLITS, split))}
+    of_split = masks[split].any(axis=1)
+    if not of_split.any():
+        counts = ", ".join(f"{masks[name].any(axis=1).sum()} {name}" for name in SPLITS)
+        other = "split_seed" if version["inputs"]["config"].get("split_counts") is None else "split_counts"
+        raise EmptySplitError(f"{folder} has no subject in split {split} (it has {counts}); try another {other}")
+    is_complete = ~np.logical_or.reduce([is_absent(used, name) for name in names])
+    is_chosen = of_split & is_complete
+    if not is_chosen.any():
+        raise EmptySplitError(f"no subject in split {split} of {folder} has all of {', '.join(names)}; train on others")
+    if lacking := (of_split & ~is_complete).sum():
+        log.info("split %s: %d of %d subjects lack one of %s", split, lacking, of_split.sum(), ", ".join(names))
+    return used[is_chosen], masks[split][is_chosen]
+
+
+def count_pairs(folder: Path, split: str, direction: Direction) -> int:
+    """The number of pairs that `load_pairs` would load, from the manifest alone; see there for the errors."""
+    version, table = metadata.read_metadata(folder), metadata.read_manifest(folder)
+    slices = open_arrays(folder)[direction.target].shape[1] - 2 * version["inputs"]["config"].get("margin", 0)
+    return int(_choose(folder, version, table, split, (*direction.sources, direction.target), slices)[1].sum())
 
 
 def _check_memory(folder: Path, split: str, need: int, device: str | torch.device) -> None:
@@ -243,74 +288,10 @@ def _check_memory(folder: Path, split: str, need: int, device: str | torch.devic
 
 
 def draw_batch(pairs: Pairs, config: TrainConfig, start: int) -> tuple[Tensor, Tensor]:
-    """A batch for a resolved configuration, from pair `start` of the stream on: source (B, C, side, side) and target.
+    """A batch for a resolved configuration, from pair `start` of the stream on: source (B, C, h, w) and target.
 
-    Computed on the device that holds the pairs, without waiting for a GPU.
+    h and w are those of the crop. Computed on the device that holds the pairs, without waiting for a GPU.
     """
-    assert config.side is not None
     index = batch_indices(len(pairs), config.seed, start, config.batch_size, pairs.device)
-    source, target = augment(pairs.normalised(index), config.augment, config.side, config.seed, start)
+    source, target = augment(pairs.normalised(index), config.augment, config.crop(pairs.shape), config.seed, start)
     return source, target
-
-
-def batch_indices(pairs: int, seed: int, start: int, count: int, device: torch.device = CPU) -> Tensor:
-    """Indices (count,) of pairs `start`, `start + 1`, ... of an endless stream: each pass has a new random order."""
-    passes = [_order(pairs, seed, n, device) for n in range(start // pairs, (start + count - 1) // pairs + 1)]
-    order = passes[0] if len(passes) == 1 else torch.cat(passes)
-    return order.narrow(0, start % pairs, count)
-
-
-@lru_cache(maxsize=4)
-def _order(pairs: int, seed: int, number: int, device: torch.device) -> Tensor:
-    return _to_device_async(torch.randperm(pairs, generator=_generator(seed, 0, number)), device)
-
-
-def _to_device_async(values: Tensor, device: torch.device) -> Tensor:
-    """Copy values from CPU memory to `device`; to a GPU from pinned memory, without waiting."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
-
-
-def _generator(seed: int, stream: int, number: int) -> torch.Generator:
-    """An independent random generator for each (stream, number)."""
-    words = np.random.SeedSequence([seed % 2**63, stream, number]).generate_state(2)
-    return torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
-
-
-def augment(images: Sequence[Tensor], kind: Augment, side: int, seed: int, first: int) -> list[Tensor]:
-    """Enlarge, crop to (B, C, side, side) and flip `images` (B, C, H, W) at random, all of a pair in the same way.
-
-    The random draws for a pair depend on its place in the stream of `batch_indices`, where the first pair is `first`.
-    So they are the same in batches of any size and for any number of processes.
-
-    Raises:
-        ConfigError: the images are smaller than the crop.
-    """
-    if kind == "jitter":
-        size = [round(n * JITTER) for n in images[0].shape[-2:]]
-        images = [functional.interpolate(i, size=size, mode="bilinear", align_corners=False) for i in images]
-    batch, _, height, width = images[0].shape
-    check_side(side, height, width)
-    if height == width == side and kind == "none":
-        return list(images)
-    choices, device = (height - side + 1, width - side + 1, 2 if kind != "none" else 1), images[0].device
-    draws = [_generator(seed, 1, first + n) for n in range(batch)]
-    drawn = torch.stack([torch.cat([torch.randint(n, (1,), generator=draw) for n in choices]) for draw in draws])
-    top, left, flipped = _to_device_async(drawn, device).split(1, dim=1)
-    offsets = torch.arange(side, device=device)
-    rows, columns = top + offsets, left + torch.where(flipped.bool(), offsets.flip(0), offsets)
-    return [_take(i, rows, columns) for i in images]
-
-
-def _take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The pixels at `rows` and `columns` (B, side) of images (B, C, H, W)."""
-    channels = images.shape[1]
-    plane = torch.arange(images.shape[0] * channels, device=images.device)[:, None, None]
-    rows, columns = (n[:, None].expand(-1, channels, -1).flatten(0, 1) for n in (rows, columns))
-    taken = images.flatten(0, 1)[plane, rows[:, :, None], columns[:, None, :]]
-    return taken.view(-1, channels, *taken.shape[1:])
-
-
-def check_side(side: int, height: int, width: int) -> None:
-    """Raise `ConfigError` if crops of `side` x `side` do not fit slices of height x width."""
-    if side > min(height, width):
-        raise ConfigError(f"crops of {side} x {side} do not fit slices of {height} x {width}; set a smaller side")

@@ -56,6 +56,7 @@ def baselines(train: Pairs) -> dict[str, Predictor]:
     """
     slices, count = train.slices, len(train.sources)
     total = torch.zeros(slices, *train.shape, dtype=torch.float64)
+    seen = torch.bincount(train.position.cpu(), minlength=slices)[:, None, None]
     counts = torch.zeros((count * BINS) ** 2, dtype=torch.float64)  # pixels with each two bins
     sums = torch.zeros(count * BINS, dtype=torch.float64)
     for index in torch.arange(len(train), device=train.device).split(BATCH):
@@ -65,7 +66,8 @@ def baselines(train: Pairs) -> dict[str, Predictor]:
         sums += torch.bincount(bins.flatten(), target.expand(bins.shape).flatten().double(), minlength=len(sums))
         both = bins.unsqueeze(2) * len(sums) + bins.unsqueeze(1)
         counts += torch.bincount(both.flatten(), minlength=len(counts))
-    mean = (total / len(train.subjects)).float().unsqueeze(1)
+    # At a position without a training slice it is the mean of all of them: a split by file may have none there.
+    mean = torch.where(seen > 0, total / seen, total.sum(0) / len(train)).float().unsqueeze(1)
     table = torch.from_numpy(_fit_mapping(counts.view(len(sums), -1).numpy(), sums.numpy())).float()
     names = [SOURCE] if count == 1 else [f"{name} as it is" for name in train.direction.sources]
     return {

@@ -20,6 +20,7 @@ from ixi_etl import __version__
 from ixi_etl.core.extras import require_extra
 from ixi_etl.core.files import to_json, write_atomic
 from ixi_etl.errors import ExportError
+from ixi_etl.scans.intensity import describe_normalisation
 from model import checkpoint, planes
 from model.config import TrainConfig
 from model.generator import GENERATOR_FILE, load_generator
@@ -28,7 +29,6 @@ from model.planes import PlaneSummary
 
 Format = Literal["safetensors", "onnx"]
 ONNX = "generator.onnx"
-NORMALISATION = "percentiles 0.1 and 99.9 of the subject's slab become -1 and 1; clipped"
 TOLERANCE = 1e-4
 """Largest difference of outputs in [-1, 1]: torch and ONNX Runtime sum in another order and differ by about 1e-6."""
 
@@ -48,14 +48,15 @@ def export(generator: Path, file_format: Format, out: Path) -> tuple[Path, float
     network, config, step = load_generator(generator)
     metadata = checkpoint.read_metadata(generator)
     trained_on = planes.parse(generator, metadata)
-    shape = trained_on.shape if trained_on else (network.side, network.side)
+    shape = trained_on.shape if trained_on else metadata["slice_shape"] or (network.multiple, network.multiple)
     out.mkdir(parents=True, exist_ok=True)
     path = out / (GENERATOR_FILE if file_format == "safetensors" else ONNX)
     write = _write_safetensors if file_format == "safetensors" else _write_onnx
     if path.resolve() == generator.resolve():
         raise ExportError(f"{path} is the generator itself; give another -o")
     part = path.with_name(f".part-{path.name}")
-    description = _describe(config, step, trained_on, shape, _inputs(config, file_format))
+    normalisation = f"{describe_normalisation(metadata['normalisation'])} become -1 and 1; clipped"
+    description = _describe(config, step, trained_on, shape, _inputs(config, file_format), normalisation)
     description |= {k: metadata[k] for k in ("licence", "credit") if k in metadata}
     try:
         predict = write(generator, network, shape, description, part)
@@ -77,6 +78,7 @@ def _describe(
     trained_on: PlaneSummary | None,
     shape: tuple[int, int],
     inputs: Mapping[str, list[dict[str, Any]]],
+    normalisation: str,
 ) -> dict[str, Any]:
     """The contents of config.json: what a user of the exported file needs to know."""
     return {
@@ -90,7 +92,7 @@ def _describe(
                 "shape": ["batch", len(channels), *shape],
                 "channels": channels,
                 "range": [-1, 1],
-                "normalisation": NORMALISATION,
+                "normalisation": normalisation,
             }
             for name, channels in inputs.items()
         ],

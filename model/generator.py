@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ixi_etl.errors import CheckpointError
 from model import checkpoint
-from model.config import TrainConfig
+from model.config import SIDES, TrainConfig
 from model.networks import UNetGenerator, to_device
 
 GENERATOR_FILE = "generator.safetensors"
@@ -45,9 +45,15 @@ def as_predictor(generator: UNetGenerator, *, dropout: bool = False) -> Predicto
 
 def build_generator(config: TrainConfig) -> UNetGenerator:
     """The generator of a resolved configuration, with new random weights."""
-    assert config.side is not None
+    assert config.is_sized
     return UNetGenerator(
-        config.side, config.width, config.dropout, config.upsampling, config.norm, config.input_channels
+        config.side or SIDES[0],
+        config.width,
+        config.dropout,
+        config.upsampling,
+        config.norm,
+        config.input_channels,
+        config.levels,
     )
 
 

@@ -12,6 +12,7 @@ If the root is on S3, a run works in the scratch folder and is uploaded: see `mo
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from pathlib import Path
 
@@ -25,9 +26,10 @@ from ixi_etl.dataset import metadata, versions
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.errors import ConfigError, DatasetError
 from model import evaluate
-from model.config import SIDES, TrainConfig
-from model.data import check_side, parse_direction
-from model.devices import default_precision, describe_hardware, pick_device, under_torchrun
+from model.augmentation import check_crop
+from model.config import MAX_STEPS, SIDES, TrainConfig
+from model.data import count_pairs, parse_direction
+from model.devices import default_precision, describe_hardware, pick_device, torchrun_rank, under_torchrun
 from model.evaluate import Evaluation
 from model.report import write_report
 from model.run import CONFIG_FILE, RUN_ID, Run, new_run, pull, push_if_possible
@@ -38,7 +40,7 @@ SOFTWARE = ("torch", "numpy", "zarr")
 
 
 def prepare_run(root: str | Path, config: TrainConfig, run: str | None = None, scratch: Path | None = None) -> Run:
-    """Resolve the configuration (version, direction, side, precision, device) and name the run.
+    """Resolve the configuration (version, direction, side, steps, precision, device) and name the run.
 
     `root` and `scratch` are as in `DataRoot`.
 
@@ -65,20 +67,42 @@ def prepare_run(root: str | Path, config: TrainConfig, run: str | None = None, s
     resolved_fields = {
         "dataset": f"{name}@{version}",
         "direction": str(direction),
-        "side": config.side or _largest_side(height, width),
+        "side": _side(config, height, width),
+        "steps": config.steps if config.epochs is None else _steps_of(config, count_pairs(folder, "train", direction)),
         "precision": default_precision(device) if config.precision == "auto" else config.precision,
         "device": device,
     }
     resolved = config.model_copy(update=resolved_fields)
-    assert resolved.side is not None
-    check_side(resolved.side, height, width)
+    check_crop(resolved.crop((height, width)), (height, width))
     return new_run(data_root, run or resolved.run_id, resolved, folder)
 
 
-def _largest_side(height: int, width: int) -> int:
+def _side(config: TrainConfig, height: int, width: int) -> int | None:
+    """The side of the crops; None for whole slices of any shape, which `levels` allows."""
+    if config.side or (config.levels and min(height, width) >= SIDES[0]):
+        return config.side
     if height != width or height not in SIDES:
-        raise ConfigError(f"the generator does not support slices of {height} x {width}; set side to one of {SIDES}")
+        problem = f"the generator does not support slices of {height} x {width}"
+        raise ConfigError(f"{problem}; set side to one of {SIDES}, or levels for whole slices")
     return height
+
+
+def _steps_of(config: TrainConfig, pairs: int) -> int:
+    """The number of steps of `epochs` passes over the training pairs; all batches are full.
+
+    Raises:
+        ConfigError: the configuration has `steps` too, or they are too many.
+    """
+    assert config.epochs is not None
+    if "steps" in config.model_fields_set:
+        raise ConfigError(f"steps is {config.steps} and epochs {config.epochs}; give one of them")
+    rank = torchrun_rank()
+    per_step = config.batch_size * (1 if rank is None else rank.processes)
+    steps = math.ceil(config.epochs * pairs / per_step)
+    if steps > MAX_STEPS:
+        raise ConfigError(f"epochs {config.epochs} are {steps:,} steps; the limit is {MAX_STEPS:,}")
+    log.info("%d passes over %d pairs, %d a step: %d steps", config.epochs, pairs, per_step, steps)
+    return steps
 
 
 @os_errors_as_user_errors()
@@ -104,6 +128,8 @@ def train_run(run: Run, *, resume: bool = False, progress: Progress = no_progres
                 "hardware": describe_hardware(config.device),
                 "data": metadata.licence_of(run.version),
             }
+            if config.published != "none":
+                record["preset"] = {"name": config.published, "deviations": config.deviations}
             upload = partial(push_if_possible, run.folder, run.remote) if run.remote else do_nothing
 
             def write_config() -> None:  # only for a new run: a resumed one keeps its record

@@ -26,16 +26,21 @@ class UNetGenerator(nn.Module):
     """A U-Net with skip connections: stride-2 convolutions down to 1 x 1, and transposed convolutions back up.
 
     From (B, C, side, side) to (B, 1, side, side). Its only noise is dropout. The defaults are the published network: 8
-    levels for 256 pixels, 54.4 M parameters.
+    levels for 256 pixels, 54.4 M parameters. With fewer levels images are of any shape in multiples of 2**levels.
 
     Args:
-        side: pixels of the square image, a power of two from 32 to 512; it determines the number of levels.
+        side: pixels of the square image, a power of two from 32 to 512; it determines the number of levels. Not used if
+            `levels` is given.
         width: channels of the outermost level; doubled at each inner level, up to 8 times the width.
         dropout: probability in the decoder's three innermost levels.
         upsampling: `transpose` (published), or `nearest`: resize and convolve, which avoids checkerboard artifacts.
         norm: `instance` (affine), `batch`, or `none`. The published batch norm uses the statistics of the batch at test
             time too; at batch size 1 that is instance norm.
         in_channels: C.
+        levels: number of levels.
+
+    Attributes:
+        multiple: pixels; the sides of an image are multiples of it.
 
     Raises:
         ValueError: `side` is not supported.
@@ -49,12 +54,14 @@ class UNetGenerator(nn.Module):
         upsampling: Upsampling = "transpose",
         norm: Norm = "instance",
         in_channels: int = 1,
+        levels: int | None = None,
     ) -> None:
         super().__init__()
-        if side not in SIDES:
-            raise ValueError(f"side is {side}; the generator takes a power of two from 32 to 512")
-        self.side, self.in_channels = side, in_channels
-        levels = side.bit_length() - 1
+        if levels is None:
+            if side not in SIDES:
+                raise ValueError(f"side is {side}; the generator takes a power of two from 32 to 512")
+            levels = side.bit_length() - 1
+        self.multiple, self.in_channels = 2**levels, in_channels
         channels = [width * min(2**level, MAX_WIDTH_FACTOR) for level in range(levels)]
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
@@ -64,7 +71,7 @@ class UNetGenerator(nn.Module):
                 nn.Sequential(
                     *([] if outermost else [nn.LeakyReLU(0.2)]),
                     Conv2d(in_channels if outermost else channels[level - 1], wide, 4, 2, 1),
-                    # A norm of the 1 x 1 image would set it to 0.
+                    # A norm of a 1 x 1 image would set it to 0.
                     *([] if outermost or innermost else [_norm(norm, wide)]),
                 )
             )
@@ -95,11 +102,16 @@ class UNetGenerator(nn.Module):
         return x
 
     def forward_padded(self, source: Tensor) -> Tensor:
-        """Generate from (B, C, H, W) of any size, padded with background (-1) to the next multiples of `side`."""
+        """Generate from (B, C, H, W) of any size, padded with background."""
         height, width = source.shape[-2:]
-        padded = functional.pad(source, (0, -width % self.side, 0, -height % self.side), value=-1.0)
-        generated: Tensor = self(padded)
+        generated: Tensor = self(pad(source, self.multiple))
         return generated[..., :height, :width]
+
+
+def pad(images: Tensor, multiple: int) -> Tensor:
+    """Pad images (B, C, H, W) at the ends of both axes with background (-1), to the next multiples of `multiple`."""
+    below, right = (-size % multiple for size in images.shape[-2:])
+    return functional.pad(images, (0, right, 0, below), value=-1.0) if below or right else images  # without a copy
 
 
 class PatchDiscriminator(nn.Module):
@@ -146,27 +158,30 @@ class DiscriminatorLoss(NamedTuple):
     fake: Tensor
 
 
-def adversarial_loss(kind: Adversarial, logits: Tensor, real: bool) -> Tensor:
-    """Loss of logits against the label 1 (real) or 0 (fake): cross-entropy, or for `lsgan` the squared distance."""
-    label = torch.full_like(logits, float(real), dtype=torch.float32)
+def adversarial_loss(kind: Adversarial, logits: Tensor, label: float) -> Tensor:
+    """Loss of logits against a label, 1 for real and 0 for fake: cross-entropy, or for `lsgan` the squared distance."""
+    labels = torch.full_like(logits, label, dtype=torch.float32)
     if kind == "lsgan":
-        return functional.mse_loss(logits.float(), label)
-    return functional.binary_cross_entropy_with_logits(logits.float(), label)
+        return functional.mse_loss(logits.float(), labels)
+    return functional.binary_cross_entropy_with_logits(logits.float(), labels)
 
 
 def generator_loss(config: TrainConfig, logits: Tensor | None, generated: Tensor, target: Tensor) -> GeneratorLoss:
     """The generator's loss; `logits` are those of the generated pairs, None without a discriminator."""
     zero = torch.zeros((), device=target.device)
-    adversarial = zero if logits is None else adversarial_loss(config.adversarial, logits, real=True)
+    adversarial = zero if logits is None else adversarial_loss(config.adversarial, logits, 1.0)
     distance = {"l1": functional.l1_loss, "l2": functional.mse_loss}.get(config.reconstruction)
     reconstruction = zero if distance is None else distance(generated.float(), target)
     return GeneratorLoss(adversarial + config.lambda_l1 * reconstruction, adversarial, reconstruction)
 
 
 def discriminator_loss(config: TrainConfig, real_logits: Tensor, fake_logits: Tensor) -> DiscriminatorLoss:
-    """The discriminator's loss from its logits of the real and of the generated pairs."""
-    real = adversarial_loss(config.adversarial, real_logits, real=True)
-    fake = adversarial_loss(config.adversarial, fake_logits, real=False)
+    """The discriminator's loss from its logits of the real and of the generated pairs.
+
+    Its labels are smoothed (Szegedy et al., 2016, arXiv:1512.00567); those of the generator's loss are not.
+    """
+    real = adversarial_loss(config.adversarial, real_logits, 1 - config.label_smoothing)
+    fake = adversarial_loss(config.adversarial, fake_logits, config.label_smoothing)
     return DiscriminatorLoss((real + fake) / 2, real, fake)
 
 

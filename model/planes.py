@@ -25,8 +25,8 @@ from ixi_etl.dataset import manifest, metadata
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.errors import CheckpointError
 from ixi_etl.pairing.geometry import Matrix
-from ixi_etl.scans.intensity import LARGEST, Counts, otsu_threshold
-from model.data import Pairs
+from ixi_etl.scans.intensity import LARGEST, Counts, otsu_threshold, percentiles
+from model.data import Pairs, Slabs
 
 BINS = 32  # of the histograms
 HISTOGRAM_SUBJECTS = 32  # training subjects that the histograms average over, at most
@@ -47,12 +47,14 @@ class SourceSummary(BaseModel):
     Attributes:
         spacing_mm: voxel size of the scan along x, y, z, the median over the training subjects.
         histogram: mean of `histogram` over the training subjects.
+        largest_ratio: of value to mean, over all subjects of the dataset; only with the normalisation `mean`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     spacing_mm: tuple[Millimetres, Millimetres, Millimetres]
     histogram: Shares
+    largest_ratio: Annotated[float, Field(gt=0, le=LARGEST)] | None = None
 
 
 class PlaneSummary(BaseModel):
@@ -62,11 +64,10 @@ class PlaneSummary(BaseModel):
         shape: height (y) and width (x) of a training slice.
         spacing_mm: pixel size along x and y. This and all fields below are medians over the training subjects.
         slice_mm: distance of the slices; None in files of older versions, whose generators take no neighbours.
-        slab_mm: thickness of the slab whose percentiles were mapped to -1 and 1: the slices that were trained on, and
-            the margin.
+        slab_mm: thickness of the slab that was normalised as a whole: the slices of a subject, and the margin.
         slab_offset_mm: distance of its middle above the middle of the stack that it was cut from.
         sources: the sources, in the order of the direction.
-        target_low_high: percentiles 0.1 and 99.9 of the target's slab, in the scanner's units.
+        target_low_high: values of the target's slab that became -1 and 1, in the scanner's units.
         target_histogram: mean of `histogram` over the training subjects.
     """
 
@@ -101,9 +102,12 @@ def parse(path: Path, generator: dict[str, Any]) -> PlaneSummary | None:
     if generator.get("planes") is None:
         return None
     try:
-        return PlaneSummary.model_validate(generator["planes"])
+        parsed = PlaneSummary.model_validate(generator["planes"])
     except ValidationError as error:
         raise CheckpointError(f"the planes in {path} cannot be used: {format_validation_error(error)}") from error
+    if generator.get("normalisation") == "mean" and any(source.largest_ratio is None for source in parsed.sources):
+        raise CheckpointError(f"the planes in {path} cannot be used: a source has no largest_ratio for its mean")
+    return parsed
 
 
 def summarise(version: Path, pairs: Pairs) -> PlaneSummary | None:
@@ -124,12 +128,14 @@ def summarise(version: Path, pairs: Pairs) -> PlaneSummary | None:
     scale, offset = (torch.tensor(table[f"{target}_{c}"].to_numpy("float32"))[:, None] for c in ("scale", "offset"))
     low, high = (pairs.target.low_high.cpu() * scale + offset).quantile(0.5, dim=0).tolist()
     *source_histograms, target_histogram = _histograms(pairs)
+    is_by_mean = metadata.normalisation_of(version) == "mean"
     sources = [
         SourceSummary(
             spacing_mm=tuple(np.median([_along_xyz(row, name, "spacing_mm") for row in rows], axis=0).tolist()),
             histogram=shares,
+            largest_ratio=_largest_ratio(slabs) if is_by_mean else None,
         )
-        for name, shares in zip(pairs.direction.sources, source_histograms, strict=True)
+        for name, shares, slabs in zip(pairs.direction.sources, source_histograms, pairs.sources, strict=True)
     ]
     return PlaneSummary(
         shape=pairs.shape,
@@ -143,6 +149,30 @@ def summarise(version: Path, pairs: Pairs) -> PlaneSummary | None:
     )
 
 
+def _largest_ratio(slabs: Slabs) -> float:
+    """The largest ratio of value to mean over all subjects of a version with the normalisation `mean`.
+
+    There 1 is the mean of a slab times this ratio, and 0 is 0: so in any subject it is the ratio of the two differences
+    from 0, in stored values too. Their median is free of rounding.
+    """
+    means = torch.stack([slab.double().mean() for slab in slabs.stored])
+    low, high = slabs.low_high.double().unbind(1)
+    return float(((high - low) / (means - low)).median())
+
+
+def intensity_range(
+    normalisation: str, slab: NDArray[np.float32], largest_ratio: float | None = None
+) -> tuple[float, float]:
+    """The values of a slab [z, y, x] that become -1 and 1, for a `normalisation` of `DatasetConfig`."""
+    if normalisation == "range":
+        return float(slab.min()), float(slab.max())
+    if normalisation == "mean":
+        assert largest_ratio is not None
+        return 0.0, largest_ratio * float(slab.mean(dtype=np.float64))
+    low, high = percentiles(slab[None])[0].tolist()
+    return low, high
+
+
 def _along_xyz(row: dict[str, Any], name: str, column: str) -> list[float]:
     """A manifest's `shape` or `spacing_mm`, which are in the order of the stored axes, in the order x, y, z."""
     values, letters = json.loads(row[f"{name}_{column}"]), row[f"{name}_orientation"]
@@ -150,8 +180,11 @@ def _along_xyz(row: dict[str, Any], name: str, column: str) -> list[float]:
 
 
 def _histograms(pairs: Pairs) -> list[tuple[float, ...]]:
-    """Mean histograms of the sources and of the target, over up to `HISTOGRAM_SUBJECTS` subjects, evenly spread."""
-    pairs, count = replace(pairs, neighbours=0), len(pairs.subjects)
+    """Mean histograms of the sources and of the target, over up to `HISTOGRAM_SUBJECTS` subjects, evenly spread.
+
+    They are of whole slabs, as those of new volumes are, even if some slices are in other splits.
+    """
+    pairs, count = replace(pairs, neighbours=0, kept=None), len(pairs.subjects)
     sums = np.zeros((len(pairs.sources) + 1, BINS))
     chosen = np.unique(np.linspace(0, count - 1, min(count, HISTOGRAM_SUBJECTS)).round().astype(int))
     for subject in chosen.tolist():

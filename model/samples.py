@@ -30,9 +30,15 @@ ERROR_SHOWN = 0.5  # upper end of the error's scale, as a share of the data rang
 
 
 def choose_slices(pairs: Pairs, shown: int = SUBJECTS_SHOWN) -> Tensor:
-    """Indices (n,) of the middle slices of up to `shown` subjects, evenly spread over the split; deterministic."""
-    middle = torch.nonzero(pairs.position == (pairs.position.max() + 1) // 2).flatten()
-    return middle[torch.linspace(0, len(middle) - 1, min(shown, len(middle))).round().long().to(middle.device)]
+    """Indices (n,) of the middle slices of up to `shown` subjects, evenly spread over the split; deterministic.
+
+    If the middle slice of a subject is in another split, it is the one nearest to it.
+    """
+    count, subject = len(pairs.subjects), pairs.subject.cpu()
+    distance = (pairs.position.cpu() - pairs.slices // 2).abs()
+    chosen = torch.linspace(0, count - 1, min(shown, count)).round().long().tolist()
+    of_chosen = (torch.nonzero(subject == n).flatten() for n in chosen)
+    return torch.stack([own[distance[own].argmin()] for own in of_chosen]).to(pairs.device)
 
 
 @torch.no_grad()

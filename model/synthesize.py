@@ -1,10 +1,10 @@
 """Generate a whole volume of another modality from one volume, or from one of each source, on the first one's grid.
 
 The steps mirror training: interpolate each volume once onto planes with the size and spacing of the training planes,
-normalise by the percentiles of its central slab, generate plane by plane, scale to the median percentiles of the
-training targets, and interpolate back. This is done block by block, so memory depends on the volumes alone, not on the
-number of planes. All that must be known about the training run is in `generator.safetensors`; the dataset is not
-needed. Volumes are [k, j, i] as stored, planes [z, y, x].
+normalise by its central slab as the dataset was, generate plane by plane, scale to the median range of the training
+targets, and interpolate back. This is done block by block, so memory depends on the volumes alone, not on the number of
+planes. All that must be known about the training run is in `generator.safetensors`, without the dataset. Volumes are
+[k, j, i] as stored, planes [z, y, x].
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ixi_etl.core.files import sha256_file
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.errors import CheckpointError, SynthesisError
 from ixi_etl.pairing import geometry
-from ixi_etl.scans.intensity import otsu_threshold, percentiles
+from ixi_etl.scans.intensity import otsu_threshold
 from model import checkpoint, input_checks, planes
 from model.config import SEEDS, Direction
 from model.generator import BATCH, GENERATOR_FILE, Predictor, as_predictor, load_generator
@@ -61,6 +61,7 @@ class Trained:
         device: the torch device to compute on.
         record: the description of the generator for sidecar files.
         neighbours: number of planes on either side of the generated one that it also sees, of each source.
+        normalisation: of the dataset that it was trained on.
     """
 
     predict: Predictor
@@ -69,6 +70,7 @@ class Trained:
     device: str
     record: dict[str, Any]
     neighbours: int = 0
+    normalisation: str = "percentiles"
 
 
 @dataclass
@@ -141,7 +143,7 @@ def load_trained(path: Path, device: str = "cpu", *, dropout: bool = False, seed
         **{name.capitalize(): metadata[name] for name in ("licence", "credit") if name in metadata},  # of the dataset
     }
     predict = as_predictor(generator, dropout=dropout)
-    return Trained(predict, summary, direction, device, record, config.neighbours)
+    return Trained(predict, summary, direction, device, record, config.neighbours, metadata["normalisation"])
 
 
 def synthesize_volume(
@@ -240,16 +242,17 @@ def _prepare_sources(
     warnings = []
     first = next(iter(scans.items()))
     head = np.zeros(0, np.bool_)
+    summaries = dict(zip(trained.direction.sources, trained.planes.sources, strict=True))
     for name, scan in scans.items():
         with _naming(name, scans) as prefix:
             echo = echo_of(first, (name, scan))
             scan = echo or scan
             alignment = align(first, scan, stack, slab) if sources and echo is None else BY_HEADERS
             sampled, inside = sample_planes(scan, alignment, stack, slab)
-            low, high = percentiles(sampled[None])[0].tolist()
+            low, high = planes.intensity_range(trained.normalisation, sampled, summaries[name].largest_ratio)
             if not low < high:
-                thick = f"{trained.planes.slab_mm:g} mm"
-                raise SynthesisError(f"it is empty: its middle {thick} have no other value than {low:g}")
+                lacks = f"no other value than {low:g}" if low == high else "a mean below 0, and are divided by it"
+                raise SynthesisError(f"it is empty: its middle {trained.planes.slab_mm:g} mm have {lacks}")
             central = normalise_planes(sampled, inside, (low, high))[:, 0].numpy()
             threshold = otsu_threshold(central)
             found = [alignment.warning] if alignment.warning else []

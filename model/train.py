@@ -134,7 +134,9 @@ def train(
 
     if metrics_log is not None:
         metrics_log.close()
-        save_best_generator(run, config, planes.summarise(version, pairs), metadata.licence_of(version))
+        recorded = {"normalisation": metadata.normalisation_of(version), "slice_shape": pairs.shape}
+        recorded |= metadata.licence_of(version)
+        save_best_generator(run, config, planes.summarise(version, pairs), recorded)
     return run / GENERATOR_FILE
 
 
@@ -151,13 +153,13 @@ def validate(trainer: Trainer, pairs: Pairs) -> dict[str, float]:
 
 
 def save_best_generator(
-    run: Path, config: TrainConfig, trained_on: PlaneSummary | None, licence: Mapping[str, Any]
+    run: Path, config: TrainConfig, trained_on: PlaneSummary | None, recorded: Mapping[str, Any]
 ) -> None:
     """Write the generator with the best validation (without validation: the last) to a file of its own.
 
     The file holds all that synthesis needs: the weights, the configuration, the source and the slice offset of each
-    input channel, the geometry of the training planes, and the licence and credit of the dataset, under which it may be
-    passed on.
+    input channel, the geometry of the training planes, and what is `recorded` of the dataset: its normalisation, the
+    shape of its slices, and its licence and credit, under which it may be passed on.
 
     Raises:
         CheckpointError: the run has no valid checkpoint.
@@ -168,7 +170,7 @@ def save_best_generator(
     weights = generator_weights(checkpoint.load(best.path)[0])
     record = {"step": best.step, "config": config.model_dump(mode="json"), "validation": best.validation}
     record |= {"channels": config.channels, "planes": trained_on.model_dump(mode="json") if trained_on else None}
-    checkpoint.save(run / GENERATOR_FILE, weights, {**record, **licence})
+    checkpoint.save(run / GENERATOR_FILE, weights, {**record, **recorded})
 
 
 def _load_validation(

@@ -19,7 +19,7 @@ from model.config import TrainConfig
 from model.cpu_layers import channels_last_view, logical_view
 from model.cuda_graph import CudaGraphStep
 from model.generator import build_generator, with_prefix
-from model.networks import PatchDiscriminator, UNetGenerator, discriminator_loss, generator_loss, to_device
+from model.networks import PatchDiscriminator, UNetGenerator, discriminator_loss, generator_loss, pad, to_device
 
 LOSSES = ("loss_d", "loss_d_real", "loss_d_fake", "loss_g", "loss_g_adversarial", "loss_g_reconstruction")
 
@@ -49,6 +49,7 @@ class Trainer:
         torch.manual_seed(config.seed + self.rank)  # different dropout in each
         both = {"generator": self.generator, "discriminator": self.discriminator}
         self.networks: dict[str, nn.Module] = {k: network for k, network in both.items() if network is not None}
+        self._lr_ratios = {"generator": 1.0, "discriminator": (config.lr_discriminator or config.lr) / config.lr}
         self.optimisers = {name: self._adam(network) for name, network in self.networks.items()}
         self.average: AveragedModel | None = None
         self._ema_initialised = False  # the first step copies the generator
@@ -57,7 +58,7 @@ class Trainer:
             self.average = AveragedModel(self.generator, multi_avg_fn=self._ema_update, use_buffers=True)
         self._parallel_generator = self._parallel(self.generator)
         self._parallel_discriminator = None if self.discriminator is None else self._parallel(self.discriminator)
-        self._lr: float | None = None  # the optimisers' current learning rate
+        self._lr: float | None = None  # the generator's current learning rate
         self._step_fn = self._make_step_fn()
 
     @property
@@ -89,10 +90,12 @@ class Trainer:
     def step(self, source: Tensor, target: Tensor, lr: float) -> Tensor:
         """Train on one batch in [-1, 1]; return the losses (6,), in the order of `LOSSES`.
 
-        `source` is (B, C, H, W), `target` (B, 1, H, W).
+        `source` is (B, C, H, W), `target` (B, 1, H, W); both are padded to the sizes that the generator takes. `lr` is
+        the generator's; the discriminator's is proportional to it.
         """
         if lr != self._lr:
             self._set_lr(lr)
+        source, target = (pad(images, self.generator.multiple) for images in (source, target))
         source = source.contiguous(memory_format=torch.channels_last)
         target = target.contiguous(memory_format=torch.channels_last)
         if not self.generator.training:
@@ -103,12 +106,13 @@ class Trainer:
         return losses
 
     def _set_lr(self, lr: float) -> None:
-        for optimiser in self.optimisers.values():
+        for name, optimiser in self.optimisers.items():
+            own = lr * self._lr_ratios[name]
             for group in optimiser.param_groups:
                 if self._uses_cuda_graph:
-                    group["lr"].fill_(lr)
+                    group["lr"].fill_(own)
                 else:
-                    group["lr"] = lr
+                    group["lr"] = own
         self._lr = lr
 
     def _train_step(self, source: Tensor, target: Tensor) -> Tensor:

@@ -28,7 +28,11 @@ COMMON_FIELDS = ("dataset", "direction", "steps", "batch_size", "lr", "width", "
 def train(
     config: dict[str, Any],
     preset: Annotated[
-        Preset, typer.Option(help="paper: as published. digits: MNIST. smoke: a minute on a CPU. gpu: large batches.")
+        Preset,
+        typer.Option(
+            help="paper: as published. digits: MNIST. smoke: a minute on a CPU. gpu: large batches. moschetto: the "
+            "pix2pix of arXiv 2507.14575."
+        ),
     ] = "paper",
     root: Root = DEFAULT_ROOT,
     scratch: Scratch = None,

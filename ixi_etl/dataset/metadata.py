@@ -131,6 +131,11 @@ def licence_of(folder: Path) -> dict[str, Any]:
     return {name: metadata[name] for name in ("licence", "credit") if name in metadata}
 
 
+def normalisation_of(folder: Path) -> str:
+    """The `normalisation` of a version: see `DatasetConfig`."""
+    return str(read_metadata(folder)["inputs"]["config"].get("normalisation", "percentiles"))
+
+
 def read_manifest(folder: Path) -> pd.DataFrame:
     """Read and check the manifest of a version's folder.
 

@@ -16,6 +16,12 @@ from numpy.typing import NDArray
 PERCENTILES = (0.1, 99.9)
 """Of each slab, in the manifest. They normalise the input of a network and identify a slab in verification."""
 
+_NORMALISATIONS = {
+    "percentiles": f"percentiles {PERCENTILES[0]:g} and {PERCENTILES[1]:g} of the subject's slab",
+    "range": "the least and the largest value of the subject's slab",
+    "mean": "0 and the mean of the subject's slab times the largest ratio of value to mean over all subjects",
+}
+
 MIN_LEVELS = 256
 """Least range between the two percentiles of a slab that is rounded to whole scanner units: the rounding error is at
 most 1/512 of that range, half a level of 8-bit grey. IXI T1s of slope 1.68 and 1.84 have a range of 4,000; one of slope
@@ -94,6 +100,14 @@ def percentiles(slabs: NDArray[Any]) -> NDArray[np.float64]:
     if len(slabs) and prefers_counting(slabs[0]):
         return np.array([count_values(slab).percentiles() for slab in slabs])
     return np.asarray(np.percentile(slabs, PERCENTILES, axis=(1, 2, 3)), np.float64).T
+
+
+def describe_normalisation(kind: str) -> str:
+    """The two values of a slab that become the ends of a network's range, for a `normalisation` of `DatasetConfig`.
+
+    Sentences continue it, for example "... become -1 and 1; clipped".
+    """
+    return _NORMALISATIONS[kind]
 
 
 def clip_spikes(image: NDArray[Any], low: float, high: float) -> NDArray[Any]:

@@ -37,7 +37,8 @@ def write(folder: Path, step: int, mae: float | None = None) -> Path:
 
 def test_load_returns_what_was_saved(tmp_path: Path) -> None:
     tensors, metadata = checkpoint.load(write(tmp_path, 3))
-    assert metadata == {"step": 3, "config": {"a": 1}, "validation": {}, "processes": None}
+    defaults = {"processes": None, "normalisation": "percentiles", "slice_shape": None}
+    assert metadata == {"step": 3, "config": {"a": 1}, "validation": {}, **defaults}
     assert tensors.keys() == TENSORS.keys()
     for name, tensor in tensors.items():
         assert tensor.dtype == TENSORS[name].dtype

@@ -16,7 +16,7 @@ from ixi_etl.dataset import manifest, metadata
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.errors import ConfigError, DatasetError
-from model import data
+from model import augmentation, data
 
 
 def split_with_subjects(published: PublishedVersion) -> str:
@@ -108,17 +108,17 @@ def test_a_split_larger_than_memory_states_both_sizes(
 def test_the_order_consists_of_passes_over_all_pairs_and_can_start_anywhere(
     pairs: int, seed: int, start: int, count: int
 ) -> None:
-    stream = data.batch_indices(pairs, seed, 0, start + count)
-    assert torch.equal(data.batch_indices(pairs, seed, start, count), stream[start:])
+    stream = augmentation.batch_indices(pairs, seed, 0, start + count)
+    assert torch.equal(augmentation.batch_indices(pairs, seed, start, count), stream[start:])
     for begin in range(0, len(stream) - pairs + 1, pairs):
         one_pass = stream[begin : begin + pairs]
         assert sorted(one_pass.tolist()) == list(range(pairs))
 
 
 def test_passes_and_seeds_have_different_orders() -> None:
-    first, second = data.batch_indices(50, 0, 0, 100).split(50)
+    first, second = augmentation.batch_indices(50, 0, 0, 100).split(50)
     assert not torch.equal(first, second)
-    assert not torch.equal(first, data.batch_indices(50, 1, 0, 50))
+    assert not torch.equal(first, augmentation.batch_indices(50, 1, 0, 50))
 
 
 @given(
@@ -129,12 +129,14 @@ def test_passes_and_seeds_have_different_orders() -> None:
 )
 def test_both_images_of_a_pair_are_augmented_alike(kind: str, size: int, batch: int, first: int) -> None:
     image = torch.arange(batch * size * size, dtype=torch.float32).reshape(batch, 1, size, size)
-    a, b = data.augment((image, -image), kind, 32, seed=0, first=first)  # type: ignore[arg-type]
+    a, b = augmentation.augment((image, -image), kind, (32, 32), seed=0, first=first)  # type: ignore[arg-type]
     assert a.shape == (batch, 1, 32, 32)
     assert torch.equal(a, -b)
-    again, _ = data.augment((image, -image), kind, 32, seed=0, first=first)  # type: ignore[arg-type]
+    again, _ = augmentation.augment((image, -image), kind, (32, 32), seed=0, first=first)  # type: ignore[arg-type]
     assert torch.equal(a, again)
-    alone = [data.augment((image[n : n + 1],), kind, 32, seed=0, first=first + n)[0] for n in range(batch)]  # type: ignore[arg-type]
+    alone = [
+        augmentation.augment((image[n : n + 1],), kind, (32, 32), seed=0, first=first + n)[0] for n in range(batch)
+    ]  # type: ignore[arg-type]
     assert torch.equal(a, torch.cat(alone))  # independent of the rest of the batch
     if kind != "jitter":  # a crop of the image or of its mirror image, without interpolation
         for crop, original in zip(a, image, strict=True):
@@ -145,23 +147,25 @@ def test_both_images_of_a_pair_are_augmented_alike(kind: str, size: int, batch: 
 
 def test_flips_and_crops_vary() -> None:
     image = torch.arange(40 * 40, dtype=torch.float32).reshape(1, 1, 40, 40)
-    seen = [data.augment((image,), "flip", 32, seed=0, first=first)[0] for first in range(20)]
+    seen = [augmentation.augment((image,), "flip", (32, 32), seed=0, first=first)[0] for first in range(20)]
     assert len({int(s.min()) for s in seen}) > 5
     assert {bool(s[0, 0, 0, 1] > s[0, 0, 0, 0]) for s in seen} == {True, False}
-    uncropped = [data.augment((image[..., :32, :32],), "none", 32, seed=0, first=first)[0] for first in range(5)]
+    uncropped = [
+        augmentation.augment((image[..., :32, :32],), "none", (32, 32), seed=0, first=first)[0] for first in range(5)
+    ]
     assert all(torch.equal(w, image[..., :32, :32]) for w in uncropped)
 
 
 def test_jitter_enlarges_by_the_published_factor() -> None:
     ramp = torch.linspace(0, 1, 256).repeat(256, 1)[None, None]
-    (out,) = data.augment((ramp,), "jitter", 256, seed=0, first=0)
+    (out,) = augmentation.augment((ramp,), "jitter", (256, 256), seed=0, first=0)
     slope = (out[0, 0, 0, 200] - out[0, 0, 0, 50]).abs() / 150
     assert float(slope) == pytest.approx(1 / 255 * 256 / 286, rel=1e-3)
 
 
 def test_a_crop_larger_than_the_slices_is_refused() -> None:
     with pytest.raises(ConfigError, match="crops of 64 x 64 do not fit slices of 32 x 32; set a smaller side"):
-        data.augment((torch.zeros(1, 1, 32, 32),), "none", 64, seed=0, first=0)
+        augmentation.augment((torch.zeros(1, 1, 32, 32),), "none", (64, 64), seed=0, first=0)
 
 
 def test_normalise_does_not_change_its_input() -> None:

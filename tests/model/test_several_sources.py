@@ -26,7 +26,7 @@ from ixi_etl.errors import ConfigError, EmptySplitError
 from ixi_etl.recipes.ixi import refresh
 from ixi_etl.scans.tar import index_archive, read_member
 from ixi_etl.testing.phantom import pack_nifti, write_tar
-from model import data, evaluate, export, planes, synthesize, volumes
+from model import augmentation, data, evaluate, export, planes, synthesize, volumes
 from model.config import Direction, TrainConfig
 from model.data import Pairs, Slabs
 from model.evaluate import MAPPING
@@ -147,7 +147,7 @@ def test_channels_are_ordered_by_source_then_by_slice_and_margins_are_never_targ
 def test_all_channels_are_augmented_alike() -> None:
     image = torch.rand(3, 1, 40, 40, generator=torch.Generator().manual_seed(0))
     for kind in ("none", "flip", "jitter"):
-        several, one = data.augment((torch.cat([image, -image], 1), image), kind, 32, seed=0, first=5)  # type: ignore[arg-type]
+        several, one = augmentation.augment((torch.cat([image, -image], 1), image), kind, (32, 32), seed=0, first=5)  # type: ignore[arg-type]
         assert torch.equal(several, torch.cat([one, -one], 1))
 
 

@@ -274,7 +274,7 @@ def test_a_subject_with_invalid_percentiles_is_named(
     first = table.index[table["split"] == "train"][0]
     table.loc[first, ["t2_p_low", "t2_p_high"]] = percentiles
     monkeypatch.setattr("model.data.verify.read_verified", lambda _folder: (version_metadata, table))
-    message = f"cannot normalise the t2 of {table.loc[first, 'subject_id']}, its percentiles are"
+    message = f"cannot normalise the t2 of {table.loc[first, 'subject_id']}, whose range is"
     with pytest.raises(DatasetError, match=message) as error:
         data.load_pairs(published.folder, "train")
     assert "\n" not in str(error.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,9 +11,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from profiles import examples
 
+from ixi_etl.config import DatasetConfig
 from ixi_etl.pairing.geometry import import_sitk
 from ixi_etl.scans import intensity
-from ixi_etl.scans.intensity import PERCENTILES, clip_spikes, otsu_threshold, percentiles
+from ixi_etl.scans.intensity import PERCENTILES, clip_spikes, describe_normalisation, otsu_threshold, percentiles
 
 
 def test_otsu_separates_two_populations() -> None:
@@ -78,3 +81,8 @@ def test_percentiles_by_counting_equal_numpy(dtype: str, seed: int, spread: floa
     np.testing.assert_array_equal(
         percentiles(values), np.percentile(values.astype("f8"), PERCENTILES, axis=(1, 2, 3)).T
     )
+
+
+def test_every_normalisation_is_described_in_its_own_words() -> None:
+    kinds = get_args(DatasetConfig.model_fields["normalisation"].annotation)
+    assert len({describe_normalisation(kind) for kind in kinds}) == len(kinds) == 3
