@@ -1,0 +1,94 @@
+"""The figure of the protocol study: a panel for each of its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which colour-blind people can tell apart. Markers differ too.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
+STYLES = {"whole": (BLUE, "o"), "head": (ORANGE, "s")}
+BASELINES = {"source as it is": (GREY, "x"), "intensity mapping": (GREEN, "^")}
+FORMATS = {"svg": {"Date": None}, "png": {}}
+"""Suffix -> metadata; without a date, equal tables give equal bytes."""
+
+
+def draw(tables: Mapping[str, pd.DataFrame], folder: Path) -> None:
+    """Write `protocols.svg` and `protocols.png`."""
+    with mpl.rc_context({"svg.hashsalt": "protocols", "font.size": 9, "axes.titlesize": 10, "axes.axisbelow": True}):
+        figure = Figure(figsize=(10, 8), layout="constrained")
+        panels = figure.subplots(2, 2)
+        figure.suptitle("What the protocol alone is worth, on simulated heads: no figure here is one on IXI")
+        draw_metrics(panels[0, 0], tables["metric"])
+        draw_splits(panels[0, 1], tables["split"])
+        draw_registration(panels[1, 0], tables["registration"])
+        draw_regions(panels[1, 1], tables["region"])
+        for suffix, metadata in FORMATS.items():
+            figure.savefig(folder / f"protocols.{suffix}", dpi=150, metadata=metadata)
+
+
+def draw_metrics(axes: Any, table: pd.DataFrame) -> None:
+    """PSNR of the generator and of two baselines, a row for each protocol and mask."""
+    shown = table[table["psnr"].notna()]
+    rows = list(dict.fromkeys(zip(shown["protocol"], shown["mask"], strict=True)))
+    for method, (colour, marker) in {"generated": (BLUE, "o"), **BASELINES}.items():
+        part = shown[shown["method"] == method]
+        places = [rows.index(row) for row in zip(part["protocol"], part["mask"], strict=True)]
+        name = "pix2pix" if method == "generated" else method
+        axes.plot(part["psnr"], places, marker, color=colour, label=name, markersize=7)
+        if method == "generated":
+            for x, y in zip(part["psnr"], places, strict=True):
+                axes.annotate(f"{x:.1f}", (x, y), xytext=(0, 7), textcoords="offset points", ha="center")
+    axes.set_yticks(range(len(rows)), [f"{protocol}\n{mask}" for protocol, mask in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.6)
+    axes.set(title="1. The same generators under every metric", xlabel="PSNR (dB), mean of two seeds")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="best", fontsize=8)
+
+
+def draw_splits(axes: Any, table: pd.DataFrame) -> None:
+    """The gain of the split by file; a bar is the mean of the seeds, which are the dots."""
+    seeds = [column for column in table if column.startswith("psnr_gain_seed")]
+    labels = [f"{row.test_on},\n{row.region}" for row in table.itertuples()]
+    for place, (_, row) in enumerate(table.iterrows()):
+        colour, _ = STYLES[row["region"]]
+        axes.barh(place, row["psnr_gain"], 0.6, color=colour, alpha=0.55)
+        axes.plot(row[seeds].astype(float), [place] * len(seeds), "o", color="black", markersize=4)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set(title="2. Split by file in place of by subject", xlabel="gain of PSNR (dB); dots are the seeds")
+    axes.grid(axis="x", alpha=0.3)
+
+
+def draw_registration(axes: Any, table: pd.DataFrame) -> None:
+    """PSNR by the error; bars reach from one seed to the other."""
+    for region, part in table.groupby("region", sort=False):
+        colour, marker = STYLES[region]
+        half = part["psnr_spread"] / 2
+        axes.errorbar(part["error_mm"], part["psnr"], half, color=colour, marker=marker, capsize=3, label=region)
+    axes.set_xticks(sorted(set(table["error_mm"])))
+    axes.set(title="3. Registration error put in on purpose", xlabel="displacement of each source (mm)")
+    axes.set_ylabel("PSNR (dB); bars reach to the seeds")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def draw_regions(axes: Any, table: pd.DataFrame) -> None:
+    """PSNR over each region."""
+    labels = [f"{row.region}\n({row.share:.0%} of pixels)" for row in table.itertuples()]
+    half = table["psnr_spread"] / 2
+    axes.errorbar(table["psnr"], range(len(table)), xerr=half, fmt="o", color=BLUE, capsize=3, markersize=7)
+    for place, row in enumerate(table.itertuples()):
+        text = f"{row.psnr:.1f} dB ({row.psnr_change:+.1f})"
+        axes.annotate(text, (row.psnr, place), xytext=(0, 8), textcoords="offset points", ha="center")
+    axes.set_yticks(range(len(table)), labels)
+    axes.set_ylim(len(table) - 0.5, -0.6)
+    axes.margins(x=0.15)
+    axes.set(title="4. The same generators over other regions", xlabel="PSNR (dB), mean of two seeds")
+    axes.grid(axis="x", alpha=0.3)
