@@ -11,9 +11,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind people can tell apart. Markers differ too.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
+BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6E6E6E"
 STYLES = {"whole": (BLUE, "o"), "head": (ORANGE, "s")}
-BASELINES = {"source as it is": (GREY, "x"), "intensity mapping": (GREEN, "^")}
+METHODS = {
+    "generated": (BLUE, "o", "pix2pix"),
+    "source as it is": (GREY, "x", "source as it is"),
+    "mean training target": (PINK, "D", "mean training target"),
+    "intensity mapping": (GREEN, "^", "intensity mapping"),
+}
 FORMATS = {"svg": {"Date": None}, "png": {}}
 """Suffix -> metadata; without a date, equal tables give equal bytes."""
 
@@ -33,14 +38,13 @@ def draw(tables: Mapping[str, pd.DataFrame], folder: Path) -> None:
 
 
 def draw_metrics(axes: Any, table: pd.DataFrame) -> None:
-    """PSNR of the generator and of two baselines, a row for each protocol and mask."""
+    """PSNR of the generator and of the baselines, a row for each protocol and mask."""
     shown = table[table["psnr"].notna()]
     rows = list(dict.fromkeys(zip(shown["protocol"], shown["mask"], strict=True)))
-    for method, (colour, marker) in {"generated": (BLUE, "o"), **BASELINES}.items():
+    for method, (colour, marker, name) in METHODS.items():
         part = shown[shown["method"] == method]
         places = [rows.index(row) for row in zip(part["protocol"], part["mask"], strict=True)]
-        name = "pix2pix" if method == "generated" else method
-        axes.plot(part["psnr"], places, marker, color=colour, label=name, markersize=7)
+        axes.plot(part["psnr"], places, marker, color=colour, label=name, markersize=6)
         if method == "generated":
             for x, y in zip(part["psnr"], places, strict=True):
                 axes.annotate(f"{x:.1f}", (x, y), xytext=(0, 7), textcoords="offset points", ha="center")
@@ -48,7 +52,9 @@ def draw_metrics(axes: Any, table: pd.DataFrame) -> None:
     axes.set_ylim(len(rows) - 0.5, -0.6)
     axes.set(title="1. The same generators under every metric", xlabel="PSNR (dB), mean of two seeds")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="best", fontsize=8)
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.45, -0.13), ncols=4, fontsize=8, handletextpad=0.2, columnspacing=1
+    )
 
 
 def draw_splits(axes: Any, table: pd.DataFrame) -> None:
@@ -85,7 +91,7 @@ def draw_regions(axes: Any, table: pd.DataFrame) -> None:
     half = table["psnr_spread"] / 2
     axes.errorbar(table["psnr"], range(len(table)), xerr=half, fmt="o", color=BLUE, capsize=3, markersize=7)
     for place, row in enumerate(table.itertuples()):
-        text = f"{row.psnr:.1f} dB ({row.psnr_change:+.1f})"
+        text = f"{row.psnr:.1f} dB" + (f" ({row.psnr_change:+.1f})" if place else "")
         axes.annotate(text, (row.psnr, place), xytext=(0, 8), textcoords="offset points", ha="center")
     axes.set_yticks(range(len(table)), labels)
     axes.set_ylim(len(table) - 0.5, -0.6)

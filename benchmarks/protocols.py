@@ -79,7 +79,7 @@ def split_table(regions: pd.DataFrame) -> pd.DataFrame:
     """A row per test set and region: PSNR of both generators, and the gain of the split by file, also by seed."""
     exact = regions[regions["error_mm"] == 0]
     means = over_subjects(exact, ["test_on", "region", "split_by"])
-    values = means.set_index(["test_on", "region", "split_by", "seed"])
+    values = means.set_index(["test_on", "region", "split_by", "seed"]).sort_index()
     rows = []
     for test_on in (OWN_TEST, SAME_SLICES):
         for region in (WHOLE, HEAD):
