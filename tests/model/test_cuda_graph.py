@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -37,15 +38,16 @@ def train_steps(device: str, **settings: object) -> tuple[Trainer, Tensor]:
 
 
 @needs_gpu
+@pytest.mark.parametrize("settings", [{}, {"lr_discriminator": 5e-5, "label_smoothing": 0.095, "levels": 3}])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_replayed_steps_equal_eager_steps(
-    precision: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    precision: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     with caplog.at_level(logging.WARNING):
-        graphed, losses = train_steps("cuda", precision=precision)
+        graphed, losses = train_steps("cuda", precision=precision, **settings)
     assert "cannot capture a step" not in caplog.text
-    eager, expected = train_steps("cuda", precision=precision, cuda_graphs=False)
+    eager, expected = train_steps("cuda", precision=precision, cuda_graphs=False, **settings)
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
     wanted = eager.state_dict()
     for name, tensor in graphed.state_dict().items():

@@ -32,7 +32,7 @@ def config_of(**settings: object) -> TrainConfig:
     return TrainConfig.model_validate(SMALL_NETWORKS | {"side": 32, "batch_size": 2, "ema": 0.9} | settings)
 
 
-def pairs_on(device: str) -> Pairs:
+def pairs_on(device: str, *, by_file: bool = False) -> Pairs:
     generator = torch.Generator().manual_seed(0)
     shape = (SUBJECTS, N // SUBJECTS, 40, 40)
     low_high = torch.tensor([[5.0, 800.0]] * SUBJECTS).to(device)
@@ -40,7 +40,9 @@ def pairs_on(device: str) -> Pairs:
         Slabs(torch.randint(0, 900, shape, generator=generator, dtype=torch.int16).to(device), low_high)
         for _ in range(2)
     )
-    return Pairs(Direction(("t1",), "t2"), [f"{n}" for n in range(SUBJECTS)], (source,), target, "lower")
+    kept = torch.tensor([0, 2, 3, 4, 8], device=device) if by_file else None
+    names = [f"{n}" for n in range(SUBJECTS)]
+    return Pairs(Direction(("t1",), "t2"), names, (source,), target, "lower", kept=kept)
 
 
 class ValueReads(TorchDispatchMode):
@@ -53,10 +55,13 @@ class ValueReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("augment", "norm"), [("none", "batch"), ("flip", "instance"), ("jitter", "batch")])
-def test_a_step_reads_no_value_from_the_device(augment: str, norm: str) -> None:
-    config = config_of(augment=augment, norm=norm, side=32)
-    pairs, trainer = pairs_on("cpu"), Trainer(config, torch.device("cpu"))
+@pytest.mark.parametrize(
+    ("augment", "norm", "by_file"),
+    [("none", "batch", False), ("flip", "instance", False), ("jitter", "batch", False), ("flip", "instance", True)],
+)
+def test_a_step_reads_no_value_from_the_device(augment: str, norm: str, by_file: bool) -> None:
+    config = config_of(augment=augment, norm=norm, side=32, lr_discriminator=1e-4, label_smoothing=0.1)
+    pairs, trainer = pairs_on("cpu", by_file=by_file), Trainer(config, torch.device("cpu"))
     trainer.step(*data.draw_batch(pairs, config, 0), 1e-3)
     with ValueReads() as reads:
         for step in range(1, N // config.batch_size + 2):  # into the second pass
@@ -75,10 +80,11 @@ def error_on_synchronisation() -> Iterator[None]:
 
 
 @needs_gpu
+@pytest.mark.parametrize("by_file", [False, True])
 @pytest.mark.parametrize("augment", ["none", "flip", "jitter"])
-def test_a_step_does_not_wait_for_the_gpu(augment: str) -> None:
-    config = config_of(augment=augment, device="cuda")
-    pairs, trainer = pairs_on("cuda"), Trainer(config, torch.device("cuda"))
+def test_a_step_does_not_wait_for_the_gpu(augment: str, by_file: bool) -> None:
+    config = config_of(augment=augment, device="cuda", lr_discriminator=1e-4, label_smoothing=0.1)
+    pairs, trainer = pairs_on("cuda", by_file=by_file), Trainer(config, torch.device("cuda"))
     for step in range(3 * N):
         with error_on_synchronisation() if step > N else nullcontext():  # captured by then
             trainer.step(*data.draw_batch(pairs, config, step * config.batch_size), 1e-3)
