@@ -49,11 +49,13 @@ from ixi_etl.recipes.ixi import refresh
 from ixi_etl.scans.nifti import read_volume
 from ixi_etl.testing.anatomies import find_pairs
 from ixi_etl.testing.phantom import write_tar
+from model.baselines import baselines
 from model.config import TrainConfig, preset
 from model.data import Pairs, draw_batch, load_pairs
 from model.devices import default_precision, keep_freed_memory
-from model.evaluate import GENERATED, MEASURES, baselines, compare, measure, summarise
+from model.evaluate import GENERATED, compare, measure, summarise
 from model.generator import Predictor, as_predictor
+from model.protocols import MAIN_MEASURES
 from model.samples import draw_samples
 from model.trainer import Trainer
 
@@ -193,7 +195,7 @@ def run_fold(person: str, version: Path, config: TrainConfig, out: Path) -> pd.D
         REFERENCE: reference_predictor(theirs, dropout=False),
         WITH_DROPOUT.format(REFERENCE): reference_predictor(theirs, dropout=True),
     }
-    return measure(test, methods | baselines(train))
+    return measure(test, methods | baselines(train), protocols=("ours",))
 
 
 def reference_predictor(trainer: reference.Trainer, *, dropout: bool) -> Predictor:
@@ -208,13 +210,14 @@ def reference_predictor(trainer: reference.Trainer, *, dropout: bool) -> Predict
 
 def average_sessions(scores: pd.DataFrame) -> pd.DataFrame:
     """A row per person, method and mask: the mean over the sessions of the person."""
-    people = scores.assign(subject_id=scores["subject_id"].map(person_of))
-    return people.groupby(["subject_id", "method", "mask"], sort=False)[list(MEASURES)].mean().reset_index()
+    people = scores.assign(subject_id=scores["subject_id"].map(person_of), protocol="ours")
+    keys = ["subject_id", "protocol", "method", "mask"]
+    return people.groupby(keys, sort=False)[list(MAIN_MEASURES)].mean().reset_index()
 
 
 def by_person(people: pd.DataFrame) -> pd.DataFrame:
     """The scores of `average_sessions`: a row per mask, measure and method, and a column per person."""
-    rows = people.melt(["subject_id", "method", "mask"], list(MEASURES), var_name="measure")
+    rows = people.melt(["subject_id", "method", "mask"], list(MAIN_MEASURES), var_name="measure")
     return rows.pivot_table("value", ["mask", "measure", "method"], "subject_id", sort=False)
 
 

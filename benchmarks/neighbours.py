@@ -44,10 +44,11 @@ from ixi_etl.core.files import write_atomic
 from ixi_etl.core.parallel import usable_cores
 from ixi_etl.dataset import metadata
 from ixi_etl.errors import ConfigError
+from model.baselines import baselines
 from model.config import TrainConfig, preset
 from model.data import Pairs, draw_batch, load_pairs
 from model.devices import default_precision, keep_freed_memory
-from model.evaluate import GENERATED, baselines, compare, measure, summarise
+from model.evaluate import GENERATED, compare, measure, summarise
 from model.generator import as_predictor
 from model.samples import draw_samples
 from model.trainer import Trainer
@@ -134,7 +135,7 @@ def run_training(training: Training, version: Path, out: Path) -> pd.DataFrame:
     if config.seed == SEEDS[0]:
         draw_samples(trainer.generator, test, out / "sheets" / training.name, training.variant)
     methods = {GENERATED: as_predictor(trainer.generator)} | (baselines(train) if training.is_first else {})
-    scores = measure(test, methods).replace({"method": {GENERATED: training.variant}})
+    scores = measure(test, methods, protocols=("ours",)).replace({"method": {GENERATED: training.variant}})
     scores.insert(0, "seed", config.seed)
     scores["ms_per_step"] = np.where(scores["method"] == training.variant, ms, np.nan)
     kept.parent.mkdir(parents=True, exist_ok=True)

@@ -69,7 +69,8 @@ def show_run(run: Path) -> None:
         evaluation = summaries.evaluation_summary(run)
         create_markdown_artifact(_run_markdown(run, evaluation), "pix2pix-summary")
         if evaluation is not None:
-            create_table_artifact(evaluation.records, "pix2pix-evaluation", "By method and mask, on the test split")
+            title = "By protocol, mask and method, on the test split"
+            create_table_artifact(evaluation.records, "pix2pix-evaluation", title)
         sheet = summaries.last_sample_sheet(run)
         if sheet is not None:
             title = "Source, target, generated, error"
@@ -157,7 +158,7 @@ def _run_markdown(run: Path, evaluation: summaries.Summary | None) -> str:
     items = {"folder": f"`{run}`"} | {k: config[k] for k in ("dataset", "direction", "steps", "batch_size", "width")}
     parts = [f"# {run.name}", _markdown_list(items | (record.get("data") or {}))]
     if evaluation is not None:
-        parts += [f"## {evaluation.title}", _markdown_table(evaluation.shown)]
+        parts += [f"## {evaluation.title}", _markdown_table(evaluation.shown), _markdown_list(evaluation.terms)]
     return "\n\n".join(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,11 +11,12 @@ if TYPE_CHECKING:
 
 
 class Summary(NamedTuple):
-    """A table with its title: `shown` for people, `records` for scripts."""
+    """A table with its title: `shown` for people, `records` for scripts; `terms` explains words in it."""
 
     title: str
     shown: pd.DataFrame
     records: Any
+    terms: Mapping[str, str] = {}
 
 
 def funnel_summary(folder: Path) -> Summary:
@@ -38,27 +40,29 @@ def exclusions_summary(folder: Path) -> Summary:
 
 
 def evaluation_summary(folder: Path, evaluation: str = "evaluation-test") -> Summary | None:
-    """Scores of a run's generator and of the baselines, mean and standard deviation over subjects; None if missing."""
+    """Scores of a generator and of the baselines under each protocol; None if the evaluation is missing.
+
+    The standard deviation is shown where there is room for it; the records have it for every measure.
+    """
     import pandas as pd
 
     from ixi_etl.core.files import read_json
+    from model.protocols import DOCS, MEASURES
 
     result = read_json(folder / f"{evaluation}.json")
     if not result:
         return None
-    rows = [
-        {
-            "mask": row["mask"],
-            "method": row["method"],
-            "PSNR (dB)": _mean_sd(row, "psnr", 2),
-            "SSIM": _mean_sd(row, "ssim", 3),
-            "MAE": _mean_sd(row, "mae", 4),
-        }
-        for row in result["summary"]
-    ]
-    subjects = result["summary"][0]["subjects"]
-    title = f"{result['split']}: {subjects} subjects, mean (sd); {result['normalisation']}, data range 1"
-    return Summary(title, pd.DataFrame(rows), result["summary"])
+    summary = result["summary"]
+    measures = [m for m in MEASURES if any(row.get(f"{m}_mean") is not None for row in summary)]
+    rows, last = [], None
+    for row in summary:
+        key = row.get("protocol", "ours"), row["mask"]  # evaluations by older code have one protocol
+        rows.append(dict(zip(("protocol", "mask"), ("", "") if key == last else key, strict=True)))
+        rows[-1] |= {"method": row["method"]} | {MEASURES[m].title: _shown(row, m) for m in measures}
+        last = key
+    title = f"{result['split']}: {summary[0]['subjects']} subjects, mean (sd); {result['normalisation']}; see {DOCS}"
+    terms = {name: f"{p['definition']} {p['link']}" for name, p in result.get("protocols", {}).items()}
+    return Summary(title, pd.DataFrame(rows), summary, terms)
 
 
 def last_sample_sheet(folder: Path) -> Path | None:
@@ -66,7 +70,11 @@ def last_sample_sheet(folder: Path) -> Path | None:
     return max((folder / "samples").glob("*-gray.png"), default=None)
 
 
-def _mean_sd(row: dict[str, Any], measure: str, digits: int) -> str:
-    mean, sd = row[f"{measure}_mean"], row[f"{measure}_std"]
-    spread = "" if sd is None else f" ({sd:.{digits}f})"  # one subject has no standard deviation
+def _shown(row: Mapping[str, Any], measure: str) -> str:
+    """The mean, for measures of all protocols with the standard deviation; a dash for what is not finite."""
+    from model.protocols import MEASURES
+
+    mean, sd, digits = row.get(f"{measure}_mean"), row.get(f"{measure}_std"), MEASURES[measure].digits
+    is_common = measure in ("psnr", "ssim")
+    spread = f" ({sd:.{digits}f})" if is_common and sd is not None else ""  # one subject has none
     return ("-" if mean is None else f"{mean:.{digits}f}") + spread

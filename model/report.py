@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup
 from PIL import Image
 
 from ixi_etl.config import SPLITS
 from ixi_etl.core.files import read_json, write_atomic
 from ixi_etl.report import charts, page
+from model.protocols import MAIN_MEASURES, MEASURES
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ FRAMES = 10  # of the slider; images of noise, of 4 subjects, take 4 MB
 SMALL = 100  # pixels; smaller images are enlarged without smoothing
 LISTED = 100  # subjects in the table; the CSV has all
 
-MEASURES = {"psnr": ("PSNR, dB", 2), "ssim": ("SSIM", 3), "mae": ("MAE", 4)}
+DETAILED = {name: (MEASURES[name].title, MEASURES[name].digits) for name in MAIN_MEASURES}
 LOSSES = {
     "Generator: reconstruction": {"reconstruction": "loss_g_reconstruction"},
     "Generator: adversarial": {"adversarial": "loss_g_adversarial"},
@@ -44,9 +46,10 @@ def run_report(run: Path) -> str:
     """The HTML of the report of a run's folder."""
     record = read_json(run / "config.json")
     metrics = _table(run / "metrics.csv", "step", "ms_per_step", "images_per_s", "peak_memory_mb")
-    validation = _table(run / "validation.csv", "step", *MEASURES)
+    validation = _table(run / "validation.csv", "step", *DETAILED)
     kinds = source_kinds(record["config"]["direction"].partition("->")[0].split("+"))
     steps, samples = _samples(run / "samples", kinds)
+    evaluations = [_evaluation(run, split) for split in reversed(SPLITS) if _read_evaluation(run, split)]
     return page.render_page(
         "run.html",
         "model",
@@ -56,13 +59,14 @@ def run_report(run: Path) -> str:
         loss_keys={title: list(_series(metrics, parts)) for title, parts in LOSSES.items()},
         validation={
             title: charts.lines(_series(validation, {title: measure}), f"Validation, {title}, by step")
-            for measure, (title, _) in MEASURES.items()
+            for measure, (title, _) in DETAILED.items()
         },
         validated=_validation_rows(validation),
         steps=steps,
         shown=_sampled_split(run / "samples"),
         samples=samples,
-        evaluations=[_evaluation(run, split) for split in reversed(SPLITS) if _read_evaluation(run, split)],
+        evaluations=evaluations,
+        protocols={name: p for e in evaluations for name, p in e["result"].get("protocols", {}).items()},
         speed=_speed(metrics),
         throughput=charts.lines(_series(metrics, {"images": "images_per_s"}), "Images per second, by step"),
     )
@@ -92,7 +96,7 @@ def _validation_rows(validation: pd.DataFrame) -> list[dict[str, Any]]:
     """The ten validations with the lowest MAE, best first."""
     rows = validation.sort_values("mae").head(10) if len(validation) else validation
     return [
-        {"step": f"{int(row['step']):,}"} | {title: f"{row[m]:.{digits}f}" for m, (title, digits) in MEASURES.items()}
+        {"step": f"{int(row['step']):,}"} | {title: f"{row[m]:.{digits}f}" for m, (title, digits) in DETAILED.items()}
         for row in rows.to_dict("records")
     ]
 
@@ -155,41 +159,65 @@ def _read_evaluation(run: Path, split: str) -> Any:
 
 
 def _evaluation(run: Path, split: str) -> dict[str, Any]:
-    """The section of one split: two tables per mask, a distribution per mask and measure, a table of the subjects."""
+    """The section of one split: a table of all protocols; in detail for `ours`, if it is among them.
+
+    In detail: two tables per mask, a distribution per mask and measure, a table of the subjects. Evaluations by older
+    code have `ours` only, and do not name it.
+    """
     result, table = _read_evaluation(run, split), pd.read_csv(run / f"evaluation-{split}.csv")
-    methods = list(dict.fromkeys(table["method"]))
+    measured = table["subject_id"].nunique()
+    ours = table[table["protocol"] == "ours"] if "protocol" in table else table
+    masks = result["masks"] if len(ours) else {}
+    rows = {part: [row for row in result[part] if _protocol(row) == "ours"] for part in ("summary", "comparison")}
+    methods = list(dict.fromkeys(ours["method"]))
     distributions = {}
-    for mask in result["masks"]:
-        for measure, (title, _) in MEASURES.items():
-            by_method = table[table["mask"] == mask].groupby("method")[measure]
-            rows = {m.removesuffix(" target"): by_method.get_group(m).tolist() for m in methods}
-            distributions[f"{title}, {mask}"] = charts.strips(rows, f"{split}: {title}, mask {mask}")
-    generator = table[table["method"] == methods[0]]
-    wide = generator.pivot_table(index="subject_id", columns="mask", values=list(MEASURES)).sort_values(
-        [("psnr", "head")]
-    )
+    for mask in masks:
+        for measure, (title, _) in DETAILED.items():
+            by_method = ours[ours["mask"] == mask].groupby("method")[measure]
+            values = {m.removesuffix(" target"): by_method.get_group(m).tolist() for m in methods}
+            distributions[f"{title}, {mask}"] = charts.strips(values, f"{split}: {title}, mask {mask}")
     return {
         "result": result,
-        "summary": {mask: _summary(result["summary"], mask) for mask in result["masks"]},
-        "comparison": {mask: _comparison(result["comparison"], mask) for mask in result["masks"]},
+        "masks": masks,
+        "protocols": _protocol_rows(result["summary"]) if "protocols" in result else [],
+        "summary": {mask: _summary(rows["summary"], mask) for mask in masks},
+        "comparison": {mask: _comparison(rows["comparison"], mask) for mask in masks},
         "distributions": distributions,
-        "subjects": [
-            {"subject": subject}
-            | {
-                f"{title}, {mask}": f"{row[m, mask]:.{d}f}"
-                for mask in result["masks"]
-                for m, (title, d) in MEASURES.items()
-            }
-            for subject, row in wide.head(LISTED).iterrows()
-        ],
-        "measured": len(wide),
+        "subjects": _subjects(ours[ours["method"] == methods[0]], masks) if masks else [],
+        "measured": measured,
     }
+
+
+def _protocol(row: Mapping[str, Any]) -> str:
+    return str(row.get("protocol", "ours"))
+
+
+def _protocol_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """A row per protocol, mask and method: a link to the definition on this page, and each measure that was taken."""
+    measures = [m for m in MEASURES if any(row[f"{m}_mean"] is not None for row in rows)]
+    link = Markup('<a href="#protocol-{0}">{0}</a>')
+    return [
+        {"protocol": link.format(row["protocol"]), "mask": row["mask"], "method": row["method"]}
+        | {MEASURES[m].title: _mean_sd(row, m, MEASURES[m].digits) for m in measures}
+        for row in rows
+    ]
+
+
+def _subjects(generator: pd.DataFrame, masks: Iterable[str]) -> list[dict[str, str]]:
+    """A row per subject with the scores of the generator, worst first."""
+    wide = generator.pivot_table(index="subject_id", columns="mask", values=list(DETAILED))
+    wide = wide.loc[wide["psnr"]["head"].sort_values().index]
+    return [
+        {"subject": str(subject)}
+        | {f"{title}, {mask}": f"{row[m, mask]:.{d}f}" for mask in masks for m, (title, d) in DETAILED.items()}
+        for subject, row in wide.head(LISTED).iterrows()
+    ]
 
 
 def _summary(rows: Sequence[Mapping[str, Any]], mask: str) -> list[dict[str, str]]:
     """A row per method: mean and standard deviation of each measure."""
     return [
-        {"method": row["method"]} | {title: _mean_sd(row, m, digits) for m, (title, digits) in MEASURES.items()}
+        {"method": row["method"]} | {title: _mean_sd(row, m, digits) for m, (title, digits) in DETAILED.items()}
         for row in rows
         if row["mask"] == mask
     ]
@@ -204,8 +232,8 @@ def _comparison(rows: Sequence[Mapping[str, Any]], mask: str) -> list[dict[str, 
     """A row per baseline and measure: how much better the generator is, the 95% interval, and the verdict."""
     shown = []
     for row in rows:
-        if row["mask"] == mask and row["better_by"] is not None:
-            title, digits = MEASURES[row["measure"]]
+        if row["mask"] == mask and row["measure"] in DETAILED and row["better_by"] is not None:
+            title, digits = DETAILED[row["measure"]]
             low, high = row["low_95"], row["high_95"]
             single = low is None  # a single subject has no interval
             shown.append(

@@ -21,7 +21,12 @@ LAYERS = (
 
 INFERENCE = (
     "generator",
+    "baselines",
+    "scores",
+    "protocols",
+    "subjects",
     "evaluate",
+    "foreign",
     "planes",
     "source_planes",
     "input_checks",
@@ -65,7 +70,8 @@ def rank(module: str) -> tuple[int, int]:
     layer = rest.partition(".")[0]
     if module == "ixi_etl":  # constants
         return len(PACKAGES), 0
-    return PACKAGES.index(package), LAYERS.index(layer) if layer in LAYERS else -1
+    is_layer = package == "ixi_etl" and layer in LAYERS
+    return PACKAGES.index(package), LAYERS.index(layer) if is_layer else -1
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

@@ -1,10 +1,9 @@
-"""Commands of a training run and its generator: train, evaluate, synthesize, export."""
+"""Commands of a training run and its generator: train, synthesize, export."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -120,50 +119,6 @@ def _settings(given: list[str]) -> dict[str, Any]:
 
 
 @app.command()
-def evaluate(
-    run: Annotated[str, typer.Argument(help="Name of a run, a unique prefix of it, or latest.")] = "latest",
-    root: Root = DEFAULT_ROOT,
-    scratch: Scratch = None,
-    split: Annotated[Literal["train", "val", "test"], typer.Option(help="Split to evaluate.")] = "test",
-    weights: Annotated[
-        Path | None,
-        typer.Option(help=r"A checkpoint file.  \[default: the run's best generator]", show_default=False),
-    ] = None,
-    dropout: Annotated[bool, typer.Option("--dropout", help="Keep dropout on, as published.")] = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Measure a trained generator by subject (PSNR, SSIM, MAE), compared with simple baselines.
-
-    Writes evaluation-SPLIT.csv (one row per subject, method and mask) and evaluation-SPLIT.json into the run. With
-    --weights or --dropout the files have other names.
-    """
-    output = Output(quiet, as_json)
-    require_extra("train")
-    from flows.progress import show_progress
-    from model.jobs import evaluate_run
-    from model.run import open_run
-
-    opened = open_run(root, run, scratch)
-    with show_progress() as progress:
-        done = evaluate_run(opened, split=split, weights=weights, dropout=dropout, progress=progress)
-    comparison = done.comparison
-    show_run(output, opened.folder, done.name)
-    intervals = comparison[["better_by", "low_95", "high_95"]].itertuples(index=False)
-    shown = comparison.assign(better_by=[_with_interval(*row) for row in intervals])
-    output.table(
-        "comparison",
-        shown[["mask", "baseline", "measure", "better_by"]],
-        "The generator against each baseline: mean paired difference [95% interval], above 0 is better",
-        json.loads(comparison.to_json(orient="records")),  # which makes null of NaN: JSON has none
-    )
-    if (comparison["subjects"] < 2).any():
-        output.text(f"no intervals: they need two subjects, and split {split} has one")
-    output.fields({"subjects": opened.folder / f"{done.name}.csv"})
-    output.end()
-
-
-@app.command()
 def synthesize(
     run: Annotated[str, typer.Argument(help="Name of a run, a unique prefix of it, or latest; or a generator file.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="A .nii or .nii.gz file for one output, else a folder.")],
@@ -237,9 +192,3 @@ def export(
     sentence = f"{path}\nread back: slices differ from the original by at most {difference:.1e} of [-1, 1]"
     output.text(sentence, written=path, difference=difference)
     output.end()
-
-
-def _with_interval(mean: float, low: float, high: float) -> str:
-    """`+1.0000 [0.5000, 1.5000]`, with a dash for what is not finite, such as the interval of one subject."""
-    shown = f"{mean:+.4f}" if math.isfinite(mean) else "-"
-    return f"{shown} [{low:.4f}, {high:.4f}]" if math.isfinite(low) and math.isfinite(high) else f"{shown} [-]"

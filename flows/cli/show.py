@@ -33,12 +33,16 @@ def show_version(output: Output, published: PublishedVersion) -> None:
 
 
 def show_run(output: Output, folder: Path, evaluation: str = "evaluation-test") -> None:
-    summary = summaries.evaluation_summary(folder, evaluation)
-    if summary is not None:
-        output.table("evaluation", summary.shown, summary.title, summary.records)
+    show_evaluation(output, folder, evaluation)
     sheet = summaries.last_sample_sheet(folder)
     output.fields(
         {"run": folder, "generator": folder / "generator.safetensors"}
         | ({"samples": sheet} if sheet else {})
         | {"report": folder / "report.html"}
     )
+
+
+def show_evaluation(output: Output, folder: Path, evaluation: str) -> None:
+    summary = summaries.evaluation_summary(folder, evaluation)
+    if summary is not None:
+        output.table("evaluation", summary.shown, summary.title, summary.records)

@@ -19,12 +19,15 @@ from flows.cli import main
 from ixi_etl.dataset import metadata
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.errors import CheckpointError
-from model import checkpoint, data, evaluate, generator
+from ixi_etl.scans.intensity import otsu_threshold
+from model import checkpoint, data, evaluate, generator, scores
+from model.baselines import MAPPING, MEAN_TARGET, SOURCE, baselines
 from model.config import TrainConfig
 from model.data import Pairs
-from model.evaluate import GENERATED, MAPPING, MEAN_TARGET, SOURCE, Evaluation
+from model.evaluate import GENERATED, Evaluation
 from model.jobs import evaluate_run
 from model.networks import UNetGenerator
+from model.protocols import PROTOCOLS
 from model.run import Run, open_run
 from model.train import validate
 from model.trainer import Trainer
@@ -49,14 +52,14 @@ def row_of(table: pd.DataFrame, subject: str, method: str, mask: str) -> Any:
 
 
 def test_scores_are_computed_over_the_slab_of_each_subject(pairs: Pairs) -> None:
-    table = evaluate.measure(pairs, {SOURCE: lambda source, _: source})
+    table = evaluate.measure(pairs, {SOURCE: lambda source, _: source}, protocols=("ours",))
     assert len(table) == 2 * len(pairs.subjects)
     for subject, name in enumerate(pairs.subjects):
         source, target = (x.astype(np.float64) for x in images(pairs, subject))
         whole = row_of(table, name, SOURCE, "whole")
         assert whole["mae"] == pytest.approx(np.abs(source - target).mean(), rel=1e-4)
         assert whole["psnr"] == pytest.approx(-10 * np.log10(((source - target) ** 2).mean()), rel=1e-4)
-        low = [evaluate.otsu_threshold(x.astype(np.float32) * 2 - 1) / 2 + 0.5 for x in (source, target)]
+        low = [otsu_threshold(x.astype(np.float32) * 2 - 1) / 2 + 0.5 for x in (source, target)]
         head = (source > low[0]) | (target > low[1])
         assert 0.1 < head.mean() < 0.9
         inside = row_of(table, name, SOURCE, "head")
@@ -66,7 +69,7 @@ def test_scores_are_computed_over_the_slab_of_each_subject(pairs: Pairs) -> None
 
 def test_a_perfect_generator_gets_perfect_scores(pairs: Pairs) -> None:
     targets = iter(pairs.normalised(torch.arange(len(pairs)))[1].split(generator.BATCH))
-    table = evaluate.measure(pairs, {GENERATED: lambda source, position: next(targets)})
+    table = evaluate.measure(pairs, {GENERATED: lambda source, position: next(targets)}, protocols=("ours",))
     assert (table["mae"] == 0).all()
     assert table["ssim"].min() == pytest.approx(1)
     assert np.isposinf(table["psnr"]).all()
@@ -89,7 +92,7 @@ def test_ssim_equals_that_of_wang_et_al() -> None:
     rng = np.random.default_rng(0)
     a = rng.random((1, 1, 40, 40))
     b = np.clip(a + rng.normal(0, 0.1, a.shape), 0, 1)
-    ours = float(evaluate.score_slices(torch.from_numpy(a), torch.from_numpy(b))["ssim"])
+    ours = float(scores.score_slices(torch.from_numpy(a), torch.from_numpy(b))["ssim"])
     from scipy.ndimage import gaussian_filter
 
     def blur(x: np.ndarray) -> np.ndarray:
@@ -102,7 +105,7 @@ def test_ssim_equals_that_of_wang_et_al() -> None:
 
 
 def test_the_mean_target_is_the_training_mean_of_each_slice(pairs: Pairs) -> None:
-    method = evaluate.baselines(pairs)[MEAN_TARGET]
+    method = baselines(pairs)[MEAN_TARGET]
     slabs = np.stack([images(pairs, s)[1] for s in range(len(pairs.subjects))])
     for z in range(slabs.shape[1]):
         got = method(torch.zeros(1, 1, *slabs.shape[2:]), torch.tensor([z]))
@@ -110,7 +113,7 @@ def test_the_mean_target_is_the_training_mean_of_each_slice(pairs: Pairs) -> Non
 
 
 def test_the_mapping_baseline_is_better_than_polynomials_on_the_training_split(pairs: Pairs) -> None:
-    mapping = evaluate.baselines(pairs)[MAPPING]
+    mapping = baselines(pairs)[MAPPING]
     source, target = pairs.normalised(torch.arange(len(pairs)))
 
     def mse(generated: torch.Tensor) -> float:
@@ -132,7 +135,13 @@ def test_differences_are_paired_and_positive_if_the_generator_is_better() -> Non
         noise = rng.normal(0, 0.1, 7)
         rows.append(
             pd.DataFrame(
-                {"subject_id": subjects, "method": method, "mask": "whole", "psnr": psnr + difficulty + noise}
+                {
+                    "subject_id": subjects,
+                    "protocol": "ours",
+                    "method": method,
+                    "mask": "whole",
+                    "psnr": psnr + difficulty + noise,
+                }
                 | {"ssim": 0.5, "mae": mae + noise / 100}
             )
         )
@@ -146,7 +155,7 @@ def test_differences_are_paired_and_positive_if_the_generator_is_better() -> Non
 
 
 def test_one_subject_has_a_difference_and_no_interval() -> None:
-    row = {"subject_id": "a", "mask": "whole", "psnr": 1.0, "ssim": 1.0, "mae": 1.0}
+    row = {"subject_id": "a", "protocol": "ours", "mask": "whole", "psnr": 1.0, "ssim": 1.0, "mae": 1.0}
     found = evaluate.compare(pd.DataFrame([row | {"method": GENERATED}, row | {"method": SOURCE}]))
     assert found["better_by"].tolist() == [0, 0, 0]
     assert all(math.isnan(x) for x in found["low_95"])
@@ -155,7 +164,7 @@ def test_one_subject_has_a_difference_and_no_interval() -> None:
 def test_the_command_shows_a_dash_for_the_interval_of_one_subject(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = {"subject_id": "a", "mask": "whole", "psnr": 1.0, "ssim": 1.0, "mae": 1.0}
+    row = {"subject_id": "a", "protocol": "ours", "mask": "whole", "psnr": 1.0, "ssim": 1.0, "mae": 1.0}
     comparison = evaluate.compare(pd.DataFrame([row | {"method": GENERATED}, row | {"method": SOURCE}]))
     monkeypatch.setattr(
         "model.jobs.evaluate_run", lambda *_, **__: Evaluation(comparison, comparison, "evaluation-test")
@@ -225,15 +234,20 @@ def test_the_evaluation_files_have_scores_by_subject_and_their_conditions(evalua
     run = open_run(evaluated_once, "a")
     table = pd.read_csv(run.folder / "evaluation-train.csv")
     subjects = metadata.read_metadata(run.version)["splits"]["train"]
-    assert len(table) == subjects * 4 * 2
+    assert len(table) == subjects * 4 * (2 + 1 + 2 + 2)
     assert set(table["method"]) == {GENERATED, SOURCE, MEAN_TARGET, MAPPING}
-    assert set(table["mask"]) == {"whole", "head"}
+    assert set(table["mask"]) == {"whole", "head", "foreground"}
     assert (table["data_range"] == 1).all()
     assert table["normalisation"].str.contains("percentiles").all()
     record = json.loads((run.folder / "evaluation-train.json").read_text())
     assert record["step"] == 6
-    mean = table[(table["method"] == SOURCE) & (table["mask"] == "whole")]["psnr"].mean()
-    assert next(r for r in record["summary"] if r["method"] == SOURCE)["psnr_mean"] == pytest.approx(mean)
+    ours = table[(table["protocol"] == "ours") & (table["method"] == SOURCE) & (table["mask"] == "whole")]
+    row = next(r for r in record["summary"] if r["protocol"] == "ours" and r["method"] == SOURCE)
+    assert row["psnr_mean"] == pytest.approx(ours["psnr"].mean())
+    assert row["psnr_std"] == pytest.approx(ours["psnr"].std(), nan_ok=True)
+    assert row["ms_ssim_mean"] is None  # the slices are too small
+    assert {r["definition"] for r in record["summary"]} == {f"docs/protocols.md#{name}" for name in PROTOCOLS}
+    assert record["protocols"].keys() == PROTOCOLS.keys()
 
 
 def evaluations(run: Run) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from ixi_etl.pairing.register import Volume
 from ixi_etl.testing import phantom
 from model.config import TrainConfig
 from model.data import Pairs, load_pairs
-from model.evaluate import MEASURES
+from model.protocols import MAIN_MEASURES
 
 pytestmark = pytest.mark.standin  # its refresh and training take half a minute
 
@@ -66,21 +66,21 @@ def test_every_session_is_measured_once_by_every_method(version: Path, tmp_path:
     scores = folds.run_folds(version, config, tmp_path, workers=1)
     assert scores.groupby(["method", "mask"])["subject_id"].nunique().eq(len(SESSIONS)).all()
     assert len(scores) == 7 * 2 * len(SESSIONS)
-    assert np.isfinite(scores[list(MEASURES)]).all(axis=None)
+    assert np.isfinite(scores[list(MAIN_MEASURES)]).all(axis=None)
     assert sorted(path.name for path in (tmp_path / "sheets").iterdir()) == PEOPLE
     people = folds.average_sessions(scores)
     assert len(people) == 7 * 2 * len(PEOPLE)
     table = folds.by_person(people)
     assert list(table.columns) == PEOPLE
     assert set(table.index.get_level_values("method")) == set(scores["method"])
-    assert set(table.index.get_level_values(1)) == set(MEASURES)
+    assert set(table.index.get_level_values(1)) == set(MAIN_MEASURES)
 
 
 def test_sessions_of_a_person_are_averaged() -> None:
     row = {"method": "generated", "mask": "head", "ssim": 0.5, "mae": 0.1}
     scores = pd.DataFrame([row | {"subject_id": f"a-x-{n}", "psnr": psnr} for n, psnr in enumerate((10.0, 20.0))])
     (averaged,) = folds.average_sessions(scores).to_dict("records")
-    assert averaged == row | {"subject_id": "a", "psnr": 15.0}
+    assert averaged == row | {"subject_id": "a", "protocol": "ours", "psnr": 15.0}
 
 
 def test_a_single_person_is_refused(version: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

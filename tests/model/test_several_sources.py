@@ -27,9 +27,9 @@ from ixi_etl.recipes.ixi import refresh
 from ixi_etl.scans.tar import index_archive, read_member
 from ixi_etl.testing.phantom import pack_nifti, write_tar
 from model import augmentation, data, evaluate, export, planes, synthesize, volumes
+from model.baselines import MAPPING, baselines
 from model.config import Direction, TrainConfig
 from model.data import Pairs, Slabs
-from model.evaluate import MAPPING
 from model.generator import BATCH, as_predictor, load_generator
 from model.jobs import evaluate_run, prepare_run, train_run
 from model.networks import PatchDiscriminator, UNetGenerator
@@ -213,7 +213,7 @@ def images(seed: int, largest: int, count: int = 3) -> list[Tensor]:
 def mapped(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
     """Predictions of the intensity mapping and targets, in [-1, 1]."""
     source, target = pairs.normalised(torch.arange(len(pairs)))
-    return evaluate.baselines(pairs)[MAPPING](source, pairs.position).numpy(), target.numpy()
+    return baselines(pairs)[MAPPING](source, pairs.position).numpy(), target.numpy()
 
 
 def test_the_mapping_of_one_source_is_the_mean_target_at_each_intensity() -> None:
@@ -241,7 +241,7 @@ def test_the_mapping_of_two_equal_sources_is_that_of_one() -> None:
 
 def test_each_source_is_a_baseline_of_its_own_and_part_of_the_head() -> None:
     pairs = coded_pairs(2, 6, 1, 1)
-    found = evaluate.baselines(pairs)
+    found = baselines(pairs)
     assert list(found) == ["s0 as it is", "s1 as it is", "mean training target", "intensity mapping"]
     source, _ = pairs.normalised(torch.arange(len(pairs)))
     for n, name in enumerate(("s0 as it is", "s1 as it is")):
