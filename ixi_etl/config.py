@@ -261,21 +261,51 @@ class DatasetConfig(StrictModel):
             raise ValueError("index pairing takes slices as stored; registration must be none")
         if min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-9:
             raise ValueError(f"split shares {list(self.split)} must be >= 0 and add up to 1")
-        if self.window != "middle" and self.slice_rule != "middle":
-            raise ValueError(f"window {list(self.window)} is explicit; slice_rule must be middle")
+        if self.slice_rule == "area":
+            self._check_area()
         self._check_split_counts()
         return self
+
+    def _check_area(self) -> None:
+        if self.window != "middle":
+            raise ValueError(f"window {list(self.window)} is explicit; slice_rule must be middle")
+        if self.pairing == "index":
+            raise ValueError("index pairing takes the same slices of all subjects; slice_rule must be middle")
 
     def _check_split_counts(self) -> None:
         if (self.split_by == "order") != (self.split_counts is not None):
             raise ValueError("split_by order needs split_counts, for example 25 5 10, and only order uses them")
-        if self.split_counts is None or self.subjects is None or sum(self.split_counts) <= self.subjects:
+        if self.split_counts is None:
             return
-        counts = " + ".join(map(str, self.split_counts))
-        raise ValueError(f"split_counts {counts} need {sum(self.split_counts)} subjects; subjects is {self.subjects}")
+        needed = sum(self.split_counts)
+        if not needed:
+            raise ValueError("split_counts 0 0 0 use no subject; give for example 25 5 10")
+        if self.subjects is not None and needed > self.subjects:
+            raise ValueError(
+                f"split_counts {self.shown_counts} need {needed} subjects, but subjects is {self.subjects}; "
+                f"give split_counts that add up to at most {self.subjects}"
+            )
+
+    @property
+    def shown_counts(self) -> str:
+        """`25 + 5 + 10`, of `split_counts`."""
+        return " + ".join(map(str, self.split_counts or ()))
+
+    @property
+    def subject_limit(self) -> int | None:
+        """The largest number of subjects that are used; None if all are."""
+        return sum(self.split_counts) if self.split_counts else self.subjects
+
+    @property
+    def target_slices(self) -> int:
+        """Number of slices of a slab that are targets: without the margin."""
+        return self.slices if self.window == "middle" else self.window[1] - self.window[0]
 
     def window_in(self, depth: int) -> tuple[int, int] | None:
-        """The window [start, stop) among `depth` slices; None if it does not fit."""
+        """The window [start, stop) among `depth` slices, with the margin; None if it does not fit.
+
+        With `slice_rule = area` the window depends on the voxels; this one only shows whether one fits.
+        """
         if self.window == "middle":
             start = (depth - self.slices) // 2
             start, stop = start, start + self.slices
@@ -287,7 +317,7 @@ class DatasetConfig(StrictModel):
     @property
     def window_length(self) -> int:
         """Number of slices of a slab, with the margin."""
-        return (self.slices if self.window == "middle" else self.window[1] - self.window[0]) + 2 * self.margin
+        return self.target_slices + 2 * self.margin
 
     @property
     def name(self) -> str:
@@ -326,10 +356,6 @@ NEWER_FIELDS = frozenset(
     }
 )
 """Fields of `DatasetConfig` that are newer than pipeline version 8."""
-
-
-PRESETS: dict[str, dict[str, Any]] = {"paired": {}, "paper": {"pairing": "index"}}
-"""Preset -> fields that it sets. `paired`, the defaults, is recommended; `paper` is the published recipe."""
 
 
 class JobConfig(StrictModel):

@@ -15,7 +15,7 @@ PACKAGES = ("flows", "model", "ixi_etl")
 
 LAYERS = (
     *("recipes", "testing", "report", "pairing", "dataset", "sources", "scans"),
-    *("config", "modalities", "core", "errors"),
+    *("preparations", "config", "modalities", "core", "errors"),
 )
 """Packages and modules of `ixi_etl` from the top down."""
 

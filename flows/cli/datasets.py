@@ -14,10 +14,11 @@ from flows.cli.options import options_from
 from flows.cli.output import Json, Output, Quiet
 from flows.cli.show import show_run, show_version
 from flows.presets import Preset
-from ixi_etl.config import PRESETS, DatasetConfig, DigitsConfig, DigitsDataset, RefreshConfig, chosen_modalities
+from ixi_etl.config import DatasetConfig, DigitsConfig, DigitsDataset, RefreshConfig, chosen_modalities
 from ixi_etl.core.extras import require_extra
 from ixi_etl.errors import ArchiveError, DatasetError
 from ixi_etl.modalities import DEFAULT_MODALITIES
+from ixi_etl.preparations import configure
 
 if TYPE_CHECKING:
     from ixi_etl.dataset.publish import PublishedVersion
@@ -144,8 +145,11 @@ def refresh(
     config: dict[str, Any],
     dataset: dict[str, Any],
     preset: Annotated[
-        Literal["paired", "paper"],
-        typer.Option(help="paired: all scans on the planes of the reference. paper: slices by index, as published."),
+        Literal["paired", "paper", "syndiff", "selfrdb", "moschetto"],
+        typer.Option(
+            help="paired: all scans on the planes of the reference. paper: slices by index, as published. syndiff, "
+            "selfrdb, moschetto: as near to these publications as their texts allow; all deviations are recorded."
+        ),
     ] = "paired",
     then_train: Annotated[
         Preset | None,
@@ -160,7 +164,7 @@ def refresh(
     """
     if then_train:
         require_extra("train")
-    chosen = DatasetConfig.model_validate(PRESETS[preset] | dataset)
+    chosen = configure(preset, dataset)
     refresh_config = RefreshConfig.model_validate(config | {"dataset": chosen})
     output = Output(quiet, as_json)
     refreshed = run_refresh(refresh_config)

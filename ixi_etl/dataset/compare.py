@@ -47,7 +47,9 @@ def compare_manifests(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
         return table.set_index("subject_id").drop(columns="store_row").astype("object")
 
     both = pd.DataFrame({"old": status(old), "new": status(new)}).sort_index()
-    a, b = contents(old).reindex(both.index), contents(new).reindex(both.index)
+    tables = contents(old), contents(new)
+    columns = list(dict.fromkeys([*tables[0].columns, *tables[1].columns]))  # some configurations add columns
+    a, b = (table.reindex(index=both.index, columns=columns) for table in tables)
     differs = ((a != b) & ~(a.isna() & b.isna())).fillna(True)
     both = both[differs.any(axis=1)].fillna("absent")
     both["changed"] = [", ".join(c for c in differs.columns if differs.at[s, c]) for s in both.index]

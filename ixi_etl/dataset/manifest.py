@@ -6,17 +6,18 @@ the columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ixi_etl.config import DatasetConfig
-from ixi_etl.dataset.alignment import DISSIMILAR, UNCERTAIN, judge_alignments
-from ixi_etl.dataset.schema import CANDIDATE, EXCLUDED, REASONS, SCHEMAS, USED, Schema
-from ixi_etl.dataset.splits import assign_splits, person_of
+from ixi_etl.config import SPLITS, DatasetConfig
+from ixi_etl.dataset.alignment import DISSIMILAR, UNCERTAIN, Judgement, judge_alignments
+from ixi_etl.dataset.normalisation import add_mean_ranges
+from ixi_etl.dataset.schema import BEYOND_LIMIT, CANDIDATE, EXCLUDED, MIXED, REASONS, SCHEMAS, USED, Schema
+from ixi_etl.dataset.splits import assign_splits, person_of, split_files, split_in_order
 from ixi_etl.scans.site_tables import count_by_site, site_table, site_table_to_records
 
 DUPLICATE, GRID_DIFFERS = "duplicate_scan", "grid_differs"
@@ -34,32 +35,104 @@ FLAGS = {
 def finalise(
     manifest: pd.DataFrame, records: Mapping[str, Mapping[str, Any]], dataset_config: DatasetConfig
 ) -> pd.DataFrame:
-    """The final manifest, with the cut's `records` (subject_id -> record), splits, and dense store rows."""
-    rows, schema = [], SCHEMAS[dataset_config.name]
-    cut = {s: record for s, record in records.items() if "reason" not in record}
-    sites = dict(zip(manifest["subject_id"], manifest["site"], strict=True))
-    judged = judge_alignments(cut, sites, dataset_config)
-    rules = {UNCERTAIN: dataset_config.uncertain, DISSIMILAR: dataset_config.low_similarity}
+    """The final manifest, with the cut's `records` (subject_id -> record), splits, and dense store rows.
+
+    Of more usable subjects than `subject_limit`, the first in the order of `subject_id` are used. A candidate beyond
+    them needs no more in its record than the hashes of its members.
+    """
+    rows: list[dict[str, Any]] = []
+    used: list[dict[str, Any]] = []
+    schema = SCHEMAS[dataset_config.name]
+    judged = _judge(manifest, records, dataset_config)
     for row in to_records(manifest):
         record = records[row["subject_id"]]
         flags = join_flags(row["flags"], record.get("flags"))
-        row |= {column: value for column, value in record.items() if column in schema.dtypes} | {"flags": flags}
+        row |= {column: value for column, value in record.items() if column in schema.known} | {"flags": flags}
         for judgement in judged.get(row["subject_id"], []):
             row["flags"] = join_flags(row["flags"], judgement.flag)
-            if rules[judgement.reason] == "exclude" and not row["reason"]:
+            if _excludes(judgement, dataset_config) and not row["reason"]:
                 row |= {"reason": judgement.reason, "detail": judgement.detail}
+        if row["status"] == CANDIDATE and not row["reason"] and len(used) == dataset_config.subject_limit:
+            row |= {"reason": BEYOND_LIMIT, "detail": _describe_limit(dataset_config)}
         if row["status"] == CANDIDATE:
             row["status"] = EXCLUDED if row["reason"] else USED
+        used += [row] if row["status"] == USED else []
         rows.append(row)
-    used = [row for row in rows if row["status"] == USED]
     duplicates = find_equal_scans({row["subject_id"]: records[row["subject_id"]] for row in used})
-    splits = assign_splits({person_of(row["subject_id"]) for row in used}, duplicates, dataset_config)
     duplicated = {subject for group in duplicates for subject, _ in group}
-    for store_row, row in enumerate(used):
-        row |= {"store_row": store_row, "split": splits[person_of(row["subject_id"])]}
+    for store_row, (row, split) in enumerate(zip(used, _splits_of(used, duplicates, dataset_config), strict=True)):
+        row |= {"store_row": store_row} | split
         if row["subject_id"] in duplicated:
             row["flags"] = join_flags(row["flags"], DUPLICATE)
-    return schema.typed(pd.DataFrame(rows, columns=schema.columns))
+    if dataset_config.normalisation == "mean":
+        add_mean_ranges(used, records, schema.arrays)
+    return schema.typed(pd.DataFrame(rows, columns=[*schema.columns, *_optional_columns(schema, dataset_config)]))
+
+
+def usable_subjects(
+    manifest: pd.DataFrame, records: Mapping[str, Mapping[str, Any]], dataset_config: DatasetConfig
+) -> list[str]:
+    """The candidates with a record that `finalise` would use if there were no limit."""
+    judged = _judge(manifest, records, dataset_config)
+    candidates = manifest.loc[manifest["status"] == CANDIDATE, "subject_id"]
+    return [
+        subject
+        for subject in candidates
+        if "reason" not in records.get(subject, {"reason": ""})
+        and not any(_excludes(judgement, dataset_config) for judgement in judged.get(subject, []))
+    ]
+
+
+def _judge(
+    manifest: pd.DataFrame, records: Mapping[str, Mapping[str, Any]], dataset_config: DatasetConfig
+) -> dict[str, list[Judgement]]:
+    cut = {s: record for s, record in records.items() if "reason" not in record}
+    return judge_alignments(cut, dict(zip(manifest["subject_id"], manifest["site"], strict=True)), dataset_config)
+
+
+def _excludes(judgement: Judgement, dataset_config: DatasetConfig) -> bool:
+    rules = {UNCERTAIN: dataset_config.uncertain, DISSIMILAR: dataset_config.low_similarity}
+    return rules[judgement.reason] == "exclude"
+
+
+def _describe_limit(dataset_config: DatasetConfig) -> str:
+    counts = f" ({dataset_config.shown_counts})" if dataset_config.split_counts else ""
+    return f"the first {dataset_config.subject_limit} subjects that can be used are used{counts}"
+
+
+def _splits_of(
+    used: Sequence[Mapping[str, Any]], duplicates: list[list[tuple[str, str]]], dataset_config: DatasetConfig
+) -> list[dict[str, str]]:
+    """The columns `split` and, by file, `slice_splits` of each used row, in order."""
+    if dataset_config.split_by == "order":
+        return [{"split": split} for split in split_in_order(len(used), dataset_config.split_counts or ())]
+    if dataset_config.split_by == "file":
+        by_slice = split_files(len(used), dataset_config.target_slices, dataset_config)
+        return [
+            {"split": names[0] if len(set(names)) == 1 else MIXED, "slice_splits": ",".join(names)}
+            for names in by_slice
+        ]
+    splits = assign_splits({person_of(row["subject_id"]) for row in used}, duplicates, dataset_config)
+    return [{"split": splits[person_of(row["subject_id"])]} for row in used]
+
+
+def _optional_columns(schema: Schema, dataset_config: DatasetConfig) -> list[str]:
+    """The columns of `schema.optional` that a version of this configuration has."""
+    return [
+        name
+        for name in schema.optional
+        if (
+            dataset_config.split_by == "file"
+            if name == "slice_splits"
+            else dataset_config.normalisation != "percentiles"
+        )
+    ]
+
+
+def splits_of_subjects(used: pd.DataFrame) -> dict[str, set[str]]:
+    """Used subject -> the splits that its slices are in."""
+    names = used["slice_splits"] if "slice_splits" in used else used["split"]
+    return {subject: set(text.split(",")) for subject, text in zip(used["subject_id"], names, strict=True)}
 
 
 def join_flags(*flags: str | None) -> str:
@@ -113,12 +186,21 @@ def funnel(manifest: pd.DataFrame, schema: Schema) -> pd.DataFrame:
 
 
 def counts(manifest: pd.DataFrame, schema: Schema) -> dict[str, Any]:
-    """The counts in `dataset.json`: used subjects, subjects of each split, and the funnel."""
+    """The counts in `dataset.json`: used subjects, subjects of each split, and the funnel.
+
+    With a split by file also the slices of each split, and the subjects with slices in both train and test.
+    """
     rows = used_rows(manifest)
     steps = site_table_to_records(funnel(manifest, schema))
+    by_file: dict[str, Any] = {}
+    if "slice_splits" in rows:
+        of_slices = [name for text in rows["slice_splits"] for name in text.split(",")]
+        leaking = [subject for subject, names in splits_of_subjects(rows).items() if {"train", "test"} <= names]
+        by_file = {"slices": {split: of_slices.count(split) for split in SPLITS}, "leaking_subjects": len(leaking)}
     return {
         "subjects": len(rows),
         "splits": {str(split): int(n) for split, n in rows["split"].value_counts().sort_index().items()},
+        **by_file,
         "funnel": {row["step"]: {"all": row["all"], "sites": row["sites"]} for row in steps},
     }
 

@@ -113,19 +113,20 @@ def publish(
         upload_folder(staged, target, last=METADATA, progress=progress)
     _update_pointer(data_root, version, origins)
     _clear_staging(data_root)
-    _warn_of_empty_splits(summary["splits"])
+    _warn_of_empty_splits(summary)
     return PublishedVersion(version, target, is_new=True)
 
 
-def _warn_of_empty_splits(splits: Mapping[str, int]) -> None:
+def _warn_of_empty_splits(summary: Mapping[str, Any]) -> None:
     """Warn now, because a training run would fail hours later."""
+    splits, what = summary.get("slices", summary["splits"]), "slice" if "slices" in summary else "subject"
     consequences = {"train": "no training", "val": "no validation during training", "test": "no evaluation after it"}
     empty = [name for name in SPLITS if not splits.get(name)]
     if empty:
         existing = ", ".join(f"{count} {name}" for name, count in splits.items())
         log.warning(
-            "no subject is in split %s (the version has %s): %s; give more subjects, or another split seed",
-            *(" or ".join(empty), existing, ", ".join(consequences[name] for name in empty)),
+            "no %s is in split %s (the version has %s): %s; give more subjects, or another split seed",
+            *(what, " or ".join(empty), existing, ", ".join(consequences[name] for name in empty)),
         )
 
 

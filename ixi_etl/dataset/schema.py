@@ -27,6 +27,7 @@ from ixi_etl.modalities import DATASETS, DEFAULT_MODALITIES, DEFAULT_REFERENCE, 
 USED, EXCLUDED, CANDIDATE = "used", "excluded", "candidate"
 MIXED = "mixed"
 """The `split` of a subject whose slices are in several, which `slice_splits` lists."""
+BEYOND_LIMIT = "beyond_limit"
 
 REASONS = {
     **{f"missing_{m.lower()}": f"the archive has no {m} of this subject" for m in MODALITIES},
@@ -41,8 +42,10 @@ REASONS = {
     "outside_fov": "more than 5% of the {reference} slab's foreground is outside the {owners} grid",
     "empty_image": "percentiles 0.1 and 99.9 of a slab are equal: it has a single value, or almost no other",
     "intensity_range": "the range of values is too wide for 16 bits, or they cannot be interpolated in float32",
+    "mean_not_positive": "the mean of a slab is not above 0, so that nothing can be divided by it",
     "registration_uncertain": "the estimated error of the registration is above the maximum, or it failed",
     "low_similarity": "the similarity (NMI) of the pair is below the minimum, or far below the pairs of its site",
+    BEYOND_LIMIT: "enough subjects before this one can be used: --subjects or --split-counts limits their number",
 }
 """Reasons for exclusion. Of all failed checks the earliest here counts; within one reason, T1 before T2 before others.
 
@@ -78,6 +81,11 @@ class Schema:
     def columns(self) -> list[str]:
         """The columns that every manifest has."""
         return list(self.dtypes)
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """The columns that a manifest may have."""
+        return frozenset({*self.dtypes, *self.optional})
 
     def dtypes_with(self, given: Iterable[str]) -> dict[str, str]:
         """`dtypes` and, after them, those of the `optional` columns among the `given` ones."""
@@ -150,14 +158,14 @@ class Schema:
 
         splits = ("", *SPLITS, MIXED)
         allowed = {"status": (USED, EXCLUDED), "reason": ("", *self.reasons), "split": splits, **self.allowed}
-        texts = [name for name, dtype in self.dtypes.items() if dtype == "str"]
+        texts = [name for name, dtype in {**self.dtypes, **self.optional}.items() if dtype == "str"]
         columns = {"subject_id": pa.Column(unique=True)}
         for name, values in allowed.items():
             check = pa.Check.isin(values) if name in texts else pa.Check.in_range(*values)
             columns[name] = pa.Column(checks=check, nullable=True)
 
         def text_is_never_missing(table: pd.DataFrame) -> Any:
-            return table[texts].notna().all(axis=1)
+            return table[[name for name in texts if name in table]].notna().all(axis=1)
 
         def subject_is_a_safe_file_name(table: pd.DataFrame) -> Any:
             return table["subject_id"].str.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it becomes part of file names
@@ -185,6 +193,24 @@ class Schema:
                 complete &= has_range | is_absent(table, name)
             return (table["status"] != USED) | complete
 
+        def used_has_ranges(table: pd.DataFrame) -> Any:
+            """Of a version with another normalisation than percentiles."""
+            complete = pd.Series(True, table.index)
+            for name in [name for name in self.arrays if f"{name}_low" in table or f"{name}_high" in table]:
+                has_range = (table[f"{name}_low"] < table[f"{name}_high"]).fillna(False)
+                complete &= has_range | is_absent(table, name)
+            return (table["status"] != USED) | complete
+
+        def slices_have_splits(table: pd.DataFrame) -> Any:
+            """Of a version split by file: as many for each used row, and `split` is theirs, or mixed."""
+            if "slice_splits" not in table:
+                return pd.Series(True, table.index) & (table["split"] != MIXED)
+            names = table["slice_splits"].str.split(",")
+            is_used, distinct = table["status"] == USED, names.map(set)
+            agrees = distinct.map(lambda found: found <= {*SPLITS}) & (names.map(len) == names[is_used].map(len).max())
+            agrees &= table["split"] == distinct.map(lambda found: min(found) if len(found) == 1 else MIXED)
+            return agrees.where(is_used, table["slice_splits"] == "")
+
         rules = (
             text_is_never_missing,
             subject_is_a_safe_file_name,
@@ -194,6 +220,8 @@ class Schema:
             sorted_by_subject,
             excluded_has_a_detail,
             used_is_complete,
+            used_has_ranges,
+            slices_have_splits,
         )
         return pa.DataFrameSchema(columns, [pa.Check(rule) for rule in rules])
 
@@ -288,8 +316,8 @@ def ixi_schema(modalities: Sequence[str], reference: str) -> Schema:
             "readable": ("unreadable", "not_3d", "unsupported_dtype", "bad_affine"),
             "modal depth": ("depth_not_modal",),
             "modal grid": ("grid_not_modal",),
-            "cut": ("corrupt_voxels", "outside_fov", "empty_image", "intensity_range"),
-            "used": ("registration_uncertain", "low_similarity"),
+            "cut": ("corrupt_voxels", "outside_fov", "empty_image", "intensity_range", "mean_not_positive"),
+            "used": ("registration_uncertain", "low_similarity", BEYOND_LIMIT),
         },
         arrays=tuple(names),
         allowed={"sex": ("", "m", "f")}

@@ -192,9 +192,12 @@ class HeaderChecks:
             problem = f"{modality}: slices of {_sizes(plane)} voxels; index pairing needs the {first}'s size, {needed}"
             failures.append(("grid_not_modal", problem))
         if self.dataset_config.window_in(shape[2]) is None:
-            window = self.dataset_config.window
+            window, kind = (
+                self.dataset_config.window,
+                "middle" if self.dataset_config.slice_rule == "middle" else "largest",
+            )
             slices = (
-                f"of the middle {self.dataset_config.slices}" if window == "middle" else f"[{window[0]}, {window[1]})"
+                f"of the {kind} {self.dataset_config.slices}" if window == "middle" else f"[{window[0]}, {window[1]})"
             )
             margin = f" with a margin of {self.dataset_config.margin}" if self.dataset_config.margin else ""
             problem = f"{modality}: {shape[2]} slices; the window {slices}{margin} does not fit"

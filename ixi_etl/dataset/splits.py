@@ -1,9 +1,10 @@
-"""Assign persons to train, val and test."""
+"""Assign persons, subjects or slices to train, val and test."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import random
+from collections.abc import Iterable, Mapping, Sequence
 
 from ixi_etl.config import SPLITS, DatasetConfig
 
@@ -24,23 +25,66 @@ def split_of(person: str, dataset_config: DatasetConfig) -> str:
     return SPLITS[0] if position < train else SPLITS[1] if position < train + val else SPLITS[2]
 
 
-def assign_splits(
-    persons: Iterable[str], duplicates: Iterable[list[tuple[str, str]]], dataset_config: DatasetConfig
-) -> dict[str, str]:
-    """Person -> split, with all persons who share a scan in one split.
-
-    That is the first of train, val and test that any of them has, so that a person in train never moves to test because
-    a copy of a scan appears.
+def group_persons(persons: Iterable[str], duplicates: Iterable[list[tuple[str, str]]]) -> dict[str, frozenset[str]]:
+    """Person -> all persons who share a scan with this one, directly or through others; at least the person.
 
     Args:
         persons: of the used subjects.
         duplicates: groups of (subject_id, modality) with equal voxels.
-        dataset_config: the shares and the seed.
     """
-    groups = {person: {person} for person in persons}
+    groups = {person: frozenset({person}) for person in persons}
     for scans in duplicates:
-        merged = set().union(*(groups[person_of(subject)] for subject, _ in scans))
+        merged = frozenset().union(*(groups[person_of(subject)] for subject, _ in scans))
         groups |= dict.fromkeys(merged, merged)
+    return groups
+
+
+def assign_splits(
+    persons: Iterable[str], duplicates: Iterable[list[tuple[str, str]]], dataset_config: DatasetConfig
+) -> dict[str, str]:
+    """Person -> split, with all persons who share a scan in one split; arguments as of `group_persons`.
+
+    That is the first of train, val and test that any of them has, so that a person in train never moves to test because
+    a copy of a scan appears.
+    """
     return {
-        p: min((split_of(other, dataset_config) for other in group), key=SPLITS.index) for p, group in groups.items()
+        person: min((split_of(other, dataset_config) for other in group), key=SPLITS.index)
+        for person, group in group_persons(persons, duplicates).items()
     }
+
+
+def split_in_order(subjects: int, counts: Sequence[int]) -> list[str]:
+    """The split of each of `subjects` in order: the first `counts[0]` train, then val, then test."""
+    splits = [name for name, count in zip(SPLITS, counts, strict=True) for _ in range(count)]
+    return splits[:subjects]
+
+
+def split_files(subjects: int, slices: int, dataset_config: DatasetConfig) -> list[list[str]]:
+    """The split of each slice of each subject, as if each slice were a file: [subject][slice].
+
+    All files, sorted by subject, then by slice, are shuffled. The first n x share, rounded down, are train, the next
+    val, likewise, and the rest test. So one subject can have slices in train and in test.
+    """
+    files = [(subject, number) for subject in range(subjects) for number in range(slices)]
+    random.Random(dataset_config.split_seed).shuffle(files)  # noqa: S311  # nosec B311 - as published, no secret
+    train, val = (int(len(files) * share) for share in dataset_config.split[:2])
+    splits = [[SPLITS[2]] * slices for _ in range(subjects)]
+    for position, (subject, number) in enumerate(files[: train + val]):
+        splits[subject][number] = SPLITS[0] if position < train else SPLITS[1]
+    return splits
+
+
+def spread_persons(
+    splits: Mapping[str, Iterable[str]], duplicates: Iterable[list[tuple[str, str]]], among: Iterable[str] = SPLITS
+) -> list[str]:
+    """Persons with slices in more than one of the splits `among`, sorted. Those who share a scan count as one person.
+
+    Args:
+        splits: subject_id -> splits of its slices.
+        duplicates: groups of (subject_id, modality) with equal voxels.
+    """
+    groups = group_persons(map(person_of, splits), duplicates)
+    found: dict[frozenset[str], set[str]] = {}
+    for subject, names in splits.items():
+        found.setdefault(groups[person_of(subject)], set()).update(set(names) & set(among))
+    return sorted(min(group) for group, names in found.items() if len(names) > 1)

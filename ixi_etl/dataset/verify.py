@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from ixi_etl.core.files import sha256_file
 from ixi_etl.core.progress import Progress, no_progress
@@ -26,6 +27,7 @@ from ixi_etl.dataset.metadata import (
     read_metadata,
     version_name,
 )
+from ixi_etl.dataset.normalisation import mean_ranges, measure_slab
 from ixi_etl.dataset.schema import SCHEMAS, is_absent
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.dataset.versions import log
@@ -48,7 +50,7 @@ def verify(
     Args:
         version: its name, if the folder has another one.
         deep: also check the SHA-256 of every file, decode every chunk (which checks its CRC-32C), and compare the
-            percentiles of every slab with the manifest.
+            percentiles of every slab, and its range if it has another normalisation, with the manifest.
     """
     return _verify(folder, version or folder.name, deep, progress)[0]
 
@@ -103,7 +105,8 @@ def _verify(
     table = None
     try:
         table = read_manifest(folder)
-        problems += _verify_store(folder, schema.arrays, manifest.used_rows(table), deep, progress)
+        used, config = manifest.used_rows(table), metadata["inputs"]["config"]
+        problems += _verify_store(folder, schema.arrays, used, config, deep, progress)
         if not manifest.counts(table, schema).items() <= metadata.items():
             problems.append(f"{folder / MANIFEST} does not give the counts in {METADATA}")
     except DatasetError as error:
@@ -118,7 +121,14 @@ def _warn_of_foreign_files(folder: Path, names: Iterable[str]) -> None:
         log.warning("%s: ignored files that do not belong to the version: %s", folder, shown)
 
 
-def _verify_store(folder: Path, names: Sequence[str], used: pd.DataFrame, deep: bool, progress: Progress) -> list[str]:
+def _verify_store(
+    folder: Path,
+    names: Sequence[str],
+    used: pd.DataFrame,
+    config: Mapping[str, Any],
+    deep: bool,
+    progress: Progress,
+) -> list[str]:
     problems = []
     arrays = open_arrays(folder)
     for column in (f"{name}_{kind}" for name in names for kind in ("scale", "offset") if f"{name}_{kind}" in used):
@@ -131,13 +141,19 @@ def _verify_store(folder: Path, names: Sequence[str], used: pd.DataFrame, deep: 
         if array is None or len(array.shape) != 4 or array.shape[0] != len(used):
             problems.append(f"{folder}: array {name} does not hold the {len(used)} used subjects of the manifest")
             continue
+        if "slice_splits" in used:
+            targets = array.shape[1] - 2 * config.get("margin", 0)
+            wrong = used.loc[used["slice_splits"].str.count(",") + 1 != targets, "subject_id"].tolist()
+            problems += [f"{folder}: {s} does not have a split for each of its {targets} slices" for s in wrong]
         shards = range(0, array.shape[0], (array.shards or array.chunks)[0]) if deep else range(0)
+        measured: dict[str, tuple[float, ...]] = {}
         for start in shards:
             rows = used.iloc[start : start + shards.step]
             stop = start + len(rows)
             subjects = rows["subject_id"].tolist()
             try:
-                low_high = percentiles(np.asarray(array[start:stop]))
+                slabs = np.asarray(array[start:stop])
+                low_high = percentiles(slabs)
             except Exception as error:  # codecs raise many kinds on damaged bytes
                 affected = subjects[0] if len(rows) == 1 else f"{subjects[0]} to {subjects[-1]}"
                 problems.append(f"{folder}: {name} of {affected} cannot be decoded ({error})")
@@ -146,5 +162,26 @@ def _verify_store(folder: Path, names: Sequence[str], used: pd.DataFrame, deep: 
             differs = (low_high != in_manifest).any(axis=1) & ~is_absent(rows, name).to_numpy()
             wrong = [subject for subject, differ in zip(subjects, differs, strict=True) if differ]
             problems += [f"{folder}: {name} of {s} does not have the manifest's percentiles" for s in wrong]
+            if f"{name}_low" in used:
+                scales = rows[[f"{name}_scale", f"{name}_offset"]].to_numpy("float64", na_value=np.nan)
+                for subject, slab, scale in zip(subjects, slabs, scales.tolist(), strict=True):
+                    measured[subject] = measure_slab(slab, *scale)
             progress(f"verify {name}", stop, array.shape[0], "subjects")
+        if measured.keys() == set(used["subject_id"]):
+            problems += _verify_ranges(folder, name, used, np.array(list(measured.values())), config["normalisation"])
     return problems
+
+
+def _verify_ranges(
+    folder: Path, name: str, used: pd.DataFrame, measured: NDArray[np.float64], normalisation: str
+) -> list[str]:
+    """Compare the columns `_low` and `_high` with those of the slabs, of which (N, 4) values were measured."""
+    expected = measured[:, :2]
+    present = ~is_absent(used, name).to_numpy()
+    if normalisation == "mean":
+        scale = used[[f"{name}_scale", f"{name}_offset"]].to_numpy("float64", na_value=np.nan)
+        expected = np.full_like(expected, np.nan)
+        expected[present] = mean_ranges(*measured[present, 2:].T, *scale[present].T)
+    in_manifest = manifest.intensity_ranges(used, name)
+    differs = present & ~np.isclose(expected, in_manifest, rtol=1e-12, atol=0).all(axis=1)
+    return [f"{folder}: {name} of {s} does not have the manifest's range" for s in used.loc[differs, "subject_id"]]

@@ -16,6 +16,7 @@ from typing import Any
 from ixi_etl.config import DatasetConfig
 from ixi_etl.core.files import os_errors_as_user_errors, read_json, sha256_file, to_json, write_atomic
 from ixi_etl.core.storage import fingerprint, naming_file
+from ixi_etl.dataset.normalisation import record_slab
 from ixi_etl.dataset.schema import pair_column
 from ixi_etl.dataset.store import write_shards
 from ixi_etl.errors import BadVolumeError, DatasetError
@@ -197,6 +198,7 @@ def _cut(
     voxels = usable_voxels(slabs, record)
     for modality, slab in slabs.items():
         name = modality.lower()
+        record |= record_slab(modality, slab.stored.voxels, slab.stored.scale, slab.stored.offset, dataset_config)
         if slab.window:
             record |= {f"{name}_window_start": slab.window[0], f"{name}_window_stop": slab.window[1]}
     files = {}

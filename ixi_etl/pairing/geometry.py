@@ -50,12 +50,26 @@ def axial_slab(volume: NDArray[Any], affine: Matrix, window: tuple[int, int]) ->
     Axes are permuted and flipped to the nearest of R, A, S; nothing is resampled. Returns the slab [z, y, x], a view of
     `volume`, and its affine, (x, y, z, 1) to RAS mm.
     """
-    orientation = nib.io_orientation(affine)
-    xyz = nib.apply_orientation(volume.transpose(2, 1, 0), orientation)
-    shape_ijk = volume.shape[::-1]
     start, stop = window
-    to_stored = nib.orientations.inv_ornt_aff(orientation, shape_ijk)
-    return xyz[:, :, start:stop].transpose(2, 1, 0), rounded(affine @ to_stored @ _shift(0, 0, start))
+    to_stored = nib.orientations.inv_ornt_aff(nib.io_orientation(affine), volume.shape[::-1])
+    return axial_view(volume, affine)[start:stop], rounded(affine @ to_stored @ _shift(0, 0, start))
+
+
+def axial_view(volume: NDArray[Any], affine: Matrix) -> NDArray[Any]:
+    """A volume [k, j, i] in any orientation as [z, y, x], a view with axes towards the nearest of R, A, S."""
+    xyz: NDArray[Any] = nib.apply_orientation(volume.transpose(2, 1, 0), nib.io_orientation(affine))
+    return xyz.transpose(2, 1, 0)
+
+
+def largest_window(areas: NDArray[Any], slices: int, margin: int) -> tuple[int, int]:
+    """[start, stop) of the `slices` adjacent slices with the largest sum of `areas`, and `margin` slices around them.
+
+    The margin counts for nothing but must exist. Of equal sums the lowest window is taken.
+    """
+    up_to = np.concatenate([[0], np.cumsum(areas)])
+    sums = (up_to[slices:] - up_to[:-slices])[margin : len(areas) - slices - margin + 1]
+    start = int(np.argmax(sums))
+    return start, start + slices + 2 * margin
 
 
 def axial_depth(shape_ijk: tuple[int, ...], affine: Matrix) -> int:

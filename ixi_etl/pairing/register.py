@@ -1,4 +1,4 @@
-"""Estimate the rigid motion of the head between the two scans of a pair, and the error of that estimate.
+"""Estimate the motion of the head between the two scans of a pair, rigid or affine, and the error of that estimate.
 
 Legend: volumes are [k, j, i], slabs [z, y, x]; matrices are 4 x 4 and act on RAS mm. The fixed scan is that of the
 reference modality. `fixed_to_moving` maps a point of its world to the same tissue in the moving scan's; it is the
@@ -34,6 +34,10 @@ removed from one would mislead it."""
 FINE = Level(1.0, 85_000, 0.5, 0.5, 60)
 """About 1 mm, for IXI the stored grid: a hundredth of its voxels suffices, and no coarser grid is accurate to a tenth
 of a millimetre. Measured in docs/registration.md."""
+AFFINE = replace(FINE, iterations=100)
+"""From the rigid result. The steps of an affine search are estimated: see `_search`."""
+MIN_STRETCH, MAX_STRETCH = 0.8, 1.25
+"""Stretch along any direction beyond which an affine search has run away. Scanners differ by a few per cent."""
 TRIAL = replace(COARSE, samples=6_000)
 """One of many starts."""
 MIRROR = replace(TRIAL, relax=0.6, iterations=60)
@@ -56,12 +60,20 @@ is wrong. In 14 real T1s and T2s, half of them with added faults, the right one 
 mirror image."""
 # Entries of the result are rounded to 1e-6, or 0.1 um at the edge of a head. The error of the search is 50 um.
 MATRIX_BITS = 20
+NOT_RIGID = 1e-5  # of an entry of R R^T; rounding alone changes them by 2e-6
 
 
 def measure_motion(fixed_to_moving: Matrix, points: NDArray[np.float64]) -> tuple[float, float]:
-    """Mean displacement (mm) of `points` (n, 3) in RAS mm, and angle of rotation (degrees), rounded to 6 digits."""
+    """Mean displacement (mm) of `points` (n, 3) in RAS mm, and angle of rotation (degrees), rounded to 6 digits.
+
+    The angle of an affine matrix is that of the nearest rotation, the first factor of its polar decomposition.
+    """
     moved = points @ fixed_to_moving[:3, :3].T + fixed_to_moving[:3, 3]
-    cosine = (np.trace(fixed_to_moving[:3, :3]) - 1) / 2
+    rotation = fixed_to_moving[:3, :3]
+    if np.abs(rotation @ rotation.T - np.eye(3)).max() > NOT_RIGID:
+        left, _, right = np.linalg.svd(rotation)
+        rotation = left @ right
+    cosine = (np.trace(rotation) - 1) / 2
     return (
         round(float(np.linalg.norm(moved - points, axis=1).mean()), 6) if len(points) else 0.0,
         round(float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))), 6),
@@ -86,8 +98,8 @@ class Registration:
 
     Attributes:
         fixed_to_moving: the motion that was found.
-        check: the same motion, found by a search with exchanged roles of the scans.
-        disagreement_mm: mean distance over the head between the results of the two first searches.
+        check: the same motion, found by a search with exchanged roles of the scans; affine if the result is.
+        disagreement_mm: mean distance over the head between the results of the two first searches, which are rigid.
         is_mirrored: whether the mirror image of the moving scan fits the fixed one better.
     """
 
@@ -128,15 +140,17 @@ class _Head:
     centre: NDArray[np.float64]
 
 
-def register(moving_scan: Volume, fixed_scan: Volume) -> Registration:
-    """The rigid `fixed_to_moving` that maximises the Mattes mutual information of two volumes.
+def register(moving_scan: Volume, fixed_scan: Volume, *, is_affine: bool = False) -> Registration:
+    """The rigid or affine `fixed_to_moving` that maximises the Mattes mutual information of two volumes.
 
     Starts from the headers' alignment. A second coarse search exchanges the roles of the scans: two searches that see
     other samples and another metric rarely end in the same wrong place. If they disagree, more starts are tried.
+    An affine search starts from the rigid result. Its check has exchanged roles too, the same level, and starts from
+    the rigid check.
     Deterministic: regular sampling, one thread, and rounded geometry.
 
     Raises:
-        RegistrationError: the volumes do not overlap, are constant, or a search failed.
+        RegistrationError: the volumes do not overlap, are constant, or a search failed or ran away.
     """
     moving_scan, fixed_scan = (_clip_spikes(scan) for scan in (moving_scan, fixed_scan))
     fixed, moving = (_head(scan, COARSE.spacing_mm) for scan in (fixed_scan, moving_scan))
@@ -147,15 +161,24 @@ def register(moving_scan: Volume, fixed_scan: Volume) -> Registration:
     is_poor = disagreement_mm > RETRY_MM
     if is_poor:
         coarse = _best_of_many(fixed, moving, [coarse, check, start])
-    fine, _ = _search(FINE, _whole(fixed_scan, FINE.spacing_mm), _whole(moving_scan, FINE.spacing_mm), coarse)
+    whole_fixed, whole_moving = (_whole(scan, FINE.spacing_mm) for scan in (fixed_scan, moving_scan))
+    fine, _ = _search(FINE, whole_fixed, whole_moving, coarse)
     if is_poor:
         check = _inverse_search(fixed, moving, _displaced(fine, fixed))
-    return Registration(
-        rounded(fine, MATRIX_BITS),
-        rounded(check, MATRIX_BITS),
-        disagreement_mm,
-        _fits_better_mirrored(fixed, moving, fine, is_poor),
-    )
+    is_mirrored = _fits_better_mirrored(fixed, moving, fine, is_poor)
+    if is_affine and not is_mirrored:
+        fine = _affine_search(whole_fixed, whole_moving, fine)
+        check = np.linalg.inv(_affine_search(whole_moving, whole_fixed, _inverse(check))).astype(np.float64)
+    return Registration(rounded(fine, MATRIX_BITS), rounded(check, MATRIX_BITS), disagreement_mm, is_mirrored)
+
+
+def _affine_search(fixed: _Head, moving: _Head, start: Matrix) -> Matrix:
+    """The affine matrix from the fixed to the moving scan's world that a search from `start` finds."""
+    found, _ = _search(AFFINE, fixed, moving, start, is_affine=True)
+    stretches = np.linalg.svd(found[:3, :3], compute_uv=False)
+    if np.linalg.det(found[:3, :3]) < 0 or stretches.min() < MIN_STRETCH or stretches.max() > MAX_STRETCH:
+        raise RegistrationError(f"the search stretched the head by {stretches.min():.2f} to {stretches.max():.2f}")
+    return found
 
 
 def _inverse_search(fixed: _Head, moving: _Head, start: Matrix) -> Matrix:
@@ -225,17 +248,23 @@ def _rotation(angles_deg: Any, centre: NDArray[np.float64]) -> Matrix:
     return _matrix_of(transform)
 
 
-def _search(level: Level, fixed: _Head, moving: _Head, start: Matrix) -> tuple[Matrix, float]:
+def _search(
+    level: Level, fixed: _Head, moving: _Head, start: Matrix, *, is_affine: bool = False
+) -> tuple[Matrix, float]:
     """The matrix from the fixed to the moving scan's world that the search finds, and its metric (the less the better).
+
+    The matrix is rigid, unless the search `is_affine`. Then the length of each step is estimated, so that no point
+    moves by more than `level.first_step` mm: an entry of an affine matrix moves points a hundred times as far as a
+    shift of the same number, and a fixed length would throw the search far away.
 
     Raises:
         RegistrationError: the search failed.
     """
     sitk = import_sitk()
     start = rounded(start)
-    transform = sitk.Euler3DTransform()
+    transform = sitk.AffineTransform(3) if is_affine else sitk.Euler3DTransform()
     transform.SetCenter(fixed.centre.tolist())
-    transform.SetMatrix(start[:3, :3].ravel().tolist(), 1e-6)
+    transform.SetMatrix(start[:3, :3].ravel().tolist(), *([] if is_affine else [1e-6]))  # the tolerance of a rotation
     transform.SetTranslation((start[:3, 3] - fixed.centre + start[:3, :3] @ fixed.centre).tolist())
     search = sitk.ImageRegistrationMethod()
     search.SetMetricAsMattesMutualInformation(HISTOGRAM_BINS)
@@ -250,10 +279,12 @@ def _search(level: Level, fixed: _Head, moving: _Head, start: Matrix) -> tuple[M
     search.SetInterpolator(sitk.sitkLinear)
     search.SetOptimizerAsRegularStepGradientDescent(
         learningRate=level.first_step,
-        minStep=1e-3,
+        minStep=1e-5 if is_affine else 1e-3,
         numberOfIterations=level.iterations,
         relaxationFactor=level.relax,
         gradientMagnitudeTolerance=1e-8,
+        estimateLearningRate=search.EachIteration if is_affine else search.Never,
+        maximumStepSizeInPhysicalUnits=level.first_step,
     )
     search.SetOptimizerScalesFromPhysicalShift()
     search.SetInitialTransform(transform, inPlace=True)

@@ -24,7 +24,7 @@ from ixi_etl.modalities import ECHOES
 from ixi_etl.pairing import geometry, register
 from ixi_etl.pairing.similarity import nmi
 from ixi_etl.scans import affines, nifti
-from ixi_etl.scans.intensity import Quantisation, StoredSlab, clip_spikes, otsu_threshold, to_int16
+from ixi_etl.scans.intensity import Quantisation, StoredSlab, clip_spikes, otsu_threshold, percentiles, to_int16
 
 MAX_OUTSIDE = 0.05  # share of the reference slab's foreground. The real pairs in docs/registration.md have 0.
 MIN_COMMON_FOREGROUND = 0.5  # share of the reference slab's foreground below which NMIs are not comparable
@@ -102,10 +102,20 @@ def index_slab(volume: ScanVolume, dataset_config: DatasetConfig) -> Slab:
     return Slab(volume.to_stored_slab(stored), affine, window)
 
 
-def _axial_slab(scan: ScanVolume, dataset_config: DatasetConfig) -> Slab:
-    """The window of the axial slices of a scan, never resampled."""
+def _axial_window(scan: ScanVolume, dataset_config: DatasetConfig) -> tuple[int, int]:
+    """The window [start, stop) of the axial slices of a scan, with the margin."""
     window = dataset_config.window_in(geometry.axial_depth(scan.header.shape, scan.affine))
     assert window is not None, "selection accepted a window that does not fit"
+    if dataset_config.slice_rule == "middle":
+        return window
+    (low_high,) = percentiles(scan.voxels[np.newaxis])
+    head = scan.voxels > otsu_threshold(clip_spikes(scan.voxels, *low_high))
+    areas = np.count_nonzero(geometry.axial_view(head, scan.affine), axis=(1, 2))
+    return geometry.largest_window(areas, dataset_config.target_slices, dataset_config.margin)
+
+
+def _axial_slab(scan: ScanVolume, window: tuple[int, int]) -> Slab:
+    """The axial slices [start, stop) of a scan, never resampled."""
     stored, affine = geometry.axial_slab(scan.voxels, scan.affine, window)
     # Copied, because a flipped view is read repeatedly at half the speed and keeps the whole volume in memory.
     return Slab(scan.to_stored_slab(stored.copy()), affine, window)
@@ -142,10 +152,11 @@ def anatomical_slabs(
         BadVolumeError: `outside_fov` or `bad_affine`.
     """
     reference = dataset_config.reference
-    target = _axial_slab(volumes[reference], dataset_config)
+    window = _axial_window(volumes[reference], dataset_config)
+    target = _axial_slab(volumes[reference], window)
     grid = volumes[reference].affine, volumes[reference].header.shape
     fixed = volumes.pop(reference)
-    is_registered = dataset_config.registration == "rigid"
+    is_registered = dataset_config.registration != "none"
     foreground = foreground_mask(target)
     points = geometry.world_points(foreground, target.affine)
     slabs: dict[str, Slab] = {reference: target}
@@ -159,11 +170,12 @@ def anatomical_slabs(
         is_echo = {modality, reference} <= ECHOES
         on_grid = is_echo and geometry.affine_on_grid_of(scan.affine, scan.header.shape, *grid) is not None
         if on_grid and not dataset_config.register_echoes:
-            alignment = _same_slices(scan, target, foreground, dataset_config)
+            alignment = _same_slices(scan, target, foreground, window)
         else:
             alignment = _by_headers(scan, target, foreground)
             if is_registered:
-                alignment, flags = _register_pair(alignment, scan, fixed, target, foreground)
+                is_affine = dataset_config.registration == "affine"
+                alignment, flags = _register_pair(alignment, scan, fixed, target, foreground, is_affine=is_affine)
                 motion_mm, motion_deg = register.measure_motion(alignment.matrix, points)
                 measured = {"motion_mm": motion_mm, "motion_deg": motion_deg}
                 measured["registration_error_mm"] = alignment.error_mm
@@ -189,17 +201,21 @@ def _by_headers(scan: ScanVolume, target: Slab, foreground: NDArray[np.bool_]) -
     return Alignment(slab, inside, np.eye(4), similarity, similarity)
 
 
-def _same_slices(
-    echo: ScanVolume, target: Slab, foreground: NDArray[np.bool_], dataset_config: DatasetConfig
-) -> Alignment:
+def _same_slices(echo: ScanVolume, target: Slab, foreground: NDArray[np.bool_], window: tuple[int, int]) -> Alignment:
     """The same slices of another echo, whose voxels are those of the reference: nothing is interpolated."""
-    slab = replace(_axial_slab(echo, dataset_config), affine=target.affine, window=None)
+    slab = replace(_axial_slab(echo, window), affine=target.affine, window=None)
     similarity = nmi_within(foreground, slab, target)
     return Alignment(slab, np.ones(foreground.shape, bool), np.eye(4), similarity, similarity)
 
 
 def _register_pair(
-    by_headers: Alignment, moving: ScanVolume, fixed: ScanVolume, target: Slab, foreground: NDArray[np.bool_]
+    by_headers: Alignment,
+    moving: ScanVolume,
+    fixed: ScanVolume,
+    target: Slab,
+    foreground: NDArray[np.bool_],
+    *,
+    is_affine: bool,
 ) -> tuple[Alignment, list[str]]:
     """Register a scan to the reference; return the better of both alignments, and flags for the manifest.
 
@@ -207,7 +223,8 @@ def _register_pair(
         BadVolumeError: `bad_affine`: the mirror image of the scan fits better.
     """
     try:
-        found = register.register(*(register.Volume(scan.voxels, scan.affine) for scan in (moving, fixed)))
+        volumes = (register.Volume(scan.voxels, scan.affine) for scan in (moving, fixed))
+        found = register.register(*volumes, is_affine=is_affine)
     except register.RegistrationError:
         return by_headers, ["registration_failed"]
     if found.is_mirrored:

@@ -33,6 +33,7 @@ from ixi_etl.recipes.ixi_inputs import (
     create_cut_jobs,
     start_job,
 )
+from ixi_etl.recipes.ixi_subjects import check_split_counts, cut_enough, warn_about_leaks
 from ixi_etl.recipes.ixi_version import publish_version
 from ixi_etl.scans.demographics import read_demographics
 from ixi_etl.scans.survey import describe_skipped_members, modal_planes, survey
@@ -107,7 +108,9 @@ def select_subjects(job: RefreshJob, survey_table: pd.DataFrame) -> pd.DataFrame
         log.warning("index pairing: %s, so the two pictures of a pair show different planes of the head", slices)
     screened = selection.screen_headers(survey_table, dataset_config, people)
     _warn_about_flags(screened, [flag for flag in manifest.FLAGS if flag not in FLAGS_OF_THE_CUT])
-    _check_modalities(screened[screened["status"] == CANDIDATE], dataset_config)
+    candidates = screened[screened["status"] == CANDIDATE]
+    _check_modalities(candidates, dataset_config)
+    check_split_counts(len(candidates), dataset_config, "the headers of the others are excluded")
     return screened
 
 
@@ -156,17 +159,24 @@ def cut_subjects(
     work.mkdir(parents=True, exist_ok=True)
     cut_jobs = create_cut_jobs(survey_table, screened, inputs, job.version)
     _check_disk(work, screened, config.dataset)
-    results = parallel_map(
-        partial(cut_subject, dataset_config=config.dataset, work=work.resolve()),
-        [_without_fingerprints(cut_job) for cut_job in cut_jobs] if config.dask else cut_jobs,
-        workers=config.workers,
-        address=config.dask,
-        libraries=("ixi-etl", *VOXEL_LIBRARIES),
-        on_done=lambda done: job.progress("cut", done, len(cut_jobs), "subjects"),
-    )
-    _check_members(cut_jobs, results, work)
+    finished = 0
+
+    def cut(batch: Sequence[CutJob]) -> dict[str, dict[str, Any]]:
+        nonlocal finished
+        results = parallel_map(
+            partial(cut_subject, dataset_config=config.dataset, work=work.resolve()),
+            [_without_fingerprints(cut_job) for cut_job in batch] if config.dask else batch,
+            workers=config.workers,
+            address=config.dask,
+            libraries=("ixi-etl", *VOXEL_LIBRARIES),
+            on_done=lambda done: job.progress("cut", finished + done, len(cut_jobs), "subjects"),
+        )
+        _check_members(batch, results, work)
+        finished += len(batch)
+        return {cut_job.subject_id: result for cut_job, result in zip(batch, results, strict=True)}
+
+    records = cut_enough(cut_jobs, screened, config.dataset, cut)
     _check_unchanged(inputs)
-    records = {cut_job.subject_id: result for cut_job, result in zip(cut_jobs, results, strict=True)}
     if inputs.are_members_only:
         for cut_job in cut_jobs:
             if cut_job.is_candidate:
@@ -178,6 +188,7 @@ def cut_subjects(
     write_atomic(audit, SCHEMAS[config.dataset.name].to_csv(final))
     skipped = describe_skipped_members(survey_table, inputs.archives, config.pattern)
     _check_enough_subjects(final, config, audit, skipped)
+    warn_about_leaks(final, records, config.dataset)
     return final, records
 
 
@@ -214,6 +225,7 @@ def _check_members(cut_jobs: Sequence[CutJob], records: Sequence[Mapping[str, An
 def _check_disk(work: Path, screened: pd.DataFrame, dataset_config: DatasetConfig) -> None:
     """Check that an uncompressed int16 slab per candidate and modality fits on the disk, less the existing shards."""
     shapes = screened.loc[screened["status"] == CANDIDATE, f"{dataset_config.reference.lower()}_shape"]
+    shapes = shapes[: dataset_config.subject_limit]
     voxels = dataset_config.window_length * sum(math.prod(json.loads(shape)[:2]) for shape in shapes)
     existing = sum(path.stat().st_size for path in work.glob("*.shard"))
     needed_bytes = len(dataset_config.modalities) * BYTES_PER_VOXEL * voxels - existing
@@ -258,3 +270,4 @@ def _check_enough_subjects(final: pd.DataFrame, config: RefreshConfig, audit: Pa
             raise DatasetError(f"the archives contain no subject: {'; '.join(skipped)}")
         reasons = ", ".join(f"{n} {reason}" for reason, n in final["reason"].value_counts().items())
         raise DatasetError("; ".join([f"no subject is left ({reasons})", *skipped, f"{audit} lists the reasons"]))
+    check_split_counts(len(manifest.used_rows(final)), dataset_config, f"{audit} lists the reasons of the others")

@@ -19,6 +19,7 @@ from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import SCHEMAS
 from ixi_etl.pairing import pictures
 from ixi_etl.pairing.cut import picture_path, shard_path
+from ixi_etl.preparations import deviations
 from ixi_etl.recipes.ixi_inputs import DEMOGRAPHICS, Inputs, RefreshJob, is_from_ixi
 from ixi_etl.report import dataset_report
 from ixi_etl.scans.site_tables import site_table_to_records
@@ -52,6 +53,8 @@ def publish_version(
         "sources": sources,
         **credit.credit_and_licence(sources),
     }
+    if dataset_config.preparation != "none":
+        summary["preparation"] = {"name": dataset_config.preparation, "deviations": deviations(dataset_config)}
     cut = {s: records[s]["affines"] for s in subjects}  # subject -> array name -> affine, of the scans that it has
     attributes = {"subject_id": subjects, **{k: summary[k] for k in ("name", "version", "licence", "credit")}}
     store.assemble(

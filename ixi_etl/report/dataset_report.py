@@ -11,11 +11,13 @@ import pandas as pd
 from ixi_etl.config import SPLITS
 from ixi_etl.dataset import manifest
 from ixi_etl.dataset.credit import SOURCE_LABELS
-from ixi_etl.dataset.schema import EXCLUDED, SCHEMAS, is_absent, pair_column
+from ixi_etl.dataset.schema import EXCLUDED, MIXED, SCHEMAS, is_absent, pair_column
 from ixi_etl.modalities import DATASETS, moving
 from ixi_etl.pairing.pictures import PairLayers
+from ixi_etl.preparations import PREPARATIONS
 from ixi_etl.report import charts, page
 from ixi_etl.report.depth_chart import depth_bars
+from ixi_etl.scans.intensity import describe_normalisation
 from ixi_etl.scans.site_tables import flatten, flatten_row, site_table_to_records, sites_of
 
 PAIRS_SHOWN = 24  # pairs spread over the sites
@@ -139,6 +141,9 @@ def dataset_report(
             excluded[["subject_id", "site", "reason", "detail"]].rename(columns={"subject_id": "subject"})
         ),
         splits=_splits(used, sites),
+        slice_splits=_slice_splits(summary),
+        normalisation=describe_normalisation(summary["inputs"]["config"].get("normalisation", "percentiles")),
+        source=_source(summary),
         people=_people(used),
         intensities=[
             {"": f"{m}, percentile {percentile}"} | _quartiles(_in_units(used, m)[which], None)
@@ -199,13 +204,29 @@ def _by_site(used: pd.DataFrame, column: str) -> dict[str, list[float]]:
     return {str(site): rows[column].dropna().tolist() for site, rows in used.groupby("site")}
 
 
+def _splits_in(used: pd.DataFrame) -> list[str]:
+    """All splits, and `mixed` if subjects have slices in several."""
+    return [*SPLITS, *[MIXED][: int((used["split"] == MIXED).any())]]
+
+
 def _by_split(used: pd.DataFrame, column: str) -> dict[str, list[float]]:
-    return {split: used.loc[used["split"] == split, column].dropna().tolist() for split in SPLITS}
+    return {split: used.loc[used["split"] == split, column].dropna().tolist() for split in _splits_in(used)}
+
+
+def _slice_splits(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The slices of each split, of a version split by file; empty for others."""
+    slices = summary.get("slices", {})
+    return [{"split": split, "slices": n, "share": f"{n / sum(slices.values()):.0%}"} for split, n in slices.items()]
+
+
+def _source(summary: Mapping[str, Any]) -> str:
+    """The repositories of a published preparation; "" if the version follows none."""
+    return PREPARATIONS[summary["preparation"]["name"]].source if "preparation" in summary else ""
 
 
 def _splits(used: pd.DataFrame, sites: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
-    for split in SPLITS:
+    for split in _splits_in(used):
         part = used[used["split"] == split]
         labels = {"split": split, "subjects": len(part), "share": f"{len(part) / len(used):.0%}"}
         rows.append(flatten_row(labels, {site: int((part["site"] == site).sum()) for site in sites}, {}))
@@ -217,7 +238,7 @@ def _people(used: pd.DataFrame) -> list[dict[str, Any]]:
     if used["age"].isna().all() and (used["sex"] == "").all():
         return []
     rows = []
-    for split in SPLITS:
+    for split in _splits_in(used):
         part = used[used["split"] == split]
         sexes = {name: int((part["sex"] == sex).sum()) for name, sex in (("women", "f"), ("men", "m"), ("unknown", ""))}
         age = f"{part['age'].mean():.1f} ({part['age'].min():.0f} to {part['age'].max():.0f})"

@@ -20,9 +20,10 @@ import ixi_etl
 from flows.cli import app, main
 from flows.presets import Preset
 from ixi_etl import __version__
-from ixi_etl.config import PRESETS, DatasetConfig
+from ixi_etl.config import DatasetConfig
 from ixi_etl.dataset import versions
 from ixi_etl.dataset.publish import PublishedVersion
+from ixi_etl.preparations import PRESETS
 
 TOP = Path(__file__).parents[2]
 README = (TOP / "README.md").read_text()
