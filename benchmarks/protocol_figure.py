@@ -59,12 +59,13 @@ def draw_metrics(axes: Any, table: pd.DataFrame) -> None:
 
 def draw_splits(axes: Any, table: pd.DataFrame) -> None:
     """The gain of the split by file; a bar is the mean of the seeds, which are the dots."""
-    seeds = [column for column in table if column.startswith("psnr_gain_seed")]
+    seeds = table.filter(like="psnr_gain_seed")
     labels = [f"{row.test_on},\n{row.region}" for row in table.itertuples()]
-    for place, (_, row) in enumerate(table.iterrows()):
-        colour, _ = STYLES[row["region"]]
-        axes.barh(place, row["psnr_gain"], 0.6, color=colour, alpha=0.55)
-        axes.plot(row[seeds].astype(float), [place] * len(seeds), "o", color="black", markersize=4)
+    for place, row in enumerate(table.itertuples()):
+        colour, _ = STYLES[str(row.region)]
+        axes.barh(place, row.psnr_gain, 0.6, color=colour, alpha=0.55)
+    for column in seeds:
+        axes.plot(seeds[column], range(len(table)), "o", color="black", markersize=4)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
@@ -75,7 +76,7 @@ def draw_splits(axes: Any, table: pd.DataFrame) -> None:
 def draw_registration(axes: Any, table: pd.DataFrame) -> None:
     """PSNR by the error; bars reach from one seed to the other."""
     for region, part in table.groupby("region", sort=False):
-        colour, marker = STYLES[region]
+        colour, marker = STYLES[str(region)]
         half = part["psnr_spread"] / 2
         axes.errorbar(part["error_mm"], part["psnr"], half, color=colour, marker=marker, capsize=3, label=region)
     axes.set_xticks(sorted(set(table["error_mm"])))

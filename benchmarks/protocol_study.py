@@ -5,6 +5,7 @@ Legend: B, H, W are batch, height, width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -138,7 +139,7 @@ def score_regions(pairs: Pairs, predict: Predictor) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def centre_crop(size: tuple[int, int], height: float, width: float) -> Tensor:
+def centre_crop(size: Sequence[int], height: float, width: float) -> Tensor:
     """Mask (H, W) of the centre crop with these shares of the height and of the width."""
     mask = torch.zeros(size, dtype=torch.bool)
     (top, rows), (left, columns) = (

@@ -83,7 +83,8 @@ def split_table(regions: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for test_on in (OWN_TEST, SAME_SLICES):
         for region in (WHOLE, HEAD):
-            by_subject, by_file = (values.loc[(test_on, region, name)] for name in (BY_SUBJECT, BY_FILE))
+            both = values.loc[test_on].loc[region]
+            by_subject, by_file = both.loc[BY_SUBJECT], both.loc[BY_FILE]
             gain = by_file - by_subject  # of each seed
             row = {"test_on": test_on, "region": region}
             row |= {"psnr_by_subject": by_subject["psnr"].mean(), "psnr_by_file": by_file["psnr"].mean()}
@@ -143,8 +144,8 @@ def markdown(table: pd.DataFrame) -> str:
         is_signed = "_change" in column or "_gain" in column
         return f"{value:{'+' if is_signed else ''}.{digits}f}"
 
-    lines = [list(table.columns), ["---"] * len(table.columns)]
-    lines += [[shown(c, value) for c, value in row.items()] for row in table.to_dict("records")]
+    lines = [list(map(str, table.columns)), ["---"] * len(table.columns)]
+    lines += [[shown(str(c), value) for c, value in row.items()] for row in table.to_dict("records")]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

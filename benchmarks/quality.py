@@ -185,7 +185,7 @@ def _scores(test: Pairs, predictors: dict[str, Predictor]) -> dict[str, dict[str
     from model.evaluate import measure
 
     torch.manual_seed(0)  # of the dropout
-    table = measure(test, predictors)
+    table = measure(test, predictors, protocols=("ours",))
     return {
         str(method): {
             str(mask): {name: float(part[name].mean()) for name in UNITS} for mask, part in rows.groupby("mask")
