@@ -13,18 +13,18 @@ from multiprocessing import get_context
 
 import pandas as pd
 import torch
-from model.baselines import baselines
-from model.scores import average_maps, error_maps, score_subjects
-from model.subjects import generate_subjects
 from torch import Tensor
 
 from benchmarks.folds import start_worker
 from benchmarks.protocol_data import BY_FILE, BY_SUBJECT, Dataset
 from ixi_etl.core.progress import no_progress
+from model.baselines import baselines
 from model.config import TrainConfig, preset
 from model.data import Pairs, draw_batch
 from model.evaluate import GENERATED, measure
 from model.generator import Predictor, as_predictor
+from model.scores import average_maps, error_maps, score_subjects
+from model.subjects import generate_subjects
 from model.trainer import Trainer
 
 SEEDS = (0, 1)

@@ -21,6 +21,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -86,7 +87,7 @@ def split_table(regions: pd.DataFrame) -> pd.DataFrame:
             both = values.loc[test_on].loc[region]
             by_subject, by_file = both.loc[BY_SUBJECT], both.loc[BY_FILE]
             gain = by_file - by_subject  # of each seed
-            row = {"test_on": test_on, "region": region}
+            row: dict[str, Any] = {"test_on": test_on, "region": region}
             row |= {"psnr_by_subject": by_subject["psnr"].mean(), "psnr_by_file": by_file["psnr"].mean()}
             row |= {f"{measure}_gain": gain[measure].mean() for measure in MEASURES}
             rows.append(row | {f"psnr_gain_seed_{seed}": gain.loc[seed, "psnr"] for seed in SEEDS})
