@@ -5,6 +5,7 @@ from __future__ import annotations
 import tarfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,58 +23,95 @@ from ixi_etl.testing.phantom import PhantomSubject, rigid, simulate, write_tar
 from model.data import Pairs, Slabs, load_pairs
 
 SEED = 22
-BY_SUBJECT, BY_FILE = "subject", "file"
+BY_SUBJECT, BY_FILE, OTHERS = "by subject", "by file", "as many subjects, others"
+SPLITS = (BY_SUBJECT, OTHERS, BY_FILE)
+GROUPS = {BY_FILE: ("train", "test"), OTHERS: ("train", "val")}
+"""Whose slices are trained on, of the slices that a split by file trains on. Groups are splits by subject."""
+OWN_TEST, SAME_SLICES = "own test split", "same slices"
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Archives, and a version of them for each kind of split: `versions[BY_SUBJECT]`, `versions[BY_FILE]`.
+    """Archives, and two versions of them: by subject a third each is in train, val and test, by file half of the slices
+    in train and in test.
 
-    Half of the pairs are in the training split of either version, and the others in the test split.
+    Attributes:
+        pairs: the number of pairs in every training set.
     """
 
     archives: Path
-    versions: dict[str, Path]
+    by_subject: Path
+    by_file: Path
+    pairs: int = 0
 
-    def load(self, split_by: str, error_mm: float = 0) -> tuple[Pairs, Pairs]:
-        """Pairs to train on and to test on; the sources are displaced by `error_mm`."""
-        version = self.versions[split_by]
-        pairs = [load_pairs(version, split) for split in ("train", "test")]
-        train, test = (displace(each, version, self.archives, error_mm) if error_mm else each for each in pairs)
-        return train, test
+    def training_set(self, split: str, error_mm: float = 0) -> Pairs:
+        """A training set of `SPLITS`; the sources are displaced by `error_mm`.
 
-    def load_same_slices(self) -> Pairs:
-        """The pairs that are in the test split of both versions."""
-        held_out = load_pairs(self.versions[BY_SUBJECT], "test").subjects
-        pairs = load_pairs(self.versions[BY_FILE], "test")
-        return pairs.of_subjects(torch.tensor([n for n, s in enumerate(pairs.subjects) if s in held_out]), "test")
+        `BY_SUBJECT` has a third of the subjects. The other two have half of the slices of twice as many: `BY_FILE` of
+        subjects that include those of the test, `OTHERS` of subjects that do not.
+        """
+        if split == BY_SUBJECT:
+            pairs = self._load(self.by_subject, "train", error_mm)
+        else:
+            pairs = self._of_groups(self._load(self.by_file, "train", error_mm), *GROUPS[split])
+        return thin(pairs, self.pairs) if self.pairs else pairs
+
+    def test_sets(self, split: str, error_mm: float = 0) -> dict[str, Pairs]:
+        """The test split of a training set, if it has one, and, without an error, slices to compare all of them on.
+
+        These are of the test subjects, and in no training set.
+        """
+        sets = {}
+        if split == BY_SUBJECT:
+            sets[OWN_TEST] = self._load(self.by_subject, "test", error_mm)
+        held_out = load_pairs(self.by_file, "test")
+        if split == BY_FILE:
+            sets[OWN_TEST] = self._of_groups(held_out, *GROUPS[split])
+        if not error_mm:
+            sets[SAME_SLICES] = self._of_groups(held_out, "test")
+        return sets
+
+    def _load(self, version: Path, split: str, error_mm: float) -> Pairs:
+        pairs = load_pairs(version, split)
+        return displace(pairs, version, self.archives, error_mm) if error_mm else pairs
+
+    def _of_groups(self, pairs: Pairs, *groups: str) -> Pairs:
+        rows = metadata.read_manifest(self.by_subject).set_index("subject_id")["split"]
+        chosen = [n for n, subject in enumerate(pairs.subjects) if rows[subject] in groups]
+        return pairs.of_subjects(torch.tensor(chosen), pairs.split)
+
+
+def thin(pairs: Pairs, count: int) -> Pairs:
+    """`count` of the pairs, chosen at random, always the same ones."""
+    kept = torch.arange(len(pairs)) if pairs.kept is None else pairs.kept
+    chosen = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(SEED))[:count]
+    return replace(pairs, kept=kept[chosen].sort().values)
 
 
 def make_dataset(folder: Path, subjects: int, slices: int, shrink: int, workers: int) -> Dataset:
-    """Simulate `subjects` and publish both versions in `folder`.
+    """Simulate three groups of `subjects` and publish both versions in `folder`.
 
     Nobody moves between the scans, so the headers align them exactly and no registration is needed.
     """
     archives = folder / "archives"
-    scans = [PhantomSubject(number + 2, "Guys", SEED, shrink=shrink) for number in range(subjects)]
+    scans = [PhantomSubject(number + 2, "Guys", SEED, shrink=shrink) for number in range(3 * subjects)]
     simulated = parallel_map(simulate, scans, workers=workers)
     archives.mkdir(parents=True)
     for modality in DEFAULT_MODALITIES:
         pairs = zip(scans, simulated, strict=True)
         members = {f"{scan.subject_id}-{modality}.nii.gz": packed[modality] for scan, (packed, _) in pairs}
         write_tar(archives / archive_name(modality), members)
-    half = subjects // 2
-    splits = {
-        BY_SUBJECT: {"split_by": "order", "split_counts": (half, 0, subjects - half)},
-        BY_FILE: {"split_by": "file", "split": (0.5, 0.0, 0.5)},
-    }
-    versions = {}
-    for name, split in splits.items():
+
+    def publish(**split: Any) -> Path:
         fields = {"registration": "none", "pictures": False, "slices": slices, **split}
-        dataset = DatasetConfig.model_validate(fields)
-        done = refresh(RefreshConfig(root=str(folder / "data"), source=str(archives), dataset=dataset, workers=workers))
-        versions[name] = done.folder
-    return Dataset(archives, versions)
+        config = DatasetConfig.model_validate(fields)
+        return refresh(
+            RefreshConfig(root=str(folder / "data"), source=str(archives), dataset=config, workers=workers)
+        ).folder
+
+    by_subject = publish(split_by="order", split_counts=(subjects,) * 3)
+    dataset = Dataset(archives, by_subject, publish(split_by="file", split=(0.5, 0.0, 0.5)))
+    return replace(dataset, pairs=min(len(dataset.training_set(split)) for split in SPLITS))
 
 
 def direction_of(subject_id: str) -> NDArray[np.float64]:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito's palette, which colour-blind people can tell apart. Markers differ too.
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6E6E6E"
 STYLES = {"whole": (BLUE, "o"), "head": (ORANGE, "s")}
+BARS = "mean of two seeds; bars reach to the seeds"
 METHODS = {
     "generated": (BLUE, "o", "pix2pix"),
     "source as it is": (GREY, "x", "source as it is"),
@@ -58,19 +59,20 @@ def draw_metrics(axes: Any, table: pd.DataFrame) -> None:
 
 
 def draw_splits(axes: Any, table: pd.DataFrame) -> None:
-    """The gain of the split by file; a bar is the mean of the seeds, which are the dots."""
-    seeds = table.filter(like="psnr_gain_seed")
-    labels = [f"{row.test_on},\n{row.region}" for row in table.itertuples()]
-    for place, row in enumerate(table.itertuples()):
-        colour, _ = STYLES[str(row.region)]
-        axes.barh(place, row.psnr_gain, 0.6, color=colour, alpha=0.55)
-    for column in seeds:
-        axes.plot(seeds[column], range(len(table)), "o", color="black", markersize=4)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(labels)), labels)
-    axes.invert_yaxis()
-    axes.set(title="2. Split by file in place of by subject", xlabel="gain of PSNR (dB); dots are the seeds")
+    """PSNR on the same slices, by training set."""
+    for region, part in table.groupby("region", sort=False):
+        colour, marker = STYLES[str(region)]
+        places, half = range(len(part)), part["psnr_spread"] / 2
+        axes.errorbar(part["psnr"], places, xerr=half, fmt=marker, color=colour, capsize=3, label=region, markersize=7)
+        for place, row in enumerate(part.itertuples()):
+            text = f"{row.psnr:.1f}" + (f" ({row.psnr_change:+.1f})" if place else "")
+            axes.annotate(text, (row.psnr, place), xytext=(0, 8), textcoords="offset points", ha="center")
+        axes.set_yticks(places, [name.replace(", ", ",\n") for name in part["split"]])
+        axes.set_ylim(len(part) - 0.5, -0.6)
+    axes.margins(x=0.15)
+    axes.set(title="2. Training set, tested on the same slices", xlabel=f"PSNR (dB), {BARS}")
     axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=8)
 
 
 def draw_registration(axes: Any, table: pd.DataFrame) -> None:
@@ -81,7 +83,7 @@ def draw_registration(axes: Any, table: pd.DataFrame) -> None:
         axes.errorbar(part["error_mm"], part["psnr"], half, color=colour, marker=marker, capsize=3, label=region)
     axes.set_xticks(sorted(set(table["error_mm"])))
     axes.set(title="3. Registration error put in on purpose", xlabel="displacement of each source (mm)")
-    axes.set_ylabel("PSNR (dB); bars reach to the seeds")
+    axes.set_ylabel(f"PSNR (dB), {BARS}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
@@ -97,5 +99,5 @@ def draw_regions(axes: Any, table: pd.DataFrame) -> None:
     axes.set_yticks(range(len(table)), labels)
     axes.set_ylim(len(table) - 0.5, -0.6)
     axes.margins(x=0.15)
-    axes.set(title="4. The same generators over other regions", xlabel="PSNR (dB), mean of two seeds")
+    axes.set(title="4. The same generators over other regions", xlabel=f"PSNR (dB), {BARS}")
     axes.grid(axis="x", alpha=0.3)

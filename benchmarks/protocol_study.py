@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.folds import start_worker
-from benchmarks.protocol_data import BY_FILE, BY_SUBJECT, Dataset
+from benchmarks.protocol_data import BY_SUBJECT, OWN_TEST, SPLITS, Dataset
 from ixi_etl.core.progress import no_progress
 from model.baselines import baselines
 from model.config import TrainConfig, preset
@@ -29,7 +29,6 @@ from model.trainer import Trainer
 
 SEEDS = (0, 1)
 ERRORS_MM = (0.0, 0.5, 1.0, 2.0, 4.0)
-OWN_TEST, SAME_SLICES = "its own test split", "the same slices"
 WHOLE, HEAD = "whole", "head"
 REGIONS = {WHOLE: (1.0, 1.0), "192 x 192": (0.75, 0.75), "256 x 152": (1.0, 152 / 256), "128 x 128": (0.5, 0.5)}
 """Centre crops: shares of the height and of the width, named for slices of 256 x 256. SynDiff has 256 x 152."""
@@ -37,14 +36,20 @@ REGIONS = {WHOLE: (1.0, 1.0), "192 x 192": (0.75, 0.75), "256 x 152": (1.0, 152 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much data, and how long each training is. `shrink` divides the number of voxels along each axis of a scan."""
+    """How much data, and how long each training is.
 
-    subjects: int = 16
+    Attributes:
+        subjects: in train, and as many in test.
+        slices: of each subject.
+        shrink: divides the number of voxels along each axis of a scan.
+    """
+
+    subjects: int = 8
     slices: int = 12
     shrink: int = 1
     side: int = 256
     width: int = 16
-    steps: int = 800
+    steps: int = 600
 
     def config(self, seed: int) -> TrainConfig:
         """The published recipe with smaller networks, in float32 on every CPU, so that scores differ little."""
@@ -54,32 +59,31 @@ class Budget:
 
 @dataclass(frozen=True)
 class Training:
-    """One generator: the split that it is trained and tested on, the error of its pairs, and its seed."""
+    """One generator: which of `SPLITS` it is trained on, the error of its pairs, and its seed."""
 
-    split_by: str
+    split: str
     error_mm: float
     seed: int
 
     @property
     def is_plain(self) -> bool:
         """Whether it is split by subject and without error, as this project's data are by default."""
-        return (self.split_by, self.error_mm) == (BY_SUBJECT, 0)
+        return (self.split, self.error_mm) == (BY_SUBJECT, 0)
 
 
-TRAININGS = tuple(
-    Training(split_by, error_mm, seed)
-    for seed in SEEDS
-    for split_by, error_mm in [*((BY_SUBJECT, mm) for mm in ERRORS_MM), (BY_FILE, 0.0)]
-)
+CHOSEN = [
+    *((BY_SUBJECT, error_mm) for error_mm in ERRORS_MM),
+    *((split, 0.0) for split in SPLITS if split != BY_SUBJECT),
+]
+TRAININGS = tuple(Training(split, error_mm, seed) for seed in SEEDS for split, error_mm in CHOSEN)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Rows by subject, with the columns `seed`, `split_by` and `error_mm`, and further ones.
+    """Rows by subject, with the columns `seed`, `split` and `error_mm`, and further ones.
 
     Attributes:
-        regions: of all trainings, from `score_regions`, and `test_on`: the own test split, or the slices that are in
-            both test splits.
+        regions: of all trainings, from `score_regions`, and `test_on`: the name of the test set.
         metrics: of plain trainings, from `model.evaluate.measure`: all protocols, and baselines.
     """
 
@@ -102,20 +106,19 @@ def run_all(dataset: Dataset, budget: Budget, workers: int) -> Scores:
 
 def run_training(training: Training, dataset: Dataset, budget: Budget) -> Scores:
     """Train and score one generator."""
-    train, test = dataset.load(training.split_by, training.error_mm)
+    train = dataset.training_set(training.split, training.error_mm)
+    tests = dataset.test_sets(training.split, training.error_mm)
     config = budget.config(training.seed)
     trainer = Trainer(config, torch.device("cpu"))
     for step in range(config.steps):
         losses = trainer.step(*draw_batch(train, config, step * config.batch_size), config.lr_at(step))
     print(f"{training}: {len(train)} pairs, L1 {losses[5]:.3f}", flush=True)
     predict = as_predictor(trainer.generator)
-    regions = [score_regions(test, predict).assign(test_on=OWN_TEST)]
-    if training.error_mm == 0:
-        regions.append(score_regions(dataset.load_same_slices(), predict).assign(test_on=SAME_SLICES))
+    regions = [score_regions(test, predict).assign(test_on=name) for name, test in tests.items()]
     metrics = pd.DataFrame()
     if training.is_plain:
         others = baselines(train) if training.seed == SEEDS[0] else {}  # they have no seed
-        metrics = measure(test, {GENERATED: predict} | others)
+        metrics = measure(tests[OWN_TEST], {GENERATED: predict} | others)
     return Scores(*(table.assign(**asdict(training)) for table in (pd.concat(regions), metrics)))
 
 

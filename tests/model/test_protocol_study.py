@@ -11,12 +11,23 @@ import pytest
 import torch
 
 from benchmarks import protocols
-from benchmarks.protocol_data import BY_FILE, BY_SUBJECT, Dataset, direction_of, displace, make_dataset
-from benchmarks.protocol_study import HEAD, OWN_TEST, SAME_SLICES, SEEDS, WHOLE, Budget, centre_crop, score_regions
+from benchmarks.protocol_data import (
+    BY_FILE,
+    BY_SUBJECT,
+    OTHERS,
+    OWN_TEST,
+    SAME_SLICES,
+    SPLITS,
+    Dataset,
+    direction_of,
+    displace,
+    make_dataset,
+)
+from benchmarks.protocol_study import HEAD, SEEDS, WHOLE, Budget, centre_crop, score_regions
 from model.data import Pairs
 from model.evaluate import GENERATED, measure
 
-TINY = Budget(subjects=4, slices=6, shrink=8, side=32, width=2, steps=1)
+TINY = Budget(subjects=2, slices=6, shrink=8, side=32, width=2, steps=1)
 
 
 @pytest.fixture(scope="module")
@@ -26,42 +37,50 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.mark.stack  # simulating and cutting takes seconds
 class TestData:
-    def test_splits_are_of_equal_size_and_only_one_shares_subjects(self, dataset: Dataset) -> None:
-        half = TINY.subjects * TINY.slices // 2
-        for split_by in (BY_SUBJECT, BY_FILE):
-            assert [len(pairs) for pairs in dataset.load(split_by)] == [half, half]
-        train, test = dataset.load(BY_SUBJECT)
-        assert not set(train.subjects) & set(test.subjects)
-        leaky, _ = dataset.load(BY_FILE)
-        assert set(leaky.subjects) & set(test.subjects)
+    def test_training_sets_are_of_equal_size_and_only_that_by_file_has_test_subjects(self, dataset: Dataset) -> None:
+        tested = set(dataset.test_sets(BY_SUBJECT)[OWN_TEST].subjects)
+        assert len(tested) == TINY.subjects
+        trained = {split: dataset.training_set(split) for split in SPLITS}
+        assert len({len(pairs) for pairs in trained.values()}) == 1
+        assert len(trained[BY_SUBJECT]) > TINY.subjects * TINY.slices / 2
+        assert len(set(trained[BY_SUBJECT].subjects)) == TINY.subjects
+        for split in (BY_FILE, OTHERS):
+            assert set(trained[BY_SUBJECT].subjects) <= set(trained[split].subjects)
+            assert len(set(trained[split].subjects)) == 2 * TINY.subjects
+        assert tested <= set(trained[BY_FILE].subjects)
+        assert not tested & {*trained[BY_SUBJECT].subjects, *trained[OTHERS].subjects}
 
-    def test_same_slices_are_in_both_test_splits(self, dataset: Dataset) -> None:
-        def slices(pairs: Pairs) -> set[tuple[int, int]]:
-            numbers = [int(subject[3:6]) for subject in pairs.subjects]
-            return {(numbers[s], p) for s, p in zip(pairs.subject.tolist(), pairs.position.tolist(), strict=True)}
+    def test_no_set_trains_on_the_slices_that_all_are_tested_on(self, dataset: Dataset) -> None:
+        def slices(pairs: Pairs) -> set[tuple[str, int]]:
+            names = pairs.subjects
+            return {(names[s], p) for s, p in zip(pairs.subject.tolist(), pairs.position.tolist(), strict=True)}
 
-        both = [slices(dataset.load(split_by)[1]) for split_by in (BY_SUBJECT, BY_FILE)]
-        assert slices(dataset.load_same_slices()) == both[0] & both[1] != set()
+        sets = [dataset.test_sets(split) for split in SPLITS]
+        assert [set(by_name) for by_name in sets] == [{OWN_TEST, SAME_SLICES}, {SAME_SLICES}, {OWN_TEST, SAME_SLICES}]
+        (same,) = {frozenset(slices(by_name[SAME_SLICES])) for by_name in sets}
+        assert same
+        assert all(same <= slices(by_name[OWN_TEST]) for by_name in sets if OWN_TEST in by_name)
+        assert not any(same & slices(dataset.training_set(split)) for split in SPLITS)
+        assert set(dataset.test_sets(BY_SUBJECT, 1.0)) == {OWN_TEST}
 
     def test_without_an_error_the_sources_are_those_of_the_version(self, dataset: Dataset) -> None:
-        version = dataset.versions[BY_SUBJECT]
-        pairs, _ = dataset.load(BY_SUBJECT)
-        again = displace(pairs, version, dataset.archives, 0)
+        pairs = dataset.training_set(BY_SUBJECT)
+        again = displace(pairs, dataset.by_subject, dataset.archives, 0)
         assert torch.equal(again.sources[0].stored, pairs.sources[0].stored)
         assert torch.equal(again.sources[0].low_high, pairs.sources[0].low_high)
 
     def test_larger_errors_change_the_sources_more_and_the_targets_never(self, dataset: Dataset) -> None:
-        exact, _ = dataset.load(BY_SUBJECT)
+        exact = dataset.training_set(BY_SUBJECT)
         changes = []
         for error_mm in (1, 4, 16):
-            displaced, _ = dataset.load(BY_SUBJECT, error_mm)
+            displaced = dataset.training_set(BY_SUBJECT, error_mm)
             assert displaced.target is not exact.target
             assert torch.equal(displaced.target.stored, exact.target.stored)
             changes.append(float((displaced.sources[0].stored - exact.sources[0].stored).float().abs().mean()))
         assert 0 < changes[0] < changes[1] < changes[2]
 
     def test_whole_and_head_are_measured_as_by_our_protocol(self, dataset: Dataset) -> None:
-        _, test = dataset.load(BY_SUBJECT)
+        test = dataset.test_sets(BY_SUBJECT)[OWN_TEST]
         own = score_regions(test, lambda source, _: source).set_index(["region", "subject_id"])
         official = measure(test, {GENERATED: lambda source, _: source}, protocols=("ours",))
         for _, row in official.iterrows():
@@ -81,7 +100,7 @@ class TestData:
         assert list(doses.loc[WHOLE].index) == [0, 0.5, 1, 2, 4]
         assert set(tables["metric"]["protocol"]) == {"ours", "syndiff", "selfrdb", "moschetto"}
         for table in tables.values():
-            assert np.isfinite(table["psnr" if "psnr" in table else "psnr_gain"].dropna()).all()
+            assert np.isfinite(table["psnr"].dropna()).all()
 
 
 def test_direction_is_a_unit_vector_of_the_subject() -> None:
@@ -98,27 +117,28 @@ def test_crops_are_centred() -> None:
 
 
 def regions(values: dict[tuple[str, str, float, str], tuple[float, float]]) -> pd.DataFrame:
-    """A row per subject and seed, from (split_by, test_on, error_mm, region) and the PSNR with each seed."""
+    """A row per subject and seed, from (split, test_on, error_mm, region) and the PSNR with each seed."""
     rows = []
-    for (split_by, test_on, error_mm, region), by_seed in values.items():
+    for (split, test_on, error_mm, region), by_seed in values.items():
         for seed, psnr in zip(SEEDS, by_seed, strict=True):
             for subject, offset in (("a", -1.0), ("b", 1.0)):
                 row = {"subject_id": subject, "psnr": psnr + offset, "ssim": psnr / 100, "share": 0.5, "seed": seed}
-                row |= {"split_by": split_by, "test_on": test_on, "error_mm": error_mm, "region": region}
-                rows.append(row)
+                rows.append(row | {"split": split, "test_on": test_on, "error_mm": error_mm, "region": region})
     return pd.DataFrame(rows)
 
 
-def test_gain_of_the_split_is_by_seed() -> None:
-    values = {
-        (split_by, test_on, 0.0, region): psnr
-        for test_on in (OWN_TEST, SAME_SLICES)
-        for region in (WHOLE, HEAD)
-        for split_by, psnr in ((BY_SUBJECT, (20.0, 21.0)), (BY_FILE, (23.0, 22.0)))
-    }
-    row = protocols.split_table(regions(values)).iloc[0]
-    assert (row["psnr_by_subject"], row["psnr_by_file"], row["psnr_gain"]) == (20.5, 22.5, 2.0)
-    assert (row["psnr_gain_seed_0"], row["psnr_gain_seed_1"]) == (3.0, 1.0)
+def test_training_sets_are_compared_on_the_same_slices() -> None:
+    psnr = {BY_FILE: (23.0, 22.0), BY_SUBJECT: (20.0, 21.0), OTHERS: (22.0, 22.0)}
+    values = {(split, SAME_SLICES, 0.0, region): psnr[split] for region in (HEAD, WHOLE) for split in psnr}
+    values |= {(split, OWN_TEST, 0.0, WHOLE): (30.0, 31.0) for split in (BY_SUBJECT, BY_FILE)}
+    values |= {(BY_SUBJECT, SAME_SLICES, 4.0, WHOLE): (1.0, 1.0)}  # of another part
+    table = protocols.split_table(regions(values))
+    assert list(zip(table["region"], table["split"], strict=True)) == [(r, s) for r in (WHOLE, HEAD) for s in SPLITS]
+    whole = table[table["region"] == WHOLE].set_index("split")
+    assert whole["psnr"].to_dict() == {BY_SUBJECT: 20.5, OTHERS: 22.0, BY_FILE: 22.5}
+    assert whole["psnr_change"].to_dict() == {BY_SUBJECT: 0, OTHERS: 1.5, BY_FILE: 2.0}
+    assert whole["psnr_spread"].to_dict() == {BY_SUBJECT: 1, OTHERS: 0, BY_FILE: 1}
+    assert whole["psnr_own_test"].dropna().to_dict() == {BY_SUBJECT: 30.5, BY_FILE: 30.5}
 
 
 def test_changes_are_from_no_error_and_from_the_whole_slice() -> None:
@@ -136,5 +156,5 @@ def test_changes_are_from_no_error_and_from_the_whole_slice() -> None:
 
 
 def test_numbers_are_rounded_and_changes_signed() -> None:
-    table = pd.DataFrame({"region": ["head"], "psnr": [20.126], "ssim": [0.98765], "psnr_change": [0.5]})
-    assert protocols.markdown(table).splitlines()[-1] == "| head | 20.13 | 0.988 | +0.50 |"
+    table = pd.DataFrame({"region": ["head"], "psnr": [20.126], "ssim": [np.nan], "psnr_change": [0.5]})
+    assert protocols.markdown(table).splitlines()[-1] == "| head | 20.13 | - | +0.50 |"
