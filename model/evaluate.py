@@ -177,7 +177,8 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
                 if not n:
                     continue
                 better = (both["ours"] - both["theirs"]).to_numpy() * (1 if larger_is_better else -1)
-                half = t.ppf(0.975, n - 1) * better.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
+                with np.errstate(invalid="ignore"):  # of infinite values
+                    half = t.ppf(0.975, n - 1) * better.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
                 mean = better.mean()
                 row = {"protocol": protocol, "mask": mask, "baseline": name, "measure": measure, "subjects": n}
                 rows.append(row | {"better_by": mean, "low_95": mean - half, "high_95": mean + half})

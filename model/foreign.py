@@ -126,7 +126,7 @@ def as_predictor(generator: ForeignGenerator, height: int, width: int) -> Predic
         made = generator.to_ours(run(given)).to(source.device)
         return (made - output_low) / (output_high - output_low) * 2 - 1
 
-    run(torch.full((1, 1, *shape), low))  # before hours of work, as a dynamic model shows its output only so
+    run(torch.full((1, 1, *shape), float(low)))  # before hours of work, as a dynamic model shows its output only so
     return predict
 
 
@@ -145,11 +145,11 @@ def _check_interface(path: Path, session: Any, shape: tuple[int, int]) -> int | 
             raise CheckpointError(f"the {kind} of {path} is a {tensor.type}; it must be a {FLOAT}")
         expected = (1, *shape)
         is_other = [isinstance(n, int) and n != e for n, e in zip(tensor.shape[1:], expected, strict=False)]
-        if len(tensor.shape) != 4 or any(is_other):
+        if tensor.shape and (len(tensor.shape) != 4 or any(is_other)):  # nothing is declared where it is empty
             found = " x ".join(str(n) for n in tensor.shape)
             wanted = f"batch x 1 x {shape[0]} x {shape[1]}"
             raise CheckpointError(f"the {kind} of {path} is {found}; the slices of the version need {wanted}")
-    batch = session.get_inputs()[0].shape[0]
+    batch = next(iter(session.get_inputs()[0].shape), None)
     return batch if isinstance(batch, int) else None
 
 

@@ -66,7 +66,7 @@ def run_report(run: Path) -> str:
         shown=_sampled_split(run / "samples"),
         samples=samples,
         evaluations=evaluations,
-        protocols={name: p for e in evaluations for name, p in e["result"].get("protocols", {}).items()},
+        protocols=_definitions([evaluation["result"] for evaluation in evaluations]),
         speed=_speed(metrics),
         throughput=charts.lines(_series(metrics, {"images": "images_per_s"}), "Images per second, by step"),
     )
@@ -192,12 +192,23 @@ def _protocol(row: Mapping[str, Any]) -> str:
     return str(row.get("protocol", "ours"))
 
 
+def _definitions(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Name -> definition of each protocol, in the order of the tables."""
+    defined = {name: protocol for result in results for name, protocol in result.get("protocols", {}).items()}
+    names = dict.fromkeys(_protocol(row) for result in results for row in result["summary"])
+    return {name: defined[name] for name in names if name in defined}
+
+
 def _protocol_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """A row per protocol, mask and method: a link to the definition on this page, and each measure that was taken."""
     measures = [m for m in MEASURES if any(row[f"{m}_mean"] is not None for row in rows)]
     link = Markup('<a href="#protocol-{0}">{0}</a>')
     return [
-        {"protocol": link.format(row["protocol"]), "mask": row["mask"], "method": row["method"]}
+        {
+            "protocol": link.format(row["protocol"]),
+            "mask": row["mask"],
+            "method": row["method"].replace(" ", "\N{NO-BREAK SPACE}"),
+        }
         | {MEASURES[m].title: _mean_sd(row, m, MEASURES[m].digits) for m in measures}
         for row in rows
     ]

@@ -104,7 +104,7 @@ def _print_table(table: pd.DataFrame, title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, min_width=len(title))
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, min_width=len(title), padding=(0, 1, 0, 0))
     for name in table.columns:
         numeric = table[name].dtype.kind in "iuf"
         shown.add_column(str(name), justify="right" if numeric else "left", overflow="fold")

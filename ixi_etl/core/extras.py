@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from ixi_etl.errors import MissingExtraError
 
 EXTRAS = {
-    "train": ("torch", "matplotlib", "safetensors", "scipy", "tensorboard", "torchmetrics"),
+    "train": ("torch", "matplotlib", "safetensors", "scipy", "skimage", "tensorboard", "torchmetrics"),
     "bids": ("ancpbids",),
-    "export": ("onnx", "onnxruntime", "onnxscript"),
+    "export": ("h5py", "onnx", "onnxruntime", "onnxscript"),
 }
 """Extra of pyproject.toml -> the modules that its packages provide."""
 

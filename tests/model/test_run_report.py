@@ -15,6 +15,9 @@ import pytest
 from markup import page_of, rows_of, text_of
 from PIL import Image
 
+from flows.cli.output import Output
+from flows.summaries import evaluation_summary
+from model.protocols import MEASURES, PROTOCOLS
 from model.report import FRAMES, LISTED, run_report, write_report
 
 METHODS = ("generated", "source as it is", "mean training target", "intensity mapping")
@@ -78,7 +81,9 @@ def write_evaluation(folder: Path, subjects: int) -> None:
         "dropout": False,
         "normalisation": "percentiles",
         "masks": {"whole": "every pixel", "head": "the head"},
-        "summary": [{"mask": mask, "method": m, **mean} for mask in ("whole", "head") for m in METHODS],
+        "summary": [
+            {"mask": mask, "method": m, "subjects": subjects, **mean} for mask in ("whole", "head") for m in METHODS
+        ],
         "comparison": [
             difference("source as it is", "psnr", 3.0, 1.0, 5.0),
             difference("mean training target", "psnr", -3.0, -5.0, -1.0),
@@ -189,6 +194,85 @@ def test_the_worst_subject_is_listed_first(full: Path, page: Element) -> None:
     ours = table[(table["method"] == "generated") & (table["mask"] == "head")]
     (table,) = (t for t in page.iter("table") if t.get("id") == "subjects-test")
     assert rows_of(table)[0][0] == ours.loc[ours["psnr"].idxmin(), "subject_id"]
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose evaluation has every protocol, one of them with an infinite and a missing value."""
+    folder = write_run(tmp_path_factory.mktemp("scored") / "run", subjects=3, steps=range(0), rows=10)
+    record = json.loads((folder / "evaluation-test.json").read_text())
+    ours = pd.read_csv(folder / "evaluation-test.csv").assign(protocol="ours")
+    other = ours[ours["mask"] == "whole"].assign(protocol="syndiff", mae=math.nan)
+    pd.concat([ours, other]).to_csv(folder / "evaluation-test.csv", index=False)
+    missing = dict.fromkeys(f"{m}_{x}" for m in MEASURES for x in ("mean", "std"))
+    rows = [missing | row | {"protocol": "ours", "subjects": 3} for row in record["summary"]]
+    theirs = {"protocol": "syndiff", "ssim_mean": 0.5, "psnr_mean": None, "mae_mean": None, "mae_std": None}
+    record["summary"] = [*rows, *(row | theirs for row in rows if row["mask"] == "whole")]
+    record["comparison"] = [row | {"protocol": "ours"} for row in record["comparison"]]
+    record["protocols"] = {
+        name: {k: getattr(PROTOCOLS[name], k) for k in ("title", "definition", "source", "masks", "link")}
+        for name in ("syndiff", "ours")
+    }
+    (folder / "evaluation-test.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_every_row_of_the_protocols_leads_to_its_definition(scored: Path) -> None:
+    page = page_of(run_report(scored))
+    table = next(t for t in page.iter("table") if "Every protocol" in text_of(t))
+    rows = rows_of(table)
+    assert len(rows) == 3 * len(METHODS)
+    links = [link.get("href", "") for link in table.iter("a")]
+    assert [link.removeprefix("#protocol-") for link in links] == [row[0] for row in rows]
+    definitions = {e.get("id"): text_of(e) for e in page.iter() if e.get("id", "").startswith("protocol-")}
+    assert {link.removeprefix("#") for link in links} == definitions.keys()
+    for name in ("ours", "syndiff"):
+        assert f"docs/protocols.md#{name}" in text_of(page)
+    assert rows[-1][3:6] == ["- (1.00)", "0.500 (1.000)", "-"]
+    assert ["+3.00", "1.00 to 5.00", "better"] in [row[-3:] for t in page.iter("table") for row in rows_of(t)]
+
+
+def test_an_evaluation_without_ours_has_no_details(scored: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(scored, tmp_path / "run")
+    table = pd.read_csv(folder / "evaluation-test.csv")
+    table[table["protocol"] == "syndiff"].to_csv(folder / "evaluation-test.csv", index=False)
+    page = run_report(folder)
+    assert "in detail" not in page
+    assert 'href="#protocol-syndiff"' in page
+
+
+def test_an_evaluation_by_older_code_has_no_table_of_protocols(run: Path) -> None:
+    page = run_report(run)
+    assert "Every protocol" not in page
+    assert "Mask head: the generator is better by" in page
+    summary = evaluation_summary(run)
+    assert summary is not None
+    assert list(summary.shown.columns) == ["protocol", "mask", "method", "PSNR, dB", "SSIM", "MAE"]
+    assert summary.shown["protocol"].tolist() == ["ours", "", "", "", "ours", "", "", ""]
+
+
+def test_the_table_of_protocols_fits_120_columns(
+    scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(scored, tmp_path / "run")
+    record = json.loads((folder / "evaluation-test.json").read_text())
+    for row in record["summary"]:
+        row.update({key: 0.12345 for key in row if key.endswith(("_mean", "_std"))}, psnr_mean=31.2812, psnr_std=1.56)
+        row.update(protocol="moschetto", mask="foreground")
+    record["normalisation"] = "x" * 60
+    (folder / "evaluation-test.json").write_text(json.dumps(record))
+    Output().table("evaluation", (shown := evaluation_summary(folder)).shown, shown.title)  # type: ignore[union-attr]
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= 120
+    assert any("31.28 (1.56)" in line and "0.12345" in line and "foreground" in line for line in lines)
+
+
+def test_the_terms_of_the_table_name_each_definition(scored: Path) -> None:
+    summary = evaluation_summary(scored)
+    assert summary is not None
+    for name, text in summary.terms.items():
+        assert text == f"{PROTOCOLS[name].definition} docs/protocols.md#{name}"
+    assert summary.terms.keys() == {"ours", "syndiff"}
 
 
 def test_a_run_that_has_just_started_has_a_page(run: Path) -> None:
