@@ -23,7 +23,7 @@ from ixi_etl.testing.phantom import PhantomSubject, rigid, simulate, write_tar
 from model.data import Pairs, Slabs, load_pairs
 
 SEED = 22
-BY_SUBJECT, BY_FILE, OTHERS = "by subject", "by file", "as many subjects, others"
+BY_SUBJECT, BY_FILE, OTHERS = "by subject", "by file", "by subject, twice as many"
 SPLITS = (BY_SUBJECT, OTHERS, BY_FILE)
 GROUPS = {BY_FILE: ("train", "test"), OTHERS: ("train", "val")}
 """Whose slices are trained on, of the slices that a split by file trains on. Groups are splits by subject."""

@@ -13,13 +13,17 @@ from matplotlib.figure import Figure
 # Okabe and Ito's palette, which colour-blind people can tell apart. Markers differ too.
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6E6E6E"
 STYLES = {"whole": (BLUE, "o"), "head": (ORANGE, "s")}
-BARS = "mean of two seeds; bars reach to the seeds"
+TITLE = (
+    "What the protocol alone is worth, on simulated heads: no figure here is one on IXI\n"
+    "T1 to T2; points are means of two seeds, and bars end at the seeds"
+)
 METHODS = {
-    "generated": (BLUE, "o", "pix2pix"),
-    "source as it is": (GREY, "x", "source as it is"),
-    "mean training target": (PINK, "D", "mean training target"),
-    "intensity mapping": (GREEN, "^", "intensity mapping"),
+    "psnr": (BLUE, "o", "pix2pix"),
+    "psnr, source as it is": (GREY, "x", "source as it is"),
+    "psnr, mean training target": (PINK, "D", "mean training target"),
+    "psnr, intensity mapping": (GREEN, "^", "intensity mapping"),
 }
+"""Column -> how it is drawn."""
 FORMATS = {"svg": {"Date": None}, "png": {}}
 """Suffix -> metadata; without a date, equal tables give equal bytes."""
 
@@ -29,7 +33,7 @@ def draw(tables: Mapping[str, pd.DataFrame], folder: Path) -> None:
     with mpl.rc_context({"svg.hashsalt": "protocols", "font.size": 9, "axes.titlesize": 10, "axes.axisbelow": True}):
         figure = Figure(figsize=(10, 8), layout="constrained")
         panels = figure.subplots(2, 2)
-        figure.suptitle("What the protocol alone is worth, on simulated heads: no figure here is one on IXI")
+        figure.suptitle(TITLE, fontsize=10)
         draw_metrics(panels[0, 0], tables["metric"])
         draw_splits(panels[0, 1], tables["split"])
         draw_registration(panels[1, 0], tables["registration"])
@@ -39,19 +43,15 @@ def draw(tables: Mapping[str, pd.DataFrame], folder: Path) -> None:
 
 
 def draw_metrics(axes: Any, table: pd.DataFrame) -> None:
-    """PSNR of the generator and of the baselines, a row for each protocol and mask."""
+    """PSNR of the generators and of the baselines, a row for each protocol and mask."""
     shown = table[table["psnr"].notna()]
-    rows = list(dict.fromkeys(zip(shown["protocol"], shown["mask"], strict=True)))
-    for method, (colour, marker, name) in METHODS.items():
-        part = shown[shown["method"] == method]
-        places = [rows.index(row) for row in zip(part["protocol"], part["mask"], strict=True)]
-        axes.plot(part["psnr"], places, marker, color=colour, label=name, markersize=6)
-        if method == "generated":
-            for x, y in zip(part["psnr"], places, strict=True):
-                axes.annotate(f"{x:.1f}", (x, y), xytext=(0, 7), textcoords="offset points", ha="center")
-    axes.set_yticks(range(len(rows)), [f"{protocol}\n{mask}" for protocol, mask in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.6)
-    axes.set(title="1. The same generators under every metric", xlabel="PSNR (dB), mean of two seeds")
+    for column, (colour, marker, name) in METHODS.items():
+        axes.plot(shown[column], range(len(shown)), marker, color=colour, label=name, markersize=6)
+    for place, value in enumerate(shown["psnr"]):
+        axes.annotate(f"{value:.1f}", (value, place), xytext=(0, 7), textcoords="offset points", ha="center")
+    axes.set_yticks(range(len(shown)), [f"{row.protocol}\n{row.mask}" for row in shown.itertuples()])
+    axes.set_ylim(len(shown) - 0.5, -0.6)
+    axes.set(title="1. The same generators under every metric", xlabel="PSNR (dB)")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(
         loc="upper center", bbox_to_anchor=(0.45, -0.13), ncols=4, fontsize=8, handletextpad=0.2, columnspacing=1
@@ -70,7 +70,7 @@ def draw_splits(axes: Any, table: pd.DataFrame) -> None:
         axes.set_yticks(places, [name.replace(", ", ",\n") for name in part["split"]])
         axes.set_ylim(len(part) - 0.5, -0.6)
     axes.margins(x=0.15)
-    axes.set(title="2. Training set, tested on the same slices", xlabel=f"PSNR (dB), {BARS}")
+    axes.set(title="2. Training set, tested on the same slices", xlabel="PSNR (dB)")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=8)
 
@@ -83,7 +83,7 @@ def draw_registration(axes: Any, table: pd.DataFrame) -> None:
         axes.errorbar(part["error_mm"], part["psnr"], half, color=colour, marker=marker, capsize=3, label=region)
     axes.set_xticks(sorted(set(table["error_mm"])))
     axes.set(title="3. Registration error put in on purpose", xlabel="displacement of each source (mm)")
-    axes.set_ylabel(f"PSNR (dB), {BARS}")
+    axes.set_ylabel("PSNR (dB)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
@@ -99,5 +99,5 @@ def draw_regions(axes: Any, table: pd.DataFrame) -> None:
     axes.set_yticks(range(len(table)), labels)
     axes.set_ylim(len(table) - 0.5, -0.6)
     axes.margins(x=0.15)
-    axes.set(title="4. The same generators over other regions", xlabel=f"PSNR (dB), {BARS}")
+    axes.set(title="4. The same generators over other regions", xlabel="PSNR (dB)")
     axes.grid(axis="x", alpha=0.3)

@@ -30,10 +30,12 @@ from benchmarks.protocol_figure import draw
 from benchmarks.protocol_study import HEAD, SEEDS, WHOLE, Budget, Scores, run_all
 from ixi_etl.core.files import to_json, write_atomic
 from ixi_etl.core.parallel import usable_cores
-from model.evaluate import summarise
+from model.baselines import MAPPING, MEAN_TARGET, SOURCE
+from model.evaluate import GENERATED, summarise
 
 QUICK = Budget(subjects=2, slices=4, shrink=4, side=64, width=4, steps=10)
 MEASURES = ("psnr", "ssim")
+BASELINES = (SOURCE, MEAN_TARGET, MAPPING)
 DIGITS = {"psnr": 2, "ssim": 3}
 
 TITLES = {
@@ -43,10 +45,10 @@ TITLES = {
     "region": "4. The same generators over other regions",
 }
 NOTES = {
-    "metric": "Mean of the seeds; `_spread` is the difference between them. `method` generated is pix2pix.",
+    "metric": "Mean of the seeds; `_spread` is the difference between them. The last columns are of the baselines.",
     "split": "All training sets have equally many pairs, and `psnr` is on the same slices, which are in none of them. "
     "`by subject` has no test subject. `by file` has half of the slices of twice as many subjects, the test subjects "
-    "among them; `as many subjects, others` likewise, without the test subjects: the leak is worth the difference "
+    "among them; `by subject, twice as many` likewise, without the test subjects: the leak is worth the difference "
     "between these two.",
     "registration": "Each subject's T1 is displaced by this distance, in a random direction, in training and in test. "
     "`psnr_change` is from 0 mm.",
@@ -71,11 +73,13 @@ def over_subjects(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 
 
 def metric_table(metrics: pd.DataFrame) -> pd.DataFrame:
-    """A row per protocol, mask and method."""
+    """A row per protocol and mask: scores of the generators, and the PSNR of each baseline."""
     summaries = [summarise(part).assign(seed=seed) for seed, part in metrics.groupby("seed")]
     renamed = pd.concat(summaries).rename(columns={f"{measure}_mean": measure for measure in MEASURES})
     table = over_seeds(renamed, ["protocol", "mask", "method"])
-    return table.dropna(subset=list(MEASURES), how="all")
+    generated = table[table["method"] == GENERATED].drop(columns="method")
+    others = table[table["method"] != GENERATED].pivot(index=["protocol", "mask"], columns="method", values="psnr")
+    return generated.join(others[list(BASELINES)].add_prefix("psnr, "), on=["protocol", "mask"])
 
 
 def split_table(regions: pd.DataFrame) -> pd.DataFrame:
