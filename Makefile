@@ -11,7 +11,7 @@ BENCH  := $(VENV)/.installed-bench
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE # otherwise each process compiles all modules again
 
-.PHONY: demo real test fuzz test-real test-standin test-stack faults audit bench api deploy lint clean help
+.PHONY: demo real test fuzz test-real test-standin test-stack faults audit bench protocols api deploy lint clean help
 
 help:
 	@echo "make demo          run the whole pipeline on a small simulated IXI; needs no server and no account"
@@ -24,10 +24,11 @@ help:
 	@echo "make faults        test kills, bad servers, full disks and hostile files, in all variants (15 minutes); ONLY=name: some"
 	@echo "make audit         run bandit, and pip-audit if its advisories can be reached"
 	@echo "make bench         compare the speed with that of other tools; ONLY=survey,refresh: some rows, QUICK=1: a trial run"
+	@echo "make protocols     measure on simulated archives how many dB a protocol is worth (8 minutes); OUT=folder, QUICK=1: a trial run"
 	@echo "make api           write docs/api.md from the docstrings"
 	@echo "make deploy        create pools, deployments and the automation on the Prefect server at PREFECT_API_URL"
 	@echo "make lint          run ruff and mypy"
-	@echo "make clean         remove the environment and the files of the demo"
+	@echo "make clean         remove the environment, and the files of the demo and of make protocols"
 
 # Each stamp records which extras are installed. They are reinstalled when one of these files changes; the last one holds
 # the version.
@@ -90,6 +91,9 @@ $(BENCH): $(STAMP)
 bench: $(BENCH)
 	@$(BIN)/python -m benchmarks.run --only "$(ONLY)" $(if $(QUICK),--quick) $(if $(OUT),--out "$(OUT)")
 
+protocols: $(or $(wildcard $(STAMP)),$(TRAIN))
+	@$(BIN)/python -m benchmarks.protocols --out "$(or $(OUT),protocols)" $(if $(QUICK),--quick)
+
 api: $(STAMP)
 	@$(BIN)/python tests/api_page.py
 
@@ -102,4 +106,4 @@ lint: $(STAMP)
 	@$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo protocols

@@ -14,7 +14,7 @@ import tarfile
 from pathlib import Path
 
 from ixi_etl.modalities import DEFAULT_MODALITIES, archive_name
-from ixi_etl.testing.phantom import PhantomSubject, simulate
+from ixi_etl.testing.phantom import PhantomSubject, simulate, write_phantom
 
 HEADS = 4
 SEED = 11
@@ -76,6 +76,14 @@ def small_archives(folder: Path, subjects: int, shrink: int = 8) -> Path:
                 data[VOXELS_AT : VOXELS_AT + 4 : 2] = number.to_bytes(2, "little")  # two int16 voxels, from 0 to 255
                 _add(tar, number, modality, gzip.compress(data, 1, mtime=0))
     (target / "done").touch()
+    return target
+
+
+def different_heads(folder: Path, subjects: int, shrink: int = 1) -> Path:
+    """A folder with archives of subjects who each have a head of their own, so that some can be held out."""
+    target = folder / f"different-{subjects}-{shrink}"
+    if not (target / "truth.json").exists():  # it is written last
+        write_phantom(target, subjects, SEED, oddities=False, shrink=shrink)
     return target
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks import inputs
 from benchmarks.measure import Measured, Row, Settings, alternate, duration, ratio, require_equal, seconds, speed_row
 from benchmarks.overlap import overlap
+from benchmarks.quality import quality
 
 E, F, R, T = "benchmarks.etl:", "benchmarks.flow:", "benchmarks.reading:", "benchmarks.training:"
 
@@ -353,6 +354,7 @@ ROWS: dict[str, Callable[[Settings], list[Row]]] = {
     "reading": reading,
     "step": step,
     "curves": curves,
+    "quality": quality,
     "start": start,
     "prefect": prefect,
 }
