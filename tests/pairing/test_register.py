@@ -284,7 +284,7 @@ def moved_pair(motion: Any, widen: float = 1.6, header: Any = None) -> tuple[byt
 def cut_with(found: Any, folder: Path, patch: pytest.MonkeyPatch, pair: tuple[bytes, bytes]) -> dict[str, Any]:
     """The record of a pair whose registration returns or raises `found`."""
 
-    def fake_register(t1: Any, t2: Any) -> Any:
+    def fake_register(t1: Any, t2: Any, *, is_affine: bool) -> Any:
         if isinstance(found, Exception):
             raise found
         return register.Registration(found, found)
@@ -351,7 +351,7 @@ def test_a_motion_without_gain_is_discarded_and_flagged(
 
 def test_a_mirrored_pair_is_excluded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mirrored = register.Registration(np.eye(4), np.eye(4), is_mirrored=True)
-    monkeypatch.setattr(register, "register", lambda t1, t2: mirrored)
+    monkeypatch.setattr(register, "register", lambda t1, t2, is_affine: mirrored)
     record = cut(tmp_path, *moved_pair(np.eye(4)))
     assert record["reason"] == "bad_affine"
     assert "one of the headers exchanges left and right" in record["detail"]
