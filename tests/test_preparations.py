@@ -55,7 +55,7 @@ def test_a_preparation_without_its_preset_deviates_in_every_field() -> None:
 def test_the_page_lists_every_preparation_and_all_its_deviations() -> None:
     page = " ".join(re.sub(r"^- ", "", PAGE.read_text(), flags=re.MULTILINE).split())
     for name, preparation in PREPARATIONS.items():
-        assert f"### {name}" in page
+        assert f"### Preset {name}" in page
         missing = [sentence for sentence in (preparation.source, *preparation.deviations) if sentence not in page]
         assert not missing
 

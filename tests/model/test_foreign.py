@@ -18,7 +18,7 @@ from flows.cli import main
 from ixi_etl.dataset import metadata
 from ixi_etl.dataset.direction import Direction
 from ixi_etl.errors import CheckpointError, ConfigError
-from model import data
+from model import foreign
 from model.baselines import SOURCE
 from model.export import export
 from model.foreign import ORIENTATIONS, ForeignGenerator, as_predictor, evaluate_foreign
@@ -171,7 +171,7 @@ def test_an_orientation_needs_two_axes(orientation: str) -> None:
 
 
 def test_a_foreign_generator_takes_one_source(root: Path, dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "parse_direction", lambda *_: Direction(("t1", "pd"), "t2"))
+    monkeypatch.setattr(foreign, "parse_direction", lambda *_: Direction(("t1", "pd"), "t2"))
     with pytest.raises(ConfigError, match=r"t1\+pd->t2: a foreign generator takes one source"):
         evaluate_foreign(root, ForeignGenerator(Path("x"), UNIT, UNIT), dataset, direction="t1+pd->t2")
 

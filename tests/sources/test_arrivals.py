@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from ixi_etl.sources.http import RemoteFile
 from ixi_etl.sources.partial import PartialFile, Segment
 
 RUNNING = threading.Event()  # that does not halt
+OPEN = ExitStack()  # the part files of a test
 
 
 class Download:
@@ -26,6 +28,7 @@ class Download:
         remote = RemoteFile(f"http://host/{arrival.path.name}", segments * SEGMENT - 10, '"first"', True, True)
         self.arrival, self.part = arrival, PartialFile(arrival.path, remote, http)
         self.queue = [[segment] for segment in self.part.segments]
+        OPEN.enter_context(self.part)
         self.running = ExitStack()
         self.running.enter_context(arrival.following(remote.url, self.part, http))
 
@@ -37,6 +40,13 @@ class Download:
     def finish(self, *indices: int) -> None:
         self.part.done.update(indices)
         self.arrival.advanced()
+
+
+@pytest.fixture(autouse=True)
+def close_downloads() -> Iterator[None]:
+    """Other downloads of this process leave space for all that are open."""
+    yield
+    OPEN.close()
 
 
 @pytest.fixture
