@@ -172,7 +172,7 @@ def _describe(folder: Path, file_format: str, layout: Layout, rows: list[Row]) -
 def _warn(selection: Selection) -> None:
     if selection.left_out:
         names = ", ".join(selection.names)
-        log.warning("%d subjects lack one of %s and were left out; %s", len(selection.left_out), names, SUMMARY)
+        log.warning("%d subjects lack one of %s and were left out: see %s", len(selection.left_out), names, SUMMARY)
     empty = [split for split, counts in selection.counts().items() if not counts["slices"]]
     if empty:
         log.warning("no slice is in split %s, which most readers cannot open", " or ".join(empty))
