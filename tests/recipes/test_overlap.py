@@ -19,7 +19,7 @@ from ixi_etl.dataset import metadata, versions
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.errors import DownloadError
 from ixi_etl.recipes import ixi, ixi_overlap
-from ixi_etl.recipes.ixi_inputs import find_sources
+from ixi_etl.recipes.ixi_inputs import acquire_inputs, find_sources
 
 WAIT_S = 60.0  # at most, for what takes milliseconds on an idle machine
 T1, T2 = "/IXI-T1.tar", "/IXI-T2.tar"
@@ -202,6 +202,27 @@ def test_a_survey_that_fails_costs_only_the_head_start(
         assert_same(ixi.refresh(config, cut), published)
     assert cut.counts == []
     assert "no more subjects are cut before the archives are complete: cannot read http" in caplog.text
+
+
+def test_subjects_are_cut_early_only_if_the_downloads_have_room(
+    host: Host, config: RefreshConfig, published: PublishedVersion, cut: Cut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room() -> int:
+        cut.started.set()
+        return 1 << 60
+
+    monkeypatch.setattr(ixi_overlap, "bytes_to_come", no_room)
+    host.answer = last_segment_after(cut)
+    assert_same(ixi.refresh(config, cut), published)
+    assert cut.counts == []
+
+
+def test_no_more_subjects_are_cut_early_than_are_wanted(host: Host, config: RefreshConfig, cut: Cut) -> None:
+    limited = config.model_copy(update={"dataset": config.dataset.model_copy(update={"subjects": 2})})
+    host.answer = last_segment_after(cut)
+    with ixi_overlap.head_start(limited, sources := find_sources(limited), cut) as arrivals:
+        acquire_inputs(limited, sources=sources, arrivals=arrivals)
+    assert {total for _, total in cut.counts} == {2}
 
 
 @pytest.mark.parametrize("option", [{"offline": True}, {"dask": "tcp://host:1"}])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from answers import HTTP, SEGMENT
@@ -18,7 +19,6 @@ from ixi_etl.sources.http import RemoteFile
 from ixi_etl.sources.partial import PartialFile, Segment
 
 RUNNING = threading.Event()  # that does not halt
-OPEN = ExitStack()  # the part files of a test
 
 
 class Download:
@@ -26,10 +26,9 @@ class Download:
 
     def __init__(self, arrival: Arrival, segments: int, http: HttpOptions = HTTP) -> None:
         remote = RemoteFile(f"http://host/{arrival.path.name}", segments * SEGMENT - 10, '"first"', True, True)
-        self.arrival, self.part = arrival, PartialFile(arrival.path, remote, http)
+        self.arrival, self.running = arrival, ExitStack()
+        self.part = self.running.enter_context(PartialFile(arrival.path, remote, http))
         self.queue = [[segment] for segment in self.part.segments]
-        OPEN.enter_context(self.part)
-        self.running = ExitStack()
         self.running.enter_context(arrival.following(remote.url, self.part, http))
 
     def take(self, count: int = 1, halt: threading.Event = RUNNING) -> list[int]:
@@ -42,11 +41,21 @@ class Download:
         self.arrival.advanced()
 
 
-@pytest.fixture(autouse=True)
-def close_downloads() -> Iterator[None]:
-    """Other downloads of this process leave space for all that are open."""
-    yield
-    OPEN.close()
+Start = Callable[..., Download]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """`Download` of the same arguments; ended after the test."""
+    started: list[Download] = []
+
+    def start(*arguments: Any) -> Download:
+        started.append(Download(*arguments))
+        return started[-1]
+
+    yield start
+    for download in started:
+        download.running.close()
 
 
 @pytest.fixture
@@ -62,22 +71,22 @@ def companion(arrival: Arrival, tmp_path: Path) -> Arrival:
     return other
 
 
-def test_segments_come_in_the_order_of_the_file_unless_others_are_to_be_first(arrival: Arrival) -> None:
-    download = Download(arrival, 7)
+def test_segments_come_in_the_order_of_the_file_unless_others_are_to_be_first(start: Start, arrival: Arrival) -> None:
+    download = start(arrival, 7)
     assert download.take() == [0]
     arrival.fetch_first([(5 * SEGMENT - 1, 5 * SEGMENT + 1), (2 * SEGMENT, 3 * SEGMENT)])
     assert download.take(7) == [4, 5, 2, 1, 3, 6]
 
 
-def test_a_halted_download_takes_no_more_segments(arrival: Arrival) -> None:
+def test_a_halted_download_takes_no_more_segments(start: Start, arrival: Arrival) -> None:
     halt = threading.Event()
     halt.set()
-    assert Download(arrival, 2).take(2, halt) == []
+    assert start(arrival, 2).take(2, halt) == []
 
 
-def test_bytes_have_arrived_when_all_their_segments_are_done(arrival: Arrival) -> None:
+def test_bytes_have_arrived_when_all_their_segments_are_done(start: Start, arrival: Arrival) -> None:
     assert not arrival.has(0, 1)
-    download = Download(arrival, 4)
+    download = start(arrival, 4)
     download.finish(1, 3)
     edges = [n * SEGMENT + by for n in range(1, 4) for by in (-1, 0, 1)]
     for start, stop in itertools.combinations([0, *edges, 4 * SEGMENT - 10], 2):
@@ -85,8 +94,8 @@ def test_bytes_have_arrived_when_all_their_segments_are_done(arrival: Arrival) -
         assert arrival.has(start, stop) == (touched <= {1, 3})
 
 
-def test_a_download_waits_for_a_companion_that_is_behind(arrival: Arrival, companion: Arrival) -> None:
-    ahead, behind, lead = Download(arrival, 40), Download(companion, 20), 2 * HTTP.connections
+def test_a_download_waits_for_a_companion_that_is_behind(start: Start, arrival: Arrival, companion: Arrival) -> None:
+    ahead, behind, lead = start(arrival, 40), start(companion, 20), 2 * HTTP.connections
     assert ahead.take(lead + 1) == [*range(lead + 1)]
     received: list[int] = []
     waiting = threading.Thread(target=lambda: received.extend(ahead.take(3)))
@@ -101,17 +110,17 @@ def test_a_download_waits_for_a_companion_that_is_behind(arrival: Arrival, compa
 
 @pytest.mark.parametrize("how", ["ended", "stalls", "never started"])
 def test_a_download_does_not_wait_for_a_companion_that_gets_nothing(
-    how: str, arrival: Arrival, companion: Arrival
+    how: str, start: Start, arrival: Arrival, companion: Arrival
 ) -> None:
     if how != "never started":
-        other = Download(companion, 40, replace(HTTP, timeout_s=0.0 if how == "stalls" else 20.0))
+        other = start(companion, 40, replace(HTTP, timeout_s=0.0 if how == "stalls" else 20.0))
         if how == "ended":
             other.running.close()
-    assert Download(arrival, 40).take(40) == [*range(40)]
+    assert start(arrival, 40).take(40) == [*range(40)]
 
 
-def test_arrived_bytes_are_read_before_and_after_the_file_gets_its_name(arrival: Arrival) -> None:
-    part = Download(arrival, 3).part
+def test_arrived_bytes_are_read_before_and_after_the_file_gets_its_name(start: Start, arrival: Arrival) -> None:
+    part = start(arrival, 3).part
     part.write(b"member", SEGMENT)
     assert arrival.read(SEGMENT, 6) == b"member"
     part.path.rename(arrival.path)
