@@ -31,7 +31,7 @@ from model.baselines import baselines
 from model.config import TrainConfig
 from model.data import Pairs
 from model.generator import BATCH, Predictor, as_predictor, check_same_dataset, load_generator
-from model.protocols import MEASURES, PROTOCOLS, Protocol, Subject
+from model.protocols import MEASURES, PROTOCOLS, Protocol, Subject, protocols_for
 from model.scores import DATA_RANGE, score_slices, score_subjects
 from model.subjects import generate_subjects
 
@@ -206,13 +206,14 @@ def evaluate(
     split: str = "test",
     device: str = "cpu",
     dropout: bool = False,
-    protocols: Sequence[str] = tuple(PROTOCOLS),
+    protocols: Sequence[str] | None = None,
     progress: Progress = no_progress,
 ) -> Evaluation:
     """Measure `generator`, or the one in `weights`, on a split; write `<name>.csv` and `.json` into `run`.
 
     The CSV has a row per protocol, mask, method and subject; the JSON has means, standard deviations and paired
-    differences. `config` is the run's. `evaluation_name` gives the name.
+    differences. `config` is the run's. `evaluation_name` gives the name. `protocols` are by default `protocols_for` the
+    dataset.
 
     Raises:
         CheckpointError: the weights are missing or damaged, or were trained on other data than the run.
@@ -246,15 +247,15 @@ def measure_and_write(
     split: str,
     predict: Predictor,
     record: Mapping[str, Any],
-    protocols: Sequence[str],
+    protocols: Sequence[str] | None,
     progress: Progress,
 ) -> Evaluation:
     """Measure a generator and the baselines on a split of `version`; write `<path>.csv` and `<path>.json`.
 
     `load` loads a split; `record` is what the JSON says of the generator.
     """
-    config = metadata.read_metadata(version)["inputs"]["config"]
-    kind = config.get("normalisation", "percentiles")
+    protocols = protocols or protocols_for(metadata.read_metadata(version)["name"])
+    kind = metadata.normalisation_of(version)
     conditions: dict[str, Any] = {
         "normalisation": f"{describe_normalisation(kind)} to [0, 1], clipped",
         "data_range": DATA_RANGE,
@@ -276,12 +277,7 @@ def measure_and_write(
         for name, protocol in PROTOCOLS.items()
         if name in protocols
     }
-    tables = {
-        key: [
-            row | {"definition": PROTOCOLS[row["protocol"]].link} for row in json.loads(rows.to_json(orient="records"))
-        ]
-        for key, rows in (("summary", summary), ("comparison", comparison))
-    }
+    tables = {"summary": _to_json(summary), "comparison": _to_json(comparison)}
     masks = dict(PROTOCOLS["ours"].masks)
     whole = {"split": split, **record, **conditions, "masks": masks, "protocols": described, **tables}
     write_atomic(path.with_name(f"{path.name}.json"), to_json(whole))

@@ -27,7 +27,6 @@ from ixi_etl.errors import CheckpointError, ConfigError
 from model import data
 from model.evaluate import Evaluation, measure_and_write
 from model.generator import Predictor
-from model.protocols import PROTOCOLS
 
 OWN_ORIENTATION = "AR"  # of the slices of a version: rows to the anterior, columns to the right
 ORIENTATIONS = ("AR", "AL", "PR", "PL", "RA", "LA", "RP", "LP")
@@ -164,7 +163,7 @@ def evaluate_foreign(
     split: str = "test",
     out: Path | None = None,
     scratch: Path | None = None,
-    protocols: Sequence[str] = tuple(PROTOCOLS),
+    protocols: Sequence[str] | None = None,
     progress: Progress = no_progress,
 ) -> tuple[Path, Evaluation]:
     """Measure the model and the baselines on a split of `dataset`; return the folder of the files.

@@ -33,7 +33,6 @@ from model.config import MAX_STEPS, SIDES, TrainConfig
 from model.data import count_pairs
 from model.devices import default_precision, describe_hardware, pick_device, torchrun_rank, under_torchrun
 from model.evaluate import Evaluation
-from model.protocols import PROTOCOLS
 from model.report import write_report
 from model.run import CONFIG_FILE, RUN_ID, Run, new_run, pull, push_if_possible
 from model.train import do_nothing, train
@@ -153,7 +152,7 @@ def evaluate_run(
     split: str = "test",
     weights: Path | None = None,
     dropout: bool = False,
-    protocols: Sequence[str] = tuple(PROTOCOLS),
+    protocols: Sequence[str] | None = None,
     progress: Progress = no_progress,
 ) -> Evaluation:
     """Evaluate the best generator or the one in `weights`, and update the report: see `model.evaluate.evaluate`."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ixi_etl.config import nearest_name
 from ixi_etl.errors import ConfigError
+from ixi_etl.modalities import DATASETS
 from model.scores import (
     Images,
     as_float64,
@@ -244,6 +245,11 @@ class Moschetto(Protocol):
 
 
 PROTOCOLS: dict[str, Protocol] = {p.name: p for p in (Ours(), SynDiff(), SelfRDB(), Moschetto())}
+
+
+def protocols_for(dataset: str) -> tuple[str, ...]:
+    """Names of the protocols that fit a dataset: those of publications are for heads, so digits have only `ours`."""
+    return tuple(PROTOCOLS) if dataset in DATASETS else ("ours",)
 
 
 def parse_protocols(text: str) -> tuple[str, ...]:

@@ -28,8 +28,15 @@ def evaluate(
     scratch: Scratch = None,
     split: Annotated[Literal["train", "val", "test"], typer.Option(help="Split to evaluate.")] = "test",
     protocol: Annotated[
-        str, typer.Option("--protocol", metavar="NAME,...", help="Protocols to score under: docs/protocols.md.")
-    ] = "ours,syndiff,selfrdb,moschetto",
+        str | None,
+        typer.Option(
+            "--protocol",
+            metavar="NAME,...",
+            help="Protocols to score under, of ours, syndiff, selfrdb and moschetto (docs/protocols.md).  "
+            r"\[default: all; for digits, ours]",
+            show_default=False,
+        ),
+    ] = None,
     weights: Annotated[
         Path | None,
         typer.Option(help=r"A checkpoint file.  \[default: the run's best generator]", show_default=False),
@@ -77,7 +84,7 @@ def evaluate(
     from flows.progress import show_progress
     from model.protocols import MAIN_MEASURES, parse_protocols
 
-    protocols = parse_protocols(protocol)
+    protocols = None if protocol is None else parse_protocols(protocol)
     foreign: dict[str, Any] = {
         "dataset": dataset,
         "direction": direction,
@@ -116,13 +123,14 @@ def evaluate(
             )
         show_run(output, folder, done.name)
     comparison = done.comparison
-    first = comparison[(comparison["protocol"] == protocols[0]) & comparison["measure"].isin(MAIN_MEASURES)]
+    shown_protocol = comparison["protocol"].iloc[0]
+    first = comparison[(comparison["protocol"] == shown_protocol) & comparison["measure"].isin(MAIN_MEASURES)]
     intervals = first[["better_by", "low_95", "high_95"]].itertuples(index=False)
     shown = first.assign(better_by=[_with_interval(*row) for row in intervals])
     output.table(
         "comparison",
         shown[["mask", "baseline", "measure", "better_by"]],
-        f"{protocols[0]}: generator against each baseline: mean paired difference [95% interval], above 0 is better",
+        f"{shown_protocol}: generator against each baseline: mean paired difference [95% interval], above 0 is better",
         json.loads(comparison.to_json(orient="records")),  # which makes null of NaN: JSON has none
     )
     if (comparison["subjects"] < 2).any():

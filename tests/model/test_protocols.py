@@ -22,7 +22,7 @@ from ixi_etl.errors import ConfigError
 from model import evaluate, scores
 from model.data import Pairs, Slabs
 from model.evaluate import GENERATED
-from model.protocols import MEASURES, PROTOCOLS, Protocol, Scores, Subject, parse_protocols
+from model.protocols import MEASURES, PROTOCOLS, Protocol, Scores, Subject, parse_protocols, protocols_for
 
 Image = np.ndarray
 NAMES = tuple(PROTOCOLS)
@@ -375,3 +375,8 @@ def test_infinite_and_missing_scores_are_null_in_json() -> None:
     text = summary.to_json(orient="records")
     assert "Infinity" not in text
     assert "NaN" not in text
+
+
+def test_digits_are_scored_by_our_own_protocol_only() -> None:
+    assert protocols_for("digits") == ("ours",)
+    assert protocols_for("ixi-t1-t2") == tuple(PROTOCOLS)
