@@ -1,7 +1,7 @@
 """The refresh from a server as slow as the cut: what the overlap of download and cut leaves of the sum of both.
 
-The archives have a twelfth of IXI's pairs, and segments are as much smaller than usual. The rate of the server is
-chosen so that the download alone takes as long as everything after it. The last subject can only be cut when the
+The archives have a twelfth of IXI's pairs, and segments are smaller by the share of its bytes. The rate of the server
+is chosen so that the download alone takes as long as everything after it. The last subject can only be cut when the
 download has ended, so with N pairs and W workers the time is at least 1 + W/N times that.
 """
 
@@ -20,8 +20,7 @@ from ixi_etl.config import RefreshConfig
 from ixi_etl.core.http_options import HttpOptions
 
 Work = Callable[[], dict[str, Any]]
-SEGMENT_BYTES = 8 << 20
-SCALE = 12  # IXI's 578 pairs are 12 times 48
+SEGMENT_BYTES, IXI_BYTES = 8 << 20, 8.7e9
 RUNS = 3
 
 
@@ -80,7 +79,7 @@ def overlap(settings: Settings) -> list[Row]:
         "source": str(source),
         "warm": str(warm),
         "scratch": settings.folder,
-        "segment": SEGMENT_BYTES // SCALE,
+        "segment": max(64 << 10, int(SEGMENT_BYTES * size / IXI_BYTES)),
     }
     case = "benchmarks.overlap:"
     (trial,) = alternate(1, (case + "whole", shared | {"rate": 0}))

@@ -89,9 +89,9 @@ def test_bytes_have_arrived_when_all_their_segments_are_done(start: Start, arriv
     download = start(arrival, 4)
     download.finish(1, 3)
     edges = [n * SEGMENT + by for n in range(1, 4) for by in (-1, 0, 1)]
-    for start, stop in itertools.combinations([0, *edges, 4 * SEGMENT - 10], 2):
-        touched = {byte // SEGMENT for byte in (*range(start, stop, SEGMENT), stop - 1)}
-        assert arrival.has(start, stop) == (touched <= {1, 3})
+    for first, stop in itertools.combinations([0, *edges, 4 * SEGMENT - 10], 2):
+        touched = {byte // SEGMENT for byte in (*range(first, stop, SEGMENT), stop - 1)}
+        assert arrival.has(first, stop) == (touched <= {1, 3})
 
 
 def test_a_download_waits_for_a_companion_that_is_behind(start: Start, arrival: Arrival, companion: Arrival) -> None:
