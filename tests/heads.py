@@ -8,8 +8,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from ixi_etl.dataset.direction import Direction
 from model import planes
-from model.config import Direction
 from model.planes import PlaneSummary, SourceSummary
 from model.source_planes import Scan
 from model.synthesize import Trained

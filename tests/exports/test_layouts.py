@@ -12,6 +12,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiles import examples
 from selections import affine, expected, numbers, selection_of
 
 from ixi_etl.core.progress import no_progress
@@ -48,7 +49,7 @@ def padded(images: np.ndarray) -> np.ndarray:
     return np.pad(images, ((0, 0), (0, images.shape[1] % 2), (0, images.shape[2] % 2)))
 
 
-@settings(max_examples=8)
+@settings(max_examples=examples(8))
 @given(height=st.integers(1, 11), width=st.integers(1, 11), bits=st.sampled_from([8, 16]))
 def test_every_image_format_gives_the_normalised_pairs_of_each_split(
     tmp_path_factory: pytest.TempPathFactory, height: int, width: int, bits: int

@@ -13,13 +13,14 @@ import pytest
 import torch
 from heads import head, identity, nifti_of
 
+from ixi_etl.dataset.direction import Direction
 from ixi_etl.errors import CheckpointError, SynthesisError
 from ixi_etl.pairing import register
 from ixi_etl.pairing.register import Registration, mean_distance
 from ixi_etl.testing import phantom
 from ixi_etl.testing.phantom import grid_affine, rigid
 from model import checkpoint, outputs, planes, source_planes, synthesize, volumes
-from model.config import Direction, TrainConfig
+from model.config import TrainConfig
 from model.generator import build_generator
 from model.planes import BINS, PlaneSummary
 from model.source_planes import Alignment, Scan

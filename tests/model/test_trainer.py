@@ -13,9 +13,10 @@ from conftest import SMALL_NETWORKS
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ixi_etl.dataset.direction import Direction
 from ixi_etl.errors import CheckpointError
 from model import data
-from model.config import Direction, TrainConfig
+from model.config import TrainConfig
 from model.data import Pairs, Slabs
 from model.trainer import Trainer
 
