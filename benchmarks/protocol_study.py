@@ -125,7 +125,7 @@ def run_training(training: Training, dataset: Dataset, budget: Budget) -> Scores
 def score_regions(pairs: Pairs, predict: Predictor) -> pd.DataFrame:
     """PSNR and SSIM over regions of the slices, as the protocol `ours` defines them: only the pixels that count differ.
 
-    A row per subject and region: `WHOLE`, `CROPS` and `HEAD`. `share` is that of the pixels.
+    A row per subject and region: `REGIONS` and `HEAD`. `share` is that of the pixels.
     """
     rows = []
     for subject_id, by_method in generate_subjects(pairs, {GENERATED: predict}, no_progress):

@@ -158,7 +158,7 @@ def parse_config(path: Path, fields: dict[str, Any]) -> TrainConfig:
             f"the configuration in {path} cannot be used: {format_validation_error(error)}"
         ) from error
     if not config.is_sized:
-        raise CheckpointError(f"the configuration in {path} cannot be used: it has no side")
+        raise CheckpointError(f"the configuration in {path} cannot be used: it has neither side nor levels")
     return config
 
 

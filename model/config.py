@@ -178,8 +178,14 @@ class TrainConfig(StrictModel):
     @property
     def deviations(self) -> list[str]:
         """How the training differs from the published one that its preset follows, in sentences."""
-        values = {name: (getattr(self, name), value) for name, value in PRESETS.get(self.published, {}).items()}
-        changed = [f"{name} is {own}, not {value}." for name, (own, value) in values.items() if own != value]
+        if self.published == "none":
+            return []
+        published = preset(self.published)
+        compared = (type(self).model_fields.keys() - NOT_PUBLISHED - MAY_DIFFER) | PRESETS[self.published].keys()
+        own = {name: (getattr(self, name), getattr(published, name)) for name in type(self).model_fields}
+        changed = [
+            f"{k} is {mine}, not {theirs}." for k, (mine, theirs) in own.items() if k in compared and mine != theirs
+        ]
         return [*DEVIATIONS[self.published], *changed]
 
     def crop(self, shape: tuple[int, int]) -> tuple[int, int]:
@@ -196,6 +202,9 @@ MAY_DIFFER = frozenset(
     {"steps", "epochs", "device", "cuda_graphs", "checkpoint_every", "keep", "samples", "log_every", "published"}
 )
 """Fields that may change when a run is resumed."""
+
+NOT_PUBLISHED = frozenset({"dataset", "direction", "seed"})
+"""Fields that affect the weights, and of which a preset of a published training says nothing."""
 
 NEWER_FIELDS = frozenset({"neighbours", "levels", "lr_discriminator", "label_smoothing"})
 """Fields of the run id that were added after the first runs."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -32,11 +32,12 @@ from model.config import TrainConfig
 from model.data import Pairs
 from model.generator import BATCH, Predictor, as_predictor, check_same_dataset, load_generator
 from model.protocols import MEASURES, PROTOCOLS, Protocol, Subject, protocols_for
-from model.scores import DATA_RANGE, score_slices, score_subjects
+from model.scores import score_slices, score_subjects
 from model.subjects import generate_subjects
 
 GENERATED = "generated"
 KEYS = ["protocol", "mask", "method"]
+COMPARED = ["protocol", "mask", "baseline", "measure", "subjects", "better_by", "low_95", "high_95"]
 AHEAD = 2  # subjects for each core that may wait to be scored, so that they do not fill the memory
 
 
@@ -56,9 +57,9 @@ def measure(
 ) -> pd.DataFrame:
     """Score each method on `pairs`: a row per protocol, mask, method and subject.
 
-    Columns: subject_id and `KEYS`; each of `MEASURES`, NaN where the protocol has no such measure; `slices`, how many
-    have a value; and `<measure>_sd`, the population standard deviation over them, NaN if the measure is pooled over
-    slices. Subjects are scored in parallel, while the next ones are generated.
+    Columns: subject_id and `KEYS`; each of `MEASURES`, NaN where the protocol has no such measure; `slices` of the
+    subject; `<measure>_slices`, how many have a value; and `<measure>_sd`, the population standard deviation over them.
+    These two are 0 and NaN for pooled measures. Subjects are scored in parallel, while the next ones are generated.
     """
     chosen = [PROTOCOLS[name] for name in protocols]
     futures: list[Future[list[dict[str, Any]]]] = []
@@ -94,18 +95,18 @@ def _score(subject_id: str, by_method: Mapping[str, Subject], protocols: Sequenc
             with np.errstate(divide="ignore", invalid="ignore"):  # of blank and of equal slices
                 for mask, scores in protocol.score(subject).items():
                     key = {"subject_id": subject_id, "protocol": protocol.name, "mask": mask, "method": method}
-                    rows.append(key | _average(scores, len(subject.target)))
+                    rows.append(key | {"slices": len(subject.target)} | _average(scores, protocol.pooled))
     return rows
 
 
-def _average(scores: Mapping[str, NDArray[np.float64]], slices: int) -> dict[str, float]:
-    """The columns of `MEASURES`, `slices` and `<measure>_sd` for the scores of a subject under one mask."""
+def _average(scores: Mapping[str, NDArray[np.float64]], pooled: Collection[str]) -> dict[str, float]:
+    """The columns of `MEASURES`, `<measure>_slices` and `<measure>_sd` for the scores of a subject under one mask."""
     usable = {measure: values[~np.isnan(values)] for measure, values in scores.items()}
-    by_slice = {measure: values for measure, values in usable.items() if len(scores[measure]) == slices}
+    by_slice = {measure: values for measure, values in usable.items() if measure not in pooled}
     means = {m: float(values.mean()) if len(values) else math.nan for m, values in usable.items()}
     spreads = {m: float(values.std()) if len(values) else math.nan for m, values in by_slice.items()}
-    counts = [len(by_slice[m]) if m in by_slice else slices for m in usable]
-    row = {m: means.get(m, math.nan) for m in MEASURES} | {"slices": max(counts)}
+    row: dict[str, float] = {m: means.get(m, math.nan) for m in MEASURES}
+    row |= {f"{m}_slices": len(by_slice.get(m, ())) for m in MEASURES}
     return row | {f"{m}_sd": spreads.get(m, math.nan) for m in MEASURES}
 
 
@@ -125,7 +126,7 @@ def validation_scores(pairs: Pairs, predict: Predictor) -> pd.DataFrame:
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard deviation of each measure of `measure` over its split, as each protocol defines them.
 
-    A row per protocol, mask and method, with `<measure>_mean`, `<measure>_std`, `subjects` and `slices`.
+    A row per protocol, mask and method, with `<measure>_mean`, `<measure>_std` and `subjects`.
     """
     measures = [m for m in MEASURES if m in table]
     parts = []
@@ -145,7 +146,7 @@ def _over_slices(part: pd.DataFrame, measures: list[str], ddof: int) -> tuple[pd
     """Mean and standard deviation over the slices of all subjects, from the means and deviations of each subject."""
     keys = [part[key] for key in KEYS]
     values = part[measures]
-    weight = values.notna().mul(part["slices"], axis=0)
+    weight = part[[f"{m}_slices" for m in measures]].set_axis(measures, axis=1)
     count = weight.groupby(keys, sort=False).sum()
     means = (values * weight).groupby(keys, sort=False).sum() / count
     # The variance within subjects, and that between their means.
@@ -160,7 +161,7 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
 
     A row per protocol, mask, baseline and measure: the mean difference `better_by`, and its 95% interval by Student's t
     (NaN for a single subject). Above 0 the generator is better, also where a small value is good. Subjects without a
-    value are left out.
+    value are left out, and rows without a subject.
     """
     from scipy.stats import t
 
@@ -182,11 +183,11 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
                 mean = better.mean()
                 row = {"protocol": protocol, "mask": mask, "baseline": name, "measure": measure, "subjects": n}
                 rows.append(row | {"better_by": mean, "low_95": mean - half, "high_95": mean + half})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=COMPARED)
 
 
 def evaluation_name(split: str, weights: Path | None, dropout: bool) -> str:
-    """The name of the files of an evaluation; `weights` is None for the run's own generator.
+    """The name of the files of an evaluation of all protocols; `weights` is None for the run's own generator.
 
     For other weights it contains their digest, so that evaluations of different weights never overwrite each other.
     """
@@ -252,39 +253,47 @@ def measure_and_write(
 ) -> Evaluation:
     """Measure a generator and the baselines on a split of `version`; write `<path>.csv` and `<path>.json`.
 
-    `load` loads a split; `record` is what the JSON says of the generator.
+    Their name ends with the protocols unless these are all that fit the dataset, so that an evaluation under some never
+    overwrites the full one. `load` loads a split; `record` is what the JSON says of the generator.
     """
-    protocols = protocols or protocols_for(metadata.read_metadata(version)["name"])
-    kind = metadata.normalisation_of(version)
-    conditions: dict[str, Any] = {
-        "normalisation": f"{describe_normalisation(kind)} to [0, 1], clipped",
-        "data_range": DATA_RANGE,
-    }
+    fitting = protocols_for(metadata.read_metadata(version)["name"])
+    chosen = [name for name in PROTOCOLS if name in (protocols or fitting)]
+    if set(chosen) != set(fitting):
+        path = path.with_name("-".join([path.name, *chosen]))
+    normalisation = f"{describe_normalisation(metadata.normalisation_of(version))} to [0, 1], clipped"
     pairs = load(split)
-    table = measure(pairs, {GENERATED: predict} | baselines(load("train")), progress, protocols)
+    table = measure(pairs, {GENERATED: predict} | baselines(load("train")), progress, chosen)
     table.insert(1, "split", split)
-    write_atomic(path.with_name(f"{path.name}.csv"), table.assign(**conditions).to_csv(index=False))
     summary, comparison = summarise(table), compare(table)
+    ranges = {name: PROTOCOLS[name].data_range for name in chosen}
+    listed = table.assign(normalisation=normalisation, data_range=table["protocol"].map(ranges))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path.with_name(f"{path.name}.csv"), _with_links(listed).to_csv(index=False))
     described = {
         name: {
             "title": protocol.title,
             "definition": protocol.definition,
             "source": protocol.source,
             "masks": dict(protocol.masks),
+            "data_range": protocol.data_range,
             "averaged_over": protocol.averaged_over,
             "link": protocol.link,
         }
         for name, protocol in PROTOCOLS.items()
-        if name in protocols
+        if name in chosen
     }
     tables = {"summary": _to_json(summary), "comparison": _to_json(comparison)}
-    masks = dict(PROTOCOLS["ours"].masks)
-    whole = {"split": split, **record, **conditions, "masks": masks, "protocols": described, **tables}
+    masks = {"masks": described["ours"]["masks"]} if "ours" in described else {}
+    whole = {"split": split, **record, "normalisation": normalisation, **masks, "protocols": described, **tables}
     write_atomic(path.with_name(f"{path.name}.json"), to_json(whole))
     return Evaluation(summary, comparison, path.name)
 
 
+def _with_links(table: pd.DataFrame) -> pd.DataFrame:
+    """A table with the column `definition`, the link of each row's protocol."""
+    return table.assign(definition=table["protocol"].map({name: p.link for name, p in PROTOCOLS.items()}))
+
+
 def _to_json(table: pd.DataFrame) -> Any:
     """The rows of a table with links to definitions; null for what is not finite, which JSON lacks."""
-    links = {name: protocol.link for name, protocol in PROTOCOLS.items()}
-    return json.loads(table.assign(definition=table["protocol"].map(links)).to_json(orient="records"))
+    return json.loads(_with_links(table).to_json(orient="records"))

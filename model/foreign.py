@@ -1,12 +1,15 @@
 """Measure any ONNX model of one channel in and one out on a dataset version, as a trained generator is measured::
 
-    <root>/evaluations/<file>-<first digits of its SHA-256>-<version>/evaluation-test.csv, evaluation-test.json
+    <root>/evaluations/<file>-<its SHA-256>-<version>-<hash>/evaluation-test.csv, evaluation-test.json
+
+Both hashes are of eight digits; the last one is of direction, orientation and ranges.
 
 The model gets slices of this project's version: its orientation and range are translated, nothing else.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ixi_etl.core.files import os_errors_as_user_errors, sha256_file
+from ixi_etl.core.files import os_errors_as_user_errors, sha256_file, to_json
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import DataRoot
 from ixi_etl.dataset import metadata, versions
@@ -81,11 +85,12 @@ class ForeignGenerator:
         return turned.transpose(2, 3) if self.is_transposed else turned
 
 
-def as_predictor(generator: ForeignGenerator, height: int, width: int) -> Predictor:
+def load_predictor(generator: ForeignGenerator, height: int, width: int) -> Predictor:
     """The model on our slices of `height` x `width`, in [-1, 1].
 
     Raises:
-        CheckpointError: the file is missing, or is not an ONNX model that takes and gives one such slice.
+        CheckpointError: the file is missing, or is not an ONNX model that takes and gives one such slice, of finite
+            values.
     """
     import onnxruntime
 
@@ -118,6 +123,8 @@ def as_predictor(generator: ForeignGenerator, height: int, width: int) -> Predic
             if output.shape != filled.shape:
                 problem = f"{path} makes {list(output.shape)} of {list(filled.shape)}"
                 raise CheckpointError(f"{problem}; it must give one channel of the same size")
+            if not np.isfinite(output).all():
+                raise CheckpointError(f"{path} gives values that are not finite; it cannot be measured")
             generated.append(torch.from_numpy(output)[: len(part)])
         return torch.cat(generated)
 
@@ -142,7 +149,8 @@ def _check_interface(path: Path, session: Any, shape: tuple[int, int]) -> int | 
             raise CheckpointError(f"{path} has {len(tensors)} {kind}s ({names}); it must have one")
         (tensor,) = tensors
         if tensor.type != FLOAT:
-            raise CheckpointError(f"the {kind} of {path} is a {tensor.type}; it must be a {FLOAT}")
+            problem = f"the {kind} of {path} must be float32 (it is {tensor.type})"
+            raise CheckpointError(f"{problem}; export the model in float32")
         expected = (1, *shape)
         is_other = [isinstance(n, int) and n != e for n, e in zip(tensor.shape[1:], expected, strict=False)]
         if tensor.shape and (len(tensor.shape) != 4 or any(is_other)):  # nothing is declared where it is empty
@@ -171,7 +179,8 @@ def evaluate_foreign(
     `root` and `scratch` are as in `DataRoot`.
 
     Raises:
-        CheckpointError: the file is missing, or does not fit the slices of the version.
+        CheckpointError: the file is missing, does not fit the slices of the version, or gives values that are not
+            finite.
         ConfigError: the direction does not fit, or the version does not say where its slices point.
         DatasetError: the version does not exist or is damaged, or the split has no subjects.
     """
@@ -187,18 +196,22 @@ def evaluate_foreign(
     if generator.orientation != OWN_ORIENTATION and not is_anatomical:
         raise ConfigError(f"--orientation {generator.orientation}: slices of {name}@{version} have no known directions")
     load = partial(data.load_pairs, folder, direction=str(parsed))
-    predict = as_predictor(generator, *open_arrays(folder)[parsed.target].shape[-2:])
+    predict = load_predictor(generator, *open_arrays(folder)[parsed.target].shape[-2:])
     digest = sha256_file(generator.path)
-    out = out or data_root.local / "evaluations" / f"{generator.path.stem}-{digest[:8]}-{version}"
-    out.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "input_range": [float(value) for value in generator.input_range],
+        "output_range": [float(value) for value in generator.output_range],
+        "orientation": generator.orientation,
+        "direction": str(parsed),
+    }
+    settings_hash = hashlib.sha256(to_json(settings).encode()).hexdigest()
+    folder_name = f"{generator.path.stem}-{digest[:8]}-{version}-{settings_hash[:8]}"
+    out = out or data_root.local / "evaluations" / folder_name
     record = {
         "weights": generator.path.name,
         "weights_sha256": digest,
-        "input_range": list(generator.input_range),
-        "output_range": list(generator.output_range),
-        "orientation": generator.orientation,
         "dataset": f"{name}@{version}",
-        "direction": str(parsed),
+        **settings,
     }
     path = out / f"evaluation-{split}"
     return out, measure_and_write(path, folder, load, split, predict, record, protocols, progress)

@@ -107,6 +107,14 @@ def _steps_of(config: TrainConfig, pairs: int) -> int:
     return steps
 
 
+def _deviations(run: Run) -> list[str]:
+    """How the run differs from the published one that its preset follows: in training and in data, in sentences."""
+    published = run.config.published
+    found = metadata.read_metadata(run.version).get("preparation", {}).get("name")
+    other = f"The dataset version is not prepared as published, by ixi-etl refresh --preset {published}."
+    return run.config.deviations + ([] if found == published else [other])
+
+
 @os_errors_as_user_errors()
 def train_run(run: Run, *, resume: bool = False, progress: Progress = no_progress) -> Path:
     """Train, write the report, and return the best generator's file. A lock allows one process to train in a folder.
@@ -131,7 +139,7 @@ def train_run(run: Run, *, resume: bool = False, progress: Progress = no_progres
                 "data": metadata.licence_of(run.version),
             }
             if config.published != "none":
-                record["preset"] = {"name": config.published, "deviations": config.deviations}
+                record["preset"] = {"name": config.published, "deviations": _deviations(run)}
             upload = partial(push_if_possible, run.folder, run.remote) if run.remote else do_nothing
 
             def write_config() -> None:  # only for a new run: a resumed one keeps its record

@@ -33,10 +33,10 @@ from model.scores import (
 )
 
 Scores = dict[str, dict[str, NDArray[np.float64]]]
-"""Mask -> measure -> values (Z,) of slices, or (1,) of the subject."""
+"""Mask -> measure -> values (Z,) of slices, or (1,) of the subject for a measure in `Protocol.pooled`."""
 
 DOCS = "docs/protocols.md"
-CROP = (256, 152)  # of SynDiff, rows and columns
+CROP = (256, 152)  # of SynDiff: rows and columns
 
 
 class Measure(NamedTuple):
@@ -91,9 +91,11 @@ class Protocol(ABC):
         definition: one sentence.
         source: publication, repository and commit.
         masks: name -> meaning.
+        data_range: that of its measures, in words.
         averaged_over: what the mean and the standard deviation of a split are taken over. A subject's score is always
             the mean of its values that are not NaN.
         ddof: of that standard deviation: 1 for a sample, 0 for a population.
+        pooled: measures that have one value for a subject and none for slices, so only means over subjects.
     """
 
     name: ClassVar[str]
@@ -101,8 +103,10 @@ class Protocol(ABC):
     definition: ClassVar[str]
     source: ClassVar[str]
     masks: ClassVar[Mapping[str, str]]
+    data_range: ClassVar[str]
     averaged_over: ClassVar[Literal["subjects", "slices"]]
     ddof: ClassVar[Literal[0, 1]]
+    pooled: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def link(self) -> str:
@@ -126,8 +130,10 @@ class Ours(Protocol):
         "whole": "every pixel",
         "head": "over Otsu's threshold in a source or in the target",
     }
+    data_range = "1"
     averaged_over = "subjects"
     ddof = 1
+    pooled = frozenset({"psnr", "ssim", "mae", "ssim_3d", "nmae"})
 
     def score(self, subject: Subject) -> Scores:
         import torch
@@ -160,13 +166,13 @@ class SynDiff(Protocol):
     )
     source = "Özbey et al. 2023, icon-lab/SynDiff 8e5064e, test.py"
     masks: ClassVar[Mapping[str, str]] = {"whole": "every pixel of the crop"}
+    data_range = "PSNR: maximum of the generated slice; SSIM: maximum of the target slice"
     averaged_over = "slices"
     ddof = 0
 
     def score(self, subject: Subject) -> Scores:
         generated, target = (
-            center_crop(x / x.max((1, 2), keepdims=True), 256, 152)
-            for x in as_float64(subject.generated, subject.target)
+            center_crop(x / x.max((1, 2), keepdims=True), *CROP) for x in as_float64(subject.generated, subject.target)
         )
         psnr = psnr_of_slices(generated, target, generated.max((1, 2)))
         return {"whole": {"psnr": psnr, "ssim": ssim_of_slices(generated, target, target.max((1, 2)))}}
@@ -185,6 +191,7 @@ class SelfRDB(Protocol):
         "whole": "every pixel",
         "foreground": "both images times the mask of a T1 above 0.1, before they are divided by their means",
     }
+    data_range = "maximum of the target slice"
     averaged_over = "subjects"
     ddof = 0
 
@@ -219,6 +226,7 @@ class Moschetto(Protocol):
         "whole": "every pixel",
         "foreground": "each image times its own mask, above the triangle threshold of itself",
     }
+    data_range = "1"
     averaged_over = "slices"
     ddof = 0
 

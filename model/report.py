@@ -201,7 +201,7 @@ def _definitions(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _protocol_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """A row per protocol, mask and method: a link to the definition on this page, and each measure that was taken."""
-    measures = [m for m in MEASURES if any(row[f"{m}_mean"] is not None for row in rows)]
+    measures = [m for m in MEASURES if any(row.get(f"{m}_mean") is not None for row in rows)]
     link = Markup('<a href="#protocol-{0}">{0}</a>')
     return [
         {
@@ -235,7 +235,7 @@ def _summary(rows: Sequence[Mapping[str, Any]], mask: str) -> list[dict[str, str
 
 
 def _mean_sd(row: Mapping[str, Any], measure: str, digits: int) -> str:
-    mean, sd = row[f"{measure}_mean"], row[f"{measure}_std"]
+    mean, sd = row.get(f"{measure}_mean"), row.get(f"{measure}_std")  # older evaluations lack newer measures
     return ("-" if mean is None else f"{mean:.{digits}f}") + ("" if sd is None else f" ({sd:.{digits}f})")
 
 

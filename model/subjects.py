@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ixi_etl.core.progress import Progress
+from ixi_etl.errors import CheckpointError
 from ixi_etl.scans.intensity import otsu_threshold
 from model.data import Pairs
 from model.generator import BATCH, Predictor
@@ -24,14 +25,24 @@ from model.protocols import Subject
 def generate_subjects(
     pairs: Pairs, methods: Mapping[str, Predictor], progress: Progress
 ) -> Iterator[tuple[str, dict[str, Subject]]]:
-    """The id of each subject, and for each method what a protocol scores, as soon as all its slices are generated."""
+    """The id of each subject, and for each method what a protocol scores, as soon as all its slices are generated.
+
+    Raises:
+        CheckpointError: a method gives values that are not finite.
+    """
     thresholds = _otsu_thresholds(pairs).to(pairs.device)
     missing = torch.bincount(pairs.subject).tolist()
     parts: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
     for index in torch.arange(len(pairs), device=pairs.device).split(BATCH):
         source, target = pairs.normalised(index)
         position, centres = pairs.position[index], pairs.centres(source)
-        generated = [predict(source, position).clamp(-1, 1) for predict in methods.values()]
+        generated = []
+        for method, predict in methods.items():
+            image = predict(source, position)
+            if not image.isfinite().all():
+                subject = pairs.subjects[int(pairs.subject[index[0]])]
+                raise CheckpointError(f"method {method} gives values that are not finite, from subject {subject} on")
+            generated.append(image.clamp(-1, 1))
         images = ((torch.cat([*generated, target, centres], 1) + 1) / 2).cpu()
         head = _head_mask(centres, target, thresholds[pairs.subject[index]]).cpu()
         subjects, counts = pairs.subject[index].cpu().unique_consecutive(return_counts=True)

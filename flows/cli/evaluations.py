@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +14,9 @@ from flows.cli.output import Json, Output, Quiet
 from flows.cli.show import show_evaluation, show_run
 from ixi_etl.core.extras import require_extra
 from ixi_etl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from model.evaluate import Evaluation
 
 FOREIGN = "With --generator: "
 
@@ -77,12 +80,13 @@ def evaluate(
     """Measure a generator under each protocol, compared with simple baselines.
 
     Writes evaluation-SPLIT.csv (one row per protocol, mask, method and subject) and evaluation-SPLIT.json into the run.
-    With --weights or --dropout the files have other names. With --generator they are in ROOT/evaluations.
+    With --weights, --dropout or some of the protocols the files have other names. With --generator they are in
+    ROOT/evaluations.
     """
     output = Output(quiet, as_json)
     require_extra("train")
     from flows.progress import show_progress
-    from model.protocols import MAIN_MEASURES, parse_protocols
+    from model.protocols import parse_protocols
 
     protocols = None if protocol is None else parse_protocols(protocol)
     foreign: dict[str, Any] = {
@@ -122,21 +126,30 @@ def evaluate(
                 opened, split=split, weights=weights, dropout=dropout, protocols=protocols, progress=progress
             )
         show_run(output, folder, done.name)
-    comparison = done.comparison
-    shown_protocol = comparison["protocol"].iloc[0]
-    first = comparison[(comparison["protocol"] == shown_protocol) & comparison["measure"].isin(MAIN_MEASURES)]
-    intervals = first[["better_by", "low_95", "high_95"]].itertuples(index=False)
-    shown = first.assign(better_by=[_with_interval(*row) for row in intervals])
-    output.table(
-        "comparison",
-        shown[["mask", "baseline", "measure", "better_by"]],
-        f"{shown_protocol}: generator against each baseline: mean paired difference [95% interval], above 0 is better",
-        json.loads(comparison.to_json(orient="records")),  # which makes null of NaN: JSON has none
-    )
-    if (comparison["subjects"] < 2).any():
-        output.text(f"no intervals: they need two subjects, and split {split} has one")
+    _show_comparison(output, done, split)
     output.fields({"subjects": folder / f"{done.name}.csv"})
     output.end()
+
+
+def _show_comparison(output: Output, done: Evaluation, split: str) -> None:
+    """Print the differences under the first protocol; the JSON object gets all. No table if no subject has a value."""
+    from model.protocols import MAIN_MEASURES
+
+    comparison = done.comparison
+    records = json.loads(comparison.to_json(orient="records"))  # which makes null of NaN: JSON has none
+    if not records:
+        output.text("no comparison: no subject has a value", comparison=records)
+        return
+    protocol = comparison["protocol"].iloc[0]
+    first = comparison[(comparison["protocol"] == protocol) & comparison["measure"].isin(MAIN_MEASURES)]
+    intervals = first[["better_by", "low_95", "high_95"]].itertuples(index=False)
+    shown = first.assign(better_by=[_with_interval(*row) for row in intervals])
+    title = f"{protocol}: generator against each baseline: mean paired difference [95% interval], above 0 is better"
+    output.table("comparison", shown[["mask", "baseline", "measure", "better_by"]], title, records)
+    if done.summary["subjects"].max() < 2:
+        output.text(f"no intervals: they need two subjects, and split {split} has one")
+    elif (first["subjects"] < 2).any():
+        output.text("a row without an interval has a value for one subject only; an interval needs two")
 
 
 def _with_interval(mean: float, low: float, high: float) -> str:

@@ -45,3 +45,6 @@ def show_evaluation(output: Output, folder: Path, evaluation: str) -> None:
     summary = summaries.evaluation_summary(folder, evaluation)
     if summary is not None:
         output.table("evaluation", summary.shown, summary.title, summary.records)
+        links = dict.fromkeys(row["definition"] for row in summary.records if "definition" in row)
+        if links:  # evaluations by older code have none
+            output.text(f"definitions: {', '.join(links)}")

@@ -183,6 +183,40 @@ def test_the_command_shows_a_dash_for_the_interval_of_one_subject(
             assert "no intervals: they need two subjects, and split test has one" in out
 
 
+def test_the_command_skips_an_empty_comparison(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"subject_id": "a", "protocol": "syndiff", "mask": "whole", "psnr": math.nan}
+    empty = evaluate.compare(pd.DataFrame([row | {"method": GENERATED}, row | {"method": SOURCE}]))
+    assert list(empty.columns) == evaluate.COMPARED
+    assert empty.empty
+    monkeypatch.setattr("model.jobs.evaluate_run", lambda *_, **__: Evaluation(empty, empty, "evaluation-test"))
+    for options in ([], ["--json"]):
+        with pytest.raises(SystemExit) as ended:
+            main(["evaluate", "a", "--root", str(trained), *options])
+        assert not ended.value.code
+        out = capsys.readouterr().out
+        assert json.loads(out)["comparison"] == [] if options else "no comparison: no subject has a value" in out
+
+
+def test_the_command_says_which_rows_have_no_interval(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"subject_id": name, "protocol": "ours", "mask": "whole", "psnr": psnr, "ssim": 0.5, "method": method}
+        for name, psnr in (("a", 1.0), ("b", math.nan))
+        for method in (GENERATED, SOURCE)
+    ]
+    comparison = evaluate.compare(pd.DataFrame(rows))
+    done = Evaluation(pd.DataFrame({"subjects": [2]}), comparison, "evaluation-test")
+    monkeypatch.setattr("model.jobs.evaluate_run", lambda *_, **__: done)
+    with pytest.raises(SystemExit):
+        main(["evaluate", "a", "--root", str(trained)])
+    out = capsys.readouterr().out
+    assert "a row without an interval has a value for one subject only" in out
+    assert "no intervals" not in out
+
+
 def test_dropout_is_off_unless_requested() -> None:
     torch.manual_seed(0)
     network = UNetGenerator(32, width=4)
@@ -237,7 +271,8 @@ def test_the_evaluation_files_have_scores_by_subject_and_their_conditions(evalua
     assert len(table) == subjects * 4 * (2 + 1 + 2 + 2)
     assert set(table["method"]) == {GENERATED, SOURCE, MEAN_TARGET, MAPPING}
     assert set(table["mask"]) == {"whole", "head", "foreground"}
-    assert (table["data_range"] == 1).all()
+    assert table["data_range"].tolist() == [PROTOCOLS[name].data_range for name in table["protocol"]]
+    assert table["definition"].tolist() == [PROTOCOLS[name].link for name in table["protocol"]]
     assert table["normalisation"].str.contains("percentiles").all()
     record = json.loads((run.folder / "evaluation-train.json").read_text())
     assert record["step"] == 6
@@ -248,6 +283,10 @@ def test_the_evaluation_files_have_scores_by_subject_and_their_conditions(evalua
     assert row["ms_ssim_mean"] is None  # the slices are too small
     assert {r["definition"] for r in record["summary"]} == {f"docs/protocols.md#{name}" for name in PROTOCOLS}
     assert record["protocols"].keys() == PROTOCOLS.keys()
+    assert {name: entry["data_range"] for name, entry in record["protocols"].items()} == {
+        name: protocol.data_range for name, protocol in PROTOCOLS.items()
+    }
+    assert record["masks"].keys() == {"whole", "head"}
 
 
 def evaluations(run: Run) -> dict[str, bytes]:
@@ -305,6 +344,29 @@ def test_evaluations_with_other_weights_or_dropout_have_distinct_file_names(eval
     assert json.loads(after[f"{names[1]}.json"])["weights_sha256"] == checkpoint.read_digest(other_seed)
     own = evaluate_run(evaluated, split="train", weights=evaluated.generator)
     assert own.name == "evaluation-train"  # the same as without `weights`
+
+
+def test_an_evaluation_under_some_protocols_leaves_the_full_one_as_it_is(evaluated: Run) -> None:
+    before = evaluations(evaluated)
+    report = evaluate_run(evaluated, split="train", protocols=("selfrdb",)).name
+    assert report == "evaluation-train-selfrdb"
+    after = evaluations(evaluated)
+    assert after.keys() == before.keys() | {f"{report}.csv", f"{report}.json"}
+    assert {name: after[name] for name in before} == before
+    record = json.loads(after[f"{report}.json"])
+    assert "masks" not in record  # those of `ours`
+    assert record["protocols"].keys() == {"selfrdb"}
+    assert 'href="#protocol-syndiff"' in (evaluated.folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_generator_whose_values_are_not_finite_is_refused(pairs: Pairs, value: float) -> None:
+    broken = {GENERATED: lambda source, _: source.where(source < 0.9, value)}
+    with pytest.raises(
+        CheckpointError, match="method generated gives values that are not finite, from subject "
+    ) as error:
+        evaluate.measure(pairs, broken, protocols=("ours",))
+    assert "\n" not in str(error.value)
 
 
 def test_weights_without_metadata_are_refused(evaluated: Run, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ixi_etl.errors import CheckpointError, ConfigError
 from model import foreign
 from model.baselines import SOURCE
 from model.export import export
-from model.foreign import ORIENTATIONS, ForeignGenerator, as_predictor, evaluate_foreign
+from model.foreign import ORIENTATIONS, ForeignGenerator, evaluate_foreign, load_predictor
 from model.jobs import evaluate_run
 from model.protocols import MEASURES
 from model.run import open_run
@@ -77,21 +78,52 @@ def test_our_own_exported_model_gets_the_scores_of_its_run(root: Path, dataset: 
     assert done.name == name
     record = json.loads((out / f"{name}.json").read_text())
     digest = record["weights_sha256"]
-    assert out == root / "evaluations" / f"generator-{digest[:8]}-{dataset.partition('@')[2]}"
+    assert re.fullmatch(f"generator-{digest[:8]}-{dataset.partition('@')[2]}-[0-9a-f]{{8}}", out.name)
+    assert out.parent == root / "evaluations"
     assert (record["input_range"], record["orientation"], record["weights"]) == ([-1, 1], "AR", "generator.onnx")
 
 
 def test_ranges_orientation_and_a_fixed_batch_are_translated(root: Path, dataset: str, tmp_path: Path) -> None:
     model = write_model(tmp_path / "same.onnx", (5, 1, SIDE, SIDE))  # 12 slices a subject
     generator = ForeignGenerator(model, (0, 255), (0, 255), "LP")
-    out, _ = evaluate_foreign(root, generator, dataset, split="train", out=tmp_path / "out", protocols=("ours",))
-    source, generated = (scores_of(out / "evaluation-train.csv", name) for name in (SOURCE, "generated"))
+    out, done = evaluate_foreign(root, generator, dataset, split="train", out=tmp_path / "out", protocols=("ours",))
+    source, generated = (scores_of(out / f"{done.name}.csv", name) for name in (SOURCE, "generated"))
     pd.testing.assert_frame_equal(source, generated, atol=1e-4, rtol=0)
+
+
+def test_other_directions_orientations_and_ranges_have_folders_of_their_own(
+    root: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(tmp_path / "same.onnx")
+    monkeypatch.setattr(foreign, "measure_and_write", lambda *_: None)
+    generators = [
+        (ForeignGenerator(model, UNIT, UNIT), None),
+        (ForeignGenerator(model, UNIT, UNIT), "t2->t1"),
+        (ForeignGenerator(model, UNIT, UNIT, "PL"), None),
+        (ForeignGenerator(model, (0, 1), UNIT), None),
+        (ForeignGenerator(model, UNIT, (0, 1)), None),
+    ]
+    folders = {evaluate_foreign(root, g, dataset, direction=direction)[0] for g, direction in generators}
+    assert len(folders) == len(generators)
+    again, _ = evaluate_foreign(root, ForeignGenerator(model, (-1, 1), UNIT), dataset, direction="t1->t2")
+    assert again in folders
+    assert not any(folder.exists() for folder in folders)  # made only when there is something to write
+
+
+def test_values_that_are_not_finite_end_the_evaluation_before_anything_is_written(
+    root: Path, dataset: str, tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "acos.onnx", operator="Acos")  # NaN above 1, so not at its first call, on black
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match=r"acos\.onnx gives values that are not finite") as error:
+        evaluate_foreign(root, ForeignGenerator(model, (0, 2), UNIT), dataset, split="train", out=out)
+    assert "\n" not in str(error.value)
+    assert not out.exists()
 
 
 def test_the_output_range_is_its_own(tmp_path: Path) -> None:
     model = write_model(tmp_path / "abs.onnx", operator="Abs")
-    predict = as_predictor(ForeignGenerator(model, (-1, 1), (0, 1)), SIDE, SIDE)
+    predict = load_predictor(ForeignGenerator(model, (-1, 1), (0, 1)), SIDE, SIDE)
     source = torch.rand(3, 1, SIDE, SIDE) * 2 - 1
     torch.testing.assert_close(predict(source, torch.zeros(3)), source.abs() * 2 - 1)
 
@@ -123,7 +155,7 @@ def test_a_slice_is_turned_as_the_orientation_says() -> None:
         ),
         ({"shape": (1, 1, 32, SIDE)}, "is 1 x 1 x 32 x 64; the slices of the version need batch x 1 x 64 x 64"),
         ({"shape": (SIDE, SIDE)}, "is 64 x 64; the slices of the version need batch x 1 x 64 x 64"),
-        ({"kind": TensorProto.DOUBLE}, "is a tensor(double); it must be a tensor(float)"),
+        ({"kind": TensorProto.DOUBLE}, "must be float32 (it is tensor(double)); export the model in float32"),
         (
             {
                 "shape": ("b", 1, "h", "w"),
@@ -133,6 +165,7 @@ def test_a_slice_is_turned_as_the_orientation_says() -> None:
             },
             "makes [1, 1, 63, 63] of [1, 1, 64, 64]; it must give one channel of the same size",
         ),
+        ({"operator": "Sqrt"}, "gives values that are not finite"),
         (
             {"shape": ("b", "c", "h", "w"), "out_shape": ("b", "c"), "operator": "DepthToSpace", "blocksize": 2},
             "fails on slices of 64 x 64",
@@ -142,7 +175,7 @@ def test_a_slice_is_turned_as_the_orientation_says() -> None:
 def test_a_model_that_does_not_fit_is_refused_in_one_line(model: dict[str, Any], problem: str, tmp_path: Path) -> None:
     generator = ForeignGenerator(write_model(tmp_path / "bad.onnx", **model), UNIT, UNIT)
     with pytest.raises(CheckpointError) as error:
-        as_predictor(generator, SIDE, SIDE)
+        load_predictor(generator, SIDE, SIDE)
     assert problem in str(error.value)
     assert str(tmp_path / "bad.onnx") in str(error.value)
     assert "\n" not in str(error.value)
@@ -152,7 +185,7 @@ def test_a_missing_or_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("not a model")
     for name, problem in (("none.onnx", "there is no file"), ("text.onnx", "is not an ONNX model")):
         with pytest.raises(CheckpointError, match=problem) as error:
-            as_predictor(ForeignGenerator(tmp_path / name, UNIT, UNIT), SIDE, SIDE)
+            load_predictor(ForeignGenerator(tmp_path / name, UNIT, UNIT), SIDE, SIDE)
         assert name in str(error.value)
 
 
@@ -202,8 +235,8 @@ def test_the_command_needs_no_run(root: Path, tmp_path: Path, capsys: pytest.Cap
         "docs/protocols.md#selfrdb",
     }
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "evaluation-train.csv",
-        "evaluation-train.json",
+        "evaluation-train-ours-selfrdb.csv",
+        "evaluation-train-ours-selfrdb.json",
     ]
 
 

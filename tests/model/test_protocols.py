@@ -266,7 +266,7 @@ def test_means_and_deviations_are_over_what_the_protocol_says(name: str) -> None
     assert (summary["subjects"] == 3).all()
     if name != "moschetto":
         assert slices.isna().any(axis=None)
-        assert rows["slices"].tolist() == [3, 4, 4]
+        assert rows["psnr_slices"].tolist() == [3, 4, 4]
 
 
 def test_ours_averages_over_subjects_with_the_deviation_of_a_sample() -> None:
@@ -305,6 +305,43 @@ def test_subjects_may_have_different_numbers_of_slices() -> None:
     assert tables[1]["psnr"][0] == pytest.approx(per_slice("syndiff", whole)["whole", "psnr"][2:4].mean())
 
 
+@pytest.mark.parametrize("slices", [1, 3])
+def test_pooled_measures_have_no_deviation_over_slices(slices: int) -> None:
+    side = scores.MS_SSIM_SIDE
+    table = evaluate.measure(make_pairs(1, slices, side), {GENERATED: lambda source, _: source}, protocols=("ours",))
+    whole = table[table["mask"] == "whole"].iloc[0]
+    assert whole["slices"] == whole["ms_ssim_slices"] == slices
+    assert math.isfinite(whole["ms_ssim_sd"])
+    pooled = PROTOCOLS["ours"].pooled
+    assert pooled == {"psnr", "ssim", "mae", "ssim_3d", "nmae"}
+    assert table[[f"{m}_sd" for m in pooled]].isna().all(axis=None)
+    assert (table[[f"{m}_slices" for m in pooled]] == 0).all(axis=None)
+
+
+def test_each_measure_is_weighted_by_its_own_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Uneven(type(PROTOCOLS["syndiff"])):  # type: ignore[misc]
+        """PSNR of the first slice of the first subject is missing; SSIM is complete."""
+
+        name = "uneven"
+
+        def score(self, subject: Subject) -> Scores:
+            values = subject.target.mean((1, 2)).astype(np.float64)
+            partial = values.copy()
+            if values[0] == 0:
+                partial[:2] = np.nan
+            return {"whole": {"psnr": partial, "ssim": values}}
+
+    monkeypatch.setitem(PROTOCOLS, "uneven", Uneven())
+    pairs = make_pairs(count=2, slices=3)  # the first slice of the first subject is black
+    table = evaluate.measure(pairs, {GENERATED: lambda source, _: source}, protocols=("uneven",))
+    assert table[["psnr_slices", "ssim_slices"]].to_numpy().tolist() == [[1, 3], [3, 3]]
+    target = (pairs.normalised(torch.arange(6))[1].mean((1, 2, 3)).numpy() + 1) / 2
+    (row,) = evaluate.summarise(table).to_dict("records")
+    for measure, values in (("psnr", target[2:]), ("ssim", target)):
+        assert row[f"{measure}_mean"] == pytest.approx(values.mean(), abs=1e-6)
+        assert row[f"{measure}_std"] == pytest.approx(values.std(), abs=1e-6)
+
+
 def test_every_method_is_scored_under_every_protocol_in_order() -> None:
     methods = {GENERATED: lambda source, _: source, "grey": lambda source, _: torch.full_like(source, 0.0)}
     table = evaluate.measure(make_pairs(2, 2), methods)
@@ -331,6 +368,7 @@ def test_a_new_protocol_is_one_small_class(monkeypatch: pytest.MonkeyPatch) -> N
         definition = "PSNR from the largest error of a slice."
         source = "this test"
         masks = {"whole": "every pixel"}  # noqa: RUF012 - as short as can be
+        data_range = "1"
         averaged_over = "slices"
         ddof = 0
 

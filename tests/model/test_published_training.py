@@ -12,10 +12,11 @@ from altered import alter_version
 from conftest import SMALL_NETWORKS
 
 from ixi_etl.core.files import read_json
+from ixi_etl.dataset import metadata
 from ixi_etl.dataset.direction import Direction
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.errors import ConfigError
-from model import data
+from model import data, jobs
 from model.config import DEVIATIONS, PRESETS, TrainConfig, preset
 from model.cpu_layers import InstanceNorm2d
 from model.data import Pairs, Slabs
@@ -237,12 +238,36 @@ def test_a_run_of_the_preset_records_its_deviations(published: PublishedVersion,
     assert stated[: len(DEVIATIONS["moschetto"])] == list(DEVIATIONS["moschetto"])
     assert "levels is 3, not 5." in stated
     assert "epochs is 1, not 300." in stated
+    assert stated[-1].startswith("The dataset version is not prepared as published, by ixi-etl refresh --preset mos")
     assert preset("moschetto").deviations == list(DEVIATIONS["moschetto"])
     generator, config, _ = load_generator(path)
     assert (generator.multiple, config.published) == (8, "moschetto")
     resumed = prepare_run(tmp_path, preset("moschetto", **settings))
     assert resumed.folder == run.folder
     assert train_run(resumed, resume=True) == path
+
+
+def test_every_changed_field_that_affects_the_weights_is_a_deviation() -> None:
+    changed = {"lr": 1e-3, "lambda_l1": 10, "neighbours": 1, "side": 64, "seed": 3, "device": "cpu", "keep": 9}
+    stated = preset("moschetto", **changed, steps=9).deviations
+    assert set(stated) - set(DEVIATIONS["moschetto"]) == {
+        "lr is 0.001, not 0.0002.",
+        "lambda_l1 is 10.0, not 100.0.",
+        "neighbours is 1, not 0.",
+        "side is 64, not None.",
+        "epochs is None, not 300.",
+    }
+
+
+def test_a_version_of_the_same_preparation_is_no_deviation(
+    published: PublishedVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepare_run(root_of(published, tmp_path), preset("moschetto", **SMALL))
+    described = metadata.read_metadata(run.version)
+    for name, expected in (("moschetto", 0), ("selfrdb", 1)):
+        prepared = described | {"preparation": {"name": name, "deviations": []}}
+        monkeypatch.setattr(metadata, "read_metadata", lambda _, prepared=prepared: prepared)
+        assert len(jobs._deviations(run)) - len(run.config.deviations) == expected
 
 
 def test_the_documentation_has_every_deviation() -> None:

@@ -16,7 +16,8 @@ SMALL = {"side": 32, "width": 4, "steps": 2}
 
 
 def measured(psnr: float, seconds: float = 1.0) -> Measured:
-    values = {mask: {"psnr": psnr, "ssim": psnr / 100} for mask in quality.MASKS}
+    by_subject = [psnr - 3, psnr + 3]
+    values = {mask: {"psnr": by_subject, "ssim": [x / 100 for x in by_subject]} for mask in quality.MASKS}
     scores = {quality.OFF: values, quality.ON: values}
     counts = {"trained_on": 16, "tested_on": 8, "peak_mb": 300.0}
     return Measured(seconds, 0.0, 0.0, 0.0, {"version": "folder", "scores": scores, **counts})
@@ -29,15 +30,19 @@ def measured(psnr: float, seconds: float = 1.0) -> Measured:
         ((21.0, 21.0), (20.0, 20.0), True),
         ((20.0, 20.0), (20.3, 20.7), False),  # worse by 0.5, and the seeds differ by 0.4
         ((20.0, 20.0), (20.2, 20.8), True),
-        ((19.7, 20.3), (20.5, 20.5), True),
+        ((19.7, 20.3), (20.5, 20.5), False),
+        ((14.0, 20.0), (20.0, 20.2), False),  # our own noise does not help
     ],
 )
-def test_quality_is_reached_if_no_worse_than_the_seeds_differ(
+def test_quality_is_reached_if_no_worse_than_the_seeds_of_the_peer_differ(
     ours: tuple[float, ...], theirs: tuple[float, ...], reached: bool
 ) -> None:
     row = quality.quality_row("q", "psnr", "head", [measured(p) for p in ours], [measured(p) for p in theirs])
     assert row.reached is reached
     assert row.ours == f"{sum(ours) / 2:.2f} dB"
+    difference = (sum(ours) - sum(theirs)) / 2
+    wins = 2 if difference > 0 else 0
+    assert f"by subject {difference:+.2f} dB, ours is better for {wins} of 2;" in row.note
 
 
 @pytest.mark.parametrize(("seconds", "reached"), [(0.4, True), (0.6, False)])

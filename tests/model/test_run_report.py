@@ -16,6 +16,7 @@ from markup import page_of, rows_of, text_of
 from PIL import Image
 
 from flows.cli.output import Output
+from flows.cli.show import show_evaluation
 from flows.summaries import evaluation_summary
 from model.protocols import MEASURES, PROTOCOLS
 from model.report import FRAMES, LISTED, run_report, write_report
@@ -239,6 +240,34 @@ def test_an_evaluation_without_ours_has_no_details(scored: Path, tmp_path: Path)
     page = run_report(folder)
     assert "in detail" not in page
     assert 'href="#protocol-syndiff"' in page
+
+
+def test_an_evaluation_without_newer_measures_is_shown(scored: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(scored, tmp_path / "run")
+    record = json.loads((folder / "evaluation-test.json").read_text())
+    for row in record["summary"]:
+        for name in ("mse_mean", "mse_std", "mae_std"):
+            row.pop(name, None)
+    (folder / "evaluation-test.json").write_text(json.dumps(record))
+    table = next(t for t in page_of(run_report(folder)).iter("table") if "Every protocol" in text_of(t))
+    assert rows_of(table)[0][3:6] == ["1.00 (1.00)", "1.000 (1.000)", "1.0000"]
+    summary = evaluation_summary(folder)
+    assert summary is not None
+    assert "MSE" not in summary.shown
+
+
+def test_the_command_lists_the_definitions_below_the_table(
+    scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(scored, tmp_path / "run")
+    show_evaluation(Output(), folder, "evaluation-test")
+    assert "definitions:" not in capsys.readouterr().out  # rows of older code have no link
+    record = json.loads((folder / "evaluation-test.json").read_text())
+    record["summary"] = [row | {"definition": PROTOCOLS[row["protocol"]].link} for row in record["summary"]]
+    (folder / "evaluation-test.json").write_text(json.dumps(record))
+    show_evaluation(Output(), folder, "evaluation-test")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "definitions: docs/protocols.md#ours, docs/protocols.md#syndiff"
 
 
 def test_an_evaluation_by_older_code_has_no_table_of_protocols(run: Path) -> None:
