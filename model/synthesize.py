@@ -239,9 +239,8 @@ def _prepare_sources(
         SynthesisError: a central slab has a single value, or the mirror image of a scan fits better.
     """
     sources: dict[str, Source] = {}
-    warnings = []
+    warnings, head = [], np.zeros(0, np.bool_)
     first = next(iter(scans.items()))
-    head = np.zeros(0, np.bool_)
     summaries = dict(zip(trained.direction.sources, trained.planes.sources, strict=True))
     for name, scan in scans.items():
         with _naming(name, scans) as prefix:

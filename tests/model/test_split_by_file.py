@@ -20,7 +20,7 @@ from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import MIXED, USED
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.errors import EmptySplitError
-from model import data, evaluate, samples
+from model import data, evaluate, planes, samples
 from model.config import Direction, TrainConfig
 from model.data import Pairs, Slabs
 from model.evaluate import MEAN_TARGET
@@ -29,17 +29,21 @@ from model.jobs import evaluate_run, prepare_run, train_run
 HEIGHT, WIDTH = 3, 2
 
 
+def with_slice_splits(table: pd.DataFrame, by_subject: list[list[str]]) -> pd.DataFrame:
+    """The manifest with the splits of the slices of each used subject."""
+    changed, rows = table.assign(slice_splits=""), table.index[table["status"] == USED]
+    changed.loc[rows, "slice_splits"] = [",".join(names) for names in by_subject]
+    changed.loc[rows, "split"] = [names[0] if len(set(names)) == 1 else MIXED for names in by_subject]
+    return changed
+
+
 def shuffle_slices(table: pd.DataFrame) -> pd.DataFrame:
-    """Assign slices to splits at random, except that the first subject is in `train` alone and slice 5 never is."""
-    rng, splits = np.random.default_rng(0), []
+    """Assign slices to splits at random, except that slice 5 is never in `train`, and all others of the first are."""
+    rng, by_subject = np.random.default_rng(0), []
     for n in range(int((table["status"] == USED).sum())):
         names = ["train"] * SLICES if n == 0 else rng.choice(SPLITS, SLICES).tolist()
-        splits.append([*names[:5], "test" if n else "val", *names[6:]])
-    is_used = table["status"] == USED
-    joined = pd.Series(map(",".join, splits), table.index[is_used])
-    return table.assign(
-        split=table["split"].where(~is_used, MIXED), slice_splits=joined.reindex(table.index).fillna("").astype(str)
-    )
+        by_subject.append([*names[:5], "test" if n else "val", *names[6:]])
+    return with_slice_splits(table, by_subject)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +143,18 @@ def test_samples_show_the_slice_nearest_to_the_middle(by_file: Path) -> None:
             assert abs(int(pairs.position[n]) - SLICES // 2) == int((of_subject - SLICES // 2).abs().min())
 
 
+def test_histograms_are_of_whole_slabs_as_those_of_new_volumes_are(by_file: Path) -> None:
+    train = data.load_pairs(by_file, "train")
+    summary = planes.summarise(by_file, train)
+    assert summary is not None
+    assert summary.slab_mm == pytest.approx(SLICES * 5)
+    shares = [
+        planes.histogram(data.normalise(slab[None], low_high[None])[0].numpy())
+        for slab, low_high in zip(train.target.stored, train.target.low_high, strict=True)
+    ]
+    np.testing.assert_allclose(summary.target_histogram, np.mean(shares, axis=0), atol=1e-5)
+
+
 def test_a_split_by_file_is_trained_on_sampled_and_evaluated(by_file: Path) -> None:
     config = TrainConfig(**{**SMALL_NETWORKS, "steps": 2, "samples": 1, "neighbours": 1, "batch_size": 2})
     run = prepare_run(by_file.parents[2], config, "a")
@@ -157,7 +173,8 @@ def test_a_split_by_file_is_trained_on_sampled_and_evaluated(by_file: Path) -> N
 
 def test_an_empty_split_by_file_states_the_subjects_of_each_split(by_file: Path, tmp_path: Path) -> None:
     def no_validation(table: pd.DataFrame) -> pd.DataFrame:
-        return table.assign(slice_splits=table["slice_splits"].str.replace("val", "train"))
+        joined = table.loc[table["status"] == USED, "slice_splits"].str.replace("val", "train")
+        return with_slice_splits(table, [names.split(",") for names in joined])
 
     folder = alter_version(by_file, tmp_path, no_validation)
     counts = [len(data.load_pairs(folder, split).subjects) for split in ("train", "test")]
