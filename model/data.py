@@ -236,7 +236,7 @@ def _choose(
     of_split = masks[split].any(axis=1)
     if not of_split.any():
         counts = ", ".join(f"{masks[name].any(axis=1).sum()} {name}" for name in SPLITS)
-        other = "split_seed" if version["inputs"]["config"].get("split_counts") is None else "split_counts"
+        other = "--split-seed" if version["inputs"]["config"].get("split_counts") is None else "--split-counts"
         raise EmptySplitError(f"{folder} has no subject in split {split} (it has {counts}); try another {other}")
     is_complete = ~np.logical_or.reduce([is_absent(used, name) for name in names])
     is_chosen = of_split & is_complete

@@ -124,9 +124,11 @@ def _warn_of_empty_splits(summary: Mapping[str, Any]) -> None:
     empty = [name for name in SPLITS if not splits.get(name)]
     if empty:
         existing = ", ".join(f"{count} {name}" for name, count in splits.items())
+        by_order = summary["inputs"]["config"].get("split_by") == "order"
+        advice = "other --split-counts" if by_order else "more subjects, or another --split-seed"
         log.warning(
-            "no %s is in split %s (the version has %s): %s; give more subjects, or another split seed",
-            *(what, " or ".join(empty), existing, ", ".join(consequences[name] for name in empty)),
+            "no %s is in split %s (the version has %s): %s; give %s",
+            *(what, " or ".join(empty), existing, ", ".join(consequences[name] for name in empty), advice),
         )
 
 

@@ -58,8 +58,10 @@ def verify(
 def verify_files(folder: Path) -> list[str]:
     """The problems of the files of a version, one line each: whether they are those that were published.
 
-    These are the default checks of `verify` that need only sizes and hashes. The manifest's rules and the store were
-    checked when the version was published, and cannot differ while the hashes hold.
+    These are the default checks of `verify` that need only sizes and hashes: the size of every file, and the SHA-256 of
+    `dataset.json`, the manifest and the store's metadata. The manifest's rules were checked when the version was
+    published, and hold while its hash does. Only `verify` with `deep`
+    finds a chunk that changed and kept its size.
     """
     try:
         return _file_problems(folder, read_metadata(folder), folder.name)

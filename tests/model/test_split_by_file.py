@@ -179,6 +179,8 @@ def test_an_empty_split_by_file_states_the_subjects_of_each_split(by_file: Path,
 
     folder = alter_version(by_file, tmp_path, no_validation)
     counts = [len(data.load_pairs(folder, split).subjects) for split in ("train", "test")]
-    message = rf"no subject in split val \(it has {counts[0]} train, 0 val, {counts[1]} test\); try another split_seed"
+    message = (
+        rf"no subject in split val \(it has {counts[0]} train, 0 val, {counts[1]} test\); try another --split-seed"
+    )
     with pytest.raises(EmptySplitError, match=message):
         data.load_pairs(folder, "val")
