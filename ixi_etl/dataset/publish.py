@@ -17,11 +17,11 @@ from ixi_etl.core.files import fsync_path, sha256_file, to_json, write_atomic
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import DataRoot, is_local, upload_folder
 from ixi_etl.dataset.metadata import (
-    COMMANDS,
     FILE_DIGEST,
     METADATA,
     POINTER,
     SOFTWARE,
+    how_to_make,
     published_digest,
     read_pointer,
     with_digest,
@@ -101,7 +101,7 @@ def publish(
     write_atomic(staged / METADATA, to_json(with_digest({**summary, "files": list_files(staged, progress)})))
     problems = verify(staged, version=version)
     if problems:
-        raise DatasetError(f"the staged version does not verify: {problems[0]}; run `{COMMANDS[data_root.name]}` again")
+        raise DatasetError(f"the staged version does not verify: {problems[0]}; run {how_to_make(summary)} again")
     target = data_root.version(version)
     if is_local(target):
         for path in (staged, *staged.rglob("*")):

@@ -16,12 +16,12 @@ from ixi_etl.core.storage import file_sizes
 from ixi_etl.core.text import printable
 from ixi_etl.dataset import manifest
 from ixi_etl.dataset.metadata import (
-    COMMANDS,
     MANIFEST,
     METADATA,
     POINTER,
     SOFTWARE,
     has_own_digest,
+    how_to_make,
     published_digest,
     read_manifest,
     read_metadata,
@@ -81,7 +81,7 @@ def read_verified(folder: Path, version: str | None = None) -> tuple[dict[str, A
     metadata = read_metadata(folder)
     problems, table = _verify(folder, version or folder.name)
     if problems or table is None:
-        raise DatasetError(f"{problems[0]}; `{COMMANDS[metadata['name']]}` makes the version again")
+        raise DatasetError(f"{problems[0]}; {how_to_make(metadata)} makes the version again")
     return metadata, table
 
 

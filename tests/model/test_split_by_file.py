@@ -35,7 +35,8 @@ def with_slice_splits(table: pd.DataFrame, by_subject: list[list[str]]) -> pd.Da
     changed, rows = table.assign(slice_splits=""), table.index[table["status"] == USED]
     changed.loc[rows, "slice_splits"] = [",".join(names) for names in by_subject]
     changed.loc[rows, "split"] = [names[0] if len(set(names)) == 1 else MIXED for names in by_subject]
-    return changed
+    changed.loc[rows, "leaks"] = [int({"train", "test"} <= set(names)) for names in by_subject]
+    return changed.astype({"leaks": "Int64"})
 
 
 def shuffle_slices(table: pd.DataFrame) -> pd.DataFrame:
@@ -62,6 +63,15 @@ def slices_of(folder: Path, split: str) -> list[tuple[str, int, int]]:
             if name == split:
                 found.append((row["subject_id"], int(row["store_row"]), z))
     return found
+
+
+def test_a_version_that_leaks_is_loaded_with_one_warning(by_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data._warn_of_leaks.cache_clear()
+    for split in ("train", "val", "test"):
+        data.load_pairs(by_file, split)
+    leaking = metadata.read_metadata(by_file)["leaking_subjects"]
+    (message,) = [message for message in caplog.messages if "split by file" in message]
+    assert message.endswith(f"split by file: {leaking} subjects have slices in train and in test")
 
 
 @pytest.mark.parametrize("split", SPLITS)
