@@ -218,13 +218,15 @@ class DatasetConfig(StrictModel):
     split_by: Literal["person", "order", "file"] = Field(
         "person",
         description="person: by a hash, so no person is in two splits; order: the first subjects are train, by "
-        "split-counts; file: slices are shuffled, so one person's can be in several splits",
+        "--split-counts; file: slices are shuffled, so one person's can be in several splits",
     )
     split_counts: tuple[Count, Count, Count] | None = Field(
-        None, description="numbers of subjects in train, val and test, for split-by order"
+        None, description="numbers of subjects in train, val and test, for --split-by order"
     )
     subjects: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="use only the first subjects that can be used, in the order of their ids"
+        None,
+        description="use only the first subjects that can be used, in the order of their ids; --fetch members still "
+        "fetches all candidates",
     )
     normalisation: Normalisation = Field(
         "percentiles",
@@ -258,7 +260,7 @@ class DatasetConfig(StrictModel):
         if self.window != "middle" and not 0 <= self.window[0] < self.window[1]:
             raise ValueError(f"window {list(self.window)} must be 0 <= start < stop")
         if self.pairing == "index" and self.registration != "none":
-            raise ValueError("index pairing takes slices as stored; registration must be none")
+            raise ValueError("index pairing takes slices as stored; --registration must be none")
         if min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-9:
             raise ValueError(f"split shares {list(self.split)} must be >= 0 and add up to 1")
         if self.slice_rule == "area":
@@ -268,22 +270,22 @@ class DatasetConfig(StrictModel):
 
     def _check_area(self) -> None:
         if self.window != "middle":
-            raise ValueError(f"window {list(self.window)} is explicit; slice_rule must be middle")
+            raise ValueError(f"window {list(self.window)} is explicit; give --slice-rule middle")
         if self.pairing == "index":
-            raise ValueError("index pairing takes the same slices of all subjects; slice_rule must be middle")
+            raise ValueError("index pairing takes the same slices of all subjects; give --slice-rule middle")
 
     def _check_split_counts(self) -> None:
         if (self.split_by == "order") != (self.split_counts is not None):
-            raise ValueError("split_by order needs split_counts, for example 25 5 10, and only order uses them")
+            raise ValueError("--split-by order needs --split-counts, for example 25 5 10, and only order uses them")
         if self.split_counts is None:
             return
         needed = sum(self.split_counts)
         if not needed:
-            raise ValueError("split_counts 0 0 0 use no subject; give for example 25 5 10")
-        if self.subjects is not None and needed > self.subjects:
+            raise ValueError("--split-counts 0 0 0 uses no subject; give for example 25 5 10")
+        if self.subjects not in (None, needed):
             raise ValueError(
-                f"split_counts {self.shown_counts} need {needed} subjects, but subjects is {self.subjects}; "
-                f"give split_counts that add up to at most {self.subjects}, or more subjects"
+                f"--split-counts {self.shown_counts} uses {needed} subjects, but --subjects is {self.subjects}; "
+                f"leave out --subjects, or give --split-counts that add up to {self.subjects}"
             )
 
     @property

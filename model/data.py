@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,6 +174,8 @@ def load_pairs(
         DatasetError: the version is damaged, or the device has too little memory.
     """
     version, table = verify.read_verified(folder)  # Zarr would read a missing shard as zeros
+    if leaking := version.get("leaking_subjects"):
+        _warn_of_leaks(folder, leaking)
     parsed = parse_direction(direction, version)
     names = (*parsed.sources, parsed.target)
     arrays = open_arrays(folder)
@@ -188,7 +190,7 @@ def load_pairs(
         usable = np.isfinite(low_high).all(axis=1) & (low_high[:, 0] < low_high[:, 1])
         for subject, (low, high) in zip(chosen["subject_id"][~usable], low_high[~usable], strict=True):
             problem = f"{folder}: cannot normalise the {name} of {subject}, whose range is {low:g} to {high:g}"
-            raise DatasetError(f"{problem}; make the version again: `{metadata.COMMANDS[version['name']]}`")
+            raise DatasetError(f"{problem}; make the version again: {metadata.how_to_make(version)}")
         return torch.from_numpy(low_high).to(device)
 
     def allocate(name: str) -> Tensor:
@@ -223,6 +225,12 @@ def load_pairs(
     )
 
 
+@cache
+def _warn_of_leaks(folder: Path, leaking: int) -> None:
+    """Warn of a split by file, once for each version: a run loads several splits of it."""
+    log.warning("%s is split by file: %d subjects have slices in train and in test", folder, leaking)
+
+
 def _choose(
     folder: Path, version: Mapping[str, Any], table: pd.DataFrame, split: str, names: Sequence[str], slices: int
 ) -> tuple[pd.DataFrame, NDArray[np.bool_]]:
@@ -236,7 +244,7 @@ def _choose(
     of_split = masks[split].any(axis=1)
     if not of_split.any():
         counts = ", ".join(f"{masks[name].any(axis=1).sum()} {name}" for name in SPLITS)
-        other = "split_seed" if version["inputs"]["config"].get("split_counts") is None else "split_counts"
+        other = "--split-seed" if version["inputs"]["config"].get("split_counts") is None else "--split-counts"
         raise EmptySplitError(f"{folder} has no subject in split {split} (it has {counts}); try another {other}")
     is_complete = ~np.logical_or.reduce([is_absent(used, name) for name in names])
     is_chosen = of_split & is_complete

@@ -9,7 +9,8 @@ from ixi_etl.errors import MissingExtraError
 EXTRAS = {
     "train": ("torch", "matplotlib", "safetensors", "scipy", "skimage", "tensorboard", "torchmetrics"),
     "bids": ("ancpbids",),
-    "export": ("h5py", "onnx", "onnxruntime", "onnxscript"),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
+    "mat": ("h5py",),
 }
 """Extra of pyproject.toml -> the modules that its packages provide."""
 

@@ -17,7 +17,7 @@ from ixi_etl.config import SPLITS, DatasetConfig
 from ixi_etl.dataset.alignment import DISSIMILAR, UNCERTAIN, Judgement, judge_alignments
 from ixi_etl.dataset.normalisation import add_mean_ranges
 from ixi_etl.dataset.schema import BEYOND_LIMIT, CANDIDATE, EXCLUDED, MIXED, REASONS, SCHEMAS, USED, Schema
-from ixi_etl.dataset.splits import assign_splits, person_of, split_files, split_in_order
+from ixi_etl.dataset.splits import assign_splits, leaking_subjects, person_of, split_files, split_in_order
 from ixi_etl.scans.site_tables import count_by_site, site_table, site_table_to_records
 
 DUPLICATE, GRID_DIFFERS = "duplicate_scan", "grid_differs"
@@ -102,15 +102,21 @@ def _describe_limit(dataset_config: DatasetConfig) -> str:
 
 def _splits_of(
     used: Sequence[Mapping[str, Any]], duplicates: list[list[tuple[str, str]]], dataset_config: DatasetConfig
-) -> list[dict[str, str]]:
-    """The columns `split` and, by file, `slice_splits` of each used row, in order."""
+) -> list[dict[str, Any]]:
+    """The columns `split` and, by file, `slice_splits` and `leaks` of each used row, in order."""
     if dataset_config.split_by == "order":
         return [{"split": split} for split in split_in_order(len(used), dataset_config.split_counts or ())]
     if dataset_config.split_by == "file":
         by_slice = split_files(len(used), dataset_config.target_slices, dataset_config)
+        subjects = [row["subject_id"] for row in used]
+        leaking = set(leaking_subjects(dict(zip(subjects, by_slice, strict=True)), duplicates))
         return [
-            {"split": names[0] if len(set(names)) == 1 else MIXED, "slice_splits": ",".join(names)}
-            for names in by_slice
+            {
+                "split": names[0] if len(set(names)) == 1 else MIXED,
+                "slice_splits": ",".join(names),
+                "leaks": int(subject in leaking),
+            }
+            for subject, names in zip(subjects, by_slice, strict=True)
         ]
     splits = assign_splits({person_of(row["subject_id"]) for row in used}, duplicates, dataset_config)
     return [{"split": splits[person_of(row["subject_id"])]} for row in used]
@@ -123,16 +129,10 @@ def _optional_columns(schema: Schema, dataset_config: DatasetConfig) -> list[str
         for name in schema.optional
         if (
             dataset_config.split_by == "file"
-            if name == "slice_splits"
+            if name in ("slice_splits", "leaks")
             else dataset_config.normalisation != "percentiles"
         )
     ]
-
-
-def splits_of_subjects(used: pd.DataFrame) -> dict[str, set[str]]:
-    """Used subject -> the splits that its slices are in."""
-    names = used["slice_splits"] if "slice_splits" in used else used["split"]
-    return {subject: set(text.split(",")) for subject, text in zip(used["subject_id"], names, strict=True)}
 
 
 def join_flags(*flags: str | None) -> str:
@@ -188,15 +188,15 @@ def funnel(manifest: pd.DataFrame, schema: Schema) -> pd.DataFrame:
 def counts(manifest: pd.DataFrame, schema: Schema) -> dict[str, Any]:
     """The counts in `dataset.json`: used subjects, subjects of each split, and the funnel.
 
-    With a split by file also the slices of each split, and the subjects with slices in both train and test.
+    With a split by file also the slices of each split, and the subjects of persons with slices in both train and test.
     """
     rows = used_rows(manifest)
     steps = site_table_to_records(funnel(manifest, schema))
     by_file: dict[str, Any] = {}
     if "slice_splits" in rows:
         of_slices = [name for text in rows["slice_splits"] for name in text.split(",")]
-        leaking = [subject for subject, names in splits_of_subjects(rows).items() if {"train", "test"} <= names]
-        by_file = {"slices": {split: of_slices.count(split) for split in SPLITS}, "leaking_subjects": len(leaking)}
+        slices = {split: of_slices.count(split) for split in SPLITS}
+        by_file = {"slices": slices, "leaking_subjects": int(rows["leaks"].sum())}
     return {
         "subjects": len(rows),
         "splits": {str(split): int(n) for split, n in rows["split"].value_counts().sort_index().items()},

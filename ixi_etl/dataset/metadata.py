@@ -13,11 +13,13 @@ import pandas as pd
 from pydantic import BaseModel
 
 from ixi_etl import PIPELINE_VERSION
+from ixi_etl.config import DatasetConfig, DigitsDataset
 from ixi_etl.core.files import parse_json, read_json, to_json
 from ixi_etl.core.storage import DataRoot, naming_file
 from ixi_etl.dataset.schema import SCHEMAS
 from ixi_etl.errors import DatasetError
 from ixi_etl.modalities import DATASETS, DEFAULT_MODALITIES, DEFAULT_REFERENCE
+from ixi_etl.preparations import configure
 
 
 def _refresh_command(modalities: tuple[str, ...], reference: str) -> str:
@@ -122,6 +124,24 @@ def _is_metadata(content: Any) -> bool:
     return content["name"] in COMMANDS and all(
         isinstance(f, dict) and isinstance(f.get("size"), int) and isinstance(f.get("sha256"), str)
         for f in content["files"].values()
+    )
+
+
+def how_to_make(version: Mapping[str, Any]) -> str:
+    """The command that makes the version of this `dataset.json` again, and where to find the options that it needs."""
+    name = version["name"]
+    command, default = COMMANDS[name], DigitsDataset().model_dump(mode="json")
+    if "preparation" in version:
+        preset = version["preparation"]["name"]
+        command, default = f"ixi-etl refresh --preset {preset}", configure(preset, {}).model_dump(mode="json")
+    elif name in DATASETS:
+        modalities, reference = DATASETS[name]
+        chosen = {"modalities": modalities, "reference": reference}
+        default = DatasetConfig.model_validate(chosen).model_dump(mode="json")
+    return (
+        f"`{command}`"
+        if default == version["inputs"]["config"]
+        else f"`{command}` with the options in inputs.config of {METADATA}"
     )
 
 

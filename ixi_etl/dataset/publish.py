@@ -17,11 +17,11 @@ from ixi_etl.core.files import fsync_path, sha256_file, to_json, write_atomic
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import DataRoot, is_local, upload_folder
 from ixi_etl.dataset.metadata import (
-    COMMANDS,
     FILE_DIGEST,
     METADATA,
     POINTER,
     SOFTWARE,
+    how_to_make,
     published_digest,
     read_pointer,
     with_digest,
@@ -101,7 +101,7 @@ def publish(
     write_atomic(staged / METADATA, to_json(with_digest({**summary, "files": list_files(staged, progress)})))
     problems = verify(staged, version=version)
     if problems:
-        raise DatasetError(f"the staged version does not verify: {problems[0]}; run `{COMMANDS[data_root.name]}` again")
+        raise DatasetError(f"the staged version does not verify: {problems[0]}; run {how_to_make(summary)} again")
     target = data_root.version(version)
     if is_local(target):
         for path in (staged, *staged.rglob("*")):
@@ -124,9 +124,11 @@ def _warn_of_empty_splits(summary: Mapping[str, Any]) -> None:
     empty = [name for name in SPLITS if not splits.get(name)]
     if empty:
         existing = ", ".join(f"{count} {name}" for name, count in splits.items())
+        by_order = summary["inputs"]["config"].get("split_by") == "order"
+        advice = "other --split-counts" if by_order else "more subjects, or another --split-seed"
         log.warning(
-            "no %s is in split %s (the version has %s): %s; give more subjects, or another split seed",
-            *(what, " or ".join(empty), existing, ", ".join(consequences[name] for name in empty)),
+            "no %s is in split %s (the version has %s): %s; give %s",
+            *(what, " or ".join(empty), existing, ", ".join(consequences[name] for name in empty), advice),
         )
 
 

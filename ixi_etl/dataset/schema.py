@@ -45,7 +45,7 @@ REASONS = {
     "mean_not_positive": "the mean of a slab is not above 0, so that nothing can be divided by it",
     "registration_uncertain": "the estimated error of the registration is above the maximum, or it failed",
     "low_similarity": "the similarity (NMI) of the pair is below the minimum, or far below the pairs of its site",
-    BEYOND_LIMIT: "enough subjects before this one can be used: --subjects or --split-counts limits their number",
+    BEYOND_LIMIT: "beyond the limit of --subjects or --split-counts",
 }
 """Reasons for exclusion. Of all failed checks the earliest here counts; within one reason, T1 before T2 before others.
 
@@ -325,7 +325,8 @@ def ixi_schema(modalities: Sequence[str], reference: str) -> Schema:
         | {column: (0, 1) for columns in alignments.values() for column in columns if "nmi_" in column},
         complete=complete,
         reasons={reason: text.format(**words) for reason, text in REASONS.items()},
-        optional={"slice_splits": "str"} | {f"{name}_{end}": "Float64" for name in names for end in ("low", "high")},
+        optional={"slice_splits": "str", "leaks": "Int64"}
+        | {f"{name}_{end}": "Float64" for name in names for end in ("low", "high")},
     )
 
 

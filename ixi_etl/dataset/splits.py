@@ -74,10 +74,12 @@ def split_files(subjects: int, slices: int, dataset_config: DatasetConfig) -> li
     return splits
 
 
-def spread_persons(
+def spread_subjects(
     splits: Mapping[str, Iterable[str]], duplicates: Iterable[list[tuple[str, str]]], among: Iterable[str] = SPLITS
 ) -> list[str]:
-    """Persons with slices in more than one of the splits `among`, sorted. Those who share a scan count as one person.
+    """Subjects of the persons with slices in more than one of the splits `among`, in order.
+
+    Those who share a scan count as one person, so all their subjects are listed, also one with slices in one split.
 
     Args:
         splits: subject_id -> splits of its slices.
@@ -87,4 +89,9 @@ def spread_persons(
     found: dict[frozenset[str], set[str]] = {}
     for subject, names in splits.items():
         found.setdefault(groups[person_of(subject)], set()).update(set(names) & set(among))
-    return sorted(min(group) for group, names in found.items() if len(names) > 1)
+    return [subject for subject in splits if len(found[groups[person_of(subject)]]) > 1]
+
+
+def leaking_subjects(splits: Mapping[str, Iterable[str]], duplicates: Iterable[list[tuple[str, str]]]) -> list[str]:
+    """`spread_subjects` in train and in test."""
+    return spread_subjects(splits, duplicates, among=(SPLITS[0], SPLITS[2]))

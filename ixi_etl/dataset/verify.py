@@ -16,12 +16,12 @@ from ixi_etl.core.storage import file_sizes
 from ixi_etl.core.text import printable
 from ixi_etl.dataset import manifest
 from ixi_etl.dataset.metadata import (
-    COMMANDS,
     MANIFEST,
     METADATA,
     POINTER,
     SOFTWARE,
     has_own_digest,
+    how_to_make,
     published_digest,
     read_manifest,
     read_metadata,
@@ -58,8 +58,10 @@ def verify(
 def verify_files(folder: Path) -> list[str]:
     """The problems of the files of a version, one line each: whether they are those that were published.
 
-    These are the default checks of `verify` that need only sizes and hashes. The manifest's rules and the store were
-    checked when the version was published, and cannot differ while the hashes hold.
+    These are the default checks of `verify` that need only sizes and hashes: the size of every file, and the SHA-256 of
+    `dataset.json`, the manifest and the store's metadata. The manifest's rules were checked when the version was
+    published, and hold while its hash does. Only `verify` with `deep`
+    finds a chunk that changed and kept its size.
     """
     try:
         return _file_problems(folder, read_metadata(folder), folder.name)
@@ -79,7 +81,7 @@ def read_verified(folder: Path, version: str | None = None) -> tuple[dict[str, A
     metadata = read_metadata(folder)
     problems, table = _verify(folder, version or folder.name)
     if problems or table is None:
-        raise DatasetError(f"{problems[0]}; `{COMMANDS[metadata['name']]}` makes the version again")
+        raise DatasetError(f"{problems[0]}; {how_to_make(metadata)} makes the version again")
     return metadata, table
 
 

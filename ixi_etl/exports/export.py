@@ -35,6 +35,14 @@ ROWS, SUMMARY, LICENCE = "export.csv", "export.json", "LICENCE.txt"
 """Files of every export: what went where, the export as a whole, and what to pass on with it."""
 
 
+CHANGES = {
+    "anatomical": "the scans were cut, paired and interpolated",
+    "index": "the scans were cut, and paired slice by slice",
+    "images": "the outlines were computed from the digits",
+}
+"""Pairing -> how the data differ from what was published; part of the licence's note."""
+
+
 @dataclass(frozen=True)
 class Exported:
     """A finished export.
@@ -164,7 +172,7 @@ def _describe(folder: Path, file_format: str, layout: Layout, rows: list[Row]) -
         f"Exported from {selection.version} by ixi-etl {__version__}.\n\n"
         f"Credit:  {kept.get('credit', 'not recorded')}\n"
         f"Licence: {kept.get('licence', 'not recorded')}\n"
-        f"Changes: the scans were cut, paired and interpolated. Values: {layout.values}.\n\n"
+        f"Changes: {CHANGES[selection.pairing]}. Values: {layout.values}.\n\n"
         "Pass this file on with every copy of these files.\n"
     )
 

@@ -69,8 +69,10 @@ class Nifti(Layout):
     @property
     def size_bytes(self) -> int:
         depth, height, width = self.selection.shape
-        files = len(self.selection.subjects) * len(self.selection.names)
-        return files * (2 * depth * height * width + 4096)
+        subjects, slab = self.selection.subjects, 2 * depth * height * width
+        masks = len(self.datasets) * sum(subject.split != "test" for subject in subjects)
+        # A mask has a single value, and compresses to a thousandth.
+        return len(subjects) * len(self.selection.names) * (slab + 4096) + masks * (slab // 100 + 4096)
 
     def write(self, folder: Path, progress: Progress) -> list[Row]:
         subjects = self.selection.subjects

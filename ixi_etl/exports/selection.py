@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ixi_etl.config import SPLITS
 from ixi_etl.dataset import manifest, verify
 from ixi_etl.dataset.direction import Direction, parse_direction
-from ixi_etl.dataset.metadata import COMMANDS
+from ixi_etl.dataset.metadata import how_to_make
 from ixi_etl.dataset.schema import is_absent
 from ixi_etl.dataset.splits import person_of
 from ixi_etl.dataset.store import open_arrays
@@ -214,7 +214,7 @@ def _subjects(
         for subject_id, (low, high) in zip(chosen["subject_id"][~usable], low_high[~usable], strict=True):
             raise DatasetError(
                 f"cannot normalise the {name} of {subject_id}: the stored values of 0 and 1 are {low:g} and {high:g}; "
-                f"make the version again: `{COMMANDS[metadata['name']]}`"
+                f"make the version again: {how_to_make(metadata)}"
             )
     in_split = {split: manifest.slices_in_split(chosen, split, slices) for split in SPLITS}
     # Row by row, as the store has them: the number of slices of the split before this one.

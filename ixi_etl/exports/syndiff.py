@@ -30,7 +30,7 @@ HDF5_HEADERS = 16 << 10  # bytes in a file beside the images; 2 KiB measured
 class SynDiff(Layout):
     """One HDF5 file for each split and modality, written subject by subject."""
 
-    extra: ClassVar[str | None] = "export"
+    extra: ClassVar[str | None] = "mat"
     max_side: ClassVar[int | None] = 256
 
     @property

@@ -53,8 +53,8 @@ def head_start(
 ) -> Iterator[Mapping[str, Arrival]]:
     """Cut the subjects whose members arrive, while the block downloads the sources.
 
-    Yields key of a source -> the `Arrival` to give to its download. Yields none, and does nothing, unless all files
-    come over HTTP, their MD5s are known (the version's name is made from them), and this machine cuts.
+    Yields key of a source -> the `Arrival` to give to its download. Yields an empty mapping and does nothing unless all
+    files come over HTTP, their MD5s are known (the version's name is made from them), and this machine cuts.
     """
     known = all(source.over_http and source.md5 for source in sources.values())
     if not known or config.offline or config.dask:
@@ -74,7 +74,7 @@ def head_start(
 
 
 class _DownloadsEndedError(IxiError):
-    """Ends a survey that is of no use any more."""
+    """Ends a survey that is no longer needed."""
 
 
 class _HeadStart:
@@ -115,8 +115,9 @@ class _HeadStart:
                     self._cut(job, self._candidates(job))
         except _DownloadsEndedError:
             pass
-        except (IxiError, OSError) as error:
-            log.info("no more subjects are cut before the archives are complete: %s", error)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            log.info("no more subjects are cut before the archives are complete: %s", reason)
 
     def _downloads_started(self) -> bool:
         """Wait until all archives come in byte ranges and demographics are there; False if nothing is left to do."""
@@ -193,9 +194,12 @@ class _HeadStart:
             return not self._stopped
 
     def _read(self, modality: str, member: MemberRef) -> bytes:
-        return self._archives[modality].read(member.offset, member.size)
+        data = self._archives[modality].read(member.offset, member.size)
+        if len(data) != member.size:
+            raise _DownloadsEndedError("the download started again, or ended")
+        return data
 
     def discard_if_rejected(self) -> None:
-        """Remove the work if an archive did not have its MD5."""
-        if self._job and any(arrival.rejected for arrival in self.arrivals.values()):
+        """Remove the work if an archive did not have its MD5, and no other URL provided it."""
+        if self._job and any(arrival.rejected and not arrival.whole for arrival in self.arrivals.values()):
             shutil.rmtree(self._job.staging, ignore_errors=True)

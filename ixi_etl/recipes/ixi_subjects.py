@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from ixi_etl.config import SPLITS, DatasetConfig
+from ixi_etl.config import DatasetConfig
 from ixi_etl.dataset import manifest
-from ixi_etl.dataset.splits import spread_persons
+from ixi_etl.dataset.splits import person_of, spread_subjects
 from ixi_etl.errors import DatasetError
 from ixi_etl.pairing.cut import CutJob
 
@@ -58,8 +58,8 @@ def check_split_counts(subjects: pd.DataFrame, dataset_config: DatasetConfig) ->
         found = subjects.loc[subjects["reason"] != "", "reason"].value_counts()
         excluded = f" (excluded: {', '.join(f'{n} {reason}' for reason, n in found.items())})" if len(found) else ""
         raise DatasetError(
-            f"{left} subjects can be used{excluded}, but split_counts {dataset_config.shown_counts} need "
-            f"{sum(counts)}; give --split-counts that add up to at most {left}, or archives with more subjects"
+            f"{left} subjects can be used{excluded}, but --split-counts {dataset_config.shown_counts} needs "
+            f"{sum(counts)}; give numbers that add up to at most {left}, or archives with more subjects"
         )
 
 
@@ -69,19 +69,19 @@ def warn_about_leaks(
     """Warn in one line if persons have slices in several splits, which a split by order or by file allows."""
     if dataset_config.split_by == "person":
         return
-    splits = manifest.splits_of_subjects(manifest.used_rows(final))
-    duplicates = manifest.find_equal_scans({subject: records[subject] for subject in splits})
+    used = manifest.used_rows(final)
     if dataset_config.split_by == "file":
-        leaking = [subject for subject, names in splits.items() if {"train", "test"} <= names]
-        persons = spread_persons(splits, duplicates, among=("train", "test"))
-        if persons:
+        leaking = used.loc[used["leaks"] == 1, "subject_id"]
+        if len(leaking):
             log.warning(
                 "split by file: %d of %d subjects (%d persons) have slices in train and in test, so results on test "
                 "are too good; --split-by person keeps persons apart",
-                *(len(leaking), len(splits), len(persons)),
+                *(len(leaking), len(used), len(set(leaking.map(person_of)))),
             )
         return
-    persons = spread_persons(splits, duplicates, among=SPLITS)
+    splits = {subject: [split] for subject, split in zip(used["subject_id"], used["split"], strict=True)}
+    duplicates = manifest.find_equal_scans({subject: records[subject] for subject in splits})
+    persons = sorted(set(map(person_of, spread_subjects(splits, duplicates))))
     if persons:
         log.warning(
             "split by order: %d persons have scans in several splits (%s), so the splits are not independent",

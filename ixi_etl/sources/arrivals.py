@@ -26,7 +26,7 @@ class Arrival:
         changed: notified of every change of this file, and of others that share it.
         url: where it comes from, once a download in byte ranges has started.
         whole: whether the file is complete and verified.
-        rejected: whether a complete download did not have the expected MD5.
+        rejected: whether a complete download, of one of its URLs, did not have the expected MD5.
     """
 
     def __init__(self, path: Path, changed: threading.Condition | None = None) -> None:
@@ -45,16 +45,24 @@ class Arrival:
         """Follow a download in byte ranges during the block."""
         with self.changed:
             self.url, self._part, self._http = url, part, http
+            self.received()
             self.advanced()
         try:
             yield
+        except BaseException:
+            with self.changed:
+                self._part = None  # the next attempt may begin with an empty file
+            raise
         finally:
             self._paces_until = -math.inf
+
+    def received(self) -> None:
+        """Report bytes: companions wait for this download for another timeout."""
+        self._paces_until = time.monotonic() + self._http.timeout_s
 
     def advanced(self) -> None:
         """Report the start of the download, or a finished segment."""
         with self.changed:
-            self._paces_until = time.monotonic() + self._http.timeout_s
             self.changed.notify_all()
 
     def take(self, queue: list[list[Segment]], halt: threading.Event) -> list[Segment]:
@@ -82,8 +90,8 @@ class Arrival:
 
     def fetch_first(self, bounds: Sequence[tuple[int, int]]) -> None:
         """Fetch the segments that hold these [start, stop) before all others, in this order."""
-        if self._part:
-            with self.changed:
+        with self.changed:
+            if self._part:
                 indices = [index for start, stop in bounds for index in self._segments_of(start, stop)]
                 self._ranks = {index: rank for rank, index in reversed(list(enumerate(indices)))}
 

@@ -45,7 +45,7 @@ def fetch_ranges(
     """Fetch the wanted segments that are not done, over parallel connections; the first failure stops all of them.
 
     Adjacent segments share a request of up to `max_request_bytes`. `progress` counts bytes. `arrival` chooses the
-    order, and is told of finished segments.
+    order, and is told of received bytes and finished segments.
 
     Raises:
         ChangedError: the server serves another file now.
@@ -152,6 +152,7 @@ class _RangeDownload:
 
     def _count(self, group: Sequence[Segment], start: int, stop: int) -> None:
         """Count the bytes [start, stop) as received; the progress excludes gaps between segments."""
+        self._arrival.received()
         self._policy.add_saved(stop - start)
         self._server.add_received(stop - start)
         self._report(sum(max(0, min(stop, segment.stop) - max(start, segment.start)) for segment in group))

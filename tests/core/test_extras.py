@@ -13,6 +13,8 @@ import pytest
 
 from flows.cli import main
 from ixi_etl.core import extras
+from ixi_etl.errors import MissingExtraError
+from ixi_etl.exports.syndiff import SynDiff
 
 PROJECT = Path(__file__).parents[2]
 COMMANDS = {
@@ -65,6 +67,17 @@ def test_missing_onnx_names_the_export_extra(
     code, _, err = run_command("export", "latest", "-o", str(tmp_path / "out"), capsys=capsys)
     assert (code, 'not installed (onnxscript); run: pip install "ixi-etl[export]"' in err) == (2, True)
     assert not (tmp_path / "out").exists()
+
+
+def test_each_export_needs_only_its_own_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not set(extras.EXTRAS["mat"]) & set(extras.EXTRAS["export"])
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "h5py" else object())
+    extras.require_extra("export")
+    with pytest.raises(MissingExtraError, match=r"\(h5py\).*ixi-etl\[mat\]"):
+        extras.require_extra("mat")
+    monkeypatch.setattr(extras, "find_spec", lambda name: object() if name == "h5py" else None)
+    extras.require_extra("mat")
+    assert SynDiff.extra == "mat"
 
 
 MODULES = ("datasets.py", "runs.py", "evaluations.py", "demo.py")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ixi_etl.config import DatasetConfig
-from ixi_etl.dataset.splits import group_persons, split_files, split_in_order, spread_persons
+from ixi_etl.dataset.splits import group_persons, leaking_subjects, split_files, split_in_order, spread_subjects
 
 
 def test_the_first_subjects_are_train_then_val_then_test() -> None:
@@ -44,10 +44,11 @@ def test_persons_with_slices_in_several_splits_are_found() -> None:
         "IXI005-HH-1": ["test"],
         "IXI006-HH-1": ["test"],
     }
-    assert spread_persons(splits, [], among=("train", "test")) == ["IXI001", "IXI002"]
-    assert spread_persons(splits, []) == ["IXI001", "IXI002", "IXI003"]
+    on_both_sides = ["IXI001-Guys-1", "IXI002-HH-1", "IXI002-HH-2"]
+    assert leaking_subjects(splits, []) == on_both_sides
+    assert spread_subjects(splits, []) == [*on_both_sides, "IXI003-HH-1"]
     shared = [[("IXI004-HH-1", "T1"), ("IXI005-HH-1", "T1")]]
-    assert spread_persons(splits, shared) == ["IXI001", "IXI002", "IXI003", "IXI004"]
+    assert leaking_subjects(splits, shared) == [*on_both_sides, "IXI004-HH-1", "IXI005-HH-1"]
 
 
 def test_persons_who_share_scans_are_one_group() -> None:

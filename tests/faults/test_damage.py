@@ -215,5 +215,8 @@ def test_a_pointer_to_a_missing_version_is_one_line(copy: Path, row: Row) -> Non
 
 def test_a_version_without_a_shard_is_not_trained_on(copy: Path) -> None:
     delete_shard(copy)  # Zarr reads a missing shard as zeros
-    with pytest.raises(DatasetError, match=r"t2/c/3/0/0/0 is missing; `ixi-etl refresh` makes the version again"):
+    with pytest.raises(
+        DatasetError,
+        match=r"t2/c/3/0/0/0 is missing; `ixi-etl refresh` with the options in inputs.config of dataset.json makes",
+    ):
         train_run(prepare_run(copy.parents[2], TrainConfig.model_validate(SMALL_NETWORKS | {"steps": 1}), "a"))

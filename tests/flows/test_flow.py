@@ -21,6 +21,7 @@ from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import IXI
 from ixi_etl.errors import DownloadError
 from ixi_etl.recipes.ixi_inputs import RefreshJob
+from ixi_etl.sources.arrivals import Arrival
 from ixi_etl.sources.catalog import Source
 from ixi_etl.testing.loopback import serve_folder
 
@@ -93,6 +94,15 @@ def test_prefect_does_not_search_what_grows_with_the_subjects(runs: Runs) -> Non
 
     assert {Source, RefreshJob, dict} <= {type(v.unwrap()) for v in runs.searched if isinstance(v, quote)}
     assert not [v for v in runs.searched if isinstance(v, (Source, RefreshJob, dict))]
+
+
+def test_every_download_is_followed_by_its_arrival(runs: Runs) -> None:
+    """`acquire_file` reports to the arrival that the file is whole."""
+    from prefect.utilities.annotations import quote
+
+    given = [v.unwrap() for v in runs.searched if isinstance(v, quote)]
+    arrivals = [value for value in given if isinstance(value, Arrival)]
+    assert {arrival.path.name for arrival in arrivals if arrival.whole} == {"IXI-T1.tar", "IXI-T2.tar"}
 
 
 def test_runs_have_readable_names(runs: Runs) -> None:

@@ -35,7 +35,8 @@ def with_slice_splits(table: pd.DataFrame, by_subject: list[list[str]]) -> pd.Da
     changed, rows = table.assign(slice_splits=""), table.index[table["status"] == USED]
     changed.loc[rows, "slice_splits"] = [",".join(names) for names in by_subject]
     changed.loc[rows, "split"] = [names[0] if len(set(names)) == 1 else MIXED for names in by_subject]
-    return changed
+    changed.loc[rows, "leaks"] = [int({"train", "test"} <= set(names)) for names in by_subject]
+    return changed.astype({"leaks": "Int64"})
 
 
 def shuffle_slices(table: pd.DataFrame) -> pd.DataFrame:
@@ -62,6 +63,15 @@ def slices_of(folder: Path, split: str) -> list[tuple[str, int, int]]:
             if name == split:
                 found.append((row["subject_id"], int(row["store_row"]), z))
     return found
+
+
+def test_a_version_that_leaks_is_loaded_with_one_warning(by_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data._warn_of_leaks.cache_clear()
+    for split in ("train", "val", "test"):
+        data.load_pairs(by_file, split)
+    leaking = metadata.read_metadata(by_file)["leaking_subjects"]
+    (message,) = [message for message in caplog.messages if "split by file" in message]
+    assert message.endswith(f"split by file: {leaking} subjects have slices in train and in test")
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -179,6 +189,8 @@ def test_an_empty_split_by_file_states_the_subjects_of_each_split(by_file: Path,
 
     folder = alter_version(by_file, tmp_path, no_validation)
     counts = [len(data.load_pairs(folder, split).subjects) for split in ("train", "test")]
-    message = rf"no subject in split val \(it has {counts[0]} train, 0 val, {counts[1]} test\); try another split_seed"
+    message = (
+        rf"no subject in split val \(it has {counts[0]} train, 0 val, {counts[1]} test\); try another --split-seed"
+    )
     with pytest.raises(EmptySplitError, match=message):
         data.load_pairs(folder, "val")

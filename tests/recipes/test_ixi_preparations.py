@@ -219,7 +219,7 @@ def test_too_few_subjects_for_the_counts_end_the_refresh_with_one_line(archives:
     with pytest.raises(DatasetError) as error:
         make(tmp_path, archives, "syndiff")
     line = str(error.value)
-    assert "but split_counts 25 + 5 + 10 need 40; give --split-counts that add up to at most" in line
+    assert "but --split-counts 25 + 5 + 10 needs 40; give numbers that add up to at most" in line
     assert "1 missing_t1" in line
 
 

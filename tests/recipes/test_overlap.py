@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from answers import SEGMENT, flip_bit, status
@@ -19,7 +20,9 @@ from ixi_etl.dataset import metadata, versions
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.errors import DownloadError
 from ixi_etl.recipes import ixi, ixi_overlap
-from ixi_etl.recipes.ixi_inputs import acquire_inputs, find_sources
+from ixi_etl.recipes.ixi_inputs import DEMOGRAPHICS, acquire_inputs, find_sources
+from ixi_etl.sources.arrivals import Arrival
+from ixi_etl.sources.catalog import Source
 
 WAIT_S = 60.0  # at most, for what takes milliseconds on an idle machine
 T1, T2 = "/IXI-T1.tar", "/IXI-T2.tar"
@@ -201,7 +204,7 @@ def test_a_survey_that_fails_costs_only_the_head_start(
     with caplog.at_level("INFO"):
         assert_same(ixi.refresh(config, cut), published)
     assert cut.counts == []
-    assert "no more subjects are cut before the archives are complete: cannot read http" in caplog.text
+    assert "no more subjects are cut before the archives are complete: ArchiveError: cannot read http" in caplog.text
 
 
 def test_subjects_are_cut_early_only_if_the_downloads_have_room(
@@ -215,6 +218,80 @@ def test_subjects_are_cut_early_only_if_the_downloads_have_room(
     host.answer = last_segment_after(cut)
     assert_same(ixi.refresh(config, cut), published)
     assert cut.counts == []
+
+
+def test_an_unexpected_error_costs_only_the_head_start(
+    host: Host,
+    config: RefreshConfig,
+    published: PublishedVersion,
+    cut: Cut,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: object) -> NoReturn:
+        cut.started.set()
+        raise RuntimeError("cannot cut")
+
+    monkeypatch.setattr(ixi_overlap, "cut_unverified", fail)
+    host.answer = last_segment_after(cut)
+    with caplog.at_level("INFO"):
+        assert_same(ixi.refresh(config, cut), published)
+    assert "no more subjects are cut before the archives are complete: RuntimeError: cannot cut" in caplog.text
+
+
+def test_nothing_is_cut_from_a_part_that_became_shorter(
+    host: Host, config: RefreshConfig, published: PublishedVersion, cut: Cut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> bytes:
+        cut.started.set()
+        return b"short"
+
+    monkeypatch.setattr(Arrival, "read", read)
+    host.answer = last_segment_after(cut)
+    assert_same(ixi.refresh(config, cut), published)
+    assert cut.counts == []
+
+
+def test_work_is_kept_if_a_second_url_provides_what_the_first_did_not(
+    host: Host, config: RefreshConfig, contents: dict[str, bytes], cut: Cut
+) -> None:
+    bad = "/bad/IXI-T2.tar"
+    host.files[bad] = flip_bit(contents[T2], 300_000)
+    last = (len(contents[T2]) - 1) // SEGMENT * SEGMENT
+
+    def answer(call: Call) -> None:
+        if call.path == bad and call.logged.range == f"bytes={last}-{len(contents[T2]) - 1}":
+            assert cut.started.wait(WAIT_S)
+        call.correct()
+
+    host.answer, sources = answer, find_sources(config)
+    (good,) = sources["T2"].urls
+    sources["T2"] = replace(sources["T2"], urls=(good.replace(T2, bad), good))
+    with ixi_overlap.head_start(config, sources, cut) as arrivals:
+        acquire_inputs(config, sources=sources, arrivals=arrivals)
+    assert (arrivals["T2"].rejected, arrivals["T2"].whole) == (True, True)
+    assert shard_times(config)
+
+
+def test_demographics_are_awaited_before_the_version_is_named(host: Host, config: RefreshConfig, cut: Cut) -> None:
+    with_ages = config.model_copy(update={"demographics": "official"})
+    host.files["/IXI.xls"] = table = b"a table"
+    url = host.url.rpartition("/")[0] + "/IXI.xls"
+    digest = hashlib.md5(table, usedforsecurity=False).hexdigest()
+    sources = find_sources(with_ages) | {DEMOGRAPHICS: Source("IXI.xls", (url,), digest)}
+    host.answer = last_segment_after(cut)
+    with ixi_overlap.head_start(with_ages, sources, cut) as arrivals:
+        inputs = acquire_inputs(with_ages, sources=sources, arrivals=arrivals)
+    assert arrivals[DEMOGRAPHICS].whole
+    assert cut.counts
+    (work,) = config.data_root.unfinished.glob("*/work")
+    assert work == ixi_overlap.create_job(with_ages, inputs).work
+
+
+def test_there_is_no_head_start_if_one_archive_has_no_md5(config: RefreshConfig) -> None:
+    sources = find_sources(config)
+    with ixi_overlap.head_start(config, {**sources, "T2": replace(sources["T2"], md5=None)}) as arrivals:
+        assert arrivals == {}
 
 
 def test_no_more_subjects_are_cut_early_than_are_wanted(host: Host, config: RefreshConfig, cut: Cut) -> None:

@@ -14,6 +14,7 @@ import pytest
 from answers import HTTP, SEGMENT
 
 from ixi_etl.core.http_options import HttpOptions
+from ixi_etl.sources import arrivals
 from ixi_etl.sources.arrivals import Arrival, keep_pace
 from ixi_etl.sources.http import RemoteFile
 from ixi_etl.sources.partial import PartialFile, Segment
@@ -117,6 +118,32 @@ def test_a_download_does_not_wait_for_a_companion_that_gets_nothing(
         if how == "ended":
             other.running.close()
     assert start(arrival, 40).take(40) == [*range(40)]
+
+
+def test_received_bytes_make_a_companion_wait_again(
+    start: Start, arrival: Arrival, companion: Arrival, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(arrivals.time, "monotonic", lambda: now[0])
+    ahead = start(arrival, 40)
+    ahead.take(20)
+    start(companion, 40)
+    now[0] = HTTP.timeout_s + 1
+    assert not arrival._is_ahead(len(ahead.queue))
+    companion.received()
+    assert arrival._is_ahead(len(ahead.queue))
+
+
+def test_after_a_failed_attempt_nothing_has_arrived(arrival: Arrival, tmp_path: Path) -> None:
+    remote = RemoteFile("http://host/IXI-T1.tar", 4 * SEGMENT, '"first"', True, True)
+    with PartialFile(arrival.path, remote, HTTP) as part:
+        download = ExitStack()
+        download.enter_context(arrival.following(remote.url, part, HTTP))
+        part.done.update(range(4))
+        assert arrival.has(0, SEGMENT)
+        error = OSError("reset")
+        assert not download.__exit__(OSError, error, None)
+        assert not arrival.has(0, SEGMENT)
 
 
 def test_arrived_bytes_are_read_before_and_after_the_file_gets_its_name(start: Start, arrival: Arrival) -> None:
