@@ -62,7 +62,7 @@ TORCH_MISSING = (
 GROUPS = {
     "trained": (
         "train evaluate synthesize synthesize_files export run_report docs examples digits trainer networks data "
-        "neighbours several_sources split_by_file normalisations published_training foreign"
+        "neighbours several_sources split_by_file normalisations published_training foreign quality"
     ),
     "s3": "s3 export_on_s3 remote_runs strays odd_filesystems security prune",
 }
