@@ -63,13 +63,14 @@ def draw_splits(axes: Any, table: pd.DataFrame) -> None:
     for region, part in table.groupby("region", sort=False):
         colour, marker = STYLES[str(region)]
         places, half = range(len(part)), part["psnr_spread"] / 2
+        above = 8 if region == "whole" else -16
         axes.errorbar(part["psnr"], places, xerr=half, fmt=marker, color=colour, capsize=3, label=region, markersize=7)
         for place, row in enumerate(part.itertuples()):
             text = f"{row.psnr:.1f}" + (f" ({row.psnr_change:+.1f})" if place else "")
-            axes.annotate(text, (row.psnr, place), xytext=(0, 8), textcoords="offset points", ha="center")
+            axes.annotate(text, (row.psnr, place), xytext=(0, above), textcoords="offset points", ha="center")
         axes.set_yticks(places, [name.replace(", ", ",\n") for name in part["split"]])
         axes.set_ylim(len(part) - 0.5, -0.6)
-    axes.margins(x=0.15)
+    axes.margins(x=0.2)
     axes.set(title="2. Training set, tested on the same slices", xlabel="PSNR (dB)")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=8)
@@ -98,6 +99,6 @@ def draw_regions(axes: Any, table: pd.DataFrame) -> None:
         axes.annotate(text, (row.psnr, place), xytext=(0, 8), textcoords="offset points", ha="center")
     axes.set_yticks(range(len(table)), labels)
     axes.set_ylim(len(table) - 0.5, -0.6)
-    axes.margins(x=0.15)
+    axes.margins(x=0.2)
     axes.set(title="4. The same generators over other regions", xlabel="PSNR (dB)")
     axes.grid(axis="x", alpha=0.3)
