@@ -196,7 +196,7 @@ def counts(manifest: pd.DataFrame, schema: Schema) -> dict[str, Any]:
     if "slice_splits" in rows:
         of_slices = [name for text in rows["slice_splits"] for name in text.split(",")]
         slices = {split: of_slices.count(split) for split in SPLITS}
-        by_file = {"slices": slices, "leaking_subjects": int(rows["leaks"].sum())}
+        by_file = {"slices": slices, "leaking_subjects": int(rows["leaks"].sum()) if "leaks" in rows else 0}
     return {
         "subjects": len(rows),
         "splits": {str(split): int(n) for split, n in rows["split"].value_counts().sort_index().items()},
