@@ -321,7 +321,7 @@ def test_readme_python_runs_from_top_to_bottom(archives: Path, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(PRESETS, "smoke", SMALL | {"steps": 1, "samples": 0})  # fits the small phantom
     unmoved = Registration(np.eye(4), np.eye(4))
-    monkeypatch.setattr("ixi_etl.pairing.register.register", lambda t1, t2: unmoved)
+    monkeypatch.setattr("ixi_etl.pairing.register.register", lambda t1, t2, is_affine: unmoved)
     text = README.read_text().replace("/data/ixi", str(archives))
     names: dict[str, Any] = {}
     t1 = str(archives / "IXI-T1.tar")
