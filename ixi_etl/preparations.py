@@ -62,17 +62,19 @@ _INTERPOLATION = Deviation(
     "The moving scan is interpolated linearly, once; FLIRT's command has -interp spline.", ("pairing",)
 )
 
+_ON_THE_T1: dict[str, Any] = {
+    "reference": "T1",
+    "registration": "affine",
+    "slices": 100,
+    "slice_rule": "area",
+    "depth": "any",
+    "split_counts": (25, 5, 10),
+}
+"""The fields of SynDiff, which SelfRDB, of the same laboratory, shares as far as is known."""
+
 PREPARATIONS = {
     "syndiff": Preparation(
-        fields={
-            "reference": "T1",
-            "registration": "affine",
-            "slices": 100,
-            "slice_rule": "area",
-            "depth": "any",
-            "split_counts": (25, 5, 10),
-            "normalisation": "mean",
-        },
+        fields=_ON_THE_T1 | {"normalisation": "mean"},
         source="icon-lab/SynDiff at 8e5064e (README.md, dataset.py), its issues 13, 24, 28 and 31",
         deviations=(
             _REGISTRATION,
@@ -110,15 +112,7 @@ PREPARATIONS = {
         ),
     ),
     "selfrdb": Preparation(
-        fields={
-            "reference": "T1",
-            "registration": "affine",
-            "slices": 100,
-            "slice_rule": "area",
-            "depth": "any",
-            "split_counts": (25, 5, 10),
-            "normalisation": "range",
-        },
+        fields=_ON_THE_T1 | {"normalisation": "range"},
         source="icon-lab/SelfRDB at 6262ede (README.md, datasets.py, data/create_brats_dataset.py), its issue 4",
         deviations=(
             Deviation(

@@ -237,7 +237,7 @@ def _choose(
     """The rows of the subjects with slices in a split and all of the arrays, and the mask (S, slices) of these slices.
 
     Raises:
-        EmptySplitError: there are none.
+        EmptySplitError: no subject of the split has slices in it and all of these arrays.
     """
     used = manifest.used_rows(table)
     masks = {name: manifest.slices_in_split(used, name, slices) for name in dict.fromkeys((*SPLITS, split))}

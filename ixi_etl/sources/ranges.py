@@ -45,7 +45,7 @@ def fetch_ranges(
     """Fetch the wanted segments that are not done, over parallel connections; the first failure stops all of them.
 
     Adjacent segments share a request of up to `max_request_bytes`. `progress` counts bytes. `arrival` chooses the
-    order, and is told of received bytes and finished segments.
+    order; it learns of all received bytes and finished segments.
 
     Raises:
         ChangedError: the server serves another file now.

@@ -1,4 +1,4 @@
-"""Splits by order and by file, as publications have them, and the persons whom they leak."""
+"""Splits by order and by file, as in publications; and persons who end up in several splits."""
 
 from __future__ import annotations
 

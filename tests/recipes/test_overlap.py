@@ -112,7 +112,7 @@ def assert_same(made: PublishedVersion, published: PublishedVersion) -> None:
 
 def shard_times(config: RefreshConfig) -> dict[str, int]:
     """When each shard of unfinished work was written, in nanoseconds."""
-    return {path.name: path.stat().st_mtime_ns for path in config.data_root.unfinished.glob("*/work/*.shard")}
+    return {path.name: path.stat().st_mtime_ns for path in config.data_root.unfinished.rglob("*.shard")}
 
 
 @pytest.fixture
