@@ -252,9 +252,12 @@ _RIGID = _directions.reshape(6, 12)
 """Shifts along and rotations about x, y and z, as changes of the first three rows of a matrix."""
 
 
-def _search(level: Level, fixed: _Head, moving: _Head, start: Matrix) -> tuple[Matrix, float]:
+def _search(
+    level: Level, fixed: _Head, moving: _Head, start: Matrix, *, is_affine: bool = False
+) -> tuple[Matrix, float]:
     """The best matrix from the fixed to the moving scan's world on the way of the search, and its mutual information.
 
+    The matrix is rigid, unless the search `is_affine`.
     Steps in the direction of Newton's method, of a fixed length, which also cross small maxima. They become shorter
     when the direction reverses. They are rounded to 1 um, because the last bits of linear algebra differ between CPUs.
 
@@ -264,31 +267,36 @@ def _search(level: Level, fixed: _Head, moving: _Head, start: Matrix) -> tuple[M
     information = MutualInformation(fixed.scans[level], moving.scans[level], fixed.samples(level.samples))
     centre = fixed.scans[level].centre
     matrix, best, best_value = start, start, -np.inf
-    step: NDArray[np.floating] = np.zeros(6)
+    directions = np.eye(12) if is_affine else _RIGID
+    step: NDArray[np.floating] = np.zeros(len(directions))
     length_mm = level.first_mm
     for _ in range(level.steps):
         here = information.evaluate(matrix)
         if here.value > best_value:
             best, best_value = matrix, here.value
         last_step = step
-        step = np.linalg.lstsq(_RIGID @ here.curvature @ _RIGID.T, _RIGID @ here.gradient)[0]
+        step = np.linalg.lstsq(directions @ here.curvature @ directions.T, directions @ here.gradient)[0]
         if step @ last_step < 0:
             length_mm *= level.relax
         if length_mm < level.last_mm or not step.any() or here.value == -np.inf:
             break
-        matrix = matrix @ _small_motion(rounded(step * (length_mm / np.linalg.norm(step)), MATRIX_BITS), centre)
+        step_mm = rounded(step * (length_mm / np.linalg.norm(step)), MATRIX_BITS)
+        matrix = matrix @ _small_change(directions.T @ step_mm, centre, is_affine=is_affine)
     if best_value == -np.inf:
         raise RegistrationError("the scans do not overlap")
     return best, best_value
 
 
-def _small_motion(step: NDArray[np.float64], centre: NDArray[np.float64]) -> Matrix:
-    """The rigid matrix of a shift (mm) and a rotation about `centre` (mm at `RADIUS_MM`), (6,)."""
-    change = (_RIGID.T @ step).reshape(3, 4)
-    left, _, right = np.linalg.svd(np.eye(3) + change[:, :3] / RADIUS_MM)
+def _small_change(change: NDArray[np.float64], centre: NDArray[np.float64], *, is_affine: bool) -> Matrix:
+    """The matrix, rigid or affine, of a change (12,) about `centre` as in `mutual_information.Evaluation`."""
+    rows = change.reshape(3, 4)
+    linear = np.eye(3) + rows[:, :3] / RADIUS_MM
+    if not is_affine:
+        left, _, right = np.linalg.svd(linear)
+        linear = left @ right  # the nearest rotation
     matrix = np.eye(4)
-    matrix[:3, :3] = left @ right
-    matrix[:3, 3] = change[:, 3] + centre - matrix[:3, :3] @ centre
+    matrix[:3, :3] = linear
+    matrix[:3, 3] = rows[:, 3] + centre - linear @ centre
     return rounded(matrix)
 
 

@@ -89,6 +89,18 @@ def test_several_motions_are_found(number: int, still: tuple[register.Volume, re
     assert error_mm(register.register(t1, moved).fixed_to_moving, motion, moved) < 0.3
 
 
+def test_a_search_can_find_an_affine_matrix(still: tuple[register.Volume, register.Volume]) -> None:
+    """The T2's header is stretched by 3 and -2 per cent, and sheared."""
+    t1, t2 = still
+    stretch = np.eye(4)
+    stretch[:3, :3] = [[1.03, 0.01, 0], [0, 0.98, 0], [0, 0, 1]]
+    moved = displaced(t2, stretch)
+    moving, fixed = register._head(t1), register._head(moved)
+    found, _ = register._search(register.FINE, fixed, moving, np.eye(4), is_affine=True)
+    assert error_mm(np.eye(4), stretch, moved) > 1.0
+    assert error_mm(found, stretch, moved) < 0.2
+
+
 @pytest.mark.parametrize("spike", [32767, pytest.param(-32768, marks=pytest.mark.stack)])
 def test_extreme_voxels_do_not_affect_registration(spike: int, still: tuple[register.Volume, register.Volume]) -> None:
     t1, t2 = (register.Volume(scan.voxels.copy(), scan.affine) for scan in still)
