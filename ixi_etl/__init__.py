@@ -12,5 +12,5 @@ __all__ = ["PIPELINE_VERSION", "__version__"]
 
 __version__ = "0.2.0.dev0"
 
-PIPELINE_VERSION = 8
+PIPELINE_VERSION = 9
 """Part of every version's name. Raise it whenever the same inputs would give other bytes."""

@@ -7,43 +7,50 @@ identity if the headers alone align the scans.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ixi_etl.pairing.geometry import Matrix, import_sitk, rounded
+from ixi_etl.pairing.mutual_information import RADIUS_MM, MutualInformation, Scan, transformed
 from ixi_etl.scans.intensity import clip_spikes, otsu_threshold, percentiles
 
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution of the search: grid of about `spacing_mm`, `samples` voxels of the fixed scan, steps in mm."""
+    """One resolution of the search.
+
+    Attributes:
+        spacing_mm: about that of the grids.
+        samples: points in the head of the fixed scan at which the scans are compared.
+        first_mm, last_mm: length of the first step, and the length below which the search ends.
+        relax: factor by which the steps become shorter when the direction reverses.
+        steps: largest number of steps.
+    """
 
     spacing_mm: float
     samples: int
-    first_step: float
+    first_mm: float
+    last_mm: float
     relax: float
-    iterations: int
+    steps: int
 
 
-COARSE = Level(4.0, 33_000, 2.0, 0.8, 200)
+COARSE = Level(4.0, 32_000, 4.0, 0.02, 0.6, 100)
 """Must converge from far. Only voxels in both heads are compared: air, a neck in one scan only, and a face that was
 removed from one would mislead it."""
-FINE = Level(1.0, 85_000, 0.5, 0.5, 60)
+FINE = Level(1.0, 80_000, 0.4, 0.01, 0.5, 40)
 """About 1 mm, for IXI the stored grid: a hundredth of its voxels suffices, and no coarser grid is accurate to a tenth
 of a millimetre. Measured in docs/registration.md."""
-AFFINE = replace(FINE, iterations=100)
-"""From the rigid result. The steps of an affine search are estimated: see `_search`."""
 MIN_STRETCH, MAX_STRETCH = 0.8, 1.25
 """Stretch along any direction beyond which an affine search has run away. Scanners differ by a few per cent."""
-TRIAL = replace(COARSE, samples=6_000)
-"""One of many starts."""
-MIRROR = replace(TRIAL, relax=0.6, iterations=60)
-"""A first, short comparison with a mirrored scan."""
+RECURRENCE = np.array([0.8191725133961645, 0.6710436067037893, 0.5497004779019703])
+"""1/g, 1/g^2, 1/g^3 with g^4 = g + 1: multiples of it, modulo 1, fill a cube evenly (M. Roberts 2018)."""
 
-HISTOGRAM_BINS = 48
 # Larger motion is flagged `large_motion`. The heads of the real pairs in docs/registration.md moved by 0.5 to 5.5 mm
 # and 0.3 to 1.8 degrees; users of IXI report a few millimetres or degrees.
 MAX_MOTION_MM, MAX_MOTION_DEG = 15.0, 15.0
@@ -52,11 +59,9 @@ RETRY_MM = 1.0
 TRIAL_ANGLE_DEG = 8.0
 MIRROR_CHECK_MM = 2.0
 """Disagreement of two searches for the mirror image up to which it is taken to fit."""
-MIRROR_TRIAL_GAIN = 0.75
-"""As `MIRROR_GAIN`, below which the short comparison suffices."""
 MIRROR_GAIN = 1.03
 """Ratio of the mutual informations of the mirrored and the stored moving scan with the fixed one, above which a header
-is wrong. In 14 real T1s and T2s, half of them with added faults, the right one had 1.09 to 1.75 times that of its
+is wrong. In 14 real T1s and T2s, half of them with added faults, the right one had 1.14 to 1.63 times that of its
 mirror image."""
 # Entries of the result are rounded to 1e-6, or 0.1 um at the edge of a head. The error of the search is 50 um.
 MATRIX_BITS = 20
@@ -125,56 +130,71 @@ def mean_distance(a: Matrix, b: Matrix, points: NDArray[np.float64]) -> float:
 
 @dataclass(frozen=True)
 class _Head:
-    """A scan on the grid of a level.
+    """A scan on the grids of both levels.
 
     Attributes:
-        image: ITK image in RAS mm.
-        mask: ITK image on the same grid, 1 in and near the head; None where all voxels are compared.
-        points: (n, 3) RAS mm, some of the voxels in the mask.
-        centre: RAS mm, of the grid; rotations are about it.
+        scans: by level; the voxels of the coarse one are NaN except in and near the head.
     """
 
-    image: Any
-    mask: Any
-    points: NDArray[np.float64]
-    centre: NDArray[np.float64]
+    scans: Mapping[Level, Scan]
+
+    @cached_property
+    def mask(self) -> NDArray[np.bool_]:
+        """In and near the head, on the coarse grid."""
+        mask: NDArray[np.bool_] = ~np.isnan(self.scans[COARSE].voxels)
+        return mask
+
+    @cached_property
+    def points(self) -> NDArray[np.float64]:
+        """(n, 3) RAS mm, some of the voxels in the mask."""
+        affine = self.scans[COARSE].affine
+        return np.argwhere(self.mask)[::23, ::-1] @ affine[:3, :3].T + affine[:3, 3]
+
+    def samples(self, count: int) -> NDArray[np.float64]:
+        """About `count` points (3, n) in the mask, RAS mm, evenly spread and between the voxels.
+
+        Samples at voxels would favour motions by whole voxels (Thevenaz, Bierlaire and Unser 2008).
+        """
+        tries = min(8 * count, count * self.mask.size // int(np.count_nonzero(self.mask)))
+        size = np.array(self.mask.shape[::-1])[:, np.newaxis]
+        indices = (0.5 + np.arange(tries, dtype=np.float64) * RECURRENCE[:, np.newaxis]) % 1 * size
+        i, j, k = indices.astype(np.intp)
+        return transformed(self.scans[COARSE].affine, indices[:, self.mask[k, j, i]] - 0.5)
 
 
 def register(moving_scan: Volume, fixed_scan: Volume, *, is_affine: bool = False) -> Registration:
-    """The rigid or affine `fixed_to_moving` that maximises the Mattes mutual information of two volumes.
+    """The rigid or affine `fixed_to_moving` that maximises the mutual information of two volumes.
 
     Starts from the headers' alignment. A second coarse search exchanges the roles of the scans: two searches that see
     other samples and another metric rarely end in the same wrong place. If they disagree, more starts are tried.
     An affine search starts from the rigid result. Its check has exchanged roles too, the same level, and starts from
     the rigid check.
-    Deterministic: regular sampling, one thread, and rounded geometry.
+    Deterministic: no random samples, one thread, and rounded geometry.
 
     Raises:
-        RegistrationError: the volumes do not overlap, are constant, or a search failed or ran away.
+        RegistrationError: the volumes do not overlap, are constant, or show no head, or an affine search ran away.
     """
-    moving_scan, fixed_scan = (_clip_spikes(scan) for scan in (moving_scan, fixed_scan))
-    fixed, moving = (_head(scan, COARSE.spacing_mm) for scan in (fixed_scan, moving_scan))
+    fixed, moving = _head(fixed_scan), _head(moving_scan)
     start = np.eye(4)
-    coarse, _ = _search(COARSE, fixed, moving, start)
+    coarse, similarity = _search(COARSE, fixed, moving, start)
     check = _inverse_search(fixed, moving, start)
     disagreement_mm = mean_distance(coarse, check, fixed.points)
     is_poor = disagreement_mm > RETRY_MM
     if is_poor:
-        coarse = _best_of_many(fixed, moving, [coarse, check, start])
-    whole_fixed, whole_moving = (_whole(scan, FINE.spacing_mm) for scan in (fixed_scan, moving_scan))
-    fine, _ = _search(FINE, whole_fixed, whole_moving, coarse)
+        coarse, similarity = _best_of_many(fixed, moving, [coarse, check, start])
+    fine, _ = _search(FINE, fixed, moving, coarse)
     if is_poor:
         check = _inverse_search(fixed, moving, _displaced(fine, fixed))
-    is_mirrored = _fits_better_mirrored(fixed, moving, fine, is_poor)
+    is_mirrored = _fits_better_mirrored(fixed, moving, fine, similarity, is_poor)
     if is_affine and not is_mirrored:
-        fine = _affine_search(whole_fixed, whole_moving, fine)
-        check = np.linalg.inv(_affine_search(whole_moving, whole_fixed, _inverse(check))).astype(np.float64)
+        fine = _affine_search(fixed, moving, fine)
+        check = np.linalg.inv(_affine_search(moving, fixed, _inverse(check))).astype(np.float64)
     return Registration(rounded(fine, MATRIX_BITS), rounded(check, MATRIX_BITS), disagreement_mm, is_mirrored)
 
 
 def _affine_search(fixed: _Head, moving: _Head, start: Matrix) -> Matrix:
     """The affine matrix from the fixed to the moving scan's world that a search from `start` finds."""
-    found, _ = _search(AFFINE, fixed, moving, start, is_affine=True)
+    found, _ = _search(FINE, fixed, moving, start, is_affine=True)
     stretches = np.linalg.svd(found[:3, :3], compute_uv=False)
     if np.linalg.det(found[:3, :3]) < 0 or stretches.min() < MIN_STRETCH or stretches.max() > MAX_STRETCH:
         raise RegistrationError(f"the search stretched the head by {stretches.min():.2f} to {stretches.max():.2f}")
@@ -194,19 +214,20 @@ def _inverse(matrix: Matrix) -> Matrix:
     return inverse
 
 
-def _fits_better_mirrored(fixed: _Head, moving: _Head, found: Matrix, is_poor: bool) -> bool:
+def _fits_better_mirrored(fixed: _Head, moving: _Head, found: Matrix, similarity: float, is_poor: bool) -> bool:
     """Whether the mirror image of the moving scan fits the fixed scan, and better than the scan as stored.
 
-    A wrong header mostly makes the searches disagree (`is_poor`), and `found` far from the right place: more starts.
+    The scan as stored has the `similarity` (nats, coarse level). A wrong header mostly makes the searches disagree
+    (`is_poor`), and `found` far from the right place: more starts.
     """
     mirrored = _mirrored(moving)
     try:
-        start = _best_of_many(fixed, mirrored, [np.eye(4), found]) if is_poor else found
-        for level, gain in ((MIRROR, MIRROR_TRIAL_GAIN), (COARSE, MIRROR_GAIN)):
-            start, as_mirrored = _search(level, fixed, mirrored, start)
-            _, as_stored = _search(level, fixed, moving, found)
-            if as_mirrored >= gain * as_stored:  # negative mutual informations
-                return False
+        if is_poor:
+            start, mirrored_similarity = _best_of_many(fixed, mirrored, [np.eye(4), found])
+        else:
+            start, mirrored_similarity = _search(COARSE, fixed, mirrored, found)
+        if mirrored_similarity < MIRROR_GAIN * similarity:
+            return False
         # Scans of two people fit about as well mirrored as not, but then the searches end in different places.
         check = _inverse_search(fixed, mirrored, _displaced(start, fixed))
     except RegistrationError:
@@ -216,148 +237,136 @@ def _fits_better_mirrored(fixed: _Head, moving: _Head, found: Matrix, is_poor: b
 
 def _mirrored(head: _Head) -> _Head:
     """A head with left and right exchanged, at the sagittal plane through its middle."""
-    middle = (head.points[:, 0].min() + head.points[:, 0].max()) / 2
-    mirrored = {}
-    for name, image in (("image", head.image), ("mask", head.mask)):
-        mirrored[name] = copy = import_sitk().Image(image)
-        direction, origin = np.array(image.GetDirection()), np.array(image.GetOrigin())
-        copy.SetDirection((direction * np.repeat([-1, 1, 1], 3)).tolist())
-        copy.SetOrigin([2 * middle - origin[0], *origin[1:]])
-    return replace(head, **mirrored)
+    mirror = np.diag([-1.0, 1, 1, 1])
+    mirror[0, 3] = head.points[:, 0].min() + head.points[:, 0].max()
+    return _Head({level: replace(scan, affine=mirror @ scan.affine) for level, scan in head.scans.items()})
 
 
-def _best_of_many(fixed: _Head, moving: _Head, starts: list[Matrix]) -> Matrix:
+def _best_of_many(fixed: _Head, moving: _Head, starts: list[Matrix]) -> tuple[Matrix, float]:
     """The best of coarse searches from `starts`, and from rotations of the last one to both sides about each axis."""
-    turned = [
-        starts[-1] @ _rotation(sign * TRIAL_ANGLE_DEG * axis, fixed.centre) for axis in np.eye(3) for sign in (1, -1)
-    ]
-    trials = [_search(TRIAL, fixed, moving, start) for start in (*starts, *turned)]
-    best, _ = min(trials, key=lambda trial: trial[1])
-    return _search(COARSE, fixed, moving, best)[0]
+    centre = fixed.scans[COARSE].centre
+    turned = [starts[-1] @ _rotation(sign * TRIAL_ANGLE_DEG * axis, centre) for axis in np.eye(3) for sign in (1, -1)]
+    found = [_search(COARSE, fixed, moving, start) for start in (*starts, *turned)]
+    return max(found, key=lambda result: result[1])
 
 
 def _displaced(found: Matrix, fixed: _Head) -> Matrix:
     """A start for a search that should come back to `found`."""
-    return found @ _rotation([4, -4, 4], fixed.centre)
+    return found @ _rotation([4, -4, 4], fixed.scans[COARSE].centre)
 
 
 def _rotation(angles_deg: Any, centre: NDArray[np.float64]) -> Matrix:
     transform = import_sitk().Euler3DTransform()
-    transform.SetCenter(centre.tolist())
     transform.SetRotation(*np.deg2rad(angles_deg).tolist())
-    return _matrix_of(transform)
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.reshape(transform.GetMatrix(), (3, 3))
+    matrix[:3, 3] = centre - matrix[:3, :3] @ centre
+    return matrix
+
+
+_directions = np.zeros((6, 3, 4))
+_directions[[0, 1, 2], [0, 1, 2], 3] = 1
+_directions[[3, 4, 5], [2, 0, 1], [1, 2, 0]] = 1
+_directions[[3, 4, 5], [1, 2, 0], [2, 0, 1]] = -1
+_RIGID = _directions.reshape(6, 12)
+"""Shifts along and rotations about x, y and z, as changes of the first three rows of a matrix."""
 
 
 def _search(
     level: Level, fixed: _Head, moving: _Head, start: Matrix, *, is_affine: bool = False
 ) -> tuple[Matrix, float]:
-    """The matrix from the fixed to the moving scan's world that the search finds, and its metric (the less the better).
+    """The best matrix from the fixed to the moving scan's world on the way of the search, and its mutual information.
 
-    The matrix is rigid, unless the search `is_affine`. Then the length of each step is estimated, so that no point
-    moves by more than `level.first_step` mm: an entry of an affine matrix moves points a hundred times as far as a
-    shift of the same number, and a fixed length would throw the search far away.
+    The matrix is rigid, unless the search `is_affine`.
+    Steps in the direction of Newton's method, of a fixed length, which also cross small maxima. They become shorter
+    when the direction reverses. They are rounded to 1 um, because the last bits of linear algebra differ between CPUs.
 
     Raises:
-        RegistrationError: the search failed.
+        RegistrationError: the scans do not overlap.
     """
-    sitk = import_sitk()
-    start = rounded(start)
-    transform = sitk.AffineTransform(3) if is_affine else sitk.Euler3DTransform()
-    transform.SetCenter(fixed.centre.tolist())
-    transform.SetMatrix(start[:3, :3].ravel().tolist(), *([] if is_affine else [1e-6]))  # the tolerance of a rotation
-    transform.SetTranslation((start[:3, 3] - fixed.centre + start[:3, :3] @ fixed.centre).tolist())
-    search = sitk.ImageRegistrationMethod()
-    search.SetMetricAsMattesMutualInformation(HISTOGRAM_BINS)
-    search.SetMetricSamplingStrategy(search.REGULAR)
-    search.SetMetricSamplingPercentage(min(1.0, level.samples / fixed.image.GetNumberOfPixels()), seed=1)
-    if fixed.mask is not None:
-        search.SetMetricFixedMask(fixed.mask)
-        search.SetMetricMovingMask(moving.mask)
-    # Central differences at the samples: twice as fast as whole gradient images, and half the error.
-    search.MetricUseFixedImageGradientFilterOff()
-    search.MetricUseMovingImageGradientFilterOff()
-    search.SetInterpolator(sitk.sitkLinear)
-    search.SetOptimizerAsRegularStepGradientDescent(
-        learningRate=level.first_step,
-        minStep=1e-5 if is_affine else 1e-3,
-        numberOfIterations=level.iterations,
-        relaxationFactor=level.relax,
-        gradientMagnitudeTolerance=1e-8,
-        estimateLearningRate=search.EachIteration if is_affine else search.Never,
-        maximumStepSizeInPhysicalUnits=level.first_step,
-    )
-    search.SetOptimizerScalesFromPhysicalShift()
-    search.SetInitialTransform(transform, inPlace=True)
-    try:
-        search.Execute(fixed.image, moving.image)
-    except RuntimeError as error:
-        raise RegistrationError(str(error).strip().splitlines()[-1]) from error
-    matrix = _matrix_of(transform)
-    if not np.isfinite(matrix).all():
-        raise RegistrationError("the search ended in values that are not finite")
-    return matrix, search.GetMetricValue()
+    information = MutualInformation(fixed.scans[level], moving.scans[level], fixed.samples(level.samples))
+    centre = fixed.scans[level].centre
+    matrix, best, best_value = start, start, -np.inf
+    directions = np.eye(12) if is_affine else _RIGID
+    step: NDArray[np.floating] = np.zeros(len(directions))
+    length_mm = level.first_mm
+    for _ in range(level.steps):
+        here = information.evaluate(matrix)
+        if here.value > best_value:
+            best, best_value = matrix, here.value
+        last_step = step
+        step = np.linalg.lstsq(directions @ here.curvature @ directions.T, directions @ here.gradient)[0]
+        if step @ last_step < 0:
+            length_mm *= level.relax
+        if length_mm < level.last_mm or not step.any() or here.value == -np.inf:
+            break
+        step_mm = rounded(step * (length_mm / np.linalg.norm(step)), MATRIX_BITS)
+        matrix = matrix @ _small_change(directions.T @ step_mm, centre, is_affine=is_affine)
+    if best_value == -np.inf:
+        raise RegistrationError("the scans do not overlap")
+    return best, best_value
 
 
-def _matrix_of(transform: Any) -> Matrix:
-    rotation = np.array(transform.GetMatrix()).reshape(3, 3)
-    centre = np.array(transform.GetCenter())
+def _small_change(change: NDArray[np.float64], centre: NDArray[np.float64], *, is_affine: bool) -> Matrix:
+    """The matrix, rigid or affine, of a change (12,) about `centre` as in `mutual_information.Evaluation`."""
+    rows = change.reshape(3, 4)
+    linear = np.eye(3) + rows[:, :3] / RADIUS_MM
+    if not is_affine:
+        left, _, right = np.linalg.svd(linear)
+        linear = left @ right  # the nearest rotation
     matrix = np.eye(4)
-    matrix[:3, :3] = rotation
-    matrix[:3, 3] = transform.GetTranslation() + centre - rotation @ centre
-    return matrix
-
-
-def _whole(scan: Volume, spacing_mm: float) -> _Head:
-    """A scan whose voxels are all compared."""
-    middle = (np.array(scan.voxels.shape[::-1]) - 1) / 2
-    centre = rounded(scan.affine[:3, :3] @ middle + scan.affine[:3, 3])
-    return _Head(_to_itk_image(scan, spacing_mm), None, np.zeros((0, 3)), centre)
+    matrix[:3, :3] = linear
+    matrix[:3, 3] = rows[:, 3] + centre - linear @ centre
+    return rounded(matrix)
 
 
 def head_points(scan: Volume) -> NDArray[np.float64]:
     """Positions (n, 3) in RAS mm of some voxels in and near the head."""
-    return _head(scan, COARSE.spacing_mm).points
+    return _head(scan).points
 
 
-def _head(scan: Volume, spacing_mm: float) -> _Head:
-    """A scan with a mask of its head: the largest bright object, filled, and two voxels around it."""
-    sitk = import_sitk()
-    head = _whole(scan, spacing_mm)
-    voxels = sitk.GetArrayViewFromImage(head.image)
-    # Halfway to Otsu's threshold, because strong bias fields leave parts of a head dark.
-    threshold = (float(voxels.min()) + otsu_threshold(voxels)) / 2
-    bright = sitk.BinaryMorphologicalOpening(head.image > threshold, [1, 1, 1])
-    parts = sitk.RelabelComponent(sitk.ConnectedComponent(bright), sortByObjectSize=True)
-    mask = sitk.BinaryDilate(sitk.BinaryFillhole(parts == 1), [2, 2, 2])
-    inside = np.argwhere(sitk.GetArrayViewFromImage(mask))[::23, ::-1]
-    origin, spacing = np.array(mask.GetOrigin()), np.array(mask.GetSpacing())
-    direction = np.array(mask.GetDirection()).reshape(3, 3)
-    return replace(head, mask=mask, points=(inside * spacing) @ direction.T + origin)
+def _head(scan: Volume) -> _Head:
+    """A scan with a mask of its head: the largest bright object, filled, and three voxels around it.
 
+    The outermost of these are lost, because only cells of eight voxels in the mask are compared.
 
-def _clip_spikes(scan: Volume) -> Volume:
-    """Clip artefacts: the bins of the mutual information span all values, and a spike would leave few for the head."""
-    (low_high,) = percentiles(scan.voxels[np.newaxis])
-    return replace(scan, voxels=clip_spikes(scan.voxels, *low_high))
-
-
-def _to_itk_image(scan: Volume, spacing_mm: float) -> Any:
-    """An ITK image in RAS mm with a spacing of about `spacing_mm`; each voxel is the mean of a block of stored ones.
-
-    The centre of a block of n voxels is (n - 1) / 2 voxels from its first one. ITK's `Shrink` ignores this, which
-    displaces the image by up to half a coarse voxel; `BinShrink` and the affine computed here do not.
+    Raises:
+        RegistrationError: the scan is constant, or nothing in it is large.
     """
     sitk = import_sitk()
-    stored_mm = rounded(np.linalg.norm(scan.affine[:3, :3], axis=0))
-    factors = np.maximum(1, np.round(spacing_mm / stored_mm)).astype(int)
-    native = np.ascontiguousarray(scan.voxels, scan.voxels.dtype.newbyteorder("="))
-    image = sitk.Cast(sitk.GetImageFromArray(native), sitk.sitkFloat32)
-    if factors.max() > 1:
-        image = sitk.BinShrink(image, factors.tolist())
-    first = scan.affine @ np.array([*((factors - 1) / 2), 1.0])
-    # An ITK image has right angles, so use the nearest rotation. Shear in an IXI affine is rounding error.
-    left, _, right = np.linalg.svd(scan.affine[:3, :3] / stored_mm)
-    image.SetSpacing((stored_mm * factors).tolist())
-    image.SetDirection(rounded(left @ right).ravel().tolist())
-    image.SetOrigin(rounded(first[:3]).tolist())
-    return image
+    voxels, affine = _averaged(scan, COARSE.spacing_mm)
+    # Artefacts are clipped: the bins span all values, and a spike would leave few for the head.
+    voxels = clip_spikes(voxels, *percentiles(voxels[np.newaxis])[0])
+    low, high = float(voxels.min()), float(voxels.max())
+    if low == high:
+        raise RegistrationError("a scan is constant")
+    # Halfway to Otsu's threshold, because strong bias fields leave parts of a head dark.
+    is_bright = voxels > (low + otsu_threshold(voxels)) / 2
+    bright = sitk.BinaryMorphologicalOpening(sitk.GetImageFromArray(is_bright.astype(np.uint8)), [1, 1, 1])
+    parts = sitk.RelabelComponent(sitk.ConnectedComponent(bright), sortByObjectSize=True)
+    mask = sitk.GetArrayFromImage(sitk.BinaryDilate(sitk.BinaryFillhole(parts == 1), [3, 3, 3]))
+    if not mask.any():
+        raise RegistrationError("a scan shows no head")
+    masked = np.where(mask, voxels, np.float32(np.nan))
+    return _Head(
+        {COARSE: Scan(masked, affine, (low, high)), FINE: Scan(*_averaged(scan, FINE.spacing_mm), (low, high))}
+    )
+
+
+def _averaged(scan: Volume, spacing_mm: float) -> tuple[NDArray[Any], Matrix]:
+    """A scan with a spacing of about `spacing_mm`, each voxel the mean of a block of stored ones; and its affine.
+
+    Voxels that do not fill a block at the far end are left out. The centre of a block of n voxels is (n - 1) / 2 voxels
+    from its first one.
+    """
+    factors = np.round(spacing_mm / np.linalg.norm(scan.affine[:3, :3], axis=0))
+    factors = factors.clip(1, scan.voxels.shape[::-1]).astype(int)
+    voxels = scan.voxels
+    for axis, factor in enumerate(factors[::-1]):
+        if factor > 1:
+            blocks = np.split(voxels, [voxels.shape[axis] // factor * factor], axis)[0]
+            shape = (*voxels.shape[:axis], -1, factor, *voxels.shape[axis + 1 :])
+            voxels = blocks.reshape(shape).sum(axis + 1, dtype=np.float32) / np.float32(factor)
+    to_stored = np.diag([*factors, 1.0])
+    to_stored[:3, 3] = (factors - 1) / 2
+    return voxels, rounded(scan.affine @ to_stored)
