@@ -24,7 +24,6 @@ from ixi_etl.pairing import pictures
 from ixi_etl.pairing.slabs import (
     ScanVolume,
     anatomical_slabs,
-    foreground_mask,
     index_slab,
     nmi_within,
     usable_voxels,
@@ -219,9 +218,8 @@ def _cut(
     record["voxels_sha256"] = {m: volume.voxels_sha256 for m, volume in volumes.items()}
     if dataset_config.pairing == "index":
         slabs = {m: index_slab(volume, dataset_config) for m, volume in volumes.items()}
-        foreground = foreground_mask(slabs[reference])
         for modality in [m for m in dataset_config.moving if m in slabs]:
-            similarity = nmi_within(foreground, slabs[modality], slabs[reference])
+            similarity = nmi_within(slabs[reference].foreground, slabs[modality], slabs[reference])
             columns = (pair_column(dataset_config.moving, modality, c) for c in ("nmi_before", "nmi_after"))
             record |= dict.fromkeys(columns, similarity)
     else:

@@ -169,8 +169,8 @@ def _inside(matrix: Matrix, shape_zyx: tuple[int, ...], shape_kji: tuple[int, ..
 
 def world_points(mask: NDArray[np.bool_], affine: Matrix, limit: int = 100_000) -> NDArray[np.float64]:
     """Positions (n, 3) in RAS mm of the voxels set in `mask` [z, y, x], evenly thinned to at most `limit`."""
-    indices = np.argwhere(mask)
-    indices = indices[:: -(-len(indices) // limit) or 1, ::-1]
+    flat = np.flatnonzero(mask)
+    indices = np.stack(np.unravel_index(flat[:: -(-len(flat) // limit) or 1], mask.shape)[::-1], axis=1)
     return rounded(indices @ affine[:3, :3].T + affine[:3, 3])
 
 

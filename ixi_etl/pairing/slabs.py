@@ -45,6 +45,19 @@ class Slab:
     affine: geometry.Matrix
     window: tuple[int, int] | None
 
+    @cached_property
+    def foreground(self) -> NDArray[np.bool_]:
+        """Mask of the head by Otsu's threshold. Artefacts are clipped, as bright ones would raise the threshold."""
+        stored = self.stored
+        threshold = otsu_threshold(clip_spikes(stored.voxels, stored.p_low, stored.p_high))
+        mask: NDArray[np.bool_] = stored.voxels > math.floor(threshold)
+        return mask
+
+    @cached_property
+    def points(self) -> NDArray[np.float64]:
+        """(n, 3) RAS mm, some of the voxels in the foreground."""
+        return geometry.world_points(self.foreground, self.affine)
+
 
 class ScanVolume:
     """An inflated volume: its header, and its voxels as stored [k, j, i]."""
@@ -157,8 +170,6 @@ def anatomical_slabs(
     grid = volumes[reference].affine, volumes[reference].header.shape
     fixed = volumes.pop(reference)
     is_registered = dataset_config.registration != "none"
-    foreground = foreground_mask(target)
-    points = geometry.world_points(foreground, target.affine)
     slabs: dict[str, Slab] = {reference: target}
     all_flags: list[str] = []
     if not is_registered:
@@ -170,13 +181,13 @@ def anatomical_slabs(
         is_echo = {modality, reference} <= ECHOES
         on_grid = is_echo and geometry.affine_on_grid_of(scan.affine, scan.header.shape, *grid) is not None
         if on_grid and not dataset_config.register_echoes:
-            alignment = _same_slices(scan, target, foreground, window)
+            alignment = _same_slices(scan, target, window)
         else:
-            alignment = _by_headers(scan, target, foreground)
+            alignment = _by_headers(scan, target)
             if is_registered:
                 is_affine = dataset_config.registration == "affine"
-                alignment, flags = _register_pair(alignment, scan, fixed, target, foreground, is_affine=is_affine)
-                motion_mm, motion_deg = register.measure_motion(alignment.matrix, points)
+                alignment, flags = _register_pair(alignment, scan, fixed, target, is_affine=is_affine)
+                motion_mm, motion_deg = register.measure_motion(alignment.matrix, target.points)
                 measured = {"motion_mm": motion_mm, "motion_deg": motion_deg}
                 measured["registration_error_mm"] = alignment.error_mm
             flags += ["grid_differs"] * (is_echo and not on_grid)
@@ -186,7 +197,7 @@ def anatomical_slabs(
         record[matrix_column(reference, modality)] = json.dumps(alignment.matrix.tolist())
         all_flags += [pair_column(dataset_config.moving, modality, flag) for flag in flags]
         record["flags"] = ",".join(all_flags)
-        outside = _fraction_outside(foreground, alignment.inside)
+        outside = _fraction_outside(target.foreground, alignment.inside)
         if outside > MAX_OUTSIDE:
             problem = f"{reference}: {outside:.1%} of the slab's foreground is outside the {modality}'s grid"
             raise BadVolumeError("outside_fov", f"{problem}; the maximum is {MAX_OUTSIDE:.0%}")
@@ -194,18 +205,18 @@ def anatomical_slabs(
     return {m: slabs[m] for m in dataset_config.modalities if m in slabs}
 
 
-def _by_headers(scan: ScanVolume, target: Slab, foreground: NDArray[np.bool_]) -> Alignment:
+def _by_headers(scan: ScanVolume, target: Slab) -> Alignment:
     """The alignment that the headers give."""
     slab, inside = _resampled_slab(scan, target, np.eye(4))
-    similarity = nmi_within(foreground & inside, slab, target)
+    similarity = nmi_within(target.foreground & inside, slab, target)
     return Alignment(slab, inside, np.eye(4), similarity, similarity)
 
 
-def _same_slices(echo: ScanVolume, target: Slab, foreground: NDArray[np.bool_], window: tuple[int, int]) -> Alignment:
+def _same_slices(echo: ScanVolume, target: Slab, window: tuple[int, int]) -> Alignment:
     """The same slices of another echo, whose voxels are those of the reference: nothing is interpolated."""
     slab = replace(_axial_slab(echo, window), affine=target.affine, window=None)
-    similarity = nmi_within(foreground, slab, target)
-    return Alignment(slab, np.ones(foreground.shape, bool), np.eye(4), similarity, similarity)
+    similarity = nmi_within(target.foreground, slab, target)
+    return Alignment(slab, np.ones(target.foreground.shape, bool), np.eye(4), similarity, similarity)
 
 
 def _register_pair(
@@ -213,7 +224,6 @@ def _register_pair(
     moving: ScanVolume,
     fixed: ScanVolume,
     target: Slab,
-    foreground: NDArray[np.bool_],
     *,
     is_affine: bool,
 ) -> tuple[Alignment, list[str]]:
@@ -231,6 +241,7 @@ def _register_pair(
         problem = f"the mirror image of the {moving.modality} fits the {fixed.modality} better"
         raise BadVolumeError("bad_affine", f"{problem}: one of the headers exchanges left and right")
     slab, inside = _resampled_slab(moving, target, found.fixed_to_moving)
+    foreground = target.foreground
     outside_before, outside_after = (_fraction_outside(foreground, mask) for mask in (by_headers.inside, inside))
     common = foreground & by_headers.inside & inside
     # NMIs are comparable only on the same voxels.
@@ -240,24 +251,15 @@ def _register_pair(
     else:
         before, after = by_headers.nmi_before, nmi_within(foreground & inside, slab, target)
         is_better = outside_after < outside_before
-    points = geometry.world_points(foreground, target.affine)
-    error_mm = found.error_mm(points, found.fixed_to_moving if is_better else by_headers.matrix)
+    error_mm = found.error_mm(target.points, found.fixed_to_moving if is_better else by_headers.matrix)
     if not is_better:
         return replace(by_headers, error_mm=error_mm), ["registration_no_gain"]
-    motion_mm, motion_deg = register.measure_motion(found.fixed_to_moving, points)
+    motion_mm, motion_deg = register.measure_motion(found.fixed_to_moving, target.points)
     is_large = motion_mm > register.MAX_MOTION_MM or motion_deg > register.MAX_MOTION_DEG
     flags = ["large_motion"] if is_large else []
     if outside_after > MAX_OUTSIDE >= outside_before:
         flags.append("registration_leaves_fov")
     return Alignment(slab, inside, found.fixed_to_moving, before, after, error_mm), flags
-
-
-def foreground_mask(slab: Slab) -> NDArray[np.bool_]:
-    """Mask of the head by Otsu's threshold. Artefacts are clipped, as bright ones would raise the threshold."""
-    stored = slab.stored
-    threshold = otsu_threshold(clip_spikes(stored.voxels, stored.p_low, stored.p_high))
-    mask: NDArray[np.bool_] = stored.voxels > math.floor(threshold)
-    return mask
 
 
 def _fraction_outside(foreground: NDArray[np.bool_], inside: NDArray[np.bool_]) -> float:
