@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ixi_etl.pairing.geometry import Matrix, import_sitk, rounded
-from ixi_etl.pairing.mutual_information import Scan, transformed
+from ixi_etl.pairing.geometry import Matrix, import_sitk, rounded, transformed
+from ixi_etl.pairing.mutual_information import Scan
 from ixi_etl.scans.intensity import clip_spikes, otsu_threshold, percentiles
 
 
@@ -81,7 +81,7 @@ class Head:
     def points(self) -> NDArray[np.float64]:
         """(n, 3) RAS mm, some of the voxels in the mask."""
         affine = self.scans[COARSE].affine
-        return np.argwhere(self.mask)[::23, ::-1] @ affine[:3, :3].T + affine[:3, 3]
+        return transformed(affine, np.argwhere(self.mask)[::23, ::-1].T.astype(np.float64)).T
 
     def samples(self, count: int) -> NDArray[np.float64]:
         """About `count` points (3, n) in the mask, RAS mm, evenly spread and between the voxels.

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ixi_etl.pairing.geometry import Matrix, import_sitk, rounded
+from ixi_etl.pairing.geometry import Matrix, import_sitk, rounded, transformed
 from ixi_etl.pairing.heads import COARSE, FINE, Head, Level, RegistrationError, Volume, prepare
 from ixi_etl.pairing.mutual_information import RADIUS_MM, MutualInformation
 
@@ -42,7 +42,7 @@ def measure_motion(fixed_to_moving: Matrix, points: NDArray[np.float64]) -> tupl
 
     The angle of an affine matrix is that of the nearest rotation, the first factor of its polar decomposition.
     """
-    moved = points @ fixed_to_moving[:3, :3].T + fixed_to_moving[:3, 3]
+    moved = transformed(fixed_to_moving, points.T).T
     rotation = fixed_to_moving[:3, :3]
     if np.abs(rotation @ rotation.T - np.eye(3)).max() > NOT_RIGID:
         left, _, right = np.linalg.svd(rotation)
@@ -81,8 +81,7 @@ class Registration:
 
 def mean_distance(a: Matrix, b: Matrix, points: NDArray[np.float64]) -> float:
     """Mean distance (mm) between the positions that two matrices give to `points` (n, 3) in RAS mm."""
-    difference = a - b
-    return float(np.linalg.norm(points @ difference[:3, :3].T + difference[:3, 3], axis=1).mean())
+    return float(np.linalg.norm(transformed(a - b, points.T), axis=0).mean())
 
 
 def register(moving_scan: Volume, fixed_scan: Volume, *, is_affine: bool = False) -> Registration:

@@ -46,7 +46,8 @@ class PrefixHash:
                 arrival.changed.wait_for(lambda: ended.is_set() or index in part.done)
             return not ended.is_set()
 
-        with suppress(OSError), open(part.path, "rb") as file:
+        # Without a buffer, which would read ahead, beyond what has arrived.
+        with suppress(OSError), open(part.path, "rb", buffering=0) as file:
             for segment in part.segments:
                 if not has_arrived(segment.index):
                     return

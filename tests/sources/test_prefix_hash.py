@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import random
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from answers import HTTP, SEGMENT
+from answers import HTTP as ANY_HTTP
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +18,8 @@ from ixi_etl.sources.http import RemoteFile
 from ixi_etl.sources.partial import PartialFile
 from ixi_etl.sources.prefix_hash import PrefixHash
 
-SEGMENTS = 6
+SEGMENT, SEGMENTS = 10_007, 6  # no multiple of any buffer
+HTTP = replace(ANY_HTTP, segment_bytes=SEGMENT)
 DATA = random.Random(0).randbytes(SEGMENTS * SEGMENT - 10)
 
 
