@@ -19,6 +19,7 @@ from ixi_etl import __version__
 from ixi_etl.core.files import to_json
 from ixi_etl.dataset.credit import IXI, UNVERIFIED
 from ixi_etl.dataset.manifest import to_records
+from ixi_etl.dataset.schema import MIXED
 from ixi_etl.dataset.splits import person_of
 from ixi_etl.errors import ConfigError
 from ixi_etl.exports.selection import Selection
@@ -118,7 +119,7 @@ def write_participants(folder: Path, selection: Selection, names: Mapping[str, S
             "age": ABSENT if pd.isna(row["age"]) else f"{min(float(row['age']), MAX_AGE):g}",
             "sex": row["sex"].upper() or ABSENT,
             "site": row["site"] or ABSENT,
-            "split": row["split"],
+            "split": ABSENT if row["split"] == MIXED else row["split"],
             "scan_id": row["subject_id"],
         }
         for row in to_records(selection.rows)
