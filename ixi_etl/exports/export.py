@@ -106,7 +106,8 @@ def export_dataset(
             _move(written, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    _warn(selection)
+    if not layout.every_array:
+        _warn(selection)
     return Exported(target, selection.version, layout.counts(), selection.left_out)
 
 
