@@ -25,7 +25,7 @@ from ixi_etl.errors import ConfigError
 from ixi_etl.exports.selection import Selection
 from ixi_etl.sources.catalog import LICENCE
 
-BIDS_VERSION = "1.10.1"
+BIDS_VERSION = "1.11.1"  # of the schema that the tests validate against
 LICENCE_FILE = "LICENSE"  # the name that BIDS has
 IXI_URL = "https://brain-development.org/ixi-dataset/"
 ABSENT = "n/a"
@@ -42,18 +42,27 @@ SCANNERS: Mapping[str, Mapping[str, Any]] = {
 """Site of IXI -> what is published about its scanner, in the words of BIDS (tesla)."""
 
 COLUMNS = {
-    "participant_id": {"Description": "The person. Ids of IXI have three digits after IXI."},
-    "age": {"Description": "Age at the scan, as published. Empty rows of the table, and rows that contradict each "
-            "other, are n/a. Ages above 89 are given as 89.", "Units": "year"},
-    "sex": {"Description": "Sex as published.", "Levels": {"M": "male", "F": "female"}},
-    "site": {"Description": "Hospital: Guys, HH (Hammersmith) or IOP (Institute of Psychiatry) of IXI; n/a if "
-             "unknown, or if the scans of the person are from several."},
-    "split": {"Description": "Part of the data that the person is in, for training networks. Scans of one person are "
-              "never in two parts, unless the version was split by file or by order (n/a).",
-              "Levels": {"train": "training", "val": "validation", "test": "test"}},
-    "scan_id": {"Description": "The subject_id of the version's manifest; n/a for a person with several scans, which "
-                "are in sessions.tsv."},
-}  # fmt: skip
+    "participant_id": {"Description": "The person: the part before the first - of the subject_id of the version."},
+    "age": {
+        "Description": "Age, from the table that was joined with the version; n/a if it has none, or several that "
+        "differ. Higher ages than 89 are given as 89.",
+        "Units": "year",
+    },
+    "sex": {"Description": "Sex, from the same table.", "Levels": {"M": "male", "F": "female"}},
+    "site": {
+        "Description": "Where the person was scanned, from the name of the scan. In IXI: Guys is Guy's Hospital, HH is "
+        "Hammersmith Hospital, IOP is the Institute of Psychiatry. n/a if unknown, or if there are several."
+    },
+    "split": {
+        "Description": "Part of the data for training networks; n/a if the scans or slices of the person are in "
+        "several parts.",
+        "Levels": {"train": "training", "val": "validation", "test": "test"},
+    },
+    "scan_id": {
+        "Description": "The subject_id in the manifest of the version; n/a for a person with several scans, which "
+        "sessions.tsv lists."
+    },
+}
 """Columns of `participants.tsv`, and what `participants.json` says of them."""
 
 SESSION_COLUMNS = {"session_id": {"Description": "One scan of the person."}} | {

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from conftest import config_for
 from consumers import hashes
 from selections import numbers, selection_of
 
+from ixi_etl.core.progress import no_progress
 from ixi_etl.dataset.manifest import to_records, used_rows
 from ixi_etl.dataset.metadata import read_manifest
 from ixi_etl.dataset.publish import PublishedVersion
@@ -27,6 +29,7 @@ from ixi_etl.dataset.store import open_arrays
 from ixi_etl.errors import ArchiveError, ConfigError, DatasetError
 from ixi_etl.exports.bids_raw import BidsRaw
 from ixi_etl.exports.export import export_dataset
+from ixi_etl.exports.selection import read_selection
 from ixi_etl.recipes.ixi import refresh
 
 UNKNOWN = {("NO_AUTHORS", "Authors"), ("TOO_FEW_AUTHORS", ""), ("JSON_KEY_RECOMMENDED", "HEDVersion")}
@@ -104,9 +107,30 @@ def test_files_of_a_folder_are_linked_and_sessions_tell_scans_of_a_person_apart(
         assert os.path.samefile(tmp_path / "out" / name, loose / source)
     assert len(list((tmp_path / "out").rglob("*.nii*"))) == 6
     assert hashes(loose) == before
+    export_dataset(from_loose.folder, "bids", tmp_path / "slabs")
+    name = "sub-IXI003/anat/sub-IXI003_space-T2w_desc-slab_T1w.json"
+    assert (
+        "bids:raw:sub-IXI003/anat/sub-IXI003_T1w.nii" in json.loads((tmp_path / "slabs" / name).read_text())["Sources"]
+    )
     table = pd.read_csv(tmp_path / "out/participants.tsv", sep="\t", dtype=str, keep_default_na=False)
     shown = table[["participant_id", "age", "sex"]].to_numpy().tolist()
     assert shown == [["sub-IXI002", "n/a", "M"], ["sub-IXI003", "40.25", "F"]]
+
+
+def test_scans_of_ixi_have_the_scanner_of_their_site(every_split: PublishedVersion, tmp_path: Path) -> None:
+    selection = read_selection(every_split.folder, every_array=True)
+    sources = {m: {**source, "source": "ixi"} for m, source in selection.metadata["sources"].items()}
+    layout = BidsRaw(replace(selection, metadata={**selection.metadata, "sources": sources}))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    layout.write(folder, no_progress)
+    strengths = {"Guys": 1.5, "HH": 3}
+    for row in to_records(selection.rows):
+        person = person_of(row["subject_id"])
+        content = json.loads((folder / f"sub-{person}/anat/sub-{person}_T1w.json").read_text())
+        assert (content["MagneticFieldStrength"], content["Manufacturer"]) == (strengths[row["site"]], "Philips")
+    keys = {field for code, field in validate(folder, tmp_path) if code == "SIDECAR_KEY_RECOMMENDED"}
+    assert not keys & {"MagneticFieldStrength", "Manufacturer", "InstitutionName"}
 
 
 @pytest.mark.stack
