@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from bids_validation import validate
-from conftest import config_for
+from conftest import SHRINK, config_for
 from consumers import hashes
 from selections import numbers, selection_of
 
@@ -30,7 +30,9 @@ from ixi_etl.errors import ArchiveError, ConfigError, DatasetError
 from ixi_etl.exports.bids_raw import BidsRaw
 from ixi_etl.exports.export import export_dataset
 from ixi_etl.exports.selection import read_selection
+from ixi_etl.modalities import MODALITIES
 from ixi_etl.recipes.ixi import refresh
+from ixi_etl.testing.phantom import write_phantom
 
 UNKNOWN = {("NO_AUTHORS", "Authors"), ("TOO_FEW_AUTHORS", ""), ("JSON_KEY_RECOMMENDED", "HEDVersion")}
 """Warnings of the validator about fields of the description that nobody publishes for these data."""
@@ -57,13 +59,16 @@ def loose(from_archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.fixture(scope="module")
-def from_loose(loose: Path, tmp_path_factory: pytest.TempPathFactory) -> PublishedVersion:
+def refresh_loose(root: Path, loose: Path) -> PublishedVersion:
     """Their table of age and sex has two rows of IXI002 that contradict each other, as the published one has."""
-    root = tmp_path_factory.mktemp("root")
     table = root / "IXI.csv"
     table.write_text("IXI_ID,SEX_ID,AGE\n2,1,35.5\n2,1,36.5\n3,2,40.25\n")
     return refresh(config_for(root, loose).model_copy(update={"demographics": str(table)}))
+
+
+@pytest.fixture(scope="module")
+def from_loose(loose: Path, tmp_path_factory: pytest.TempPathFactory) -> PublishedVersion:
+    return refresh_loose(tmp_path_factory.mktemp("root"), loose)
 
 
 def test_files_are_the_members_of_the_archives_byte_for_byte(
@@ -107,6 +112,7 @@ def test_files_of_a_folder_are_linked_and_sessions_tell_scans_of_a_person_apart(
         assert os.path.samefile(tmp_path / "out" / name, loose / source)
     assert len(list((tmp_path / "out").rglob("*.nii*"))) == 6
     assert hashes(loose) == before
+    assert refresh_loose(from_loose.folder.parents[2], loose) == replace(from_loose, is_new=False)
     export_dataset(from_loose.folder, "bids", tmp_path / "slabs")
     name = "sub-IXI003/anat/sub-IXI003_space-T2w_desc-slab_T1w.json"
     assert (
@@ -138,6 +144,22 @@ def test_the_validator_finds_no_error_with_sessions(from_loose: PublishedVersion
     export_dataset(from_loose.folder, "bids-raw", tmp_path / "out")
     warnings = validate(tmp_path / "out", tmp_path)
     assert {key for key in warnings if key[0] != "SIDECAR_KEY_RECOMMENDED"} == UNKNOWN
+
+
+@pytest.mark.stack
+def test_all_modalities_have_a_name_that_the_validator_knows(tmp_path: Path) -> None:
+    write_phantom(tmp_path / "archives", subjects=3, seed=5, shrink=SHRINK, modalities=MODALITIES)
+    options: dict[str, Any] = {"modalities": MODALITIES, "incomplete": "keep", "depth": "any"}
+    made = refresh(config_for(tmp_path / "root", tmp_path / "archives", **options))
+    used = used_rows(read_manifest(made.folder))
+    for file_format, name in (("bids", "*_space-T2w_desc-slab_{}.nii.gz"), ("bids-raw", "*_{}.nii.gz")):
+        out = tmp_path / file_format
+        export_dataset(made.folder, file_format, out)
+        validate(out, tmp_path)
+        for modality, suffix in (("t1", "T1w"), ("pd", "PDw"), ("mra", "angio")):
+            expected = int((used[f"{modality}_member"] != "").sum())
+            assert len(list(out.glob(f"sub-*/anat/{name.format(suffix)}"))) == expected > 0
+    assert (used["pd_member"] == "").any()
 
 
 def test_files_are_copied_where_they_cannot_be_linked(
