@@ -43,7 +43,7 @@ class BidsRaw(Layout):
 
     every_array: ClassVar[bool] = True
     licence_file: ClassVar[str] = LICENCE_FILE
-    values: ClassVar[str] = "as published"
+    values: ClassVar[str] = "as in the scans that the version was made from"
 
     def __init__(self, selection: Selection, source: str | None = None) -> None:
         super().__init__(selection)
@@ -107,13 +107,12 @@ class BidsRaw(Layout):
         return {split: {"subjects": subjects[split], "files": files[split]} for split in splits}
 
     def describe(self) -> dict[str, Any]:
-        return {"values": self.values, "orientation": "as published"}
+        return {"values": self.values, "orientation": "as in those scans"}
 
 
 README = """
 ## Images
 
-The whole scans of the subjects that the version uses, byte for byte as they were published: not cut, not resampled, not
-turned. Scans that the version excluded are not here; its manifest gives the reasons. The two echoes of IXI's dual-echo
-scan are separate images, `T2w` and `PDw`.
+The whole scans of the subjects that the version uses, byte for byte as in the files that it was made from: not cut, not
+resampled, not turned. Scans that the version excluded are not here; its manifest gives the reasons.
 """
