@@ -131,8 +131,11 @@ def _compare(output: Output, root: str, old: str, new: str | None) -> None:
 @app.command()
 def export_dataset(
     file_format: Annotated[
-        Literal["selfrdb", "syndiff", "pix2pix", "nifti"],
-        typer.Option("--format", help="Whose files to write; nifti is for nnU-Net and MONAI."),
+        Literal["selfrdb", "syndiff", "pix2pix", "nifti", "bids", "bids-raw"],
+        typer.Option(
+            "--format",
+            help="Whose files to write; nifti is for nnU-Net and MONAI, bids-raw has the whole scans as published.",
+        ),
     ],
     out: Annotated[str, typer.Option("-o", "--out", help="New folder for the files.")],
     version: Annotated[str, typer.Argument(help=f"Version to export: {VERSION_HELP}; or its folder.")] = "latest",
@@ -144,11 +147,17 @@ def export_dataset(
         Literal["8", "16"] | None,
         typer.Option(help=r"Bits of the grey levels of pix2pix.  \[default: 8]", show_default=False),
     ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help=r"Archives or folder of the scans, for bids-raw.  \[default: those of the refresh]", show_default=False
+        ),
+    ] = None,
     root: Root = DEFAULT_ROOT,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Write a version as files that other projects read: SelfRDB, SynDiff, pix2pix, nnU-Net and MONAI.
+    """Write a version as files that other projects read: SelfRDB, SynDiff, pix2pix, nnU-Net, MONAI and BIDS.
 
     The split is kept, by subject. export.csv lists what went where; LICENCE.txt says what to pass on with the files.
     """
@@ -169,6 +178,7 @@ def export_dataset(
             out,
             direction=direction,
             bits=int(bits) if bits else None,
+            source=source,
             version=name,
             progress=progress,
         )
