@@ -28,7 +28,8 @@ from ixi_etl.core.storage import (
     reject_url_credentials,
     to_path,
 )
-from ixi_etl.dataset.metadata import COMMANDS, METADATA, POINTER, read_metadata, read_pointer
+from ixi_etl.dataset.command import COMMANDS
+from ixi_etl.dataset.metadata import METADATA, POINTER, read_metadata, read_pointer
 from ixi_etl.errors import ConfigError, DatasetError
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ixi_etl.config import DatasetConfig, DigitsDataset
-from ixi_etl.dataset.metadata import how_to_make
+from ixi_etl.dataset.command import how_to_make
 from ixi_etl.dataset.publish import _warn_of_empty_splits
 from ixi_etl.preparations import configure
 
