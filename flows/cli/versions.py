@@ -248,7 +248,8 @@ def reproduce(
     described = metadata.read_metadata(folder)
     name, made_by = f"{described['name']}@{described['version']}", reproduce.compare_software(folder)
     output.table("software", made_by, f"What {name} was made with, and what is installed")
-    output.text(f"code:     ixi-etl {made_by.at[0, 'recorded']}, commit {made_by.at[1, 'recorded']}")
+    recorded = dict(zip(made_by["what"], made_by["recorded"], strict=True))
+    output.text(f"code:     ixi-etl {recorded['ixi-etl']}, commit {recorded['commit']}")
     output.text(f"pins:     {reproduce.pins(made_by)}", pins=reproduce.pins(made_by))
     output.text(f"command:  {command.command_of(described)}", command=command.command_of(described))
     data_root = DataRoot(root, described["name"], scratch)
@@ -260,7 +261,7 @@ def reproduce(
         return
     if keep is not None and keep.exists():
         raise ConfigError(f"{keep} exists; give a new folder as --keep")
-    place: AbstractContextManager[str] = nullcontext(str(keep)) if keep else TemporaryDirectory(prefix="ixi-etl-")
+    place: AbstractContextManager[str] = nullcontext(str(keep)) if keep else TemporaryDirectory[str](prefix="ixi-etl-")
     with place as work, show_progress() as progress:
         again = reproduce.reproduce(
             folder,

@@ -99,3 +99,8 @@ def origin_of(sources: Mapping[str, Mapping[str, Any]]) -> str:
     if kinds <= {IXI, UNVERIFIED}:
         return IXI
     return kinds.pop() if len(kinds) == 1 and not partly else OWN
+
+
+def is_all_share_alike(sources: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether all inputs of a version, demographics included, are under `catalog.LICENCE`."""
+    return all(source["source"] in (IXI, UNVERIFIED, MNIST) for source in sources.values())

@@ -14,11 +14,10 @@ from typing import Any
 import pandas as pd
 
 from ixi_etl.dataset.columns import describe_columns
-from ixi_etl.dataset.credit import IXI, MNIST
+from ixi_etl.dataset.credit import IXI, MNIST, is_all_share_alike
 from ixi_etl.dataset.datasheet import HOMEPAGES, Datasheet
 from ixi_etl.dataset.metadata import MANIFEST, PICTURES
 from ixi_etl.dataset.store import STORE
-from ixi_etl.sources.catalog import LICENCE
 
 CONTEXT = {
     "@language": "en",
@@ -107,7 +106,7 @@ def croissant(
         "description": f"{sheet.what} {sheet.collection}",
         # The pipeline version, and as build metadata the name, which is a hash of everything that decides the bytes.
         "version": f"{summary['inputs']['pipeline_version']}.0.0+{summary['version']}",
-        "license": LICENCE_URL if summary["licence"] == LICENCE else summary["licence"],
+        "license": LICENCE_URL if is_all_share_alike(summary["sources"]) else summary["licence"],
         "creditText": summary["credit"],
         "citeAs": sheet.citation,
         "keywords": ["image-to-image translation", summary["source"], summary["target"], "Zarr"],

@@ -14,6 +14,7 @@ import pandas as pd
 from ixi_etl.core.files import write_atomic
 from ixi_etl.dataset.columns import describe_columns
 from ixi_etl.dataset.command import FILES, TABLE, command_of
+from ixi_etl.dataset.credit import is_all_share_alike
 from ixi_etl.dataset.datasheet import Datasheet
 from ixi_etl.dataset.metadata import (
     COLUMNS,
@@ -75,7 +76,7 @@ def licence_text(summary: Mapping[str, Any]) -> str:
     """The legal code if all data are under CC BY-SA 3.0; otherwise what is known, and the code if some are."""
     licence, credit = summary["licence"], summary["credit"]
     code = LEGAL_CODE.read_text()
-    if licence == LICENCE:
+    if is_all_share_alike(summary["sources"]):
         return code
     known = f"Licence of {summary['name']}@{summary['version']}: {licence}\nCredit: {credit}\n"
     return f"{known}\n{'-' * 80}\n{code}" if LICENCE in licence else known
