@@ -2,7 +2,7 @@
 
 ::
 
-    <root>/datasets/<name>/<version>/{slices.zarr, manifest.csv, dataset.json, software.json, report.html, pictures}
+    <root>/datasets/<name>/<version>/{slices.zarr, manifest.csv, dataset.json, software.json, README.md, ...}
     <root>/datasets/<name>/latest.json        the pointer, replaced last; the only file with a time
     <root>/datasets/<name>/.staging/<version> unfinished versions
 
