@@ -43,16 +43,19 @@ _CONSENT = {
     OWN: "Unknown to this project; ask the provider of the files.",
     MNIST: "Nothing about consent is part of the published files.",
 }
+_FACES = (
+    "This project removes neither face nor skull, so slices may show parts of a face. Do not try to identify anybody."
+)
 _PRIVACY = {
     IXI: (
         "IXI names the scans by a number of the subject, the hospital and a number of the scan, not by the person. "
         "What else IXI did to de-identify them is not in the statements that this project has read.",
-        "No slice is defaced or skull-stripped, so some may show parts of a face. Do not try to identify anybody.",
+        _FACES,
     ),
     SIMULATED: ("None: no scans of people.",),
     OWN: (
-        "Unknown to this project. No slice is defaced or skull-stripped, so some may show parts of a face. Do not try "
-        "to identify anybody.",
+        "Whether the files identify anybody is unknown to this project.",
+        _FACES,
     ),
     MNIST: ("The files do not name the writers.",),
 }
@@ -194,7 +197,7 @@ def _limits_of_scans(summary: Mapping[str, Any], used: pd.DataFrame) -> list[str
         sentences.append("The registration is an estimate: the manifest has its estimated error for each pair.")
     flags = used["flags"].str.split(",").explode()
     for flag, count in flags[flags != ""].value_counts().sort_index().items():
-        sentences.append(f"{count} used subjects have the flag {flag}.")
+        sentences.append(f"Used subjects with the flag {flag}: {count}.")
     return sentences
 
 
@@ -208,7 +211,7 @@ def _biases(summary: Mapping[str, Any], origin: str, used: pd.DataFrame) -> list
     }[origin]
     if origin == IXI:
         sentences.append(
-            "Each hospital has one scanner, so differences between sites may be those of scanners, or of people."
+            "Each hospital used one scanner, so differences between sites may be those of scanners, or of people."
         )
     sentences += _lost_by_depth(summary)
     config = summary["inputs"]["config"]
@@ -221,7 +224,8 @@ def _biases(summary: Mapping[str, Any], origin: str, used: pd.DataFrame) -> list
         )
     repeated = used["subject_id"].map(person_of).value_counts()
     if (count := int((repeated > 1).sum())) > 0:
-        sentences.append(f"{count} persons were scanned more than once: {int(repeated[repeated > 1].sum())} subjects.")
+        subjects = int(repeated[repeated > 1].sum())
+        sentences.append(f"Persons who were scanned more than once: {count}, with {subjects} of the used subjects.")
     return sentences
 
 

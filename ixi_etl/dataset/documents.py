@@ -28,6 +28,7 @@ from ixi_etl.dataset.metadata import (
     SOFTWARE,
 )
 from ixi_etl.dataset.store import STORE, open_arrays
+from ixi_etl.modalities import DATASETS
 from ixi_etl.sources.catalog import LICENCE
 
 LEGAL_CODE = Path(__file__).parents[1] / "templates" / "CC-BY-SA-3.0.txt"
@@ -153,8 +154,10 @@ def _datasheet(summary: Mapping[str, Any], sheet: Datasheet) -> str:
         "Limits": _list(sheet.limits),
         "Known biases": _list(sheet.biases),
     }
-    if sheet.sites.empty:
-        del parts["Sites"], parts["Age and sex"]
+    if sheet.sites.empty:  # the names of the files say no site
+        del parts["Sites"]
+    if summary["name"] not in DATASETS:
+        del parts["Age and sex"]
     return "\n\n".join(f"### {title}\n\n{text}" for title, text in parts.items())
 
 

@@ -11,11 +11,13 @@ from typing import Any
 import mlcroissant
 import pandas as pd
 import pytest
+from conftest import config_for
 
 from ixi_etl.dataset import credit, metadata
 from ixi_etl.dataset.croissant import CONTEXT, croissant
 from ixi_etl.dataset.datasheet import make_datasheet
 from ixi_etl.dataset.publish import PublishedVersion, list_files
+from ixi_etl.recipes.ixi import refresh
 
 NO_DATE = 'Property "https://schema.org/datePublished" is recommended, but does not exist.'
 """The only warning: a version holds no time."""
@@ -106,3 +108,14 @@ def test_a_version_of_ixi_has_its_licence_scanners_and_people(published: Publish
     assert described.url == "https://brain-development.org/ixi-dataset/"
     assert "Site HH (Hammersmith Hospital, Philips, 3 T): 3 of 5 subjects are used." in described.data_biases
     assert any(bias.startswith("Age and sex, train: 0 women, 6 men") for bias in described.data_biases)
+
+
+def test_a_version_by_index_and_by_file_is_valid_and_says_so(archives: Path, tmp_path: Path) -> None:
+    chosen = {"pairing": "index", "split_by": "file", "normalisation": "range", "pictures": False}
+    made = refresh(config_for(tmp_path, archives, **chosen))
+    dataset, expected = open_dataset(made.folder), metadata.read_manifest(made.folder)
+    pd.testing.assert_frame_equal(read_back(dataset, expected), expected)
+    assert "pictures" not in {item.id for item in dataset.metadata.distribution}
+    assert any("results on test are too good" in bias for bias in dataset.metadata.data_biases)
+    assert any("different planes of the head" in limit for limit in dataset.metadata.data_limitations)
+    assert "--preset paper" in (made.folder / metadata.README).read_text()

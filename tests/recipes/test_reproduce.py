@@ -131,6 +131,7 @@ def test_the_archives_of_the_root_are_used_and_stay_as_they_are(
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
+@pytest.mark.stack  # a second
 def test_the_makers_own_table_of_age_and_sex_is_asked_for(archives: Path, tmp_path: Path) -> None:
     table = tmp_path / "people.csv"
     table.write_text("IXI_ID,SEX_ID,AGE\n" + "".join(f"{n},1,{30 + n}\n" for n in range(1, 30)))
