@@ -27,7 +27,7 @@ COMMANDS = {
     "demo": ("demo", "simulate"),
     "evaluations": ("evaluate",),
     "runs": ("train", "synthesize", "export"),
-    "versions": ("verify", "versions", "export-dataset", "prune"),
+    "versions": ("verify", "versions", "export-dataset", "prune", "reproduce"),
 }
 """Module of `flows.cli` -> the commands that it adds to `app`."""
 

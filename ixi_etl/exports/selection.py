@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from ixi_etl.config import SPLITS
 from ixi_etl.dataset import manifest, verify
+from ixi_etl.dataset.command import how_to_make
 from ixi_etl.dataset.direction import Direction, parse_direction
-from ixi_etl.dataset.metadata import how_to_make
 from ixi_etl.dataset.schema import SCHEMAS, is_absent
 from ixi_etl.dataset.splits import person_of
 from ixi_etl.dataset.store import open_arrays
