@@ -6,19 +6,23 @@ linked file that is no page is copied into the site. `make docs` makes the live 
 
 from __future__ import annotations
 
+import inspect
 import json
 import posixpath
 import re
 import sys
+from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, get_type_hints
 
 import pandas as pd
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from pydantic import BaseModel
 
 TOP = Path(__file__).parent.parent
 sys.path += [str(TOP), str(TOP / "tests")]  # mkdocs runs outside both
@@ -37,14 +41,23 @@ PAGES = {
 }
 """Path in the repository -> page of the site, of what is outside docs/."""
 
+CONFIGURATIONS = {
+    "ixi_etl.config.RefreshConfig",
+    "ixi_etl.config.DatasetConfig",
+    "ixi_etl.config.DigitsConfig",
+    "ixi_etl.config.DigitsDataset",
+    "model.config.TrainConfig",
+}
+"""Classes of the API that are shown with a table of their fields, in place of their methods."""
+
 _CODE_OR_LINK = re.compile(
     r"(?P<code>^ *```.*?^ *```|`[^`\n]+`)|(?P<start>\]\(|src=\")(?P<target>[^)\s\"]+)", re.MULTILINE | re.DOTALL
 )
 _API_NAME = re.compile(r"^\| (`([\w.]+)[^`]*`) \|", re.MULTILINE)
-_REMOTE_ASSET = re.compile(
-    r"""<(?:script|img|iframe|source|video|audio)\b[^>]*?\b(?:src|srcset)=["']?(?:https?:)?//[^\s"'>]+"""
-    r"""|<link\b(?![^>]*rel=["']?canonical)[^>]*?\bhref=["']?(?:https?:)?//[^\s"'>]+"""
-    r"""|(?:url\(|@import )["']?(?:https?:)?//[^\s"')]+"""
+_ASSET = re.compile(
+    r"""<(?:script|img|iframe|source|video|audio)\b[^>]*?\bsrc=["']?([^\s"'>]+)"""
+    r"""|<link\b(?=[^>]*\brel=["']?(?:stylesheet|icon|preload|preconnect))[^>]*?\bhref=["']?([^\s"'>]+)"""
+    r"""|(?:url\(|@import )["']?([^\s"')#]+)"""
 )
 
 
@@ -55,7 +68,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             files.append(File.generated(config, page, abs_src_path=str(TOP / source)))
     files.append(File.generated(config, PAGES["examples"], content=_example_scripts()))
     for section, names in PUBLIC.items():
-        text = "\n\n".join([f"# {section}", *(f"::: {name}" for name in names)])
+        text = "\n\n".join([f"# {section}", *map(_documentation, names)])
         files.append(File.generated(config, f"api/{_slug(section)}.md", content=text + "\n"))
     for file in _live_example(config):
         files.append(file)
@@ -84,23 +97,47 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_post_build(config: MkDocsConfig) -> None:
-    """Check that no page loads anything from another host, or names a folder of this machine.
+    """Check that every file that a page loads is part of the site, and that no page names a folder of this machine.
 
     Raises:
-        PluginError: one does.
+        PluginError: one does not, or does.
     """
-    for path in sorted(Path(config.site_dir).rglob("*")):
+    site = Path(config.site_dir)
+    for path in sorted(site.rglob("*")):
         if path.suffix not in (".html", ".css"):
             continue
         text = path.read_text()
-        if found := _REMOTE_ASSET.search(text):
-            raise PluginError(f"{path} loads a file from another host: {found[0]}")
+        for asset in filter(None, chain.from_iterable(_ASSET.findall(text))):
+            if not asset.startswith("data:") and not _is_in(site, path, asset):
+                raise PluginError(f"{path} loads {asset}, which is not part of the site")
         if str(TOP) in text:
             raise PluginError(f"{path} names the folder {TOP} of this machine")
 
 
+def _is_in(site: Path, page: Path, asset: str) -> bool:
+    """Whether the site has the file that a page loads; `404.html` gives absolute paths."""
+    name = re.split("[?#]", asset)[0]
+    return "//" not in name and ((site / name[1:]) if name[:1] == "/" else (page.parent / name)).is_file()
+
+
 def _slug(section: str) -> str:
     return re.sub(r"[^a-z]+", "-", section.lower())
+
+
+def _documentation(name: str) -> str:
+    """What mkdocstrings replaces by the signature and the docstring; of a configuration with a table of its fields."""
+    if name not in CONFIGURATIONS:
+        return f"::: {name}"
+    module, _, attribute = name.rpartition(".")
+    config = getattr(import_module(module), attribute)
+    types = get_type_hints(config)  # without the metadata of Annotated
+    rows = [("field", "type", "default", "description"), ("---",) * 4]
+    for field, info in config.model_fields.items():
+        has_default = not (info.is_required() or info.default_factory or isinstance(info.default, BaseModel))
+        default = f"`{info.default!r}`" if has_default else ""
+        rows.append((f"`{field}`", f"`{inspect.formatannotation(types[field])}`", default, info.description or ""))
+    table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+    return f"::: {name}\n    options: {{ members: false }}\n\n{table}"
 
 
 def _example_scripts() -> str:
