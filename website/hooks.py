@@ -11,6 +11,7 @@ import json
 import posixpath
 import re
 import sys
+from html import escape
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -84,7 +85,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     def relinked(match: re.Match[str]) -> str:
         target, _, anchor = (match["target"] or "").partition("#")
-        if match["code"] or not target or ":" in target:
+        if match["code"]:
+            return match[0].replace("\\|", "|")  # in a table; the website's parser shows the backslash
+        if not target or ":" in target:
             return match[0]
         linked = posixpath.normpath(posixpath.join(posixpath.dirname(origin), target))
         site = PAGES.get(linked, linked.removeprefix("docs/"))
@@ -131,12 +134,15 @@ def _documentation(name: str) -> str:
     module, _, attribute = name.rpartition(".")
     config = getattr(import_module(module), attribute)
     types = get_type_hints(config)  # without the metadata of Annotated
-    rows = [("field", "type", "default", "description"), ("---",) * 4]
+    rows = []
     for field, info in config.model_fields.items():
         has_default = not (info.is_required() or info.default_factory or isinstance(info.default, BaseModel))
-        default = f"`{info.default!r}`" if has_default else ""
-        rows.append((f"`{field}`", f"`{inspect.formatannotation(types[field])}`", default, info.description or ""))
-    table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+        cells = (field, inspect.formatannotation(types[field]), repr(info.default) if has_default else "")
+        codes = "".join(f"<td><code>{escape(cell)}</code></td>" if cell else "<td></td>" for cell in cells)
+        rows.append(f"<tr>{codes}<td>{escape(info.description or '')}</td></tr>")
+    heads = "".join(f"<th>{head}</th>" for head in ("field", "type", "default", "description"))
+    # In HTML, as a description is not Markdown.
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f"::: {name}\n    options: {{ members: false }}\n\n{table}"
 
 

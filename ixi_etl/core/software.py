@@ -29,12 +29,16 @@ def describe(libraries: Iterable[str] = ()) -> dict[str, str | None]:
     `commit` is None if unknown, and ends in `-dirty` if the checkout had changes. `code_sha256` is the same for equal
     code, however it was installed.
     """
-    return {DISTRIBUTION: __version__} | {name: metadata.version(name) for name in libraries} | {
-        "commit": commit(),
-        "code_sha256": code_sha256(),
-        "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "platform": platform.platform(),
-    }
+    return (
+        {DISTRIBUTION: __version__}
+        | {name: metadata.version(name) for name in libraries}
+        | {
+            "commit": commit(),
+            "code_sha256": code_sha256(),
+            "python": f"{platform.python_implementation()} {platform.python_version()}",
+            "platform": platform.platform(),
+        }
+    )
 
 
 @cache
