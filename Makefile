@@ -21,7 +21,7 @@ help:
 	@echo "make fuzz          search for failing random examples; SEEDS=30: thirty seeds, SEED=N: one seed, ONLY=name: one test"
 	@echo "make test-real     run the tests on real scans, if present (2 minutes)"
 	@echo "make test-standin  run the tests on simulated archives of real anatomy, if present (minutes)"
-	@echo "make test-stack    run PostgreSQL, Prefect, workers, Dask and S3 as processes and test them (10 minutes)"
+	@echo "make test-stack    run PostgreSQL, Prefect, workers, Dask and S3 as processes and test them, and the wheel (12 minutes)"
 	@echo "make faults        test kills, bad servers, full disks and hostile files, in all variants (15 minutes); ONLY=name: some"
 	@echo "make audit         run bandit, and pip-audit if its advisories can be reached"
 	@echo "make bench         compare the speed with that of other tools; ONLY=survey,refresh: some rows, QUICK=1: a trial run"
@@ -117,7 +117,7 @@ $(EXAMPLE): $(STAMP) $(shell find ixi_etl model -name '*.py' -o -path '*/templat
 # mkdocs.yml is strict, so a warning is an error: a broken link or anchor, a page that the navigation does not list.
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(DOCS) $(EXAMPLE)
-	@$(BIN)/mkdocs build --quiet
+	@$(BIN)/mkdocs build
 	@echo "open site/index.html"
 
 dist: $(STAMP)
