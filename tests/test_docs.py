@@ -178,6 +178,7 @@ def test_what_belongs_to_a_list_item_is_indented_by_four_spaces(page: Path) -> N
     """The website's parser needs that after a blank line and for nested lists; repository pages accept it."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     assert not re.findall(r"\n\n( {1,3}\S.*)|\n( {1,3}(?:[-*]|\d+\.) .*)", text)
+    assert not re.findall(r"\n\n    .*(?:\n    .*)*\n((?:[-*]|\d+\.) .*)", text), "add an empty line before it"
 
 
 def test_links_between_the_pages_lead_to_files_and_headings() -> None:
