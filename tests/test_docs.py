@@ -159,6 +159,11 @@ def test_citation_names_the_version() -> None:
     assert f"\nversion: {__version__}\n" in (TOP / "CITATION.cff").read_text()
 
 
+def test_changelog_begins_with_the_version_or_with_what_is_unreleased() -> None:
+    [first, *_] = re.findall(r"^## (.*)$", (TOP / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert first == ("Unreleased" if ".dev" in __version__ else __version__), "see Release in CONTRIBUTING.md"
+
+
 def test_readme_names_the_wheel_of_the_released_version() -> None:
     [named] = re.findall(r"ixi_etl-([\w.]+)-py3-none-any\.whl", (TOP / "README.md").read_text())
     assert named == __version__ or ".dev" in __version__
