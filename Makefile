@@ -111,7 +111,7 @@ $(EXAMPLE): $(STAMP) $(shell find ixi_etl model -name '*.py' -o -path '*/templat
 	@rm -rf build/example
 	@$(BIN)/ixi-etl simulate build/example/archives --subjects 6 --oddities --quiet > /dev/null
 	@$(BIN)/ixi-etl refresh --root build/example/ixi-data --source build/example/archives --split-seed 6 --quiet > /dev/null
-	@$(BIN)/ixi-etl train --root build/example/ixi-data --preset smoke --quiet > /dev/null
+	@$(BIN)/ixi-etl train --root build/example/ixi-data --preset smoke --steps 200 --quiet > /dev/null
 	@touch $@
 
 # mkdocs.yml is strict, so a warning is an error: a broken link or anchor, a page that the navigation does not list.
