@@ -10,7 +10,7 @@ simulated archives. Nothing in this package imports Prefect or torch.
 
 __all__ = ["PIPELINE_VERSION", "__version__"]
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 PIPELINE_VERSION = 9
 """Part of every version's name. Raise it whenever the same inputs would give other bytes."""
