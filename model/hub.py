@@ -168,7 +168,7 @@ def _create(api: HfApi, repository: Repository) -> None:
 @contextmanager
 def _user_errors(repository: Repository) -> Iterator[None]:
     """Translate the errors of a push to one line each. No message of the Hub or of its client contains the token."""
-    import httpx
+    import httpx2  # of huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     where = repository.endpoint
@@ -187,7 +187,7 @@ def _user_errors(repository: Repository) -> Iterator[None]:
         raise ServerError(f"{where} answered {status} ({said}); nothing or a part was uploaded: push again") from error
     except OfflineModeIsEnabled as error:
         raise ConfigError("HF_HUB_OFFLINE is set, which forbids requests to the Hub; unset it to push") from error
-    except (httpx.HTTPError, OSError) as error:
+    except (httpx2.HTTPError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ServerError(f"{where} does not answer ({reason}); check the connection and HF_ENDPOINT") from error
     except (ValueError, RuntimeError) as error:  # a rejected card, or a broken upload of a large file

@@ -123,6 +123,7 @@ def _run_card(root: str, shared: str, scratch: Path | None) -> tuple[str, Path]:
     from model.cards import model_card, version_of_run
     from model.checkpoint import read_metadata
     from model.config import TrainConfig
+    from model.generator import GENERATOR_FILE
     from model.run import CONFIG_FILE, find_run
     from model.synthesize import find_generator
 
@@ -131,6 +132,7 @@ def _run_card(root: str, shared: str, scratch: Path | None) -> tuple[str, Path]:
         folder = folder or find_run(root, shared, scratch)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; a dataset version is named NAME@VERSION") from None
-    generator = find_generator(root, str(folder))
+    is_written = (folder / GENERATOR_FILE).is_file()
+    generator = folder / GENERATOR_FILE if is_written else find_generator(folder.parents[1], folder.name)
     config = TrainConfig.model_validate(read_metadata(generator)["config"])
     return model_card(folder, generator, version_of_run(root, config, scratch)), generator
