@@ -97,9 +97,12 @@ class MetricsLog:
         self.trackers.log_images(step, {sheet.stem.split("-")[-1]: sheet for sheet in sheets})
         log.info("step %d  samples: %s", step, sheets[0])
 
-    def close(self, generator: Path) -> None:
-        """End a training that is complete; `generator` is the file of the best one."""
-        self.trackers.log_file(generator)
+    def log_generator(self, path: Path) -> None:
+        """Give the trackers a copy of the best generator's file."""
+        self.trackers.log_file(path)
+
+    def close(self) -> None:
+        """End a training that is complete."""
         self.trackers.close("finished")
 
     @contextmanager

@@ -4,9 +4,9 @@
     ixi-etl train --preset smoke --set steps=20 --set width=8       # seconds, on a CPU
     torchrun --nproc-per-node 4 $(which ixi-etl) train --preset gpu # on four GPUs
 
-`train` is the loop. It writes into `<root>/runs/<run id>/`: metrics.csv, validation.csv, tensorboard/, samples/,
-checkpoints/, and at the end generator.safetensors, the best generator. SIGTERM, SIGHUP and Ctrl-C save and stop;
-`--resume` continues.
+`train` is the loop. It writes into `<root>/runs/<run id>/`: metrics.csv, validation.csv, tensorboard/ or what other
+trackers need, samples/, checkpoints/, and at the end generator.safetensors, the best generator. SIGTERM, SIGHUP and
+Ctrl-C save and stop; `--resume` continues.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ def train(
         recorded = {"normalisation": metadata.normalisation_of(version), "slice_shape": pairs.shape}
         recorded |= metadata.licence_of(version)
         save_best_generator(run, config, planes.summarise(version, pairs), recorded)
-        metrics_log.close(run / GENERATOR_FILE)
+        metrics_log.log_generator(run / GENERATOR_FILE)
+        metrics_log.close()
     return run / GENERATOR_FILE
 
 
