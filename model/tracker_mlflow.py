@@ -50,6 +50,8 @@ class MlflowTracker(Tracker):
         store = default_store(run)
         given = os.environ.get("MLFLOW_TRACKING_URI")
         if not given:
+            if start is None and not (store / DATABASE).is_file():
+                raise FileNotFoundError(f"{store / DATABASE} does not exist")
             store.mkdir(parents=True, exist_ok=True)
         self.client = mlflow.MlflowClient(given or f"sqlite:///{store / DATABASE}")
         if known is not None:

@@ -15,7 +15,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -112,10 +112,10 @@ def require_extras(names: Sequence[TrackerName]) -> None:
 
 
 class Trackers:
-    """The trackers of one process: those of `config.log`. A failing tracker is left out, with a warning.
+    """The trackers of one process. A failing tracker is left out, with a warning.
 
-    `start` is the step from which a training continues, 0 for a new one. None adds to a run that was trained before;
-    then a tracker that does not know the run is left out.
+    `start` is the step from which a training continues, 0 for a new one; its trackers are those of `config.log`. None
+    adds to a run that was trained before, at all trackers that know it.
 
     Raises:
         TrainingError: a tracker of a training cannot start.
@@ -125,14 +125,11 @@ class Trackers:
         self.run = run
         self._open: dict[str, Tracker] = {}
         self._last_steps: dict[tuple[str, str], int] = {}
-        recorded = read_json(run / IDS_FILE)
-        ids = recorded if isinstance(recorded, dict) and start != 0 else {}
-        for name in config.log:
-            known = ids.get(name) if isinstance(ids.get(name), str) else None
-            if start is None and known is None and name != "tensorboard":
-                continue
+        ids = _read_ids(run) if start != 0 else {}
+        board = ["tensorboard"] if (run / "tensorboard").is_dir() else []
+        for name in config.log if start is not None else [*board, *ids]:
             try:
-                self._open[name] = _open_tracker(name, run, config, start, known)
+                self._open[name] = _open_tracker(name, run, config, start, ids.get(name))
             except Exception as error:  # of many libraries, without a common base
                 if start is None:
                     log.warning("cannot add to %s (%s)", name, _first_line(error))
@@ -191,6 +188,12 @@ class Trackers:
             except Exception as error:  # a training must not end because a tracker does
                 del self._open[name]
                 log.warning("no longer logging to %s (%s); the CSV files have everything", name, _first_line(error))
+
+
+def _read_ids(run: Path) -> dict[str, str]:
+    recorded = read_json(run / IDS_FILE)
+    known = recorded.items() if isinstance(recorded, dict) else ()
+    return {name: each for name, each in known if name in get_args(TrackerName) and isinstance(each, str)}
 
 
 def _open_tracker(name: str, run: Path, config: TrainConfig, start: int | None, known: str | None) -> Tracker:

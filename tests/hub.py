@@ -86,8 +86,10 @@ class _Call(BaseHTTPRequestHandler):
             return 200, {"files": [{"path": k, "uploadMode": v, "shouldIgnore": False} for k, v in modes.items()]}
         if match := re.fullmatch(r"/(?:datasets/)?[^/]+/[^/]+\.git/info/lfs/objects/batch", self.path):
             objects = json.loads(body)["objects"]
-            upload = [{**o, "actions": {"upload": {"href": f"{hub.url}/objects/{o['oid']}"}}} for o in objects]
-            return 200, {"transfer": "basic", "objects": upload}
+            for each in objects:
+                if each["oid"] not in hub.objects:  # otherwise there is nothing to do
+                    each["actions"] = {"upload": {"href": f"{hub.url}/objects/{each['oid']}"}}
+            return 200, {"transfer": "basic", "objects": objects}
         if match := re.fullmatch(r"/api/((?:model|dataset)s/[^/]+/[^/]+)/commit/main", self.path):
             return self._commit(hub, match[1], [json.loads(line) for line in body.splitlines()])
         return 404, {"error": "Repository not found"}

@@ -63,6 +63,9 @@ def test_a_second_push_adds_to_the_repository(hub: Hub, finished_run: Run, capsy
     assert [push(*arguments, capsys=capsys)[0] for _ in range(2)] == [0, 0]
     assert hub.repositories["models/me/heads"]["visibility"] == "public"
     assert len(hub.commits) == 2
+    assert (
+        len([request for request in hub.requests if request.startswith("PUT")]) == 1
+    )  # what is there is not sent again
 
 
 @pytest.mark.stack  # the export takes seconds

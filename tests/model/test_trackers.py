@@ -169,6 +169,21 @@ def test_trackio_has_everything_and_continues_its_run(root: Path, trackio_folder
     assert [step for step, _ in values("validation/psnr")] == [2, 4, 6, 8]
 
 
+@pytest.mark.stack
+def test_an_evaluation_is_added_at_the_trackers_of_a_resume(root: Path, trackio_folder: Path) -> None:
+    from trackio.sqlite_storage import SQLiteStorage
+
+    run = prepare_run(root, TrainConfig.model_validate(SETTINGS | {"log": "none"}), "b")
+    train_run(run)
+    later = prepare_run(root, TrainConfig.model_validate(SETTINGS | {"log": "trackio", "steps": 8}), "b")
+    train_run(later, resume=True)
+    evaluate_run(open_run(root, "b"))
+    values = SQLiteStorage.get_metric_values("ixi-t1-t2", "b", "evaluation-test/ours/head/psnr")
+    assert [value["step"] for value in values] == [read_json(run.folder / "evaluation-test.json")["step"]]
+    (run.folder / "trackers.json").write_text(json.dumps({"trackio": "unknown"}))
+    evaluate_run(open_run(root, "b"))  # a warning, and no error
+
+
 # -- faults -----------------------------------------------------------------------------------------------------------
 
 
@@ -275,8 +290,7 @@ def test_mlflow_continues_its_run_and_logs_no_step_twice(root: Path, monkeypatch
     check = client.get_run(run_id)
     assert (check.info.status, check.data.params["steps"]) == ("FINISHED", "6")  # parameters are those of the start
     assert [e.step for e in client.get_metric_history(run_id, "validation/psnr")] == [2, 4, 6, 8]
-    client.delete_run(run_id)
-    assert len(client.search_runs([check.info.experiment_id])) == 0
+    assert len(client.search_runs([check.info.experiment_id])) == 1
 
 
 @pytest.mark.stack
