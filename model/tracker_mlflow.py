@@ -21,7 +21,7 @@ from PIL import Image
 
 from ixi_etl import __version__
 from model.config import TrainConfig
-from model.trackers import Rows, Status, Tracker, params_of
+from model.tracker import Rows, Status, Tracker, params_of
 
 # Both are read when MLflow is imported or first used.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

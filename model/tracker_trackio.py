@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from model.config import TrainConfig
-from model.trackers import Rows, Status, Tracker, params_of
+from model.tracker import Rows, Status, Tracker, params_of
 
 
 class TrackioTracker(Tracker):

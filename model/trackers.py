@@ -10,12 +10,10 @@ a warning, because the CSV files hold all of it.
 
 from __future__ import annotations
 
-import json
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import numpy as np
 from PIL import Image
@@ -24,44 +22,11 @@ from ixi_etl.core.extras import require_extra
 from ixi_etl.core.files import read_json, to_json, write_atomic
 from ixi_etl.errors import TrainingError
 from model.config import TrackerName, TrainConfig
+from model.tracker import Rows, Status, Tracker, params_of
 
 log = logging.getLogger(__name__)
 
 IDS_FILE = "trackers.json"
-Status = Literal["finished", "stopped", "failed"]
-Rows = Sequence[Mapping[str, Any]]
-
-
-class Tracker(ABC):
-    """One run at one tracker.
-
-    Attributes:
-        id: what the tracker calls the run; None if it has no names for runs.
-    """
-
-    id: str | None = None
-
-    @abstractmethod
-    def log_scalars(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    @abstractmethod
-    def log_images(self, step: int, images: Mapping[str, Path]) -> None:
-        """Log image files; the keys are their names."""
-
-    @abstractmethod
-    def log_table(self, step: int, name: str, rows: Rows) -> None: ...
-
-    @abstractmethod
-    def log_file(self, path: Path) -> None:
-        """Keep a copy of a file, if the tracker keeps files."""
-
-    @abstractmethod
-    def close(self, status: Status | None) -> None:
-        """Write what is buffered, and end the run; None leaves its status as it was."""
-
-    def last_step(self, name: str) -> int:
-        """The last step at which a killed process logged the scalar or image `name`; -1 if there is none."""
-        return -1
 
 
 class TensorBoard(Tracker):
@@ -96,12 +61,6 @@ class TensorBoard(Tracker):
 
     def close(self, status: Status | None) -> None:
         self.board.close()
-
-
-def params_of(config: TrainConfig) -> dict[str, str]:
-    """The fields of a configuration as text; what is no string as JSON."""
-    fields = config.model_dump(mode="json")
-    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
 
 
 def require_extras(names: Sequence[TrackerName]) -> None:

@@ -27,7 +27,8 @@ from ixi_etl.errors import MissingExtraError, StoppedError, TrainingError
 from model.config import TrainConfig, preset
 from model.jobs import evaluate_run, prepare_run, train_run
 from model.run import Run, open_run
-from model.trackers import TensorBoard, params_of, require_extras
+from model.tracker import params_of
+from model.trackers import TensorBoard, require_extras
 
 SETTINGS = TRAINED | {"samples": 3, "width": 2}
 
@@ -247,8 +248,9 @@ def check_metrics(client: Any, run: Run, run_id: str) -> None:
 
 
 @pytest.mark.stack
-def test_mlflow_has_everything(at_mlflow: Run, tmp_path: Path) -> None:
+def test_mlflow_has_everything(at_mlflow: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client, run_id = client_of(at_mlflow), read_json(at_mlflow.folder / "trackers.json")["mlflow"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)  # `load_table` uses the default client
     stored = client.get_run(run_id)
     assert (stored.info.run_name, stored.info.status) == ("a", "FINISHED")
     assert client.get_experiment(stored.info.experiment_id).name == "ixi-t1-t2"
