@@ -34,11 +34,12 @@ HUB_LICENCES = {LICENCE: "cc-by-sa-3.0"}
 TASK = "image-to-image"
 
 
-def model_card(run: Path, generator: Path, version: Path | None) -> str:
+def model_card(run: Path, generator: Path, version: Path | None, repository: str = "USER/NAME") -> str:
     """The card of the run in the folder `run`, whose best generator is in the file `generator`.
 
     `version` is the dataset version that it was trained on; None if it is not at hand: then the card does not say how
     many subjects there were. An evaluation of other weights than those in `generator` is left out.
+    `repository` is where on the Hub the card is, or will be.
 
     Raises:
         CheckpointError: the run's configuration or the generator is missing or damaged.
@@ -66,6 +67,7 @@ def model_card(run: Path, generator: Path, version: Path | None) -> str:
         "model_card.md",
         head=head,
         is_model=True,
+        repository=repository,
         name=run.name,
         config=config,
         step=header["step"],

@@ -16,8 +16,8 @@ SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K"}
 """Number of subjects or images below which the Hub has this size category."""
 
 
-def dataset_card(folder: Path) -> str:
-    """The card of the version in `folder`.
+def dataset_card(folder: Path, repository: str = "USER/NAME") -> str:
+    """The card of the version in `folder`, which is, or will be, in this repository of the Hub.
 
     Raises:
         DatasetError: the version is damaged.
@@ -43,6 +43,7 @@ def dataset_card(folder: Path) -> str:
         "dataset_card.md",
         head=head,
         is_model=False,
+        repository=repository,
         name=name,
         version=version,
         simulated=simulated,
@@ -61,7 +62,7 @@ def dataset_card(folder: Path) -> str:
         arrays=table(
             {
                 "array": key,
-                "dtype": str(array.dtype),
+                "dtype": "string" if array.dtype.kind == "T" else str(array.dtype),
                 "dimensions": ", ".join(getattr(array.metadata, "dimension_names", None) or ()),
                 "shape": " x ".join(map(str, array.shape)),
             }

@@ -73,8 +73,7 @@ class MlflowTracker(Tracker):
         dataset = config.dataset.partition("@")[0]
         found = self.client.get_experiment_by_name(dataset)
         location = (store / ARTIFACTS).as_uri() if store else None  # MLflow's default is in the working folder
-        kind = {"mlflow.experimentKind": "custom_model_development"}  # otherwise its page shows language models
-        experiment = found.experiment_id if found else self.client.create_experiment(dataset, location, kind)
+        experiment = found.experiment_id if found else self.client.create_experiment(dataset, location)
         tags = {"dataset": config.dataset, "ixi-etl": __version__, "mlflow.source.name": "ixi-etl train"}
         run_id = str(self.client.create_run(experiment, run_name=name, tags=tags).info.run_id)
         self.client.log_batch(run_id, params=[Param(k, v) for k, v in params_of(config).items()])

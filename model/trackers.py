@@ -27,6 +27,8 @@ from model.tracker import Rows, Status, Tracker, params_of
 log = logging.getLogger(__name__)
 
 IDS_FILE = "trackers.json"
+KEYS = ("protocol", "mask", "method", "subjects")
+"""The first columns of an evaluation's table."""
 
 
 class TensorBoard(Tracker):
@@ -115,7 +117,10 @@ class Trackers:
             for key, value in row.items()
             if key.endswith("_mean") and value is not None
         }
-        self._each(lambda tracker: tracker.log_table(step, name, rows))
+        used = {key for row in rows for key, value in row.items() if value is not None}
+        columns = [*KEYS, *sorted(used - {*KEYS, "definition"})]
+        table = [{column: row.get(column) for column in columns} for row in rows]
+        self._each(lambda tracker: tracker.log_table(step, name, table))
         if scalars:
             self._each(lambda tracker: tracker.log_scalars(step, scalars))
 

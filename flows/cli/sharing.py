@@ -22,6 +22,9 @@ Shared = Annotated[
     ),
 ]
 
+ANY = "USER/NAME"
+"""The repository in the instructions of a card, while it is not known."""
+
 
 @app.command()
 def card(
@@ -77,7 +80,7 @@ def push(
     folder = _version_folder(root, shared)
     repository = hub.parse_target(to, "model" if folder is None else "dataset", private=not public)
     if folder is None:
-        text, generator = _run_card(root, shared, scratch)
+        text, generator = _run_card(root, shared, scratch, repository.name)
         if onnx:
             require_extra("export")
         files = hub.push_run(repository, generator, text, onnx=onnx)
@@ -92,7 +95,7 @@ def push(
                 f"the licence of {shared} is: {licence}; it may ask for credit and for the same licence, or forbid "
                 "this: if you may pass the data on, add --i-may-redistribute"
             )
-        files = hub.push_version(repository, folder, _version_card(folder))
+        files = hub.push_version(repository, folder, _version_card(folder, repository.name))
     output.items("uploaded", files)
     output.fields({"url": repository.url})
     output.end()
@@ -111,13 +114,13 @@ def _version_folder(root: str, shared: str) -> Path | None:
     return find_version(root, shared) if is_version else None
 
 
-def _version_card(folder: Path) -> str:
+def _version_card(folder: Path, repository: str = ANY) -> str:
     from model.cards_dataset import dataset_card
 
-    return dataset_card(folder)
+    return dataset_card(folder, repository)
 
 
-def _run_card(root: str, shared: str, scratch: Path | None) -> tuple[str, Path]:
+def _run_card(root: str, shared: str, scratch: Path | None, repository: str = ANY) -> tuple[str, Path]:
     """The card of a run, and the file of its generator."""
     require_extra("train")
     from model.cards import model_card, version_of_run
@@ -135,4 +138,4 @@ def _run_card(root: str, shared: str, scratch: Path | None) -> tuple[str, Path]:
     is_written = (folder / GENERATOR_FILE).is_file()
     generator = folder / GENERATOR_FILE if is_written else find_generator(folder.parents[1], folder.name)
     config = TrainConfig.model_validate(read_metadata(generator)["config"])
-    return model_card(folder, generator, version_of_run(root, config, scratch)), generator
+    return model_card(folder, generator, version_of_run(root, config, scratch), repository), generator

@@ -54,6 +54,7 @@ def test_a_run_arrives_byte_for_byte(hub: Hub, finished_run: Run, capsys: pytest
     assert json.loads(received["config.json"])["config"] == finished_run.config.model_dump(mode="json")
     assert received["README.md"].decode().startswith("---\nlicense: unknown\n")
     assert hub.repositories["models/me/heads"]["visibility"] == "private"
+    assert b"hf download me/heads" in received["README.md"]
     assert len(hub.commits) == 1
     assert {p: p.read_bytes() for p in finished_run.folder.rglob("*") if p.is_file()} == before
 
