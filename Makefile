@@ -11,7 +11,7 @@ BENCH  := $(VENV)/.installed-bench
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE # otherwise each process compiles all modules again
 
-.PHONY: demo real test fuzz test-real test-standin test-stack faults audit bench protocols api deploy lint clean help
+.PHONY: demo real test fuzz test-real test-standin test-stack faults audit bench bench-check protocols api deploy lint clean help
 
 help:
 	@echo "make demo          run the whole pipeline on a small simulated IXI; needs no server and no account"
@@ -23,7 +23,8 @@ help:
 	@echo "make test-stack    run PostgreSQL, Prefect, workers, Dask and S3 as processes and test them (10 minutes)"
 	@echo "make faults        test kills, bad servers, full disks and hostile files, in all variants (15 minutes); ONLY=name: some"
 	@echo "make audit         run bandit, and pip-audit if its advisories can be reached"
-	@echo "make bench         compare the speed with that of other tools; ONLY=survey,refresh: some rows, QUICK=1: a trial run"
+	@echo "make bench         compare the speed with that of other tools; ONLY=survey,refresh: some rows, QUICK=1: a trial run, ARCHIVES=folder: refreshes of these too"
+	@echo "make bench-check   measure some rows again; fail if one lost a third of its last recorded ratio on such a machine"
 	@echo "make protocols     measure on simulated archives how many dB a protocol is worth (8 minutes); OUT=folder, QUICK=1: a trial run"
 	@echo "make api           write docs/api.md from the docstrings"
 	@echo "make deploy        create pools, deployments and the automation on the Prefect server at PREFECT_API_URL"
@@ -59,7 +60,7 @@ real: $(or $(wildcard $(STAMP)),$(TRAIN))
 	@echo "please send real-report.tar.gz to the project: tables and settings, no images"
 
 test: $(STAMP)
-	@$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not real and not standin and not stack and not faults"
+	@$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not real and not standin and not stack and not faults and not bench"
 
 fuzz: $(STAMP)
 	@$(BIN)/python tests/fuzz.py --seeds "$(or $(SEEDS),10)" --seed $(SEED) --only "$(ONLY)"
@@ -89,7 +90,10 @@ $(BENCH): $(STAMP)
 	@touch $(BENCH)
 
 bench: $(BENCH)
-	@$(BIN)/python -m benchmarks.run --only "$(ONLY)" $(if $(QUICK),--quick) $(if $(OUT),--out "$(OUT)")
+	@$(BIN)/python -m benchmarks.run --only "$(ONLY)" $(if $(QUICK),--quick) $(if $(ARCHIVES),--archives "$(ARCHIVES)") $(if $(OUT),--out "$(OUT)")
+
+bench-check: $(BENCH)
+	@$(BIN)/pytest -m bench
 
 protocols: $(or $(wildcard $(STAMP)),$(TRAIN))
 	@$(BIN)/python -m benchmarks.protocols --out "$(or $(OUT),protocols)" $(if $(QUICK),--quick)

@@ -28,7 +28,7 @@ COMMANDS = {
     "evaluations": ("evaluate",),
     "runs": ("train", "synthesize", "export"),
     "sharing": ("card", "push"),
-    "versions": ("verify", "versions", "export-dataset", "prune"),
+    "versions": ("verify", "versions", "export-dataset", "prune", "reproduce"),
 }
 """Module of `flows.cli` -> the commands that it adds to `app`."""
 

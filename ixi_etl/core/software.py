@@ -72,7 +72,7 @@ def code_sha256() -> str:
     digest = hashlib.sha256()
     for package in PACKAGES:
         for path in sorted((TOP / package).rglob("*")):
-            if path.is_file() and path.suffix in (".py", ".html", ".css", ".js"):
+            if path.is_file() and path.suffix in (".py", ".html", ".css", ".js", ".txt"):
                 digest.update(f"{path.relative_to(TOP).as_posix()}\0".encode())
                 digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
