@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ixi_etl.config import SPLITS
 from ixi_etl.dataset import metadata
+from ixi_etl.dataset.command import how_to_make
 from ixi_etl.dataset.credit import SOURCE_LABELS
 from ixi_etl.dataset.schema import EXCLUDED, SCHEMAS
 from ixi_etl.dataset.store import STORE, open_arrays
@@ -80,7 +81,7 @@ def dataset_card(folder: Path, repository: str = "USER/NAME") -> str:
         lost=[site for site in sites if not version["funnel"].get("used", {}).get("sites", {}).get(site, 1)],
         config=json.dumps(version["inputs"]["config"], indent=1, sort_keys=True),
         libraries=", ".join(f"{k} {v}" for k, v in sorted(version["inputs"].get("libraries", {}).items())),
-        made_by=metadata.how_to_make(version),
+        made_by=how_to_make(version),
         store=STORE,
         files=sum(file["size"] for file in version["files"].values()) / 1e6,
     )

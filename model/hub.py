@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,7 +122,8 @@ def push_version(repository: Repository, folder: Path, card: str) -> list[str]:
     names = [*version["files"], metadata.METADATA]
     if (folder / metadata.SOFTWARE).is_file():
         names.append(metadata.SOFTWARE)
-    with _user_errors(repository):
+    with _user_errors(repository), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Warnings while validating metadata")  # of the version's own README
         _create(api, repository)
         api.upload_file(
             path_or_fileobj=card.encode(),

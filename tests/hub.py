@@ -96,6 +96,8 @@ class _Call(BaseHTTPRequestHandler):
 
     @staticmethod
     def _validate(asked: dict[str, str]) -> tuple[int, Any]:
+        if not asked["content"].startswith("---\n"):
+            return 200, {"errors": [], "warnings": [{"message": "empty or missing yaml metadata in repo card"}]}
         head = yaml.safe_load(asked["content"].split("---\n")[1])
         problems = [] if isinstance(head, dict) and head.get("license") else [{"message": "no license"}]
         return (400 if problems else 200), {"errors": problems, "warnings": []}
