@@ -27,6 +27,7 @@ COMMANDS = {
     "demo": ("demo", "simulate"),
     "evaluations": ("evaluate",),
     "runs": ("train", "synthesize", "export"),
+    "sharing": ("card", "push"),
     "versions": ("verify", "versions", "export-dataset", "prune", "reproduce"),
 }
 """Module of `flows.cli` -> the commands that it adds to `app`."""

@@ -11,6 +11,9 @@ EXTRAS = {
     "bids": ("ancpbids",),
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "mat": ("h5py",),
+    "hub": ("huggingface_hub",),
+    "mlflow": ("mlflow",),
+    "trackio": ("trackio",),
 }
 """Extra of pyproject.toml -> the modules that its packages provide."""
 
