@@ -116,7 +116,7 @@ class Nifti(Layout):
     def _write_subject(self, folder: Path, subject: Subject) -> list[Row]:
         rows, depth = [], self.selection.shape[0]
         affine = np.asarray(self.selection.arrays[f"{self.selection.direction.target}_affine"][subject.store_row])
-        head = _geometry(self.selection, affine @ _shift_z(self.selection.margin))
+        head = slab_header(self.selection.shape, affine @ _shift_z(self.selection.margin))
         for name, file in self._files(subject).items():
             stored = self.selection.stored(subject, name).astype(np.int16, copy=False)
             values = mark_corners(stored, *subject.scales[name])
@@ -157,10 +157,10 @@ def _shift_z(slices: int) -> NDArray[np.float64]:
     return shift
 
 
-def _geometry(selection: Selection, affine: NDArray[np.float64]) -> bytes:
-    """A NIfTI header with the grid of the slabs. The qform is left out if it cannot hold the affine's shear."""
+def slab_header(shape: tuple[int, int, int], affine: NDArray[np.float64]) -> bytes:
+    """A NIfTI header for slabs of `shape` (z, y, x). The qform is left out if it cannot hold the affine's shear."""
     header = nib.Nifti1Header()
-    header.set_data_shape(selection.shape[::-1])
+    header.set_data_shape(shape[::-1])
     header.set_xyzt_units("mm")
     header.set_qform(affine, ALIGNED)
     if not np.allclose(header.get_qform(), affine, atol=1e-3):
