@@ -185,7 +185,6 @@ def test_torch_applies_the_transform_to_each_item(version: DatasetVersion, torch
 
 
 def test_workers_forked_after_a_read_give_the_same_items(version: DatasetVersion, torch: Any) -> None:
-    """The fast codec pipeline waits for ever in a process that was forked after it was used."""
     items = version.torch("val")
     first = items[0]
     loader = torch.utils.data.DataLoader(
