@@ -7,11 +7,12 @@ BASE   := $(VENV)/.installed-base
 TRAIN  := $(VENV)/.installed-train
 STAMP  := $(VENV)/.installed
 BENCH  := $(VENV)/.installed-bench
+DOCS   := $(VENV)/.installed-docs
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE # otherwise each process compiles all modules again
 
-.PHONY: demo real test fuzz test-real test-standin test-stack faults audit bench protocols api deploy lint clean help
+.PHONY: demo real test fuzz test-real test-standin test-stack faults audit bench bench-check protocols api docs dist deploy lint clean help
 
 help:
 	@echo "make demo          run the whole pipeline on a small simulated IXI; needs no server and no account"
@@ -20,15 +21,18 @@ help:
 	@echo "make fuzz          search for failing random examples; SEEDS=30: thirty seeds, SEED=N: one seed, ONLY=name: one test"
 	@echo "make test-real     run the tests on real scans, if present (2 minutes)"
 	@echo "make test-standin  run the tests on simulated archives of real anatomy, if present (minutes)"
-	@echo "make test-stack    run PostgreSQL, Prefect, workers, Dask and S3 as processes and test them (10 minutes)"
+	@echo "make test-stack    run PostgreSQL, Prefect, workers, Dask and S3 as processes and test them, and the wheel (12 minutes)"
 	@echo "make faults        test kills, bad servers, full disks and hostile files, in all variants (15 minutes); ONLY=name: some"
 	@echo "make audit         run bandit, and pip-audit if its advisories can be reached"
-	@echo "make bench         compare the speed with that of other tools; ONLY=survey,refresh: some rows, QUICK=1: a trial run"
+	@echo "make bench         compare the speed with that of other tools; ONLY=survey,refresh: some rows, QUICK=1: a trial run, ARCHIVES=folder: refreshes of these too"
+	@echo "make bench-check   measure some rows again; fail if one lost a third of its last recorded ratio on such a machine"
 	@echo "make protocols     measure on simulated archives how many dB a protocol is worth (8 minutes); OUT=folder, QUICK=1: a trial run"
 	@echo "make api           write docs/api.md from the docstrings"
+	@echo "make docs          build the website in site/ (2 minutes), with a live example; opens from disk"
+	@echo "make dist          build the wheel and the source distribution in dist/"
 	@echo "make deploy        create pools, deployments and the automation on the Prefect server at PREFECT_API_URL"
 	@echo "make lint          run ruff and mypy"
-	@echo "make clean         remove the environment, and the files of the demo and of make protocols"
+	@echo "make clean         remove the environment, and the files of the demo, of make protocols, docs and dist"
 
 # Each stamp records which extras are installed. They are reinstalled when one of these files changes; the last one holds
 # the version.
@@ -59,7 +63,7 @@ real: $(or $(wildcard $(STAMP)),$(TRAIN))
 	@echo "please send real-report.tar.gz to the project: tables and settings, no images"
 
 test: $(STAMP)
-	@$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not real and not standin and not stack and not faults"
+	@$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not real and not standin and not stack and not faults and not bench"
 
 fuzz: $(STAMP)
 	@$(BIN)/python tests/fuzz.py --seeds "$(or $(SEEDS),10)" --seed $(SEED) --only "$(ONLY)"
@@ -89,13 +93,40 @@ $(BENCH): $(STAMP)
 	@touch $(BENCH)
 
 bench: $(BENCH)
-	@$(BIN)/python -m benchmarks.run --only "$(ONLY)" $(if $(QUICK),--quick) $(if $(OUT),--out "$(OUT)")
+	@$(BIN)/python -m benchmarks.run --only "$(ONLY)" $(if $(QUICK),--quick) $(if $(ARCHIVES),--archives "$(ARCHIVES)") $(if $(OUT),--out "$(OUT)")
+
+bench-check: $(BENCH)
+	@$(BIN)/pytest -m bench
 
 protocols: $(or $(wildcard $(STAMP)),$(TRAIN))
 	@$(BIN)/python -m benchmarks.protocols --out "$(or $(OUT),protocols)" $(if $(QUICK),--quick)
 
 api: $(STAMP)
 	@$(BIN)/python tests/api_page.py
+
+$(DOCS): $(STAMP)
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,test,docs]"
+	@touch $(DOCS)
+
+# The live example of the website: simulated archives, a version of them, and a training run, by this code.
+EXAMPLE := build/example/.made
+$(EXAMPLE): export PREFECT_API_URL :=
+$(EXAMPLE): $(STAMP) $(shell find ixi_etl model -name '*.py' -o -path '*/templates/*')
+	@rm -rf build/example
+	@$(BIN)/ixi-etl simulate build/example/archives --subjects 6 --oddities --quiet > /dev/null
+	@$(BIN)/ixi-etl refresh --root build/example/ixi-data --source build/example/archives --split-seed 6 --quiet > /dev/null
+	@$(BIN)/ixi-etl train --root build/example/ixi-data --preset smoke --steps 200 --quiet > /dev/null
+	@touch $@
+
+# mkdocs.yml is strict, so a warning is an error: a broken link or anchor, a page that the navigation does not list.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(DOCS) $(EXAMPLE)
+	@$(BIN)/mkdocs build
+	@echo "open site/index.html"
+
+dist: $(STAMP)
+	@rm -rf dist
+	@$(BIN)/python -m build
 
 deploy: $(or $(wildcard $(STAMP) $(TRAIN)),$(BASE))
 	@$(BIN)/python -m flows.deploy
@@ -106,4 +137,4 @@ lint: $(STAMP)
 	@$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) demo protocols
+	rm -rf $(VENV) demo protocols build site dist

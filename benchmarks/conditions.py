@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ixi_etl.pairing.geometry import Matrix
-from ixi_etl.pairing.register import Volume
+from ixi_etl.pairing.heads import Volume
 from ixi_etl.scans.intensity import clip_spikes, otsu_threshold, percentiles
 
 Pair = tuple[Volume, Volume]  # T1, T2

@@ -62,7 +62,7 @@ def survey_extracted(source: str, warm: str, scratch: str, extract: bool, librar
 
     def work_on(source: str, folder: Path, extract: bool) -> dict[str, Any]:
         if extract:
-            _extract(source, folder)
+            extract(source, folder)
         found: dict[tuple[str, int], int] = {}
         for modality in MODALITIES:
             for path in sorted((folder / modality).glob("*.nii.gz")):
@@ -73,7 +73,7 @@ def survey_extracted(source: str, warm: str, scratch: str, extract: bool, librar
     work_on(warm, scratch_folder(Path(scratch), "extracted-warm"), True)
     folder = scratch_folder(Path(scratch), "extracted")
     if not extract:
-        _extract(source, folder)
+        extract(source, folder)
     drop_from_page_cache(Path(source), folder)
     return partial(work_on, source, folder, extract)
 
@@ -124,7 +124,8 @@ def survey_downloaded(source: str, warm: str, scratch: str) -> Work:
     return work
 
 
-def _extract(source: str, folder: Path) -> None:
+def extract(source: str, folder: Path) -> None:
+    """Unpack both archives into `folder/T1` and `folder/T2`."""
     for modality in MODALITIES:
         with tarfile.open(f"{source}/IXI-{modality}.tar") as tar:
             tar.extractall(folder / modality, filter="data")
@@ -219,7 +220,7 @@ def refresh_naive(source: str, warm: str, scratch: str) -> Work:
     import nibabel as nib
 
     def work_on(source: str, folder: Path, out: Path) -> None:
-        _extract(source, folder)
+        extract(source, folder)
         for subject, *paths in _pairs(folder):
             for modality, path in zip(MODALITIES, paths, strict=True):
                 volume = nib.load(path).get_fdata()
@@ -237,7 +238,7 @@ def refresh_torchio(source: str, warm: str, scratch: str) -> Work:
     transform = torchio.Compose([torchio.ToCanonical(), torchio.Resample("t2")])
 
     def work_on(source: str, folder: Path, out: Path) -> None:
-        _extract(source, folder)
+        extract(source, folder)
         for subject, t1, t2 in _pairs(folder):
             images = torchio.Subject(t1=torchio.ScalarImage(t1), t2=torchio.ScalarImage(t2))
             done = transform(images)
@@ -260,7 +261,7 @@ def refresh_monai(source: str, warm: str, scratch: str) -> Work:
     )
 
     def work_on(source: str, folder: Path, out: Path) -> None:
-        _extract(source, folder)
+        extract(source, folder)
         for subject, t1, t2 in _pairs(folder):
             done = transform({"T1": str(t1), "T2": str(t2)})
             for modality in MODALITIES:

@@ -44,7 +44,7 @@ from ixi_etl.dataset.splits import person_of
 from ixi_etl.errors import BadVolumeError, ConfigError
 from ixi_etl.modalities import DEFAULT_MODALITIES, archive_name
 from ixi_etl.pairing.geometry import sampling_matrix, trilinear
-from ixi_etl.pairing.register import Volume
+from ixi_etl.pairing.heads import Volume
 from ixi_etl.recipes.ixi import refresh
 from ixi_etl.scans.nifti import read_volume
 from ixi_etl.testing.anatomies import find_pairs

@@ -113,6 +113,12 @@ def sparse_archives(folder: Path, shrink: int = 1, members: dict[str, int] | Non
     return target
 
 
+def member_names(folder: Path) -> list[str]:
+    """Names of the T1s in the archives of a folder."""
+    with tarfile.open(folder / archive_name("T1")) as tar:
+        return [name for name in tar.getnames() if name.endswith(".nii.gz")]
+
+
 def _name(number: int, modality: str) -> str:
     return f"{PhantomSubject(number + 2, ('Guys', 'HH')[number % 2], SEED).subject_id}-{modality}.nii.gz"
 

@@ -40,7 +40,12 @@ class Measured:
 
 @dataclass
 class Row:
-    """One line of the table; `reached` is None where the row has no target."""
+    """One line of the table.
+
+    Attributes:
+        reached: None where the row has no target.
+        times: how many times faster ours is than the peer, for `benchmarks.history`; None for other rows.
+    """
 
     what: str
     peer: str
@@ -50,15 +55,22 @@ class Row:
     target: str
     reached: bool | None
     note: str = ""
+    times: float | None = None
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How thorough the benchmark is: `quick` uses small inputs and one run."""
+    """How thorough the benchmark is: `quick` uses small inputs and one run.
+
+    Attributes:
+        folder: for inputs and scratch files.
+        archives: a folder with IXI-T1.tar, IXI-T2.tar and MD5SUMS, to measure refreshes on too; empty for none.
+    """
 
     quick: bool = False
     runs: int = 5
     folder: str = ""
+    archives: str = ""
 
     @property
     def times(self) -> int:
@@ -103,12 +115,15 @@ def duration(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.1f} ms"
 
 
-def speed_row(what: str, peer: str, theirs: list[Measured], ours: list[Measured], target: float | None) -> Row:
+def speed_row(
+    what: str, peer: str, theirs: list[Measured], ours: list[Measured], target: float | None, note: str = ""
+) -> Row:
     """A row that compares the peer's time with ours."""
     times = ratio(theirs, ours)
     wanted = f"{target:g} x" if target else "-"
     reached = None if target is None else times >= target
-    return Row(what, peer, duration(seconds(ours)), duration(seconds(theirs)), f"{times:.1f} x", wanted, reached)
+    shown = f"{times:.1f} x" if times >= 2 else f"{times:.2f} x"
+    return Row(what, peer, duration(seconds(ours)), duration(seconds(theirs)), shown, wanted, reached, note, times)
 
 
 def require_equal(name: str, *runs: list[Measured]) -> None:

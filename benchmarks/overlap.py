@@ -1,8 +1,9 @@
 """The refresh from a server as slow as the cut: what the overlap of download and cut leaves of the sum of both.
 
 The archives have a twelfth of IXI's pairs, and segments are smaller by the share of its bytes. The rate of the server
-is chosen so that the download alone takes as long as everything after it. The last subject can only be cut when the
-download has ended, so with N pairs and W workers the time is at least 1 + W/N times that.
+is chosen so that the download alone takes as long as everything after it. One core cuts: a server that shares the
+machine, and the download, need the other. The last subject can only be cut when the download has ended, so with N pairs
+the time is at least 1 + 1/N times that.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _timed(
     def work_on(source: str, name: str, rate: float) -> dict[str, Any]:
         with serving(Path(source), rate) as url:
             root = str(inputs.scratch_folder(Path(scratch), name))
-            config = ScaledConfig(root=root, source=url if rate else source, workers=2, segment_bytes=segment)
+            config = ScaledConfig(root=root, source=url if rate else source, workers=1, segment_bytes=segment)
             if not rate:
                 acquire_inputs(config)  # verify them
             start = time.perf_counter()

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from benchmarks.conditions import CONDITIONS, Pair, foreground, to_ras
 from ixi_etl.config import MAX_REGISTRATION_ERROR_MM
 from ixi_etl.pairing.geometry import Matrix
-from ixi_etl.pairing.register import RegistrationError, Volume, mean_distance, register
+from ixi_etl.pairing.heads import RegistrationError, Volume
+from ixi_etl.pairing.register import mean_distance, register
 from ixi_etl.testing.anatomies import find_pairs, read_scan
 
 SLAB_MM = 25.0

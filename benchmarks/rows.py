@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from benchmarks import inputs
-from benchmarks.measure import Measured, Row, Settings, alternate, duration, ratio, require_equal, seconds, speed_row
+from benchmarks.end_to_end import end_to_end, refresh
+from benchmarks.measure import Measured, Row, Settings, alternate, duration, require_equal, seconds, speed_row
 from benchmarks.overlap import overlap
 from benchmarks.quality import quality
 
@@ -108,41 +110,6 @@ def members(settings: Settings) -> list[Row]:
     return [Row(what, "whole archives", f"{over:.2%}", share, "-", "2%", over <= 0.02, note)]
 
 
-def refresh(settings: Settings) -> list[Row]:
-    """Refresh 24 pairs with the default options, and, like the peers, without registration and pictures."""
-    pairs = 4 if settings.quick else 24
-    source = str(inputs.archives(Path(settings.folder), pairs, _shrink(settings)))
-    shared: dict[str, Any] = {"source": source, "scratch": settings.folder} | _warm(settings)
-    default, index, naive, anatomical, torchio, monai, floor = alternate(
-        settings.times,
-        (E + "refresh", shared | {"pairing": "anatomical", "default": True}),
-        (E + "refresh", shared | {"pairing": "index"}),
-        (E + "refresh_naive", shared),
-        (E + "refresh", shared | {"pairing": "anatomical"}),
-        (E + "refresh_torchio", shared),
-        (E + "refresh_monai", shared),
-        (E + "inflate_only", {"source": source}),
-    )
-    require_equal("slabs", index, naive)
-    require_equal("slabs", anatomical, torchio, monai)
-    what, slower = f"refresh, {pairs} pairs, ", 1 / ratio(floor, anatomical)
-    share = f"{slower:.2f} x"
-    registered = "with registration and pictures; the peer does neither"
-    return [
-        Row(
-            what + "as by default", "extractall + get_fdata + np.save", duration(seconds(default)),
-            duration(seconds(naive)), f"{ratio(naive, default):.1f} x", "-", None, registered,
-        ),
-        speed_row(what + "index", "extractall + get_fdata + np.save", naive, index, 8),
-        speed_row(what + "anatomical", "TorchIO Resample", torchio, anatomical, 7),
-        speed_row(what + "anatomical", "MONAI ResampleToMatchd", monai, anatomical, 7),
-        Row(
-            what + "anatomical", "floor: ISA-L inflates them", duration(seconds(anatomical)),
-            duration(seconds(floor)), share, "at most 2.3 x", slower <= 2.3,
-        ),
-    ]  # fmt: skip
-
-
 def growth(settings: Settings) -> list[Row]:
     """Time and memory of a refresh by the number of pairs."""
     sizes = (4, 8) if settings.quick else (8, 16, 32, 64)
@@ -202,11 +169,8 @@ def reading(settings: Settings) -> list[Row]:
     best = min(range(len(theirs)), key=lambda n: seconds(theirs[n]))
     rows = []
     for n, (name, peer) in enumerate(zip(peers, theirs, strict=True)):
-        times = ratio(peer, ours)
-        wanted, reached = ("3 x the best", times >= 3) if n == best else ("-", None)
-        rows.append(
-            Row("reading, first epoch", name, _rate(ours), _rate(peer), f"{times:.1f} x", wanted, reached)
-        )  # fmt: skip
+        row = speed_row("reading, first epoch", name, peer, ours, 3 if n == best else None)
+        rows.append(replace(row, ours=_rate(ours), theirs=_rate(peer)))
     held = [median(r.held_mb for r in case) for case in (ours, theirs[list(peers).index("MONAI CacheDataset")])]
     share, note = held[0] / held[1], f"the slabs are {made[0].result['mb']:.0f} MB"
     rows.append(
@@ -349,6 +313,7 @@ ROWS: dict[str, Callable[[Settings], list[Row]]] = {
     "remote": remote,
     "members": members,
     "refresh": refresh,
+    "server": end_to_end,
     "overlap": overlap,
     "growth": growth,
     "reading": reading,

@@ -1,5 +1,5 @@
 """Run the benchmark and print its table: ``make bench`` all rows, ``make bench ONLY=survey,refresh`` some rows,
-``make bench QUICK=1`` small inputs and one run, as a trial.
+``make bench QUICK=1`` small inputs and one run, as a trial, ``make bench ARCHIVES=folder`` refreshes of these too.
 
 Each time is a median over runs that alternate between ours and the peers', each in its own process.
 """
@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 import tempfile
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
+from benchmarks import history, machine
 from benchmarks.measure import Row, Settings
 from benchmarks.rows import ROWS
 
-LIBRARIES = ("numpy", "isal", "zarr", "zarrs", "nibabel", "simpleitk", "torch", "torchio", "monai")
 COLUMNS = ("what", "peer", "ours", "peer's", "ratio", "target", "reached", "note")
 
 
@@ -30,6 +28,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="runs of each case")
     default = Path(tempfile.gettempdir()) / "ixi-etl-bench"
     parser.add_argument("--folder", type=Path, default=default, help="folder for inputs (kept) and scratch files")
+    parser.add_argument("--archives", type=Path, help="folder of archives to measure refreshes on too")
     parser.add_argument("--out", type=Path, help="also write the table to this file, as Markdown")
     given = parser.parse_args()
     wanted = [name for name in given.only.split(",") if name] or list(ROWS)
@@ -37,7 +36,7 @@ def main() -> None:
     if unknown:
         sys.exit(f"{unknown[0]} is not one of {', '.join(ROWS)}")
     given.folder.mkdir(parents=True, exist_ok=True)
-    settings = Settings(given.quick, given.runs, str(given.folder))
+    settings = Settings(given.quick, given.runs, str(given.folder), str(given.archives or ""))
     rows: list[Row] = []
     before = os.getloadavg()[0]
     for name in wanted:
@@ -45,10 +44,12 @@ def main() -> None:
         rows += ROWS[name](settings)
     if given.quick:
         rows = [replace(row, reached=None) for row in rows]  # targets do not apply to small inputs
-    text = f"{machine(before)}\n\n{markdown(rows)}\n"
+    text = f"{machine.describe(before)}\n\n{markdown(rows)}\n"
     print(text)
     if given.out:
         given.out.write_text(text)
+    if not given.quick:
+        print(history.record(rows, f"{datetime.now(UTC):%Y-%m-%d}", round(before, 1)), file=sys.stderr)
 
 
 def markdown(rows: list[Row]) -> str:
@@ -64,31 +65,6 @@ def markdown(rows: list[Row]) -> str:
 
 def _reached(reached: bool | None) -> str:
     return "-" if reached is None else "yes" if reached else "**no**"
-
-
-def machine(load: float) -> str:
-    """Date, CPU, cores, memory, versions, and the load average before the benchmark."""
-    cpu, flags = platform.processor() or platform.machine(), ""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-        named = {key.strip(): value.strip() for key, value in lines.items()}
-        cpu = f"{named.get('model name', cpu)} (family {named.get('cpu family')}, model {named.get('model')})"
-        flags = ", ".join(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in named.get("flags", ""))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    versions = ", ".join(f"{name} {_version(name)}" for name in LIBRARIES)
-    return (
-        f"{datetime.now(UTC):%Y-%m-%d}. {cpu}, {os.cpu_count()} cores, {flags}; {memory:.0f} GiB of memory; "
-        f"Linux {platform.release().partition('-')[0]}, Python {platform.python_version()}; {versions}. "
-        f"Load average at the start: {load:.1f}."
-    )
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

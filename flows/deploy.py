@@ -19,6 +19,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import get_args
 
 from prefect.client.orchestration import get_client
@@ -85,7 +86,9 @@ async def prepare_server() -> None:
 
 
 def main() -> None:
-    """Run the command; exit status 1 and a one-line error message if no server is configured."""
+    """Run the command; exit status 1 and a one-line error message outside a checkout, or if no server is configured."""
+    if not Path("prefect.yaml").is_file():
+        sys.exit("error: this folder has no prefect.yaml; deploy from a checkout of the project")
     environment = DEFAULTS | {name: value for name, value in os.environ.items() if value or name not in DEFAULTS}
     if environment["IXI_PRESET"] not in get_args(Preset):
         sys.exit(f"error: IXI_PRESET is {environment['IXI_PRESET']}; set one of {', '.join(get_args(Preset))}")

@@ -8,7 +8,7 @@
         │   └── MissingExtraError   an optional dependency is not installed
         ├── DownloadError       3   no source gave the right bytes
         ├── LockedError         4   another process is working on the same root
-        ├── ServerError         5   the Prefect server does not answer as it should
+        ├── ServerError         5   the Prefect server or the Hugging Face Hub does not answer as it should
         ├── DeviceError         6   the requested device does not exist
         ├── ArchiveError        1   a file is not a readable tar archive
         ├── DatasetError        1   a dataset version is missing, damaged or cannot be made
@@ -105,7 +105,7 @@ class LockedError(IxiError):
 
 
 class ServerError(IxiError):
-    """The Prefect server does not answer as it should."""
+    """The Prefect server or the Hugging Face Hub does not answer as it should."""
 
     exit_code = 5
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from ixi_etl.config import StrictModel
+from ixi_etl.core.option import Option
 
 Norm = Literal["instance", "batch", "none"]
 Upsampling = Literal["transpose", "nearest"]
@@ -16,6 +17,7 @@ Adversarial = Literal["bce", "lsgan", "none"]
 Reconstruction = Literal["l1", "l2", "none"]
 Augment = Literal["none", "flip", "jitter"]
 Precision = Literal["auto", "fp32", "bf16"]
+TrackerName = Literal["tensorboard", "mlflow", "trackio"]
 
 SIDES = (32, 64, 128, 256, 512)
 """Sides of the square crops that the generator supports, in pixels."""
@@ -100,6 +102,9 @@ class TrainConfig(StrictModel):
     keep: Annotated[int, Field(ge=1)] = Field(2, description="newest checkpoints kept, besides the best")
     samples: Annotated[int, Field(ge=0, le=10_000)] = Field(10, description="number of sample sheets in a run")
     log_every: Annotated[int, Field(ge=1)] = 50
+    log: Annotated[tuple[TrackerName, ...], Option(type=str, metavar="NAME,...")] = Field(
+        ("tensorboard",), description="trackers, of tensorboard, mlflow and trackio; none: only CSV files"
+    )
 
     published: Literal["none", "moschetto"] = Field(
         "none", description="the published training that a preset follows; its deviations are recorded"
@@ -119,6 +124,13 @@ class TrainConfig(StrictModel):
         if not isinstance(names, list | tuple) or not names or not all(isinstance(n, str) for n in (*names, target)):
             raise ValueError('give both sources and target, for example sources=["t1","pd"] and target=t2')
         return fields | {"direction": f"{'+'.join(names)}->{target}"}
+
+    @field_validator("log", mode="before")
+    @classmethod
+    def _split_log(cls, given: Any) -> Any:
+        """Accept `mlflow,trackio`, and `none` for no tracker; drop what is named twice."""
+        names = [name.strip() for name in given.split(",")] if isinstance(given, str) else given
+        return [] if names == ["none"] else list(dict.fromkeys(names)) if isinstance(names, list | tuple) else names
 
     @field_validator("side")
     @classmethod
@@ -199,7 +211,7 @@ class TrainConfig(StrictModel):
 
 
 MAY_DIFFER = frozenset(
-    {"steps", "epochs", "device", "cuda_graphs", "checkpoint_every", "keep", "samples", "log_every", "published"}
+    {"steps", "epochs", "device", "cuda_graphs", "checkpoint_every", "keep", "samples", "log_every", "log", "published"}
 )
 """Fields that may change when a run is resumed."""
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from zarr.buffer.cpu import NDBuffer
 
 from ixi_etl.config import SPLITS
-from ixi_etl.dataset import manifest, metadata, verify
+from ixi_etl.dataset import command, manifest, metadata, verify
 from ixi_etl.dataset.direction import Direction, parse_direction
 from ixi_etl.dataset.normalisation import normalise
 from ixi_etl.dataset.schema import is_absent
@@ -184,7 +184,7 @@ def load_pairs(
         usable = np.isfinite(low_high).all(axis=1) & (low_high[:, 0] < low_high[:, 1])
         for subject, (low, high) in zip(chosen["subject_id"][~usable], low_high[~usable], strict=True):
             problem = f"{folder}: cannot normalise the {name} of {subject}, whose range is {low:g} to {high:g}"
-            raise DatasetError(f"{problem}; make the version again: {metadata.how_to_make(version)}")
+            raise DatasetError(f"{problem}; make the version again: {command.how_to_make(version)}")
         return torch.from_numpy(low_high).to(device)
 
     def allocate(name: str) -> Tensor:

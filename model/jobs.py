@@ -4,6 +4,7 @@
                         /checkpoints/ /samples/ /tensorboard/ /metrics.csv /validation.csv
                         /generator.safetensors  the best generator, written when training ends
                         /evaluation-test.csv /evaluation-test.json
+                        /trackers.json          what the trackers of `TrainConfig.log` call the run
                         /report.html            all of it as one page
 
 If the root is on S3, a run works in the scratch folder and is uploaded: see `model.run`.
@@ -20,7 +21,7 @@ from pathlib import Path
 from torch import distributed
 
 from ixi_etl.core import software
-from ixi_etl.core.files import lock_root, os_errors_as_user_errors, to_json, write_atomic
+from ixi_etl.core.files import lock_root, os_errors_as_user_errors, read_json, to_json, write_atomic
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import DataRoot
 from ixi_etl.dataset import metadata, versions
@@ -35,6 +36,7 @@ from model.devices import default_precision, describe_hardware, pick_device, tor
 from model.evaluate import Evaluation
 from model.report import write_report
 from model.run import CONFIG_FILE, RUN_ID, Run, new_run, pull, push_if_possible
+from model.trackers import Trackers, require_extras
 from model.train import do_nothing, train
 
 log = logging.getLogger(__name__)
@@ -49,8 +51,10 @@ def prepare_run(root: str | Path, config: TrainConfig, run: str | None = None, s
     Raises:
         DatasetError: the version does not exist or is damaged.
         ConfigError: the configuration does not fit the version, or `run` is not a valid name.
+        MissingExtraError: the library of a tracker is not installed.
         DeviceError: the device is not available.
     """
+    require_extras(config.log)
     if run is not None and (run == "latest" or not RUN_ID.fullmatch(run)):  # no path to outside of runs/
         raise ConfigError(f"--run-id {run!r} is not a valid name; use letters, digits, '.', '_' and '-' (not latest)")
     name, wanted = versions.parse_version(config.dataset)
@@ -163,7 +167,10 @@ def evaluate_run(
     protocols: Sequence[str] | None = None,
     progress: Progress = no_progress,
 ) -> Evaluation:
-    """Evaluate the best generator or the one in `weights`, and update the report: see `model.evaluate.evaluate`."""
+    """Evaluate the best generator or the one in `weights`, and update the report: see `model.evaluate.evaluate`.
+
+    The trackers that the run was logged to get the table.
+    """
     evaluation = evaluate.evaluate(
         run.folder,
         run.version,
@@ -177,5 +184,9 @@ def evaluate_run(
         progress=progress,
     )
     write_report(run.folder)
+    record = read_json(run.folder / f"{evaluation.name}.json")
+    trackers = Trackers(run.folder, run.config, None)
+    trackers.log_evaluation(record["step"], evaluation.name, record["summary"])
+    trackers.close(None)
     run.push()
     return evaluation

@@ -1,4 +1,4 @@
-"""Log a training run: a line of losses every `log_every` steps, metrics.csv, validation.csv, TensorBoard."""
+"""Log a training run: a line of losses every `log_every` steps, metrics.csv, validation.csv, and its trackers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from ixi_etl.core.files import write_atomic
+from ixi_etl.errors import StoppedError
 from model.config import TrainConfig
+from model.trackers import Trackers
 from model.trainer import LOSSES, Trainer
 
 log = logging.getLogger(__name__)
@@ -30,6 +29,9 @@ class MetricsLog:
     """The metrics of one training process, which starts after `start` steps.
 
     Rows of steps after `start`, left by an interrupted process, are removed: these steps are about to be repeated.
+
+    Raises:
+        TrainingError: a tracker cannot start.
     """
 
     def __init__(self, run: Path, config: TrainConfig, trainer: Trainer, start: int, images_per_step: int) -> None:
@@ -37,7 +39,7 @@ class MetricsLog:
         run.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, VALIDATION):
             _truncate_after(run / name, start)
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
+        self.trackers = Trackers(run, config, start)
         self._sums = torch.zeros(len(LOSSES), device=trainer.device)
         if trainer.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.device)  # exclude earlier training runs of this process
@@ -72,8 +74,7 @@ class MetricsLog:
         )
         row = means | dict(zip(SPEED, speed, strict=True))
         _append(self.run / METRICS, {"step": step, **row})
-        for name, value in row.items():
-            self.board.add_scalar(name, value, step)
+        self.trackers.log_scalars(step, row)
         self._sums.zero_()
         self._since, self._steps = now, 0  # the time of this call counts: a GPU waits meanwhile
 
@@ -89,19 +90,29 @@ class MetricsLog:
             return
         log.info("step %d  validation: MAE %.4f, PSNR %.2f dB, SSIM %.4f", *(step, *scores.values()))
         _append(self.run / VALIDATION, {"step": step, **scores})
-        for name, value in scores.items():
-            self.board.add_scalar(f"validation/{name}", value, step)
+        self.trackers.log_scalars(step, {f"validation/{name}": value for name, value in scores.items()})
 
     def log_samples(self, step: int, sheets: Sequence[Path]) -> None:
-        """Show the sample sheets in TensorBoard."""
-        for sheet in sheets:
-            self.board.add_image(
-                sheet.stem.split("-")[-1], np.asarray(Image.open(sheet).convert("RGB")), step, dataformats="HWC"
-            )
+        """Show the sample sheets in the trackers."""
+        self.trackers.log_images(step, {sheet.stem.split("-")[-1]: sheet for sheet in sheets})
         log.info("step %d  samples: %s", step, sheets[0])
 
+    def log_generator(self, path: Path) -> None:
+        """Give the trackers a copy of the best generator's file."""
+        self.trackers.log_file(path)
+
     def close(self) -> None:
-        self.board.close()
+        """End a training that is complete."""
+        self.trackers.close("finished")
+
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """End the run at the trackers if an error or a signal ends the block."""
+        try:
+            yield
+        except BaseException as error:
+            self.trackers.close("stopped" if isinstance(error, StoppedError) else "failed")
+            raise
 
 
 def _append(path: Path, row: Mapping[str, float]) -> None:

@@ -20,6 +20,7 @@ from ixi_etl.errors import SynthesisError
 from ixi_etl.modalities import ECHOES
 from ixi_etl.pairing import geometry, register
 from ixi_etl.pairing.geometry import Matrix
+from ixi_etl.pairing.heads import RegistrationError, Volume
 from ixi_etl.pairing.similarity import nmi
 from ixi_etl.scans.intensity import otsu_threshold
 
@@ -117,10 +118,10 @@ def align(first: tuple[str, Scan], moving: Scan, planes: Planes, slab: slice) ->
         SynthesisError: the mirror image of the scan fits better.
     """
     first_name, fixed = first
-    volumes = (register.Volume(scan.voxels, geometry.rounded(scan.affine)) for scan in (moving, fixed))
+    volumes = (Volume(scan.voxels, geometry.rounded(scan.affine)) for scan in (moving, fixed))
     try:
         found = register.register(*volumes)
-    except register.RegistrationError as error:
+    except RegistrationError as error:
         return Alignment(np.eye(4), warning=f"it could not be registered ({error}); the headers' alignment is used")
     if found.is_mirrored:
         raise SynthesisError(f"its mirror image fits the {first_name} better: one header exchanges left and right")

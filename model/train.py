@@ -4,16 +4,16 @@
     ixi-etl train --preset smoke --set steps=20 --set width=8       # seconds, on a CPU
     torchrun --nproc-per-node 4 $(which ixi-etl) train --preset gpu # on four GPUs
 
-`train` is the loop. It writes into `<root>/runs/<run id>/`: metrics.csv, validation.csv, tensorboard/, samples/,
-checkpoints/, and at the end generator.safetensors, the best generator. SIGTERM, SIGHUP and Ctrl-C save and stop;
-`--resume` continues.
+`train` is the loop. It writes into `<root>/runs/<run id>/`: metrics.csv, validation.csv, tensorboard/ or what other
+trackers need, samples/, checkpoints/, and at the end generator.safetensors, the best generator. SIGTERM, SIGHUP and
+Ctrl-C save and stop; `--resume` continues.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def train(
     `on_saved` after each checkpoint.
 
     Raises:
-        TrainingError: the loss or the weights are not finite, or memory runs out.
+        TrainingError: the loss or the weights are not finite, memory runs out, or a tracker cannot start.
         StoppedError: on SIGTERM, SIGINT or SIGHUP, after saving.
         CheckpointError: `run` holds checkpoints and `resume` is not set; or they are of another configuration or
             another number of processes.
@@ -87,8 +87,10 @@ def train(
     metrics_log = MetricsLog(run, config, trainer, start, config.batch_size * processes) if rank == 0 else None
     sample_steps = {round((n + 1) * config.steps / config.samples) for n in range(config.samples)}
 
+    closed_on_error = nullcontext() if metrics_log is None else metrics_log.closed_on_error()
     suggestion = f"batch_size {config.batch_size // 2}" if config.batch_size > 1 else "a smaller width or side"
-    with _out_of_memory_as_user_error(f"at batch_size {config.batch_size}", suggestion), catch_signals() as received:
+    out_of_memory = _out_of_memory_as_user_error(f"at batch_size {config.batch_size}", suggestion)
+    with closed_on_error, out_of_memory, catch_signals() as received:
         for step in range(start, config.steps):
             first_pair = (step * processes + rank) * config.batch_size
             losses = trainer.step(*data.draw_batch(pairs, config, first_pair), config.lr_at(step))
@@ -133,10 +135,11 @@ def train(
                 raise StoppedError(message, stop_signal or received[0])
 
     if metrics_log is not None:
-        metrics_log.close()
         recorded = {"normalisation": metadata.normalisation_of(version), "slice_shape": pairs.shape}
         recorded |= metadata.licence_of(version)
         save_best_generator(run, config, planes.summarise(version, pairs), recorded)
+        metrics_log.log_generator(run / GENERATOR_FILE)
+        metrics_log.close()
     return run / GENERATOR_FILE
 
 

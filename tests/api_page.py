@@ -87,6 +87,14 @@ PUBLIC: dict[str, list[str]] = {
         "model.volumes.synthesize_file",
         "model.export.export",
     ],
+    "Share": [
+        "model.cards.model_card",
+        "model.cards_dataset.dataset_card",
+        "model.hub.parse_target",
+        "model.hub.Repository",
+        "model.hub.push_run",
+        "model.hub.push_version",
+    ],
     "Prefect flows": [
         "flows.refresh_dataset.refresh_dataset",
         "flows.train_pix2pix.train_pix2pix",

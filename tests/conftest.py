@@ -59,10 +59,13 @@ TORCH_MISSING = (
     "pip install -c constraints.txt -e '.[train]'"
 )
 
+INSTALL_CHROMIUM = "Debian and Ubuntu: `apt-get install chromium`; elsewhere: `.venv/bin/playwright install chromium`"
+
 GROUPS = {
     "trained": (
         "train evaluate synthesize synthesize_files export run_report docs examples digits trainer networks data "
-        "neighbours several_sources split_by_file normalisations published_training foreign quality open_version"
+        "neighbours several_sources split_by_file normalisations published_training foreign quality cards hub trackers "
+        "open_version"
     ),
     "s3": "s3 export_on_s3 open_version_on_s3 remote_runs strays odd_filesystems security prune",
 }
@@ -199,6 +202,20 @@ def trained(torch: Any, published: PublishedVersion, tmp_path_factory: pytest.Te
     (root / "datasets").symlink_to(published.folder.parents[1])
     train_run(prepare_run(root, TrainConfig.model_validate(TRAINED), "a"))
     return root
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A Chromium, for the tests of one module."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; pip install -e '.[test]'")
+    with api.sync_playwright() as playwright:
+        executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        if not executable and not Path(playwright.chromium.executable_path).exists():
+            pytest.skip(f"only a browser can show how a page behaves, and no Chromium was found; {INSTALL_CHROMIUM}")
+        # The sandbox does not start as root; the browser opens only pages made by these tests.
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ import_commands()
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 TARGETS = re.findall(r"^([a-z-]+):", (TOP / "Makefile").read_text(), re.MULTILINE)
 OTHER_PROGRAMS = {"python3", "pip", ".venv/bin/pip", ".venv/bin/pre-commit", "tensorboard", "napari"}
-OTHER_PROGRAMS |= {"docker", "cp", "export", "cd", "aws", "curl", "git", "ssh", "gzip"}
+OTHER_PROGRAMS |= {"mlflow", "trackio", "hf", "docker", "cp", "export", "cd", "aws", "curl", "git", "ssh", "gzip"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -161,6 +161,33 @@ def test_pages_list_the_layers_from_the_top_down(page: str) -> None:
 
 def test_citation_names_the_version() -> None:
     assert f"\nversion: {__version__}\n" in (TOP / "CITATION.cff").read_text()
+
+
+def test_changelog_begins_with_the_version_or_with_what_is_unreleased() -> None:
+    [first, *_] = re.findall(r"^## (.*)$", (TOP / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert first == ("Unreleased" if ".dev" in __version__ else __version__), "see Release in CONTRIBUTING.md"
+
+
+def test_readme_names_the_wheel_of_the_released_version() -> None:
+    [named] = re.findall(r"ixi_etl-([\w.]+)-py3-none-any\.whl", (TOP / "README.md").read_text())
+    assert named == __version__ or ".dev" in __version__
+
+
+def test_website_lists_every_page_of_the_docs() -> None:
+    """`make docs` checks the same, and all links; this test needs no MkDocs."""
+    listed = set(re.findall(r"[\w/-]+\.md", (TOP / "mkdocs.yml").read_text()))
+    pages = {path.relative_to(TOP / "docs").as_posix() for path in (TOP / "docs").rglob("*.md")}
+    assert {page for page in pages if not page.startswith("decisions/0")} <= listed
+    sections = {re.sub("[^a-z]+", "-", section.lower()) for section in PUBLIC}
+    assert {f"api/{section}.md" for section in sections} <= listed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_belongs_to_a_list_item_is_indented_by_four_spaces(page: Path) -> None:
+    """The website's parser needs that after a blank line and for nested lists; repository pages accept it."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert not re.findall(r"\n\n( {1,3}\S.*)|\n( {1,3}(?:[-*]|\d+\.) .*)", text)
+    assert not re.findall(r"\n\n    .*(?:\n    .*)*\n((?:[-*]|\d+\.) .*)", text), "add an empty line before it"
 
 
 def test_links_between_the_pages_lead_to_files_and_headings() -> None:

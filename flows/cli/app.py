@@ -27,7 +27,8 @@ COMMANDS = {
     "demo": ("demo", "simulate"),
     "evaluations": ("evaluate",),
     "runs": ("train", "synthesize", "export"),
-    "versions": ("verify", "versions", "export-dataset", "prune"),
+    "sharing": ("card", "push"),
+    "versions": ("verify", "versions", "export-dataset", "prune", "reproduce"),
 }
 """Module of `flows.cli` -> the commands that it adds to `app`."""
 

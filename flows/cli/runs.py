@@ -18,7 +18,7 @@ from ixi_etl.core.extras import require_extra
 from ixi_etl.errors import ConfigError, EmptySplitError
 from model.config import TrainConfig
 
-COMMON_FIELDS = ("dataset", "direction", "steps", "batch_size", "lr", "width", "seed", "device", "precision")
+COMMON_FIELDS = ("dataset", "direction", "steps", "batch_size", "lr", "width", "seed", "device", "precision", "log")
 """Fields of `TrainConfig` that have an option of their own; `--set` takes all of them."""
 
 

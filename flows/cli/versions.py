@@ -1,8 +1,9 @@
-"""Commands that inspect, export and remove published versions: verify, versions, export-dataset, prune."""
+"""Commands for published versions: verify, versions, export-dataset, prune, reproduce."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -23,7 +24,7 @@ def verify(
     """Check a published version: files, schema and counts; with --deep, every byte."""
     from flows.progress import show_progress
     from ixi_etl.core.files import read_json
-    from ixi_etl.dataset import metadata, verify, versions
+    from ixi_etl.dataset import command, metadata, verify, versions
 
     output = Output(quiet, as_json)
     folder = versions.find_version(root, version)
@@ -38,7 +39,7 @@ def verify(
         output.data(folder=folder, sound=False, problems=problems)
         raise DatasetError(
             f"{folder} is damaged: {len(problems)} problem(s); copy it again from an intact copy, "
-            f"or make it again with {metadata.how_to_make(described)}"
+            f"or make it again with {command.how_to_make(described)}"
         )
     checked = "every byte" if deep else "files, schema and counts"
     named = f"{described['name']}@{described['version']}"
@@ -131,8 +132,11 @@ def _compare(output: Output, root: str, old: str, new: str | None) -> None:
 @app.command()
 def export_dataset(
     file_format: Annotated[
-        Literal["selfrdb", "syndiff", "pix2pix", "nifti"],
-        typer.Option("--format", help="Whose files to write; nifti is for nnU-Net and MONAI."),
+        Literal["selfrdb", "syndiff", "pix2pix", "nifti", "bids", "bids-raw"],
+        typer.Option(
+            "--format",
+            help="Whose files to write; nifti is for nnU-Net and MONAI, bids-raw has the whole scans as published.",
+        ),
     ],
     out: Annotated[str, typer.Option("-o", "--out", help="New folder for the files.")],
     version: Annotated[str, typer.Argument(help=f"Version to export: {VERSION_HELP}; or its folder.")] = "latest",
@@ -144,11 +148,17 @@ def export_dataset(
         Literal["8", "16"] | None,
         typer.Option(help=r"Bits of the grey levels of pix2pix.  \[default: 8]", show_default=False),
     ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help=r"Archives or folder of the scans, for bids-raw.  \[default: those of the refresh]", show_default=False
+        ),
+    ] = None,
     root: Root = DEFAULT_ROOT,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Write a version as files that other projects read: SelfRDB, SynDiff, pix2pix, nnU-Net and MONAI.
+    """Write a version as files that other projects read: SelfRDB, SynDiff, pix2pix, nnU-Net, MONAI and BIDS.
 
     The split is kept, by subject. export.csv lists what went where; LICENCE.txt says what to pass on with the files.
     """
@@ -169,6 +179,7 @@ def export_dataset(
             out,
             direction=direction,
             bits=int(bits) if bits else None,
+            source=source,
             version=name,
             progress=progress,
         )
@@ -210,4 +221,74 @@ def prune(
             action = removed if decision.removed else "kept"
             output.text(f"{action} {version}: {decision.why} ({decision.size / 1e6:.1f} MB)")
     output.data(dry_run=dry_run, versions=rows)
+    output.end()
+
+
+@app.command()
+def reproduce(
+    version: Annotated[str, typer.Argument(help=f"Version: {VERSION_HELP}; or its folder.")] = "latest",
+    root: Root = DEFAULT_ROOT,
+    scratch: Scratch = None,
+    source: Annotated[str | None, typer.Option(help="The scans, as --source of refresh or digits.")] = None,
+    demographics: Annotated[
+        str | None, typer.Option(help="The table of age and sex, if it was the maker's own.")
+    ] = None,
+    pattern: Annotated[list[str] | None, typer.Option(help="As --pattern of refresh; may be repeated.")] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(help=r"New folder for the copy.  \[default: a temporary one, removed]", show_default=False),
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Print the command and pins that make a version again; with its archives, make it and compare every byte.
+
+    The archives are those of --source, or those that the root has. Fails if a byte differs, and names files and causes.
+    """
+    from contextlib import AbstractContextManager, nullcontext
+    from tempfile import TemporaryDirectory
+
+    from flows.progress import show_progress
+    from ixi_etl.core.storage import DataRoot
+    from ixi_etl.dataset import command, metadata, versions
+    from ixi_etl.recipes import reproduce
+
+    output = Output(quiet, as_json)
+    folder = versions.find_version(root, version)
+    described = metadata.read_metadata(folder)
+    name, made_by = f"{described['name']}@{described['version']}", reproduce.compare_software(folder)
+    output.table("software", made_by, f"What {name} was made with, and what is installed")
+    recorded = dict(zip(made_by["what"], made_by["recorded"], strict=True))
+    output.text(f"code:     ixi-etl {recorded['ixi-etl']}, commit {recorded['commit']}")
+    output.text(f"pins:     {reproduce.pins(made_by)}", pins=reproduce.pins(made_by))
+    output.text(f"command:  {command.command_of(described)}", command=command.command_of(described))
+    data_root = DataRoot(root, described["name"], scratch)
+    missing = reproduce.missing_inputs(folder, data_root) if source is None else []
+    if missing:
+        where = f"{data_root.archives} has no {', '.join(missing)}"
+        output.text(f"not made again: {where}; give --source to compare every byte", made_again=False)
+        output.end()
+        return
+    if keep is not None and keep.exists():
+        raise ConfigError(f"{keep} exists; give a new folder as --keep")
+    place: AbstractContextManager[str] = nullcontext(str(keep)) if keep else TemporaryDirectory[str](prefix="ixi-etl-")
+    with place as work, show_progress() as progress:
+        again = reproduce.reproduce(
+            folder,
+            data_root,
+            Path(work),
+            source=source,
+            demographics=demographics,
+            patterns=tuple(pattern or ()),
+            progress=progress,
+        )
+    problem = reproduce.differences_message(again, made_by, name)
+    output.data(made_again=True, same=problem is None)
+    if problem:
+        if len(again.inputs):
+            output.table("inputs", again.inputs, f"Inputs that differ: {name} (old), made again (new)")
+        output.table("files", again.files, "Files that differ, and their SHA-256")
+        raise DatasetError(problem)
+    compared = len(described["files"]) + 1
+    output.text(f"{name} was made again: all {compared} files have the same bytes ({metadata.SOFTWARE} not compared)")
     output.end()

@@ -12,6 +12,9 @@ EXTRAS = {
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "mat": ("h5py",),
     "xarray": ("xarray",),
+    "hub": ("huggingface_hub",),
+    "mlflow": ("mlflow",),
+    "trackio": ("trackio",),
 }
 """Extra of pyproject.toml -> the modules that its packages provide."""
 

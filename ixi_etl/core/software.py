@@ -12,6 +12,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from ixi_etl import __version__
+
 DISTRIBUTION = "ixi-etl"
 COMMIT = "IXI_COMMIT"
 """Environment variable with the commit, for a container image, in which neither git nor pip knows it."""
@@ -27,12 +29,16 @@ def describe(libraries: Iterable[str] = ()) -> dict[str, str | None]:
     `commit` is None if unknown, and ends in `-dirty` if the checkout had changes. `code_sha256` is the same for equal
     code, however it was installed.
     """
-    return {name: metadata.version(name) for name in (DISTRIBUTION, *libraries)} | {
-        "commit": commit(),
-        "code_sha256": code_sha256(),
-        "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "platform": platform.platform(),
-    }
+    return (
+        {DISTRIBUTION: __version__}
+        | {name: metadata.version(name) for name in libraries}
+        | {
+            "commit": commit(),
+            "code_sha256": code_sha256(),
+            "python": f"{platform.python_implementation()} {platform.python_version()}",
+            "platform": platform.platform(),
+        }
+    )
 
 
 @cache
@@ -72,7 +78,7 @@ def code_sha256() -> str:
     digest = hashlib.sha256()
     for package in PACKAGES:
         for path in sorted((TOP / package).rglob("*")):
-            if path.is_file() and path.suffix in (".py", ".html", ".css", ".js"):
+            if path.is_file() and path.suffix in (".py", ".html", ".css", ".js", ".txt"):
                 digest.update(f"{path.relative_to(TOP).as_posix()}\0".encode())
                 digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Compare two versions: inputs, configuration, software, and each subject."""
+"""Compare two versions: inputs, configuration, software, each file, and each subject."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from ixi_etl.core.files import read_json
-from ixi_etl.dataset.metadata import SOFTWARE, read_metadata
+from ixi_etl.core.files import read_json, sha256_file
+from ixi_etl.core.progress import Progress, no_progress
+from ixi_etl.dataset.metadata import METADATA, SOFTWARE, read_metadata
 
 
 def compare_inputs(old: Path, new: Path) -> pd.DataFrame:
@@ -25,6 +26,26 @@ def compare_inputs(old: Path, new: Path) -> pd.DataFrame:
     names = sorted({*values[0], *values[1]})
     rows = [(name, *(version.get(name, "-") for version in values)) for name in names]
     return pd.DataFrame([row for row in rows if row[1] != row[2]], columns=["what", "old", "new"])
+
+
+def compare_files(old: Path, new: Path, progress: Progress = no_progress) -> pd.DataFrame:
+    """The files of two versions whose bytes differ: columns file, old, new (SHA-256, or `-` where it is missing).
+
+    Every byte of both is read. `software.json`, which other machines make differently, is not compared.
+    """
+    names = sorted({METADATA, *read_metadata(old)["files"], *read_metadata(new)["files"]})
+    rows = []
+    for done, name in enumerate(names, 1):
+        rows.append((name, _sha256(old / name), _sha256(new / name)))
+        progress("compare files", done, len(names), "files")
+    return pd.DataFrame([row for row in rows if row[1] != row[2]], columns=["file", "old", "new"])
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except FileNotFoundError:
+        return "-"
 
 
 def _flat(value: Any, name: str = "") -> dict[str, str]:

@@ -9,6 +9,7 @@ same result, which can be part of the version:
                       archive was, but no MD5 of it is published (MRA)
 ``simulated``         descriptions of volumes mark them as simulated or generated (`SIMULATION_MARKS`)
 ``own``               everything else: the user's own files; an `MD5SUMS` beside them proves only integrity
+``mnist``             the published files of MNIST, the only ones that `digits` are made from
 ====================  =========================================================================================
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 
 from ixi_etl.sources.catalog import CREDIT, LICENCE, has_md5, is_published
 
-IXI, UNVERIFIED, SIMULATED, OWN = "ixi", "ixi_unverified", "simulated", "own"
+IXI, UNVERIFIED, SIMULATED, OWN, MNIST = "ixi", "ixi_unverified", "simulated", "own", "mnist"
 
 UNPUBLISHED = "ixi_unpublished_md5"
 """The words for a whole archive of the kind `UNVERIFIED`."""
@@ -85,3 +86,21 @@ def credit_and_licence(sources: Mapping[str, Mapping[str, Any]]) -> dict[str, st
         key: "; ".join(f"{' and '.join(labels)}: {words[n]}" for words, labels in groups.items())
         for n, key in enumerate(("credit", "licence"))
     }
+
+
+def origin_of(sources: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a whole version is made from: `IXI` (verified or not), `SIMULATED`, `MNIST`, or else `OWN`.
+
+    A mix, and an archive of which only some volumes are simulated, are `OWN`. Demographics do not count.
+    """
+    scans = [source for label, source in sources.items() if label != "demographics"]
+    kinds = {source["source"] for source in scans}
+    partly = any(len(set(source.get("simulated_volumes", "").split(" of "))) > 1 for source in scans)
+    if kinds <= {IXI, UNVERIFIED}:
+        return IXI
+    return kinds.pop() if len(kinds) == 1 and not partly else OWN
+
+
+def is_all_share_alike(sources: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether all inputs of a version, demographics included, are under `catalog.LICENCE`."""
+    return all(source["source"] in (IXI, UNVERIFIED, MNIST) for source in sources.values())

@@ -13,24 +13,14 @@ import pandas as pd
 from pydantic import BaseModel
 
 from ixi_etl import PIPELINE_VERSION
-from ixi_etl.config import DatasetConfig, DigitsDataset
 from ixi_etl.core.files import parse_json, read_json, to_json
 from ixi_etl.core.storage import DataRoot, naming_file
+from ixi_etl.dataset.command import COMMANDS
 from ixi_etl.dataset.schema import SCHEMAS
 from ixi_etl.errors import DatasetError
-from ixi_etl.modalities import DATASETS, DEFAULT_MODALITIES, DEFAULT_REFERENCE
-from ixi_etl.preparations import configure
-
-
-def _refresh_command(modalities: tuple[str, ...], reference: str) -> str:
-    options = "" if modalities == DEFAULT_MODALITIES else f" --modalities {','.join(modalities)}"
-    return f"ixi-etl refresh{options}" + ("" if reference == DEFAULT_REFERENCE else f" --reference {reference}")
-
-
-COMMANDS = {name: _refresh_command(*chosen) for name, chosen in DATASETS.items()} | {"digits": "ixi-etl digits"}
-"""All datasets that can be made, each with the command that makes a version of it."""
 
 MANIFEST, METADATA, REPORT, PICTURES, POINTER = "manifest.csv", "dataset.json", "report.html", "pictures", "latest.json"
+README, LICENCE_TEXT, COLUMNS, CROISSANT = "README.md", "LICENSE.txt", "columns.csv", "croissant.json"
 SOFTWARE = "software.json"
 """Describes the code that made a version. Not among the hashed files, as other code can make equal bytes."""
 WORST_PAIRS = "worst.jpg"  # in `PICTURES`
@@ -124,24 +114,6 @@ def _is_metadata(content: Any) -> bool:
     return content["name"] in COMMANDS and all(
         isinstance(f, dict) and isinstance(f.get("size"), int) and isinstance(f.get("sha256"), str)
         for f in content["files"].values()
-    )
-
-
-def how_to_make(version: Mapping[str, Any]) -> str:
-    """The command that makes the version of this `dataset.json` again, and where to find the options that it needs."""
-    name = version["name"]
-    command, default = COMMANDS[name], DigitsDataset().model_dump(mode="json")
-    if "preparation" in version:
-        preset = version["preparation"]["name"]
-        command, default = f"ixi-etl refresh --preset {preset}", configure(preset, {}).model_dump(mode="json")
-    elif name in DATASETS:
-        modalities, reference = DATASETS[name]
-        chosen = {"modalities": modalities, "reference": reference}
-        default = DatasetConfig.model_validate(chosen).model_dump(mode="json")
-    return (
-        f"`{command}`"
-        if default == version["inputs"]["config"]
-        else f"`{command}` with the options in inputs.config of {METADATA}"
     )
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from ixi_etl.core.files import lock_root, os_errors_as_user_errors, read_json
 from ixi_etl.core.storage import DataRoot, file_sizes, filesystem_of, is_local, naming_file, remove_tree, to_path
-from ixi_etl.dataset.metadata import COMMANDS, METADATA, POINTER, read_pointer
+from ixi_etl.dataset.command import COMMANDS
+from ixi_etl.dataset.metadata import METADATA, POINTER, read_pointer
 from ixi_etl.dataset.versions import published_versions
 from ixi_etl.errors import DatasetError
 

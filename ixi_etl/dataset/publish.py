@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -16,16 +17,22 @@ from ixi_etl.core import software
 from ixi_etl.core.files import fsync_path, sha256_file, to_json, write_atomic
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import DataRoot, is_local, upload_folder
+from ixi_etl.dataset.command import command_of, how_to_make
+from ixi_etl.dataset.croissant import croissant
+from ixi_etl.dataset.datasheet import make_datasheet
+from ixi_etl.dataset.documents import write_documents
 from ixi_etl.dataset.metadata import (
+    CROISSANT,
     FILE_DIGEST,
+    MANIFEST,
     METADATA,
     POINTER,
     SOFTWARE,
-    how_to_make,
     published_digest,
     read_pointer,
     with_digest,
 )
+from ixi_etl.dataset.schema import SCHEMAS
 from ixi_etl.dataset.verify import verify, verify_files
 from ixi_etl.dataset.versions import published_versions
 from ixi_etl.errors import DatasetError
@@ -33,7 +40,10 @@ from ixi_etl.sources.cache import VerifiedFile
 
 log = logging.getLogger(__name__)
 
-LIBRARIES = ("deflate", "isal", "nibabel", "numpy", "pandas", "pillow", "simpleitk", "zarr", "zarrs")
+LIBRARIES = (
+    *("deflate", "isal", "jinja2", "nibabel", "numcodecs", "numpy"),
+    *("pandas", "pillow", "simpleitk", "zarr", "zarrs"),
+)
 """Libraries listed in `software.json`: all that contribute to the bytes of a version."""
 
 
@@ -87,7 +97,7 @@ def publish(
     origins: Mapping[str, Any],
     progress: Progress = no_progress,
 ) -> PublishedVersion:
-    """Write `dataset.json` into a staged folder, verify the folder, move it into place, and update the pointer.
+    """Describe a staged folder by `dataset.json` and others, verify it, move it into place, and update the pointer.
 
     Args:
         summary: the content of `dataset.json`, without the list of files.
@@ -97,8 +107,10 @@ def publish(
         DatasetError: the staged version does not verify.
     """
     version = str(summary["version"])
+    summary = {**summary, "command": command_of(summary)}
     write_atomic(staged / SOFTWARE, to_json(with_digest(software.describe(LIBRARIES))))
-    write_atomic(staged / METADATA, to_json(with_digest({**summary, "files": list_files(staged, progress)})))
+    files = _describe(staged, summary, progress)
+    write_atomic(staged / METADATA, to_json(with_digest({**summary, "files": files})))
     problems = verify(staged, version=version)
     if problems:
         raise DatasetError(f"the staged version does not verify: {problems[0]}; run {how_to_make(summary)} again")
@@ -115,6 +127,19 @@ def publish(
     _clear_staging(data_root)
     _warn_of_empty_splits(summary)
     return PublishedVersion(version, target, is_new=True)
+
+
+def _describe(staged: Path, summary: Mapping[str, Any], progress: Progress) -> dict[str, dict[str, Any]]:
+    """Write the files that explain the others, and return the list of all hashed files."""
+    schema = SCHEMAS[summary["name"]]
+    final = schema.from_csv((staged / MANIFEST).read_bytes().decode(), MANIFEST, validate=False)  # `verify` validates
+    sheet = make_datasheet(summary, final)
+    write_documents(staged, summary, final, sheet)
+    files = list_files(staged, progress)
+    content = to_json(croissant(summary, final, sheet, files))
+    write_atomic(staged / CROISSANT, content)
+    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    return files | {CROISSANT: {"size": len(content.encode()), "sha256": sha256}}
 
 
 def _warn_of_empty_splits(summary: Mapping[str, Any]) -> None:

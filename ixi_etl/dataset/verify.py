@@ -15,13 +15,13 @@ from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import file_sizes
 from ixi_etl.core.text import printable
 from ixi_etl.dataset import manifest
+from ixi_etl.dataset.command import how_to_make
 from ixi_etl.dataset.metadata import (
     MANIFEST,
     METADATA,
     POINTER,
     SOFTWARE,
     has_own_digest,
-    how_to_make,
     published_digest,
     read_manifest,
     read_metadata,

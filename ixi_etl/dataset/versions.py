@@ -2,7 +2,7 @@
 
 ::
 
-    <root>/datasets/<name>/<version>/{slices.zarr, manifest.csv, dataset.json, software.json, report.html, pictures}
+    <root>/datasets/<name>/<version>/{slices.zarr, manifest.csv, dataset.json, software.json, README.md, ...}
     <root>/datasets/<name>/latest.json        the pointer, replaced last; the only file with a time
     <root>/datasets/<name>/.staging/<version> unfinished versions
 
@@ -28,7 +28,8 @@ from ixi_etl.core.storage import (
     reject_url_credentials,
     to_path,
 )
-from ixi_etl.dataset.metadata import COMMANDS, METADATA, POINTER, read_metadata, read_pointer
+from ixi_etl.dataset.command import COMMANDS
+from ixi_etl.dataset.metadata import METADATA, POINTER, read_metadata, read_pointer
 from ixi_etl.errors import ConfigError, DatasetError
 
 log = logging.getLogger(__name__)

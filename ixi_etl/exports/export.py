@@ -19,6 +19,8 @@ from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import expand_home, is_url, naming_file
 from ixi_etl.dataset.metadata import METADATA
 from ixi_etl.errors import ConfigError, DatasetError
+from ixi_etl.exports.bids import Bids
+from ixi_etl.exports.bids_raw import BidsRaw
 from ixi_etl.exports.layout import Layout, Row
 from ixi_etl.exports.nifti import Nifti
 from ixi_etl.exports.pix2pix import BITS, Pix2pix
@@ -28,19 +30,18 @@ from ixi_etl.exports.syndiff import SynDiff
 
 log = logging.getLogger(__name__)
 
-LAYOUTS: dict[str, type[Layout]] = {"selfrdb": SelfRDB, "syndiff": SynDiff, "pix2pix": Pix2pix, "nifti": Nifti}
+LAYOUTS: dict[str, type[Layout]] = {
+    "selfrdb": SelfRDB,
+    "syndiff": SynDiff,
+    "pix2pix": Pix2pix,
+    "nifti": Nifti,
+    "bids": Bids,
+    "bids-raw": BidsRaw,
+}
 """Format -> its layout."""
 
-ROWS, SUMMARY, LICENCE = "export.csv", "export.json", "LICENCE.txt"
-"""Files of every export: what went where, the export as a whole, and what to pass on with it."""
-
-
-CHANGES = {
-    "anatomical": "the scans were cut, paired and interpolated",
-    "index": "the scans were cut, and paired slice by slice",
-    "images": "the outlines were computed from the digits",
-}
-"""Pairing -> how the data differ from what was published; part of the licence's note."""
+ROWS, SUMMARY = "export.csv", "export.json"
+"""Files of every export: what went where, and the export as a whole."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Exported:
     """A finished export.
 
     Attributes:
-        counts: split -> number of `subjects` and `slices`.
+        counts: split -> number of `subjects`, and of `slices` or files.
         left_out: subject id -> the arrays that it lacks.
     """
 
@@ -65,6 +66,7 @@ def export_dataset(
     *,
     direction: str | None = None,
     bits: int | None = None,
+    source: str | None = None,
     version: str | None = None,
     progress: Progress = no_progress,
 ) -> Exported:
@@ -74,20 +76,22 @@ def export_dataset(
     of one. Equal versions and options give equal bytes.
 
     Args:
-        file_format: `selfrdb`, `syndiff`, `pix2pix` or `nifti`.
+        file_format: one of `LAYOUTS`.
         out: a local folder that does not exist or is empty.
-        direction: SOURCE->TARGET; by default that of the dataset.
+        direction: SOURCE->TARGET, of the formats that hold pairs; by default that of the dataset.
         bits: of the grey levels of `pix2pix`, 8 or 16.
+        source: for `bids-raw`, the archives or the folder that the version was made from; by default those that the
+            root has recorded.
         version: the version's name, if its folder may have another one.
 
     Raises:
         ConfigError: an option is invalid, or the format cannot hold this version.
-        DatasetError: the version is damaged, or the disk has too little space.
+        DatasetError: the version is damaged, a scan is not the one of the version, or the disk has too little space.
         IxiError: the files cannot be written.
     """
-    make_layout = _layout(file_format, bits)
+    make_layout, every_array = _layout(file_format, bits, source, direction)
     target = _check_out(out)
-    selection = read_selection(folder, direction, version)
+    selection = read_selection(folder, direction, version, every_array=every_array)
     layout = make_layout(selection)
     layout.check()
     staging = target.with_name(f".{target.name}.exporting")
@@ -102,23 +106,35 @@ def export_dataset(
             _move(written, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    _warn(selection)
-    return Exported(target, selection.version, selection.counts(), selection.left_out)
+    if not layout.every_array:
+        _warn(selection)
+    return Exported(target, selection.version, layout.counts(), selection.left_out)
 
 
-def _layout(file_format: str, bits: int | None) -> Callable[[Selection], Layout]:
+def _layout(
+    file_format: str, bits: int | None, source: str | None, direction: str | None
+) -> tuple[Callable[[Selection], Layout], bool]:
+    """What makes the layout of a format, and whether it holds every array. Options that it lacks are refused."""
     if file_format not in LAYOUTS:
         raise ConfigError(f"there is no format {file_format}; give {', '.join(LAYOUTS)}")
     layout = LAYOUTS[file_format]
     if layout.extra:
         require_extra(layout.extra)
-    if bits is None:
-        return layout
-    if layout is not Pix2pix:
+    if bits is not None and layout is not Pix2pix:
         raise ConfigError(f"--bits is an option of pix2pix; {file_format} has one kind of values: leave it out")
-    if bits not in BITS:
+    if bits not in (None, *BITS):
         raise ConfigError(f"--bits {bits}: give {' or '.join(map(str, BITS))}")
-    return functools.partial(Pix2pix, bits=bits)
+    if source is not None and layout is not BidsRaw:
+        raise ConfigError(
+            f"--source is an option of bids-raw; {file_format} holds what is in the version: leave it out"
+        )
+    if direction is not None and layout.every_array:
+        raise ConfigError(f"--direction: {file_format} holds all scans of each subject, not pairs: leave it out")
+    if layout is Pix2pix:
+        return functools.partial(Pix2pix, bits=bits or BITS[0]), layout.every_array
+    if layout is BidsRaw:
+        return functools.partial(BidsRaw, source=source), layout.every_array
+    return layout, layout.every_array
 
 
 def _check_out(out: str | Path) -> Path:
@@ -163,16 +179,16 @@ def _describe(folder: Path, file_format: str, layout: Layout, rows: list[Row]) -
         "direction": str(selection.direction),
         "normalisation": metadata["inputs"]["config"].get("normalisation", "percentiles"),
         **layout.describe(),
-        "counts": selection.counts(),
+        "counts": layout.counts(),
         "left_out": selection.left_out,
         **kept,
     }
     (folder / SUMMARY).write_text(to_json(summary))
-    (folder / LICENCE).write_text(
+    (folder / layout.licence_file).write_text(
         f"Exported from {selection.version} by ixi-etl {__version__}.\n\n"
         f"Credit:  {kept.get('credit', 'not recorded')}\n"
         f"Licence: {kept.get('licence', 'not recorded')}\n"
-        f"Changes: {CHANGES[selection.pairing]}. Values: {layout.values}.\n\n"
+        f"Changes: {layout.changes}. Values: {layout.values}.\n\n"
         "Pass this file on with every copy of these files.\n"
     )
 

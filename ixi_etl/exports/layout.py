@@ -25,6 +25,13 @@ ORIENTATIONS = {
 }
 """Pairing -> how 2-D images are turned."""
 
+CHANGES = {
+    "anatomical": "the scans were cut, paired and interpolated",
+    "index": "the scans were cut, and paired slice by slice",
+    "images": "the outlines were computed from the digits",
+}
+"""Pairing -> how the data differ from what was published; part of the licence's note."""
+
 
 class Layout(ABC):
     """The files of one consumer.
@@ -32,11 +39,15 @@ class Layout(ABC):
     Attributes:
         extra: the extra of pyproject.toml that writing them needs.
         max_side: the largest image that the consumer reads, in pixels.
+        every_array: whether it holds all scans of each subject, not the pairs of a direction.
+        licence_file: where the credit and the licence are.
         values: what the numbers in the files mean.
     """
 
     extra: ClassVar[str | None] = None
     max_side: ClassVar[int | None] = None
+    every_array: ClassVar[bool] = False
+    licence_file: ClassVar[str] = "LICENCE.txt"
     values: ClassVar[str] = "(stored - low) / (high - low), clipped to [0, 1]; low and high are in export.csv"
 
     def __init__(self, selection: Selection) -> None:
@@ -63,6 +74,15 @@ class Layout(ABC):
     @abstractmethod
     def write(self, folder: Path, progress: Progress) -> list[Row]:
         """Write all files into `folder`; the lines of `export.csv`."""
+
+    @property
+    def changes(self) -> str:
+        """How the data differ from what was published."""
+        return CHANGES[self.selection.pairing]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Split -> how much of it was written."""
+        return self.selection.counts()
 
     def describe(self) -> dict[str, Any]:
         """What `export.json` says of this layout."""

@@ -19,30 +19,26 @@ themselves, and scaled or clipped values could not be turned back. At most two v
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 from typing import Any, ClassVar
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
 from ixi_etl.core.files import to_json
 from ixi_etl.core.progress import Progress
-from ixi_etl.errors import ConfigError
-from ixi_etl.exports.layout import Layout, Row, folder_name
+from ixi_etl.exports.layout import Row, folder_name
 from ixi_etl.exports.selection import Selection, Subject
+from ixi_etl.exports.volumes import Volumes, save_volume
 from ixi_etl.scans.nifti import pack_like
 
 FIRST_ID = 901  # nnU-Net keeps 1 to 10 for the data sets of the Medical Segmentation Decathlon
-ALIGNED = 2  # code of a space that another scan defines; the affine of the reference holds for all slabs of a pair
-COMPRESSION = 4  # of gzip: 6 takes three times as long for files that are 1% smaller
 
 
-class Nifti(Layout):
+class Nifti(Volumes):
     """One file for each subject and modality."""
 
-    values: ClassVar[str] = "scanner units: stored int16 x scale + offset, which readers of NIfTI apply"
+    name: ClassVar[str] = "nifti"
 
     def __init__(self, selection: Selection) -> None:
         super().__init__(selection)
@@ -52,19 +48,6 @@ class Nifti(Layout):
             for n, names in enumerate((sources, (target,)))
         }
         """Name of each data set -> the arrays that are its channels."""
-
-    def check(self) -> None:
-        super().check()
-        if self.selection.pairing != "anatomical":
-            raise ConfigError(
-                f"{self.selection.version} is not paired in space, so its slices have no common grid; "
-                "nifti needs a version with --pairing anatomical"
-            )
-        if self.selection.is_split_by_file:
-            raise ConfigError(
-                f"{self.selection.version} has slices of one subject in several splits, but a NIfTI file holds a whole "
-                "subject; export as selfrdb, syndiff or pix2pix"
-            )
 
     @property
     def size_bytes(self) -> int:
@@ -115,28 +98,21 @@ class Nifti(Layout):
 
     def _write_subject(self, folder: Path, subject: Subject) -> list[Row]:
         rows, depth = [], self.selection.shape[0]
-        affine = np.asarray(self.selection.arrays[f"{self.selection.direction.target}_affine"][subject.store_row])
-        head = slab_header(self.selection.shape, affine @ _shift_z(self.selection.margin))
+        head = self.header(subject)
         for name, file in self._files(subject).items():
             stored = self.selection.stored(subject, name).astype(np.int16, copy=False)
             values = mark_corners(stored, *subject.scales[name])
-            _save(folder / file, pack_like(head, values, self.selection.version, *subject.scales[name]))
+            save_volume(folder / file, pack_like(head, values, self.selection.version, *subject.scales[name]))
             place = {"split": subject.split, "slice": self.selection.margin, "slices": depth, "index": 0}
             rows.append(self.row(subject, name, self.role(name), file, **place))
         if subject.split != "test":
             mask = pack_like(head, np.ones(self.selection.shape, np.int16), "1 in every voxel, for nnU-Net")
             for dataset in self.datasets:
-                _save(folder / dataset / "labelsTr" / f"{subject.subject_id}.nii.gz", mask)
+                save_volume(folder / dataset / "labelsTr" / f"{subject.subject_id}.nii.gz", mask)
         return rows
 
     def describe(self) -> dict[str, Any]:
-        orientation = "voxel axes x to the right, y to anterior, z to superior (RAS+), with the affine in mm"
-        size = list(self.selection.shape[::-1])
-        return super().describe() | {
-            "orientation": orientation,
-            "size": size,
-            "corners": "not 0, so that nothing crops",
-        }
+        return super().describe() | {"corners": "not 0, so that nothing crops"}
 
 
 def mark_corners(stored: NDArray[np.int16], scale: float, offset: float) -> NDArray[np.int16]:
@@ -149,25 +125,3 @@ def mark_corners(stored: NDArray[np.int16], scale: float, offset: float) -> NDAr
     for corner in ((0, 0, 0), (-1, -1, -1)):
         values[corner] += values[corner] * scale + offset == 0
     return values
-
-
-def _shift_z(slices: int) -> NDArray[np.float64]:
-    shift = np.eye(4)
-    shift[2, 3] = slices
-    return shift
-
-
-def slab_header(shape: tuple[int, int, int], affine: NDArray[np.float64]) -> bytes:
-    """A NIfTI header for slabs of `shape` (z, y, x). The qform is left out if it cannot hold the affine's shear."""
-    header = nib.Nifti1Header()
-    header.set_data_shape(shape[::-1])
-    header.set_xyzt_units("mm")
-    header.set_qform(affine, ALIGNED)
-    if not np.allclose(header.get_qform(), affine, atol=1e-3):
-        header.set_qform(affine, 0)
-    header.set_sform(affine, ALIGNED)
-    return bytes(header.binaryblock)
-
-
-def _save(path: Path, plain: bytes) -> None:
-    path.write_bytes(gzip.compress(plain, COMPRESSION, mtime=0))

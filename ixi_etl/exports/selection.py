@@ -1,4 +1,4 @@
-"""What an export holds: the subjects of a version that have all of its arrays, and the split of each slice.
+"""What an export holds: the subjects of a version, normally those with all of its arrays, and each slice's split.
 
 Legend: an array of a subject has Z slices without margins, H x W as stored, [z, y, x] (or [k, j, i] for pairs by
 index). Images are float32 [image, row, column] in [0, 1], row 0 at the top.
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from ixi_etl.config import SPLITS
 from ixi_etl.dataset import manifest, verify
+from ixi_etl.dataset.command import how_to_make
 from ixi_etl.dataset.direction import Direction, parse_direction
-from ixi_etl.dataset.metadata import how_to_make
-from ixi_etl.dataset.schema import is_absent
+from ixi_etl.dataset.schema import SCHEMAS, is_absent
 from ixi_etl.dataset.splits import person_of
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.errors import ConfigError, DatasetError, EmptySplitError
@@ -49,7 +49,7 @@ class Subject:
     Attributes:
         store_row: its row in the store.
         split: as in the manifest; `mixed` if its slices are in several.
-        ranges: array name -> the stored values that become 0 and 1.
+        ranges: array name -> the stored values that become 0 and 1; of the exported arrays that the subject has.
         scales: array name -> (scale, offset); stored x scale + offset = scanner units.
         slices: those that are exported, in the order of the store.
     """
@@ -76,7 +76,9 @@ class Selection:
     Attributes:
         metadata: the content of `dataset.json`.
         direction: source arrays and target array.
+        names: the exported arrays: the sources, then the target; or all arrays of the store.
         subjects: in the order of the store.
+        rows: their rows of the manifest, in the same order.
         left_out: subject id -> the arrays that it lacks.
         shape: (Z, H, W).
         margin: slices at either end of each stored slab, which are not exported.
@@ -87,17 +89,14 @@ class Selection:
     folder: Path
     metadata: Mapping[str, Any]
     direction: Direction
+    names: tuple[str, ...]
     subjects: tuple[Subject, ...]
+    rows: pd.DataFrame
     left_out: Mapping[str, tuple[str, ...]]
     shape: tuple[int, int, int]
     margin: int
     is_split_by_file: bool
     arrays: Mapping[str, Any]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The exported arrays: the sources, then the target."""
-        return (*self.direction.sources, self.direction.target)
 
     @property
     def version(self) -> str:
@@ -142,12 +141,15 @@ class Selection:
         return images if self.pairing == "images" else images[:, ::-1]  # y points to the anterior
 
 
-def read_selection(folder: Path, direction: str | None = None, version: str | None = None) -> Selection:
+def read_selection(
+    folder: Path, direction: str | None = None, version: str | None = None, *, every_array: bool = False
+) -> Selection:
     """Verify the version in `folder`, and select what an export in this direction holds.
 
     Args:
         direction: SOURCE->TARGET or SOURCE+SOURCE->TARGET; by default that of the dataset.
         version: the version's name, if the folder may have another one.
+        every_array: select all used subjects, and all arrays that each has, not pairs.
 
     Raises:
         ConfigError: the direction does not fit the dataset, or its arrays have slices of different sizes.
@@ -155,7 +157,7 @@ def read_selection(folder: Path, direction: str | None = None, version: str | No
         EmptySplitError: no subject has all arrays of the direction.
     """
     metadata, table = verify.read_verified(folder, version)
-    return select(folder, metadata, table, open_arrays(folder), direction)
+    return select(folder, metadata, table, open_arrays(folder), direction, every_array=every_array)
 
 
 def select(
@@ -164,24 +166,32 @@ def select(
     table: pd.DataFrame,
     arrays: Mapping[str, Any],
     direction: str | None = None,
+    *,
+    every_array: bool = False,
 ) -> Selection:
     """What `read_selection` selects, given the content of a version: `dataset.json`, the manifest and the arrays."""
     parsed = parse_direction(direction, metadata)
-    names = (*parsed.sources, parsed.target)
+    names = SCHEMAS[metadata["name"]].arrays if every_array else (*parsed.sources, parsed.target)
     used = manifest.used_rows(table)
     lacks = pd.DataFrame({name: np.asarray(is_absent(used, name), bool) for name in names}, index=used.index)
-    chosen = used[~lacks.any(axis=1)]
+    if every_array:
+        chosen, left_out = used, dict[str, tuple[str, ...]]()
+    else:
+        chosen = used[~lacks.any(axis=1)]
+        lacking = zip(used["subject_id"], lacks.itertuples(index=False), strict=True)
+        left_out = {s: tuple(n for n, lack in zip(names, row, strict=True) if lack) for s, row in lacking if any(row)}
     if chosen.empty:
         raise EmptySplitError(f"no subject of {folder} has all of {', '.join(names)}; export another direction")
-    lacking = zip(used["subject_id"], lacks.itertuples(index=False), strict=True)
     margin = int(metadata["inputs"]["config"].get("margin", 0))
-    shape = _common_shape(arrays, names, margin)
+    shape = _common_shape(arrays, names if not every_array else (parsed.target,), margin)
     return Selection(
         folder=folder,
         metadata=metadata,
         direction=parsed,
+        names=names,
         subjects=_subjects(chosen, names, metadata, shape[0], margin),
-        left_out={s: tuple(n for n, lack in zip(names, row, strict=True) if lack) for s, row in lacking if any(row)},
+        rows=chosen,
+        left_out=left_out,
         shape=shape,
         margin=margin,
         is_split_by_file="slice_splits" in used,
@@ -209,8 +219,9 @@ def _subjects(
         else np.tile([1.0, 0.0], (len(chosen), 1))
         for name in names
     }
+    present = {name: ~np.asarray(is_absent(chosen, name), bool) for name in names}
     for name, low_high in ranges.items():
-        usable = np.isfinite(low_high).all(axis=1) & (low_high[:, 0] < low_high[:, 1])
+        usable = (np.isfinite(low_high).all(axis=1) & (low_high[:, 0] < low_high[:, 1])) | ~present[name]
         for subject_id, (low, high) in zip(chosen["subject_id"][~usable], low_high[~usable], strict=True):
             raise DatasetError(
                 f"cannot normalise the {name} of {subject_id}: the stored values of 0 and 1 are {low:g} and {high:g}; "
@@ -228,8 +239,8 @@ def _subjects(
                 person=person_of(row["subject_id"]) if metadata["name"] in DATASETS else "",
                 split=row["split"],
                 store_row=int(row["store_row"]),
-                ranges={name: (float(low_high[n, 0]), float(low_high[n, 1])) for name, low_high in ranges.items()},
-                scales={name: (float(both[n, 0]), float(both[n, 1])) for name, both in scales.items()},
+                ranges={name: (float(r[n, 0]), float(r[n, 1])) for name, r in ranges.items() if present[name][n]},
+                scales={name: (float(s[n, 0]), float(s[n, 1])) for name, s in scales.items() if present[name][n]},
                 slices=tuple(Slice(z + margin, split, int(numbers[split][n, z])) for z, split in enumerate(split_of)),
             )
         )

@@ -140,7 +140,7 @@ class DatasetVersion:
         """
         import nibabel as nib
 
-        from ixi_etl.exports.nifti import slab_header
+        from ixi_etl.exports.volumes import slab_header
 
         name, row = self._find(subject, modality)
         if f"{name}_affine" not in self._arrays:

@@ -30,6 +30,15 @@ def rounded(values: Any, bits: int = GRID_BITS) -> NDArray[np.float64]:
     return on_grid
 
 
+def transformed(matrix: Matrix, points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`points` (3, n), moved by a matrix.
+
+    Without BLAS: its last bits differ between CPUs, and its threads wait busily on cores that other subjects need.
+    """
+    x, y, z = points
+    return np.stack([row[0] * x + row[1] * y + row[2] * z + row[3] for row in matrix[:3]])
+
+
 def import_sitk() -> Any:
     """SimpleITK on one thread, because subjects run in parallel and its sums depend on the number of threads."""
     import SimpleITK as sitk
@@ -170,8 +179,8 @@ def _inside(matrix: Matrix, shape_zyx: tuple[int, ...], shape_kji: tuple[int, ..
 def world_points(mask: NDArray[np.bool_], affine: Matrix, limit: int = 100_000) -> NDArray[np.float64]:
     """Positions (n, 3) in RAS mm of the voxels set in `mask` [z, y, x], evenly thinned to at most `limit`."""
     flat = np.flatnonzero(mask)
-    indices = np.stack(np.unravel_index(flat[:: -(-len(flat) // limit) or 1], mask.shape)[::-1], axis=1)
-    return rounded(indices @ affine[:3, :3].T + affine[:3, 3])
+    indices = np.unravel_index(flat[:: -(-len(flat) // limit) or 1], mask.shape)
+    return rounded(transformed(affine, np.stack(indices[::-1]).astype(np.float64)).T)
 
 
 def _shift(x: float, y: float, z: float) -> Matrix:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ixi_etl.pairing.geometry import Matrix, rounded
+from ixi_etl.pairing.geometry import Matrix, rounded, transformed
 
 Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]
@@ -28,7 +28,7 @@ Singles = NDArray[np.float32]
 BINS = 48
 STEPS = 16
 """Parts of a bin to which values of the moving scan are rounded."""
-BLOCK = 1 << 14
+BLOCK = 1 << 15
 """Samples evaluated at a time: their arrays fit the cache of a core."""
 CURVATURE_STRIDE = 4
 """Every fourth sample counts for the curvature, which need not be exact."""
@@ -37,6 +37,7 @@ MIN_OVERLAP = 0.05
 RADIUS_MM = 64.0
 """Of a head: changes of rotation and scale are measured in mm at this distance from the centre."""
 
+_PAIRS_OF_3, _PAIRS_OF_4 = np.triu_indices(3), np.triu_indices(4)
 _CELLS = BINS * BINS * STEPS
 _SPLINE_WIDTH = 4  # bins
 _T = (np.arange(STEPS) + 0.5) / STEPS
@@ -114,10 +115,21 @@ class Evaluation:
     curvature: Floats
 
 
-def transformed(matrix: Matrix, points: Floats) -> Floats:
-    """`points` (3, n), moved by a matrix."""
-    x, y, z = points
-    return np.stack([row[0] * x + row[1] * y + row[2] * z + row[3] for row in matrix[:3]])
+class _Block:
+    """Samples that are evaluated together.
+
+    Attributes:
+        offsets: (3, n) mm from the centre of the fixed scan.
+        rows: (n,) the first cell of the histogram of each sample's bin.
+        arms: (4, n) by how much the sample moves, in mm, with each column of a change: see `Evaluation`.
+        products_of_arms: (10, n / CURVATURE_STRIDE) of all pairs of these.
+    """
+
+    def __init__(self, offsets: Floats, rows: NDArray[np.intp]) -> None:
+        self.offsets, self.rows = offsets, rows
+        self.arms = np.concatenate([offsets / RADIUS_MM, np.ones((1, offsets.shape[1]))])
+        thinned = self.arms[:, ::CURVATURE_STRIDE]
+        self.products_of_arms = thinned[_PAIRS_OF_4[0]] * thinned[_PAIRS_OF_4[1]]
 
 
 class MutualInformation:
@@ -130,14 +142,14 @@ class MutualInformation:
     def __init__(self, fixed: Scan, moving: Scan, points: Floats) -> None:
         self._fixed, self._moving = fixed, moving
         self._from_world = rounded(np.linalg.inv(moving.affine))
-        self._blocks: list[tuple[Floats, NDArray[np.intp]]] = []
+        self._blocks: list[_Block] = []
         self.samples = 0
         for start in range(0, points.shape[1], BLOCK):
             world = points[:, start : start + BLOCK]
             values, _ = fixed.samples(transformed(rounded(np.linalg.inv(fixed.affine)), world))
             bins, is_valid = fixed.steps(values, BINS)
             offsets = (world - fixed.centre[:, np.newaxis])[:, is_valid]
-            self._blocks.append((offsets, bins[is_valid] * (BINS * STEPS)))
+            self._blocks.append(_Block(offsets, bins[is_valid] * (BINS * STEPS)))
             self.samples += offsets.shape[1]
 
     def evaluate(self, matrix: Matrix) -> Evaluation:
@@ -156,27 +168,34 @@ class MutualInformation:
         low, high = self._moving.low_high
         slopes *= BINS / (high - low)
         scores = np.append(slopes, 0).astype(np.float32)
-        gradient, curvature = np.zeros((3, 4)), np.zeros((12, 12))
-        for (offsets, _), (cells, slope) in zip(self._blocks, sampled, strict=True):
+        gradient, products = np.zeros((3, 4)), np.zeros((6, 10))
+        for block, (cells, slope) in zip(self._blocks, sampled, strict=True):
             by_index = (slope * scores.take(cells)).astype(np.float64)
-            arms = np.concatenate([offsets / RADIUS_MM, np.ones((1, offsets.shape[1]))])
-            gradient += np.einsum("an,bn->ab", by_index, arms)
-            products = by_index[:, np.newaxis, ::CURVATURE_STRIDE] * arms[:, ::CURVATURE_STRIDE]
-            products = products.reshape(12, -1)
-            curvature += np.einsum("an,bn->ab", products, products)
+            gradient += np.einsum("an,bn->ab", by_index, block.arms)
+            a, b = by_index[:, ::CURVATURE_STRIDE][_PAIRS_OF_3[0]], by_index[:, ::CURVATURE_STRIDE][_PAIRS_OF_3[1]]
+            products += np.einsum("an,bn->ab", a * b, block.products_of_arms)
         to_entries = np.kron(to_moving[:3, :3].T, np.eye(4))
         return Evaluation(
             value,
             to_entries @ gradient.ravel() / inside,
-            to_entries @ curvature @ to_entries.T * (CURVATURE_STRIDE / inside),
+            to_entries @ _all_products(products) @ to_entries.T * (CURVATURE_STRIDE / inside),
         )
 
     def _sample(self, about_centre: Matrix) -> Iterator[tuple[NDArray[np.intp], Singles]]:
         """For each block, the cells of the histogram, and the gradients (3, n) of the moving scan by its indices."""
-        for offsets, rows in self._blocks:
-            values, gradients = self._moving.samples(transformed(about_centre, offsets))
+        for block in self._blocks:
+            values, gradients = self._moving.samples(transformed(about_centre, block.offsets))
             columns, is_valid = self._moving.steps(values, BINS * STEPS)
-            yield np.where(is_valid, rows + columns, _CELLS), np.where(is_valid, gradients, 0)
+            yield np.where(is_valid, block.rows + columns, _CELLS), np.where(is_valid, gradients, 0)
+
+
+def _all_products(products: Floats) -> Floats:
+    """The symmetric (12, 12) of which `products` (6, 10) has one of each equal ones: by pairs of 3 and pairs of 4."""
+    of_3, of_4 = np.zeros((3, 3), np.intp), np.zeros((4, 4), np.intp)
+    for pairs, numbers in ((_PAIRS_OF_3, of_3), (_PAIRS_OF_4, of_4)):
+        numbers[pairs] = numbers.T[pairs] = np.arange(len(pairs[0]))
+    found: Floats = products[of_3[:, np.newaxis, :, np.newaxis], of_4[np.newaxis, :, np.newaxis, :]].reshape(12, 12)
+    return found
 
 
 def _information(joint: Floats) -> tuple[float, Floats]:

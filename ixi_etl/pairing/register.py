@@ -7,49 +7,18 @@ identity if the headers alone align the scans.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ixi_etl.pairing.geometry import Matrix, import_sitk, rounded
-from ixi_etl.pairing.mutual_information import RADIUS_MM, MutualInformation, Scan, transformed
-from ixi_etl.scans.intensity import clip_spikes, otsu_threshold, percentiles
+from ixi_etl.pairing.geometry import Matrix, import_sitk, rounded, transformed
+from ixi_etl.pairing.heads import COARSE, FINE, Head, Level, RegistrationError, Volume, prepare
+from ixi_etl.pairing.mutual_information import RADIUS_MM, MutualInformation
 
-
-@dataclass(frozen=True)
-class Level:
-    """One resolution of the search.
-
-    Attributes:
-        spacing_mm: about that of the grids.
-        samples: points in the head of the fixed scan at which the scans are compared.
-        first_mm, last_mm: length of the first step, and the length below which the search ends.
-        relax: factor by which the steps become shorter when the direction reverses.
-        steps: largest number of steps.
-    """
-
-    spacing_mm: float
-    samples: int
-    first_mm: float
-    last_mm: float
-    relax: float
-    steps: int
-
-
-COARSE = Level(4.0, 32_000, 4.0, 0.02, 0.6, 100)
-"""Must converge from far. Only voxels in both heads are compared: air, a neck in one scan only, and a face that was
-removed from one would mislead it."""
-FINE = Level(1.0, 80_000, 0.4, 0.01, 0.5, 40)
-"""About 1 mm, for IXI the stored grid: a hundredth of its voxels suffices, and no coarser grid is accurate to a tenth
-of a millimetre. Measured in docs/registration.md."""
 MIN_STRETCH, MAX_STRETCH = 0.8, 1.25
 """Stretch along any direction beyond which an affine search has run away. Scanners differ by a few per cent."""
-RECURRENCE = np.array([0.8191725133961645, 0.6710436067037893, 0.5497004779019703])
-"""1/g, 1/g^2, 1/g^3 with g^4 = g + 1: multiples of it, modulo 1, fill a cube evenly (M. Roberts 2018)."""
 
 # Larger motion is flagged `large_motion`. The heads of the real pairs in docs/registration.md moved by 0.5 to 5.5 mm
 # and 0.3 to 1.8 degrees; users of IXI report a few millimetres or degrees.
@@ -73,7 +42,7 @@ def measure_motion(fixed_to_moving: Matrix, points: NDArray[np.float64]) -> tupl
 
     The angle of an affine matrix is that of the nearest rotation, the first factor of its polar decomposition.
     """
-    moved = points @ fixed_to_moving[:3, :3].T + fixed_to_moving[:3, 3]
+    moved = transformed(fixed_to_moving, points.T).T
     rotation = fixed_to_moving[:3, :3]
     if np.abs(rotation @ rotation.T - np.eye(3)).max() > NOT_RIGID:
         left, _, right = np.linalg.svd(rotation)
@@ -83,18 +52,6 @@ def measure_motion(fixed_to_moving: Matrix, points: NDArray[np.float64]) -> tupl
         round(float(np.linalg.norm(moved - points, axis=1).mean()), 6) if len(points) else 0.0,
         round(float(np.degrees(np.arccos(np.clip(cosine, -1, 1)))), 6),
     )
-
-
-@dataclass(frozen=True)
-class Volume:
-    """A whole volume as stored, [k, j, i], and its affine (voxel to RAS mm)."""
-
-    voxels: NDArray[Any]
-    affine: Matrix
-
-
-class RegistrationError(Exception):
-    """The registration failed; the pair keeps the alignment of its headers."""
 
 
 @dataclass(frozen=True)
@@ -124,42 +81,7 @@ class Registration:
 
 def mean_distance(a: Matrix, b: Matrix, points: NDArray[np.float64]) -> float:
     """Mean distance (mm) between the positions that two matrices give to `points` (n, 3) in RAS mm."""
-    difference = a - b
-    return float(np.linalg.norm(points @ difference[:3, :3].T + difference[:3, 3], axis=1).mean())
-
-
-@dataclass(frozen=True)
-class _Head:
-    """A scan on the grids of both levels.
-
-    Attributes:
-        scans: by level; the voxels of the coarse one are NaN except in and near the head.
-    """
-
-    scans: Mapping[Level, Scan]
-
-    @cached_property
-    def mask(self) -> NDArray[np.bool_]:
-        """In and near the head, on the coarse grid."""
-        mask: NDArray[np.bool_] = ~np.isnan(self.scans[COARSE].voxels)
-        return mask
-
-    @cached_property
-    def points(self) -> NDArray[np.float64]:
-        """(n, 3) RAS mm, some of the voxels in the mask."""
-        affine = self.scans[COARSE].affine
-        return np.argwhere(self.mask)[::23, ::-1] @ affine[:3, :3].T + affine[:3, 3]
-
-    def samples(self, count: int) -> NDArray[np.float64]:
-        """About `count` points (3, n) in the mask, RAS mm, evenly spread and between the voxels.
-
-        Samples at voxels would favour motions by whole voxels (Thevenaz, Bierlaire and Unser 2008).
-        """
-        tries = min(8 * count, count * self.mask.size // int(np.count_nonzero(self.mask)))
-        size = np.array(self.mask.shape[::-1])[:, np.newaxis]
-        indices = (0.5 + np.arange(tries, dtype=np.float64) * RECURRENCE[:, np.newaxis]) % 1 * size
-        i, j, k = indices.astype(np.intp)
-        return transformed(self.scans[COARSE].affine, indices[:, self.mask[k, j, i]] - 0.5)
+    return float(np.linalg.norm(transformed(a - b, points.T), axis=0).mean())
 
 
 def register(moving_scan: Volume, fixed_scan: Volume, *, is_affine: bool = False) -> Registration:
@@ -174,7 +96,7 @@ def register(moving_scan: Volume, fixed_scan: Volume, *, is_affine: bool = False
     Raises:
         RegistrationError: the volumes do not overlap, are constant, or show no head, or an affine search ran away.
     """
-    fixed, moving = _head(fixed_scan), _head(moving_scan)
+    fixed, moving = prepare(fixed_scan), prepare(moving_scan)
     start = np.eye(4)
     coarse, similarity = _search(COARSE, fixed, moving, start)
     check = _inverse_search(fixed, moving, start)
@@ -192,7 +114,7 @@ def register(moving_scan: Volume, fixed_scan: Volume, *, is_affine: bool = False
     return Registration(rounded(fine, MATRIX_BITS), rounded(check, MATRIX_BITS), disagreement_mm, is_mirrored)
 
 
-def _affine_search(fixed: _Head, moving: _Head, start: Matrix) -> Matrix:
+def _affine_search(fixed: Head, moving: Head, start: Matrix) -> Matrix:
     """The affine matrix from the fixed to the moving scan's world that a search from `start` finds."""
     found, _ = _search(FINE, fixed, moving, start, is_affine=True)
     stretches = np.linalg.svd(found[:3, :3], compute_uv=False)
@@ -201,7 +123,7 @@ def _affine_search(fixed: _Head, moving: _Head, start: Matrix) -> Matrix:
     return found
 
 
-def _inverse_search(fixed: _Head, moving: _Head, start: Matrix) -> Matrix:
+def _inverse_search(fixed: Head, moving: Head, start: Matrix) -> Matrix:
     """The coarse search with exchanged roles."""
     return _inverse(_search(COARSE, moving, fixed, _inverse(start))[0])
 
@@ -214,7 +136,7 @@ def _inverse(matrix: Matrix) -> Matrix:
     return inverse
 
 
-def _fits_better_mirrored(fixed: _Head, moving: _Head, found: Matrix, similarity: float, is_poor: bool) -> bool:
+def _fits_better_mirrored(fixed: Head, moving: Head, found: Matrix, similarity: float, is_poor: bool) -> bool:
     """Whether the mirror image of the moving scan fits the fixed scan, and better than the scan as stored.
 
     The scan as stored has the `similarity` (nats, coarse level). A wrong header mostly makes the searches disagree
@@ -235,14 +157,14 @@ def _fits_better_mirrored(fixed: _Head, moving: _Head, found: Matrix, similarity
     return mean_distance(start, check, fixed.points) <= MIRROR_CHECK_MM
 
 
-def _mirrored(head: _Head) -> _Head:
+def _mirrored(head: Head) -> Head:
     """A head with left and right exchanged, at the sagittal plane through its middle."""
     mirror = np.diag([-1.0, 1, 1, 1])
     mirror[0, 3] = head.points[:, 0].min() + head.points[:, 0].max()
-    return _Head({level: replace(scan, affine=mirror @ scan.affine) for level, scan in head.scans.items()})
+    return Head({level: replace(scan, affine=mirror @ scan.affine) for level, scan in head.scans.items()})
 
 
-def _best_of_many(fixed: _Head, moving: _Head, starts: list[Matrix]) -> tuple[Matrix, float]:
+def _best_of_many(fixed: Head, moving: Head, starts: list[Matrix]) -> tuple[Matrix, float]:
     """The best of coarse searches from `starts`, and from rotations of the last one to both sides about each axis."""
     centre = fixed.scans[COARSE].centre
     turned = [starts[-1] @ _rotation(sign * TRIAL_ANGLE_DEG * axis, centre) for axis in np.eye(3) for sign in (1, -1)]
@@ -250,7 +172,7 @@ def _best_of_many(fixed: _Head, moving: _Head, starts: list[Matrix]) -> tuple[Ma
     return max(found, key=lambda result: result[1])
 
 
-def _displaced(found: Matrix, fixed: _Head) -> Matrix:
+def _displaced(found: Matrix, fixed: Head) -> Matrix:
     """A start for a search that should come back to `found`."""
     return found @ _rotation([4, -4, 4], fixed.scans[COARSE].centre)
 
@@ -272,9 +194,7 @@ _RIGID = _directions.reshape(6, 12)
 """Shifts along and rotations about x, y and z, as changes of the first three rows of a matrix."""
 
 
-def _search(
-    level: Level, fixed: _Head, moving: _Head, start: Matrix, *, is_affine: bool = False
-) -> tuple[Matrix, float]:
+def _search(level: Level, fixed: Head, moving: Head, start: Matrix, *, is_affine: bool = False) -> tuple[Matrix, float]:
     """The best matrix from the fixed to the moving scan's world on the way of the search, and its mutual information.
 
     The matrix is rigid, unless the search `is_affine`.
@@ -322,51 +242,4 @@ def _small_change(change: NDArray[np.float64], centre: NDArray[np.float64], *, i
 
 def head_points(scan: Volume) -> NDArray[np.float64]:
     """Positions (n, 3) in RAS mm of some voxels in and near the head."""
-    return _head(scan).points
-
-
-def _head(scan: Volume) -> _Head:
-    """A scan with a mask of its head: the largest bright object, filled, and three voxels around it.
-
-    The outermost of these are lost, because only cells of eight voxels in the mask are compared.
-
-    Raises:
-        RegistrationError: the scan is constant, or nothing in it is large.
-    """
-    sitk = import_sitk()
-    voxels, affine = _averaged(scan, COARSE.spacing_mm)
-    # Artefacts are clipped: the bins span all values, and a spike would leave few for the head.
-    voxels = clip_spikes(voxels, *percentiles(voxels[np.newaxis])[0])
-    low, high = float(voxels.min()), float(voxels.max())
-    if low == high:
-        raise RegistrationError("a scan is constant")
-    # Halfway to Otsu's threshold, because strong bias fields leave parts of a head dark.
-    is_bright = voxels > (low + otsu_threshold(voxels)) / 2
-    bright = sitk.BinaryMorphologicalOpening(sitk.GetImageFromArray(is_bright.astype(np.uint8)), [1, 1, 1])
-    parts = sitk.RelabelComponent(sitk.ConnectedComponent(bright), sortByObjectSize=True)
-    mask = sitk.GetArrayFromImage(sitk.BinaryDilate(sitk.BinaryFillhole(parts == 1), [3, 3, 3]))
-    if not mask.any():
-        raise RegistrationError("a scan shows no head")
-    masked = np.where(mask, voxels, np.float32(np.nan))
-    return _Head(
-        {COARSE: Scan(masked, affine, (low, high)), FINE: Scan(*_averaged(scan, FINE.spacing_mm), (low, high))}
-    )
-
-
-def _averaged(scan: Volume, spacing_mm: float) -> tuple[NDArray[Any], Matrix]:
-    """A scan with a spacing of about `spacing_mm`, each voxel the mean of a block of stored ones; and its affine.
-
-    Voxels that do not fill a block at the far end are left out. The centre of a block of n voxels is (n - 1) / 2 voxels
-    from its first one.
-    """
-    factors = np.round(spacing_mm / np.linalg.norm(scan.affine[:3, :3], axis=0))
-    factors = factors.clip(1, scan.voxels.shape[::-1]).astype(int)
-    voxels = scan.voxels
-    for axis, factor in enumerate(factors[::-1]):
-        if factor > 1:
-            blocks = np.split(voxels, [voxels.shape[axis] // factor * factor], axis)[0]
-            shape = (*voxels.shape[:axis], -1, factor, *voxels.shape[axis + 1 :])
-            voxels = blocks.reshape(shape).sum(axis + 1, dtype=np.float32) / np.float32(factor)
-    to_stored = np.diag([*factors, 1.0])
-    to_stored[:3, 3] = (factors - 1) / 2
-    return voxels, rounded(scan.affine @ to_stored)
+    return prepare(scan).points

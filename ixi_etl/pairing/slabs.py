@@ -22,6 +22,7 @@ from ixi_etl.dataset.schema import matrix_column, pair_column
 from ixi_etl.errors import BadVolumeError
 from ixi_etl.modalities import ECHOES
 from ixi_etl.pairing import geometry, register
+from ixi_etl.pairing.heads import RegistrationError, Volume
 from ixi_etl.pairing.similarity import nmi
 from ixi_etl.scans import affines, nifti
 from ixi_etl.scans.intensity import Quantisation, StoredSlab, clip_spikes, otsu_threshold, percentiles, to_int16
@@ -233,9 +234,9 @@ def _register_pair(
         BadVolumeError: `bad_affine`: the mirror image of the scan fits better.
     """
     try:
-        volumes = (register.Volume(scan.voxels, scan.affine) for scan in (moving, fixed))
+        volumes = (Volume(scan.voxels, scan.affine) for scan in (moving, fixed))
         found = register.register(*volumes, is_affine=is_affine)
-    except register.RegistrationError:
+    except RegistrationError:
         return by_headers, ["registration_failed"]
     if found.is_mirrored:
         problem = f"the mirror image of the {moving.modality} fits the {fixed.modality} better"

@@ -21,7 +21,7 @@ from ixi_etl.config import DigitsConfig
 from ixi_etl.core.files import lock_root, os_errors_as_user_errors, write_atomic
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import filesystem_of, naming_file
-from ixi_etl.dataset import manifest, metadata, publish, store
+from ixi_etl.dataset import credit, manifest, metadata, publish, store
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import DIGITS, EXCLUDED, USED
 from ixi_etl.errors import ArchiveError, DatasetError
@@ -72,7 +72,7 @@ def make_digits(config: DigitsConfig, progress: Progress = no_progress) -> Publi
             "inputs": inputs,
             **manifest.counts(table, DIGITS),
             "sources": {
-                n: {"file": n, "source": "mnist", "md5": f.md5, "md5_is_published": True} for n, f in files.items()
+                n: {"file": n, "source": credit.MNIST, "md5": f.md5, "md5_is_published": True} for n, f in files.items()
             },
             "licence": catalog.LICENCE,
             "credit": catalog.MNIST_CREDIT,

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ixi_etl.config import SPLITS
 from ixi_etl.dataset import manifest
 from ixi_etl.dataset.credit import SOURCE_LABELS
-from ixi_etl.dataset.schema import EXCLUDED, MIXED, SCHEMAS, is_absent, pair_column
+from ixi_etl.dataset.datasheet import people_by_split, splits_in
+from ixi_etl.dataset.schema import EXCLUDED, SCHEMAS, is_absent, pair_column
 from ixi_etl.modalities import DATASETS, moving
 from ixi_etl.pairing.pictures import PairLayers
 from ixi_etl.preparations import PREPARATIONS
@@ -144,7 +144,7 @@ def dataset_report(
         slice_splits=_slice_splits(summary),
         normalisation=describe_normalisation(summary["inputs"]["config"].get("normalisation", "percentiles")),
         source=_source(summary),
-        people=_people(used),
+        people=manifest.to_records(people_by_split(used)),
         intensities=[
             {"": f"{m}, percentile {percentile}"} | _quartiles(_in_units(used, m)[which], None)
             for m in modalities
@@ -204,13 +204,8 @@ def _by_site(used: pd.DataFrame, column: str) -> dict[str, list[float]]:
     return {str(site): rows[column].dropna().tolist() for site, rows in used.groupby("site")}
 
 
-def _splits_in(used: pd.DataFrame) -> list[str]:
-    """All splits, and `mixed` if subjects have slices in several."""
-    return [*SPLITS, *[MIXED][: int((used["split"] == MIXED).any())]]
-
-
 def _by_split(used: pd.DataFrame, column: str) -> dict[str, list[float]]:
-    return {split: used.loc[used["split"] == split, column].dropna().tolist() for split in _splits_in(used)}
+    return {split: used.loc[used["split"] == split, column].dropna().tolist() for split in splits_in(used)}
 
 
 def _slice_splits(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -226,24 +221,10 @@ def _source(summary: Mapping[str, Any]) -> str:
 
 def _splits(used: pd.DataFrame, sites: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
-    for split in _splits_in(used):
+    for split in splits_in(used):
         part = used[used["split"] == split]
         labels = {"split": split, "subjects": len(part), "share": f"{len(part) / len(used):.0%}"}
         rows.append(flatten_row(labels, {site: int((part["site"] == site).sum()) for site in sites}, {}))
-    return rows
-
-
-def _people(used: pd.DataFrame) -> list[dict[str, Any]]:
-    """Age and sex by split; empty if no demographics were joined."""
-    if used["age"].isna().all() and (used["sex"] == "").all():
-        return []
-    rows = []
-    for split in _splits_in(used):
-        part = used[used["split"] == split]
-        sexes = {name: int((part["sex"] == sex).sum()) for name, sex in (("women", "f"), ("men", "m"), ("unknown", ""))}
-        age = f"{part['age'].mean():.1f} ({part['age'].min():.0f} to {part['age'].max():.0f})"
-        known = part["age"].notna().any()
-        rows.append({"split": split, **sexes, "mean age (range)": age if known else "-"})
     return rows
 
 

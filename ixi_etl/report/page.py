@@ -42,7 +42,7 @@ def jpeg_uri(picture: Image.Image) -> str:
 
 def png_uri(picture: Image.Image) -> str:
     """A picture as a data URI in PNG, which keeps transparency."""
-    return _data_uri(picture, "PNG", optimize=True)
+    return _data_uri(picture, "PNG")
 
 
 def _data_uri(picture: Image.Image, kind: str, **options: Any) -> str:

@@ -6,7 +6,6 @@ refresh need not read the file again. Until then, its bytes are in `NAME.part` (
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from contextlib import suppress
@@ -27,6 +26,7 @@ from ixi_etl.sources.arrivals import Arrival
 from ixi_etl.sources.catalog import Source, not_found
 from ixi_etl.sources.http import HttpClient, RemoteFile, probe, validator_of
 from ixi_etl.sources.partial import PartialFile, discard_partial
+from ixi_etl.sources.prefix_hash import PrefixHash
 from ixi_etl.sources.ranges import fetch_ranges, fetch_stream
 from ixi_etl.sources.retries import ChangedError, RangeIgnoredError, TransientError, UnusableError, retry
 
@@ -151,8 +151,8 @@ def _write_record(
     return verified
 
 
-def _hash_file(location: str, progress: Progress) -> str:
-    """The MD5 of a file or object, in hex.
+def _hash_file(location: str, progress: Progress, prefix: PrefixHash | None = None) -> str:
+    """The MD5 of a file or object, in hex; the bytes of `prefix` are not read again.
 
     Raises:
         DownloadError: it is not a regular file, or it changed while it was read.
@@ -161,9 +161,12 @@ def _hash_file(location: str, progress: Progress) -> str:
     problem = describe_non_file(filesystem, path)
     if problem:
         raise DownloadError(f"{location} is {problem}; give a --source that has a file of this name")
-    size, done, digest = filesystem.size(path), 0, hashlib.md5(usedforsecurity=False)
+    prefix = prefix or PrefixHash()
+    size, done, digest = filesystem.size(path), prefix.size, prefix.digest
     label, before = f"verify {path.rpartition('/')[2].removesuffix('.part')}", fingerprint(location)
     with filesystem.open(path, "rb", block_size=BLOCK_BYTES) as file:
+        file.seek(done)
+        progress(label, done, size, "B")
         while done <= size and (block := file.read(BLOCK_BYTES)):  # stop even if the file keeps growing
             digest.update(block)
             done += len(block)
@@ -249,11 +252,11 @@ def _download(
         with PartialFile(path, remote_file, client.http) as part:
             part.check_disk()
             try:
-                _fetch(client, remote_file, source, part, progress, arrival)
+                prefix = _fetch(client, remote_file, source, part, progress, arrival)
             except ChangedError:
                 continue  # the next probe decides whether the fetched bytes are still usable
             part.sync()
-        md5 = _hash_file(str(part.path), progress)
+        md5 = _hash_file(str(part.path), progress, prefix)
         if source.md5 in (None, md5):
             os.replace(part.path, path)
             verified = _write_record(path.parent, source, str(path), md5, url, remote_file.validator)
@@ -273,14 +276,18 @@ def _fetch(
     part: PartialFile,
     progress: Progress,
     arrival: Arrival,
-) -> None:
+) -> PrefixHash:
+    """Fetch all bytes; return the MD5 of those that were hashed meanwhile."""
     if remote_file.ranges:
+        prefix = PrefixHash()
         try:
-            fetch_ranges(client, remote_file, part, part.segments, 0, progress, arrival)
-            return
+            with prefix.following(part, arrival):
+                fetch_ranges(client, remote_file, part, part.segments, 0, progress, arrival)
+            return prefix
         except RangeIgnoredError:  # some servers and caches serve short ranges only, such as that of the probe
             log.warning("%s ignores byte ranges; fetching the whole file in one request", remote_file.url)
     retry(remote_file.url, lambda: _fetch_stream(client, remote_file, source, part, progress), client.http)
+    return PrefixHash()  # a stream writes all segments again
 
 
 def _fetch_stream(

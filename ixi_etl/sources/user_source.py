@@ -58,11 +58,20 @@ def find_inputs(
         ConfigError: the location or a template is invalid.
         DownloadError: the folder has neither.
     """
+    folder = find_folder(source, modalities)
+    return find_archives(source, modalities) if folder is None else find_volumes(folder, modalities, patterns)
+
+
+def find_folder(source: str, modalities: Sequence[str] = DEFAULT_MODALITIES) -> str | None:
+    """The path of a source that is a local folder of NIfTI files; None if it is, or holds, archives.
+
+    Raises:
+        ConfigError: the location is invalid.
+    """
     archives = find_archives(source, modalities)
     location = normalise_location(source)
-    if is_url(location) or not os.path.isdir(location) or any(map(os.path.lexists, archives.values())):
-        return archives
-    return find_volumes(location, modalities, patterns)
+    holds_archives = is_url(location) or not os.path.isdir(location) or any(map(os.path.lexists, archives.values()))
+    return None if holds_archives else location
 
 
 def user_sources(

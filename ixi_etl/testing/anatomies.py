@@ -22,7 +22,8 @@ from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.dataset.splits import split_of
 from ixi_etl.errors import BadVolumeError, ConfigError
 from ixi_etl.pairing.geometry import Matrix, import_sitk, rounded
-from ixi_etl.pairing.register import RegistrationError, Volume, head_points, register
+from ixi_etl.pairing.heads import RegistrationError, Volume
+from ixi_etl.pairing.register import head_points, register
 from ixi_etl.scans.intensity import percentiles
 from ixi_etl.scans.nifti import read_volume
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import pytest
+import typer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from profiles import examples
 
-from ixi_etl.config import DatasetConfig, DigitsDataset
-from ixi_etl.dataset.metadata import how_to_make
+from flows.cli import app, import_commands
+from ixi_etl.config import DatasetConfig, DigitsConfig, DigitsDataset, RefreshConfig
+from ixi_etl.dataset.command import command_of, how_to_make
 from ixi_etl.dataset.publish import _warn_of_empty_splits
-from ixi_etl.preparations import configure
+from ixi_etl.preparations import PRESETS, configure
 
-OPTIONS = " with the options in inputs.config of dataset.json"
+IXI_SOURCE = {"source": "ixi", "file": "IXI-T1.tar"}
+OWN_SOURCE = {"source": "own", "file": "IXI-T1.tar"}
 
 
-def described(config: DatasetConfig | DigitsDataset, name: str) -> dict[str, Any]:
+def described(config: DatasetConfig | DigitsDataset, name: str, **inputs: Any) -> dict[str, Any]:
     """The part of `dataset.json` that decides the command."""
-    content: dict[str, Any] = {"name": name, "inputs": {"config": config.model_dump(mode="json")}}
+    content: dict[str, Any] = {"name": name, "inputs": {"config": config.model_dump(mode="json"), **inputs}}
     preparation = getattr(config, "preparation", "none")
     return content if preparation == "none" else content | {"preparation": {"name": preparation}}
 
@@ -24,21 +31,74 @@ def described(config: DatasetConfig | DigitsDataset, name: str) -> dict[str, Any
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (DatasetConfig(), "`ixi-etl refresh`"),
-        (DatasetConfig(slices=5), f"`ixi-etl refresh`{OPTIONS}"),
-        (configure("paper", {}), f"`ixi-etl refresh`{OPTIONS}"),
-        (DatasetConfig(modalities=("T1", "PD"), reference="T1"), "`ixi-etl refresh --modalities T1,PD --reference T1`"),
-        (configure("syndiff", {}), "`ixi-etl refresh --preset syndiff`"),
-        (configure("moschetto", {"slices": 20}), f"`ixi-etl refresh --preset moschetto`{OPTIONS}"),
+        (DatasetConfig(), "ixi-etl refresh"),
+        (DatasetConfig(slices=5, pictures=False), "ixi-etl refresh --slices 5 --no-pictures"),
+        (DatasetConfig(window=(3, 9), depth="any"), "ixi-etl refresh --window 3 9 --depth any"),
+        (configure("paper", {}), "ixi-etl refresh --preset paper"),
+        (DatasetConfig(modalities=("T1", "PD"), reference="T1"), "ixi-etl refresh --modalities T1,PD --reference T1"),
+        (configure("syndiff", {}), "ixi-etl refresh --preset syndiff"),
+        (configure("moschetto", {"slices": 20}), "ixi-etl refresh --preset moschetto --slices 20"),
     ],
 )
-def test_the_command_names_the_preset_or_where_the_options_are(config: DatasetConfig, expected: str) -> None:
-    assert how_to_make(described(config, config.name)) == expected
+def test_the_command_has_the_preset_and_all_options(config: DatasetConfig, expected: str) -> None:
+    assert command_of(described(config, config.name)) == expected
+    assert how_to_make(described(config, config.name)) == f"`{expected}`"
 
 
-@pytest.mark.parametrize(("limit", "options"), [(None, ""), (10, OPTIONS)])
+@pytest.mark.parametrize(("limit", "options"), [(None, ""), (10, " --limit 10")])
 def test_digits_are_made_by_their_own_command(limit: int | None, options: str) -> None:
-    assert how_to_make(described(DigitsDataset(limit=limit), "digits")) == f"`ixi-etl digits`{options}"
+    assert command_of(described(DigitsDataset(limit=limit), "digits")) == f"ixi-etl digits{options}"
+
+
+def test_the_command_names_what_decides_the_version_beside_the_configuration() -> None:
+    sources = {"T1": IXI_SOURCE, "T2": IXI_SOURCE, "demographics": {"source": "ixi"}}
+    official = described(DatasetConfig(), "ixi-t1-t2", demographics_sha256="0", members_sha256="0")
+    assert command_of(official | {"sources": sources}) == "ixi-etl refresh --fetch members --demographics official"
+    own = described(DatasetConfig(), "ixi-t1-t2", demographics_sha256="0", pattern=["{subject}_{modality}.nii"])
+    sources = {"T1": IXI_SOURCE, "T2": OWN_SOURCE, "demographics": {"source": "own"}}
+    expected = "ixi-etl refresh --source FILES --pattern '{subject}_{modality}.nii' --demographics TABLE"
+    assert command_of(own | {"sources": sources}) == expected
+
+
+configurations = st.builds(
+    configure,
+    st.sampled_from(sorted(PRESETS)),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "slices": st.integers(1, 40),
+            "margin": st.integers(0, 3),
+            "depth": st.sampled_from(["modal", "any"]),
+            "min_nmi": st.floats(0, 1),
+            "split": st.sampled_from([(0.5, 0.25, 0.25), (0.4, 0.3, 0.3)]),
+            "incomplete": st.just("keep"),
+            "modalities": st.sampled_from([("T1", "T2"), ("T1", "T2", "PD")]),
+            "register_echoes": st.booleans(),
+            "pictures": st.booleans(),
+            "subjects": st.just(40),
+            "split_counts": st.just((20, 10, 10)),
+            "normalisation": st.sampled_from(["percentiles", "range"]),
+        },
+    ),
+)
+
+
+@settings(max_examples=examples(25))
+@given(configurations)
+def test_the_command_gives_the_same_configuration_again(config: DatasetConfig) -> None:
+    import_commands()
+    words = shlex.split(command_of(described(config, config.name)))
+    made: list[RefreshConfig | DigitsConfig] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flows.cli.datasets.run_refresh", made.append)
+        patch.setattr("flows.cli.datasets.show_version", lambda *_: None)
+        typer.main.get_command(app)(words[1:], standalone_mode=False)
+    assert [each.dataset for each in made] == [config]
+
+
+def test_of_a_configuration_that_this_code_does_not_know_the_message_names_its_place() -> None:
+    content = {"name": "ixi-t1-t2", "version": "0", "inputs": {"config": {"unheard": 1}, "pipeline_version": 99}}
+    assert how_to_make(content) == "`ixi-etl refresh` with the options in inputs.config of dataset.json"
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ def selection_of(
     absent: Mapping[str, Sequence[int]] | None = None,
     slice_splits: Sequence[str] | None = None,
     columns: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    every_array: bool = False,
     **config: Any,
 ) -> Selection:
     """The selection of a version with these arrays, [subject, z, y, x], and a split for each subject.
@@ -30,6 +32,8 @@ def selection_of(
         absent: array -> the rows that lack it.
         slice_splits: for each subject, the splits of its slices.
         columns: further columns of the manifest.
+        metadata: further fields of `dataset.json`.
+        every_array: as of `select`.
         config: fields of the version's configuration.
     """
     rows = len(splits)
@@ -47,10 +51,12 @@ def selection_of(
         given["slice_splits"] = list(slice_splits)
     table = pd.DataFrame(given | dict(columns or {}))
     target = list(arrays)[-1]
-    metadata = {"name": name, "version": "0123456789ab", "source": next(iter(arrays)), "target": target}
+    described = {"name": name, "version": "0123456789ab", "source": next(iter(arrays)), "target": target}
     settings = ({} if name == "digits" else {"pairing": "anatomical"}) | config
     affines = {f"{array}_affine": np.tile(affine(), (rows, 1, 1)) for array in arrays}
-    return select(Path("version"), metadata | {"inputs": {"config": settings}}, table, {**arrays, **affines}, direction)
+    described |= {"inputs": {"config": settings}, **(metadata or {})}
+    everything = {**arrays, **affines}
+    return select(Path("version"), described, table, everything, direction, every_array=every_array)
 
 
 def affine() -> NDArray[np.float64]:

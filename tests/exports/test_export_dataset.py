@@ -198,7 +198,7 @@ def test_a_damaged_version_is_not_exported(refreshed: PublishedVersion, tmp_path
         export_dataset(refreshed.folder, "nifti", tmp_path / "out")
     assert "\n" not in str(caught.value)
     shard.unlink()
-    with pytest.raises(DatasetError, match=r"is missing; `ixi-etl refresh` with the options in .* makes the version"):
+    with pytest.raises(DatasetError, match=r"is missing; `ixi-etl refresh --.* --source FILES` makes the version"):
         export_dataset(refreshed.folder, "nifti", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / ".out.exporting").exists()

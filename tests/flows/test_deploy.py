@@ -80,6 +80,14 @@ def test_unknown_preset_in_the_environment_prints_one_line(monkeypatch: pytest.M
         deploy.main()
 
 
+def test_deploying_outside_a_checkout_prints_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import deploy
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"^error: this folder has no prefect.yaml; deploy from a checkout"):
+        deploy.main()
+
+
 @pytest.mark.parametrize("name", sorted(DEPLOYMENTS))
 def test_every_deployment_variable_has_a_default(name: str) -> None:
     from flows import deploy

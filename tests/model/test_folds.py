@@ -12,7 +12,7 @@ from strategies import world_of
 from benchmarks import folds
 from benchmarks.folds import Grid
 from ixi_etl.errors import ConfigError
-from ixi_etl.pairing.register import Volume
+from ixi_etl.pairing.heads import Volume
 from ixi_etl.testing import phantom
 from model.config import TrainConfig
 from model.data import Pairs, load_pairs

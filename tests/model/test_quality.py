@@ -58,7 +58,7 @@ def test_ours_must_take_less_than_half_of_the_time(
     monkeypatch.setattr(quality, "alternate", alternate)
     monkeypatch.setattr(quality.inputs, "different_heads", lambda *_: tmp_path)
     rows = quality.quality(Settings(quick=True, folder=str(tmp_path)))
-    assert cases == [("prepare", None), ("ours", 0), ("theirs", 0), ("ours", 1), ("theirs", 1)]
+    assert cases == [("prepare", None), *((case, seed) for seed in quality.SEEDS for case in ("ours", "theirs"))]
     *scores, training, memory = rows
     assert [row.reached for row in scores] == [True] * 4
     assert training.reached is reached

@@ -15,7 +15,7 @@ from heads import head, identity, nifti_of
 
 from ixi_etl.dataset.direction import Direction
 from ixi_etl.errors import CheckpointError, SynthesisError
-from ixi_etl.pairing import register
+from ixi_etl.pairing import heads, register
 from ixi_etl.pairing.register import Registration, mean_distance
 from ixi_etl.testing import phantom
 from ixi_etl.testing.phantom import grid_affine, rigid
@@ -131,7 +131,7 @@ def test_a_registration_that_does_not_help_or_fails_leaves_the_alignment_of_the_
     assert (unmoved.is_registered, unmoved.error_mm, unmoved.warning) == (False, 0, "")
 
     def fails(*_: Any) -> None:
-        raise register.RegistrationError("nothing overlaps")
+        raise heads.RegistrationError("nothing overlaps")
 
     monkeypatch.setattr(register, "register", fails)
     found = aligned("t1")

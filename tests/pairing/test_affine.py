@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ixi_etl.config import DatasetConfig
 from ixi_etl.dataset.metadata import read_manifest
 from ixi_etl.pairing import geometry, register
-from ixi_etl.pairing.register import RegistrationError, Volume
+from ixi_etl.pairing.heads import RegistrationError, Volume, prepare
 from ixi_etl.recipes.ixi import refresh
 from ixi_etl.scans import nifti
 from ixi_etl.testing.phantom import PhantomSubject, grid_affine, pack_nifti, rigid, simulate, write_tar
@@ -56,7 +56,7 @@ def test_affine_registration_recovers_scale_and_motion(factors: tuple[float, ...
 
 def test_a_search_that_runs_away_is_a_failed_registration(monkeypatch: pytest.MonkeyPatch) -> None:
     """An affine search of another method stretched a head by 1.23."""
-    head = register._head(resting_pair()[0])
+    head = prepare(resting_pair()[0])
     for matrix in (np.diag([1.3, 1, 1, 1]), np.diag([0.7, 1, 1, 1]), np.diag([-1.0, 1, 1, 1])):
         monkeypatch.setattr(register, "_search", lambda *_, matrix=matrix, **__: (matrix, 0.0))
         with pytest.raises(RegistrationError, match="stretched the head"):

@@ -22,7 +22,7 @@ from ixi_etl.config import DatasetConfig
 from ixi_etl.dataset import manifest, metadata
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.store import open_arrays
-from ixi_etl.pairing import geometry, register, slabs
+from ixi_etl.pairing import geometry, heads, register, slabs
 from ixi_etl.pairing.cut import CutJob, MemberRef, cut_subject, picture_path
 from ixi_etl.pairing.geometry import trilinear
 from ixi_etl.pairing.similarity import nmi
@@ -33,22 +33,22 @@ from ixi_etl.testing.phantom import PhantomSubject, grid_affine, pack_nifti, rig
 SHRINK = 2  # voxels of about 2 mm; at IXI's own grid, registration is measured in docs/registration.md
 
 
-def scan_of(packed: bytes) -> register.Volume:
+def scan_of(packed: bytes) -> heads.Volume:
     header = nifti.parse_header(gunzip.inflate_head(packed), len(packed))
     assert header.affine is not None
-    return register.Volume(
+    return heads.Volume(
         nifti.stored_voxels(gunzip.inflate(packed, header.voxel_offset + header.voxel_bytes), header), header.affine
     )
 
 
 @pytest.fixture(scope="module")
-def still() -> tuple[register.Volume, register.Volume]:
+def still() -> tuple[heads.Volume, heads.Volume]:
     packed, motions = simulate(PhantomSubject(2, "Guys", seed=11, shrink=SHRINK))
     np.testing.assert_array_equal(motions["T1"], np.eye(4))
     return scan_of(packed["T1"]), scan_of(packed["T2"])
 
 
-def error_mm(found: np.ndarray, true: np.ndarray, t2: register.Volume) -> float:
+def error_mm(found: np.ndarray, true: np.ndarray, t2: heads.Volume) -> float:
     """Target registration error: mean distance over the middle slices' voxels."""
     slab, affine = geometry.axial_slab(t2.voxels, t2.affine, (25, 40))
     points = world_of(affine, slab.shape).reshape(-1, 3)
@@ -65,54 +65,54 @@ MOTIONS = [
 ]
 
 
-def displaced(t2: register.Volume, motion: np.ndarray) -> register.Volume:
+def displaced(t2: heads.Volume, motion: np.ndarray) -> heads.Volume:
     """The T2 with a header that gives another position."""
-    return register.Volume(t2.voxels, np.linalg.inv(motion) @ t2.affine)
+    return heads.Volume(t2.voxels, np.linalg.inv(motion) @ t2.affine)
 
 
 @pytest.fixture(scope="module")
-def found(still: tuple[register.Volume, register.Volume]) -> register.Registration:
+def found(still: tuple[heads.Volume, heads.Volume]) -> register.Registration:
     """The estimate of `MOTION`."""
     t1, t2 = still
     return register.register(t1, displaced(t2, MOTION))
 
 
-def test_known_motion_is_found(found: register.Registration, still: tuple[register.Volume, register.Volume]) -> None:
+def test_known_motion_is_found(found: register.Registration, still: tuple[heads.Volume, heads.Volume]) -> None:
     assert error_mm(found.fixed_to_moving, MOTION, displaced(still[1], MOTION)) < 0.3
 
 
 @pytest.mark.stack  # each takes seconds
 @pytest.mark.parametrize("number", range(len(MOTIONS)))
-def test_several_motions_are_found(number: int, still: tuple[register.Volume, register.Volume]) -> None:
+def test_several_motions_are_found(number: int, still: tuple[heads.Volume, heads.Volume]) -> None:
     motion, (t1, t2) = MOTIONS[number], still
     moved = displaced(t2, motion)
     assert error_mm(register.register(t1, moved).fixed_to_moving, motion, moved) < 0.3
 
 
-def test_a_search_can_find_an_affine_matrix(still: tuple[register.Volume, register.Volume]) -> None:
+def test_a_search_can_find_an_affine_matrix(still: tuple[heads.Volume, heads.Volume]) -> None:
     """The T2's header is stretched by 3 and -2 per cent, and sheared."""
     t1, t2 = still
     stretch = np.eye(4)
     stretch[:3, :3] = [[1.03, 0.01, 0], [0, 0.98, 0], [0, 0, 1]]
     moved = displaced(t2, stretch)
-    moving, fixed = register._head(t1), register._head(moved)
-    found, _ = register._search(register.FINE, fixed, moving, np.eye(4), is_affine=True)
+    moving, fixed = heads.prepare(t1), heads.prepare(moved)
+    found, _ = register._search(heads.FINE, fixed, moving, np.eye(4), is_affine=True)
     assert error_mm(np.eye(4), stretch, moved) > 1.0
     assert error_mm(found, stretch, moved) < 0.2
 
 
 @pytest.mark.parametrize("spike", [32767, pytest.param(-32768, marks=pytest.mark.stack)])
-def test_extreme_voxels_do_not_affect_registration(spike: int, still: tuple[register.Volume, register.Volume]) -> None:
-    t1, t2 = (register.Volume(scan.voxels.copy(), scan.affine) for scan in still)
+def test_extreme_voxels_do_not_affect_registration(spike: int, still: tuple[heads.Volume, heads.Volume]) -> None:
+    t1, t2 = (heads.Volume(scan.voxels.copy(), scan.affine) for scan in still)
     for scan in (t1, t2):
         scan.voxels[scan.voxels.shape[0] // 2, 5, 5:25] = spike
     moved = displaced(t2, MOTION)
     assert error_mm(register.register(t1, moved).fixed_to_moving, MOTION, moved) < 0.3
 
 
-def test_averaged_blocks_keep_their_position(still: tuple[register.Volume, register.Volume]) -> None:
+def test_averaged_blocks_keep_their_position(still: tuple[heads.Volume, heads.Volume]) -> None:
     for scan in still:
-        voxels, affine = register._averaged(scan, 8.0)
+        voxels, affine = heads.averaged(scan, 8.0)
         factors = np.round(8 / np.linalg.norm(scan.affine[:3, :3], axis=0)).astype(int)
         i, j, k = factors
         assert voxels[1, 2, 3] == pytest.approx(scan.voxels[k : 2 * k, 2 * j : 3 * j, 3 * i : 4 * i].mean(), rel=1e-6)
@@ -122,7 +122,7 @@ def test_averaged_blocks_keep_their_position(still: tuple[register.Volume, regis
 
 
 def test_the_estimated_error_is_small_for_a_good_registration(
-    found: register.Registration, still: tuple[register.Volume, register.Volume]
+    found: register.Registration, still: tuple[heads.Volume, heads.Volume]
 ) -> None:
     slab, affine = geometry.axial_slab(still[1].voxels, still[1].affine, (25, 40))
     points = world_of(affine, slab.shape).reshape(-1, 3)
@@ -130,7 +130,7 @@ def test_the_estimated_error_is_small_for_a_good_registration(
 
 
 def test_the_estimated_error_of_another_alignment_is_its_distance(
-    found: register.Registration, still: tuple[register.Volume, register.Volume]
+    found: register.Registration, still: tuple[heads.Volume, heads.Volume]
 ) -> None:
     points = np.random.default_rng(0).normal(0, 50, (100, 3))
     shifted = rigid((0, 0, 0), (3, 0, 4)) @ found.check
@@ -140,37 +140,37 @@ def test_the_estimated_error_of_another_alignment_is_its_distance(
 
 @pytest.mark.faults  # takes seconds
 def test_a_header_that_exchanges_left_and_right_is_found(
-    found: register.Registration, still: tuple[register.Volume, register.Volume]
+    found: register.Registration, still: tuple[heads.Volume, heads.Volume]
 ) -> None:
     t1, t2 = still
-    flipped = register.Volume(t1.voxels, np.diag([-1.0, 1, 1, 1]) @ t1.affine)
+    flipped = heads.Volume(t1.voxels, np.diag([-1.0, 1, 1, 1]) @ t1.affine)
     assert register.register(flipped, t2).is_mirrored
     assert not found.is_mirrored
 
 
 def test_a_mirror_image_that_does_not_fit_either_is_no_exchange(
-    still: tuple[register.Volume, register.Volume], monkeypatch: pytest.MonkeyPatch
+    still: tuple[heads.Volume, heads.Volume], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with scans of two people: the mirror image is a little more similar, but two searches disagree."""
-    heads = [register._head(scan) for scan in reversed(still)]
+    both = [heads.prepare(scan) for scan in reversed(still)]
     ends = iter([np.eye(4), rigid((0, 0, 0), (4, 0, 0))])
     monkeypatch.setattr(register, "_search", lambda *_: (next(ends), 1.1))
-    assert not register._fits_better_mirrored(*heads, np.eye(4), similarity=1.0, is_poor=False)
+    assert not register._fits_better_mirrored(*both, np.eye(4), similarity=1.0, is_poor=False)
     ends = iter([np.eye(4)] * 2)
-    assert register._fits_better_mirrored(*heads, np.eye(4), similarity=1.0, is_poor=False)
+    assert register._fits_better_mirrored(*both, np.eye(4), similarity=1.0, is_poor=False)
     ends = iter([np.eye(4)])
-    assert not register._fits_better_mirrored(*heads, np.eye(4), similarity=1.09, is_poor=False)
+    assert not register._fits_better_mirrored(*both, np.eye(4), similarity=1.09, is_poor=False)
 
 
 @pytest.mark.faults  # takes seconds
 def test_more_starts_are_tried_if_two_searches_disagree(
-    still: tuple[register.Volume, register.Volume], monkeypatch: pytest.MonkeyPatch
+    still: tuple[heads.Volume, heads.Volume], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first search is made to fail by 20 mm; the result is right all the same."""
     t1, t2 = still
     moved, search, calls = displaced(t2, MOTION), register._search, []
 
-    def mislead(level: register.Level, *arguments: Any) -> tuple[np.ndarray, float]:
+    def mislead(level: heads.Level, *arguments: Any) -> tuple[np.ndarray, float]:
         calls.append(level)
         if len(calls) == 1:
             return rigid((0, 0, 15), (20, 0, 0)), 0.0
@@ -178,19 +178,19 @@ def test_more_starts_are_tried_if_two_searches_disagree(
 
     monkeypatch.setattr(register, "_search", mislead)
     found = register.register(t1, moved)
-    assert calls.count(register.COARSE) >= 11
+    assert calls.count(heads.COARSE) >= 11
     assert error_mm(found.fixed_to_moving, MOTION, moved) < 0.3
     assert found.disagreement_mm > 15
 
 
 @pytest.mark.parametrize(("slope", "intercept"), [(-1, 0), (2e-6, 1)])
 def test_scale_and_sign_of_the_intensities_do_not_matter(
-    slope: float, intercept: float, found: register.Registration, still: tuple[register.Volume, register.Volume]
+    slope: float, intercept: float, found: register.Registration, still: tuple[heads.Volume, heads.Volume]
 ) -> None:
     """With the last case, float32 has fewer values in the range of the head than the histogram has bins."""
     t1, t2 = still
     scaled = (t2.voxels * slope + intercept).astype(np.float32)
-    rescaled = register.register(t1, displaced(register.Volume(scaled, t2.affine), MOTION))
+    rescaled = register.register(t1, displaced(heads.Volume(scaled, t2.affine), MOTION))
     assert error_mm(rescaled.fixed_to_moving, MOTION, displaced(t2, MOTION)) < 0.5  # the last case rounds the values
     assert not rescaled.is_mirrored
 
@@ -344,7 +344,7 @@ def test_a_motion_that_brings_the_head_into_the_field_of_view_is_applied(
         (TURNED, "registration_no_gain"),
         # This motion leaves almost no overlap to compare.
         (rigid((0, 0, 0), (80, 0, 0)), "registration_no_gain"),
-        (register.RegistrationError("all samples map outside"), "registration_failed"),
+        (heads.RegistrationError("all samples map outside"), "registration_failed"),
     ],
 )
 def test_a_motion_without_gain_is_discarded_and_flagged(
@@ -382,11 +382,11 @@ def test_similarities_are_compared_on_the_same_voxels(tmp_path: Path, monkeypatc
 
 
 def test_errors_of_the_registration_library_are_registration_errors() -> None:
-    far = register.Volume(blobs((20, 24, 24), 0), rigid((0, 0, 0), (0, 0, 9000)) @ GRID1)
-    flat = register.Volume(np.zeros((20, 24, 24), "<i2"), GRID1)
-    t2 = register.Volume(blobs((14, 22, 26), 1), GRID2)
+    far = heads.Volume(blobs((20, 24, 24), 0), rigid((0, 0, 0), (0, 0, 9000)) @ GRID1)
+    flat = heads.Volume(np.zeros((20, 24, 24), "<i2"), GRID1)
+    t2 = heads.Volume(blobs((14, 22, 26), 1), GRID2)
     for t1 in (far, flat):
-        with pytest.raises(register.RegistrationError):
+        with pytest.raises(heads.RegistrationError):
             register.register(t1, t2)
 
 

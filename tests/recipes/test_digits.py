@@ -5,12 +5,14 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlcroissant
 import numpy as np
 import pandas as pd
 import pytest
@@ -27,11 +29,13 @@ from ixi_etl.config import DigitsConfig, DigitsDataset
 from ixi_etl.core.files import to_json
 from ixi_etl.core.storage import DataRoot
 from ixi_etl.dataset import manifest, metadata, publish, verify, versions
+from ixi_etl.dataset.documents import LEGAL_CODE
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import DIGITS
 from ixi_etl.dataset.store import STORE, open_arrays
 from ixi_etl.errors import ArchiveError, ConfigError, DatasetError, DownloadError
 from ixi_etl.recipes.digits import FILE_PAIRS, INK, draw_outline, make_digits, pad_images, pair_images, parse_idx
+from ixi_etl.recipes.reproduce import reproduce
 from ixi_etl.sources import catalog
 from ixi_etl.testing.loopback import serve_folder
 
@@ -228,9 +232,22 @@ def test_equal_files_give_equal_bytes_wherever_they_are(made: PublishedVersion, 
     assert again.version == made.version
     assert contents(again.folder) == contents(made.folder)
     for name, data in contents(made.folder).items():
-        assert b"http://" not in data, name
+        assert url.encode() not in data, name
         assert str(tmp_path).encode() not in data, name
     assert make_digits(config.model_copy(update={"offline": True})).version == made.version
+
+
+def test_digits_are_reproduced_and_described(made: PublishedVersion, source: Path, tmp_path: Path) -> None:
+    again = reproduce(made.folder, DataRoot(tmp_path, "digits"), tmp_path / "again", source=str(source))
+    assert again.files.empty
+    text = (made.folder / metadata.README).read_text()
+    assert "handwritten digits" in text
+    assert "CC BY-SA 3.0" in text
+    assert not re.search("Hammersmith|scan|Philips", text)
+    assert (made.folder / metadata.LICENCE_TEXT).read_text() == LEGAL_CODE.read_text()
+    dataset = mlcroissant.Dataset(str(made.folder / metadata.CROISSANT))
+    labels = [record["manifest/label"] for record in dataset.records("manifest")]
+    assert labels == metadata.read_manifest(made.folder)["label"].tolist()
 
 
 def test_only_options_that_affect_data_name_the_version(made: PublishedVersion, source: Path, tmp_path: Path) -> None:

@@ -88,6 +88,8 @@ def test_words_of_the_manifest_are_pinned(published: PublishedVersion) -> None:
 
 def test_no_file_of_a_version_holds_a_path_a_url_or_a_time(published: PublishedVersion, archives: Path) -> None:
     for name, data in contents(published.folder).items():
+        for vocabulary in (b"http://mlcommons.org/croissant/", b"http://purl.org/dc/terms/"):  # names, no addresses
+            data = data.replace(vocabulary, b"") if name == metadata.CROISSANT else data
         for trace in (str(archives), "http://", "pytest", time.strftime("%Y-%m-%d")):
             assert trace.encode() not in data, (name, trace)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ixi_etl.pairing.register import Volume, _averaged
+from ixi_etl.pairing.heads import Volume, averaged
 from ixi_etl.testing.phantom import rigid, write_phantom
 
 WIDE = "AVX2 FMA3 AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR"
@@ -53,5 +53,5 @@ def test_last_bits_of_an_affine_do_not_reach_the_registration(ulps: int) -> None
     voxels = np.zeros((12, 12, 12), np.int16)
     affine = rigid((5, 3, 8), (11, -7, 4)) @ np.diag([0.9375, 0.9375, 1.25, 1])
     for spacing in (1.0, 4.0):
-        (_, a), (_, b) = (_averaged(Volume(voxels, m), spacing) for m in (affine, affine + ulps * np.spacing(affine)))
+        (_, a), (_, b) = (averaged(Volume(voxels, m), spacing) for m in (affine, affine + ulps * np.spacing(affine)))
         np.testing.assert_array_equal(a, b)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,21 +16,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 pytestmark = pytest.mark.stack
-INSTALL = "Debian and Ubuntu: `apt-get install chromium`; elsewhere: `.venv/bin/playwright install chromium`"
 DESKTOP, PHONE = 1280, 390  # pixels
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; pip install -e '.[test]'")
-    with api.sync_playwright() as playwright:
-        executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-        if not executable and not Path(playwright.chromium.executable_path).exists():
-            pytest.skip(f"only a browser can show how a page behaves, and no Chromium was found; {INSTALL}")
-        # The sandbox does not start as root; the browser opens only pages made by these tests.
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
