@@ -314,5 +314,5 @@ def test_damage_is_named_when_it_is_met(refreshed: PublishedVersion, torch: Any)
             call()
         assert "\n" not in str(caught.value)
     shard.unlink()
-    with pytest.raises(DatasetError, match=f"{shard} is missing; `ixi-etl refresh`"):
+    with pytest.raises(DatasetError, match=f"{shard} is missing; `ixi-etl refresh.*` makes the version again"):
         ixi_etl.open_version("nowhere", str(refreshed.folder))
