@@ -26,6 +26,7 @@ from zarr.buffer.cpu import NDBuffer
 from ixi_etl.config import SPLITS
 from ixi_etl.dataset import command, manifest, metadata, verify
 from ixi_etl.dataset.direction import Direction, parse_direction
+from ixi_etl.dataset.normalisation import normalise
 from ixi_etl.dataset.schema import is_absent
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.errors import DatasetError, EmptySplitError
@@ -154,13 +155,6 @@ class Pairs:
     def centres(self, source: Tensor) -> Tensor:
         """The slices at the target's place, one of each source, among all channels (B, C, H, W): a view."""
         return source[:, self.neighbours :: 2 * self.neighbours + 1]
-
-
-def normalise(stored: Tensor, low_high: Tensor) -> Tensor:
-    """Map stored slices (B, K, H, W) to float32: `low_high` (B, 2) to [-1, 1], with clipping."""
-    low, high = low_high[:, 0, None, None, None], low_high[:, 1, None, None, None]
-    # In place: allocating memory for each term takes longer than computing it.
-    return stored.to(torch.float32, copy=True).sub_(low).mul_(2 / (high - low)).sub_(1).clamp_(-1, 1)
 
 
 def load_pairs(

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ixi_etl.config import MAX_REGISTRATION_ERROR_MM
+from ixi_etl.dataset.normalisation import normalise
 from ixi_etl.errors import SynthesisError
 from ixi_etl.modalities import ECHOES
 from ixi_etl.pairing import geometry, register
@@ -22,7 +23,6 @@ from ixi_etl.pairing.geometry import Matrix
 from ixi_etl.pairing.heads import RegistrationError, Volume
 from ixi_etl.pairing.similarity import nmi
 from ixi_etl.scans.intensity import otsu_threshold
-from model.data import normalise
 
 MIN_COMMON = 0.5  # share of the head below which similarities are not comparable
 

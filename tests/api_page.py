@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 TOP = Path(__file__).parent.parent
 PAGE = TOP / "docs" / "api.md"
@@ -38,6 +39,13 @@ PUBLIC: dict[str, list[str]] = {
         "ixi_etl.scans.survey.depth_histogram",
         "ixi_etl.scans.survey.modal_depths",
         "ixi_etl.testing.phantom.write_phantom",
+    ],
+    "Open a version": [
+        "ixi_etl.open_version",
+        "ixi_etl.loading.version.DatasetVersion",
+        "ixi_etl.loading.version.DatasetVersion.xarray",
+        "ixi_etl.loading.version.DatasetVersion.torch",
+        "ixi_etl.loading.version.DatasetVersion.nifti",
     ],
     "Read, check and remove versions": [
         "ixi_etl.dataset.versions.find_version",
@@ -106,17 +114,37 @@ extra `train`. The scripts in `examples/` show the API in use.
 
 
 def definition_of(name: str) -> ast.FunctionDef | ast.ClassDef:
-    """The definition of a public name, at the top level of its module.
+    """The definition of a public name: a function or class of a module, a method, or what a package imports by a name.
 
     Raises:
         LookupError: the module does not define it.
     """
-    module, _, attribute = name.rpartition(".")
-    tree = ast.parse((TOP / (module.replace(".", "/") + ".py")).read_text())
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == attribute:
-            return node
-    raise LookupError(f"{module} does not define {attribute}; correct PUBLIC in tests/api_page.py")
+    module, attributes = split_name(name)
+    source = source_of(module)
+    node: Any = ast.parse(source.read_text())
+    for attribute in attributes:
+        found = [n for n in node.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == attribute]
+        if not found and source.name == "__init__.py":
+            imports = [n for n in ast.walk(node) if isinstance(n, ast.ImportFrom)]
+            return next(
+                definition_of(f"{n.module}.{attribute}") for n in imports if attribute in [a.name for a in n.names]
+            )
+        if not found:
+            raise LookupError(f"{module} does not define {attribute}; correct PUBLIC in tests/api_page.py")
+        node = found[0]
+    return node
+
+
+def split_name(name: str) -> tuple[str, list[str]]:
+    """The module of a public name, and the attributes that lead from it to the definition."""
+    parts = name.split(".")
+    length = next(n for n in range(len(parts) - 1, 0, -1) if source_of(".".join(parts[:n])).exists())
+    return ".".join(parts[:length]), parts[length:]
+
+
+def source_of(module: str) -> Path:
+    path = TOP / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def first_line(node: ast.FunctionDef | ast.ClassDef) -> str:
@@ -127,7 +155,7 @@ def signature_of(node: ast.FunctionDef | ast.ClassDef) -> str:
     """The parameters of a function by name, those with a default in brackets; nothing for a class."""
     if isinstance(node, ast.ClassDef):
         return ""
-    positional = node.args.posonlyargs + node.args.args
+    positional = [a for a in node.args.posonlyargs + node.args.args if a.arg != "self"]
     optional = {a.arg for a in positional[len(positional) - len(node.args.defaults) :]}
     optional |= {a.arg for a, d in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if d is not None}
     extra = [f"**{node.args.kwarg.arg}"] if node.args.kwarg else []

@@ -64,9 +64,10 @@ INSTALL_CHROMIUM = "Debian and Ubuntu: `apt-get install chromium`; elsewhere: `.
 GROUPS = {
     "trained": (
         "train evaluate synthesize synthesize_files export run_report docs examples digits trainer networks data "
-        "neighbours several_sources split_by_file normalisations published_training foreign quality cards hub trackers"
+        "neighbours several_sources split_by_file normalisations published_training foreign quality cards hub trackers "
+        "open_version"
     ),
-    "s3": "s3 export_on_s3 remote_runs strays odd_filesystems security prune",
+    "s3": "s3 export_on_s3 open_version_on_s3 remote_runs strays odd_filesystems security prune",
 }
 """Test files that share slow fixtures (trained runs, versions on S3). One worker runs a whole group."""
 

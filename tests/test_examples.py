@@ -27,6 +27,17 @@ def test_read_a_version_prints_counts_and_a_subject(trained: Path, capsys: pytes
     assert "mean of the lowest T2 slice" in out
 
 
+def test_open_a_version_reads_it_with_every_library(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_example("open_a_version.py", trained, tmp_path / "slab.nii.gz")
+    out = capsys.readouterr().out
+    assert "subjects used" in out
+    assert "t1 (8, 1, " in out
+    assert "-1 to 1" in out
+    assert nib.aff2axcodes(nib.load(tmp_path / "slab.nii.gz").affine) == ("R", "A", "S")
+
+
 def test_train_your_own_lowers_the_loss(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     losses = []
     for steps in (1, 20):

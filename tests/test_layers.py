@@ -14,7 +14,7 @@ PACKAGES = ("flows", "model", "ixi_etl")
 """Packages from the top down."""
 
 LAYERS = (
-    *("recipes", "testing", "report", "exports", "pairing", "dataset", "sources", "scans"),
+    *("recipes", "testing", "report", "loading", "exports", "pairing", "dataset", "sources", "scans"),
     *("preparations", "config", "modalities", "core", "errors"),
 )
 """Packages and modules of `ixi_etl` from the top down."""

@@ -69,7 +69,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             files.append(File.generated(config, page, abs_src_path=str(TOP / source)))
     files.append(File.generated(config, PAGES["examples"], content=_example_scripts()))
     for section, names in PUBLIC.items():
-        text = "\n\n".join([f"# {section}", *map(_documentation, names)])
+        documented = [name for name in names if name.rpartition(".")[0] not in names]  # a class includes its methods
+        text = "\n\n".join([f"# {section}", *map(_documentation, documented)])
         files.append(File.generated(config, f"api/{_slug(section)}.md", content=text + "\n"))
     for file in _live_example(config):
         files.append(file)

@@ -11,6 +11,7 @@ EXTRAS = {
     "bids": ("ancpbids",),
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "mat": ("h5py",),
+    "xarray": ("xarray",),
     "hub": ("huggingface_hub",),
     "mlflow": ("mlflow",),
     "trackio": ("trackio",),
@@ -18,12 +19,12 @@ EXTRAS = {
 """Extra of pyproject.toml -> the modules that its packages provide."""
 
 
-def require_extra(extra: str) -> None:
-    """Raise `MissingExtraError` unless all modules of an extra are installed; nothing is imported.
+def require_extra(extra: str, *modules: str) -> None:
+    """Raise `MissingExtraError` unless all modules of an extra, or those given, are installed; nothing is imported.
 
     Call it before any other work, so that a command that trains at its end does not first spend hours on its dataset.
     """
-    missing = [name for name in EXTRAS[extra] if find_spec(name) is None]
+    missing = [name for name in modules or EXTRAS[extra] if find_spec(name) is None]
     if missing:
         raise MissingExtraError(
             f'this needs packages that are not installed ({", ".join(missing)}); run: pip install "ixi-etl[{extra}]" '

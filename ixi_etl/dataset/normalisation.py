@@ -1,4 +1,4 @@
-"""The stored values of a slab that become 0 and 1, with another `normalisation` than percentiles.
+"""Normalise slices, and find the stored values that become 0 and 1 with another `normalisation` than percentiles.
 
 Legend: N subjects. A slab is [z, y, x] as stored; stored value x scale + offset = scanner units.
 """
@@ -6,7 +6,7 @@ Legend: N subjects. A slab is [z, y, x] as stored; stored value x scale + offset
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,21 @@ from numpy.typing import NDArray
 from ixi_etl.config import DatasetConfig
 from ixi_etl.errors import BadVolumeError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 MEAN_NOT_POSITIVE = "mean_not_positive"
+
+
+def normalise(stored: Tensor, low_high: Tensor) -> Tensor:
+    """Map stored slices (B, K, H, W) to float32: `low_high` (B, 2) float32 to -1 and 1, with clipping.
+
+    `ixi_etl.dataset.manifest.intensity_ranges` gives `low_high`. Uses methods of tensors only, so that no torch is
+    imported here.
+    """
+    low, high = low_high[:, 0, None, None, None], low_high[:, 1, None, None, None]
+    # In place: allocating memory for each term takes longer than computing it.
+    return stored.to(low_high.dtype, copy=True).sub_(low).mul_(2 / (high - low)).sub_(1).clamp_(-1, 1)
 
 
 def measure_slab(slab: NDArray[np.integer[Any]], scale: float, offset: float) -> tuple[float, float, float, float]:

@@ -39,6 +39,18 @@ _READING = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
 _WRITING = _READING | {"threading.max_workers": 1, "codec_pipeline.chunk_concurrent_maximum": 1}
 
 
+_zarrs = {"opened": False, "forked": False}
+"""Whether arrays were opened with zarrs, in this process or, before it was forked, in its parent."""
+
+
+def _note_fork() -> None:
+    """zarrs decodes on threads, which a forked process does not have: it would wait for them for ever."""
+    _zarrs["forked"] |= _zarrs["opened"]
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
 def dimension_names(pairing: str) -> tuple[str, str, str, str]:
     return ("subject", "z", "y", "x") if pairing == "anatomical" else ("subject", "k", "j", "i")
 
@@ -246,8 +258,23 @@ def _consolidate(folder: Path) -> None:
         zarr.consolidate_metadata(folder)
 
 
+@contextmanager
+def fast_reading(path: Path) -> Iterator[None]:
+    """Arrays of the store at `path` that are opened in the block use the fast codec pipeline, if it can read them.
+
+    It cannot read S3, and not in a forked process whose parent used it, such as a worker of a PyTorch `DataLoader`.
+    There zarr-python's own pipeline reads the same values.
+    """
+    import zarr
+
+    is_fast = is_local(path) and not _zarrs["forked"]
+    _zarrs["opened"] |= is_fast
+    with _settings_lock, zarr.config.set(_READING if is_fast else {}):
+        yield
+
+
 def open_arrays(version: Path) -> dict[str, zarr.Array[Any]]:
-    """Open the store of a version: name -> array. Local stores use the fast codec pipeline, which cannot read S3.
+    """Open the store of a version: name -> array. A forked process has to open it again: see `fast_reading`.
 
     Raises:
         DatasetError: the store does not exist, or its metadata are damaged.
@@ -256,7 +283,7 @@ def open_arrays(version: Path) -> dict[str, zarr.Array[Any]]:
 
     path = version / STORE
     try:
-        with _settings_lock, zarr.config.set(_READING if is_local(path) else {}):
+        with fast_reading(path):
             # Version 3 only, because the codecs of version 2 include pickle.
             return dict(zarr.open_group(str(path), mode="r", zarr_format=3).arrays())
     except Exception as error:  # zarr raises many kinds on damaged metadata

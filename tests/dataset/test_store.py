@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import warnings
 from pathlib import Path
 
@@ -77,3 +78,17 @@ def test_a_chunk_is_a_slice_and_a_shard_is_a_subject_with_checksums(published: P
     assert (array.chunks, array.shards) == ((1, 1, 64, 64), (1, 12, 64, 64))
     assert array.dtype == np.int16
     assert "crc32c" in str(array.metadata.to_dict()["codecs"])
+
+
+def slab_sum(folder: Path) -> int:
+    return int(np.asarray(open_arrays(folder)["t1"][0]).sum())
+
+
+def test_a_process_forked_after_a_read_can_read(published: PublishedVersion) -> None:
+    """zarrs decodes several chunks on threads that a forked process lacks: it would wait for them for ever."""
+    expected = slab_sum(published.folder)
+    pool = multiprocessing.get_context("fork").Pool(1)
+    try:
+        assert pool.apply_async(slab_sum, [published.folder]).get(timeout=60) == expected
+    finally:
+        pool.terminate()

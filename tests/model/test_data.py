@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ixi_etl.dataset import manifest, metadata
+from ixi_etl.dataset.normalisation import normalise
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.errors import ConfigError, DatasetError
@@ -171,6 +172,6 @@ def test_a_crop_larger_than_the_slices_is_refused() -> None:
 def test_normalise_does_not_change_its_input() -> None:
     for dtype in (torch.int16, torch.float32):
         stored = torch.tensor([[[[0, 50, 100, 200]]]], dtype=dtype)
-        found = data.normalise(stored, torch.tensor([[0.0, 100.0]]))
+        found = normalise(stored, torch.tensor([[0.0, 100.0]]))
         assert found.flatten().tolist() == [-1, 0, 1, 1]
         assert stored.flatten().tolist() == [0, 50, 100, 200]

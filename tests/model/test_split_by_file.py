@@ -17,6 +17,7 @@ from ixi_etl.config import SPLITS
 from ixi_etl.core.files import read_json
 from ixi_etl.dataset import manifest, metadata
 from ixi_etl.dataset.direction import Direction
+from ixi_etl.dataset.normalisation import normalise
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import MIXED, USED
 from ixi_etl.dataset.store import open_arrays
@@ -160,7 +161,7 @@ def test_histograms_are_of_whole_slabs_as_those_of_new_volumes_are(by_file: Path
     assert summary is not None
     assert summary.slab_mm == pytest.approx(SLICES * 5)
     shares = [
-        planes.histogram(data.normalise(slab[None], low_high[None])[0].numpy())
+        planes.histogram(normalise(slab[None], low_high[None])[0].numpy())
         for slab, low_high in zip(train.target.stored, train.target.low_high, strict=True)
     ]
     np.testing.assert_allclose(summary.target_histogram, np.mean(shares, axis=0), atol=1e-5)

@@ -24,6 +24,7 @@ from hypothesis.extra.numpy import arrays
 from servers import Host, serve
 
 from flows.cli import main
+from ixi_etl import open_version
 from ixi_etl.config import DigitsConfig, DigitsDataset
 from ixi_etl.core.files import to_json
 from ixi_etl.core.storage import DataRoot
@@ -32,7 +33,7 @@ from ixi_etl.dataset.documents import LEGAL_CODE
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import DIGITS
 from ixi_etl.dataset.store import STORE, open_arrays
-from ixi_etl.errors import ArchiveError, DatasetError, DownloadError
+from ixi_etl.errors import ArchiveError, ConfigError, DatasetError, DownloadError
 from ixi_etl.recipes.digits import FILE_PAIRS, INK, draw_outline, make_digits, pad_images, pair_images, parse_idx
 from ixi_etl.recipes.reproduce import reproduce
 from ixi_etl.sources import catalog
@@ -273,6 +274,27 @@ def test_a_version_is_plain_zarr_with_many_images_per_shard(made: PublishedVersi
         data["image"].to_numpy().tolist()
         == manifest.used_rows(metadata.read_manifest(made.folder))["subject_id"].tolist()
     )
+
+
+@pytest.mark.usefixtures("torch")
+def test_an_opened_version_gives_labelled_images_and_pairs(made: PublishedVersion) -> None:
+    version = open_version(made.folder.parents[2], "digits@latest")
+    data, pairs = version.xarray(), version.torch("test")
+    assert data["digit"].dims == ("image", "z", "y", "x")
+    assert data["digit"].chunks[0] == (1000, len(data["image"]) - 1000)
+    assert data["image"].to_numpy()[0] == "test-00000"
+    np.testing.assert_array_equal(data["digit"], open_arrays(made.folder)["digit"])
+    of_test = data.sel(image=data["split"] == "test")
+    assert of_test["label"].to_numpy().tolist() == [n % 10 for n in range(COUNTS["test"])]
+    assert len(pairs) == COUNTS["test"]
+    item = pairs[3]
+    assert item["subject_id"] == of_test["image"].to_numpy()[3]
+    one = of_test.isel(image=3, z=0)
+    scaled = (one["digit"] - one["digit_low"]) / (one["digit_high"] - one["digit_low"])
+    np.testing.assert_allclose(item["digit"][0], scaled.clip(0, 1) * 2 - 1, atol=1e-6)
+    assert version.xarray(scanner_units=True).identical(data)  # images have no other units
+    with pytest.raises(ConfigError, match="are no scans and have no affine"):
+        version.nifti("test-00003", "digit")
 
 
 def test_deep_verification_accepts_an_intact_version(made: PublishedVersion) -> None:

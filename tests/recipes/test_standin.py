@@ -18,6 +18,7 @@ from strategies import world_of
 
 from ixi_etl.config import DatasetConfig, RefreshConfig
 from ixi_etl.dataset import manifest, metadata
+from ixi_etl.dataset.normalisation import normalise
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.recipes.ixi import refresh
 from ixi_etl.testing.phantom import write_tar
@@ -178,7 +179,7 @@ def test_a_synthesised_volume_is_as_close_to_the_t2_as_in_evaluation(torch: Any,
         got, _ = geometry.resample(volume, matrix, true.shape)
         low_high = torch.tensor([trained.planes.target_low_high, (row["t2_p_low"], row["t2_p_high"])])
         got, want = (
-            data.normalise(torch.from_numpy(slab).unsqueeze(1), percentiles.expand(len(slab), 2)) / 2
+            normalise(torch.from_numpy(slab).unsqueeze(1), percentiles.expand(len(slab), 2)) / 2
             for slab, percentiles in zip((got, true), low_high, strict=True)
         )
         psnr = -10 * np.log10(float(((got - want) ** 2).mean()))

@@ -1,0 +1,1 @@
+"""A published version as an object that other libraries read: pandas, xarray, PyTorch, nibabel."""
