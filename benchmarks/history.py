@@ -63,7 +63,8 @@ def fallen(before: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
 def record(rows: Iterable[Row], date: str, load: float) -> str:
     """Add the ratios to the line of this commit, draw all, and return what was done, in a sentence."""
     commit = _git("log", "-1", "--format=%h")
-    if not commit or _git("status", "--porcelain", "--untracked-files=no"):
+    own = [f":!{path.relative_to(REPOSITORY)}" for path in (FOLDER, PICTURE)]  # changed by an earlier run
+    if not commit or _git("status", "--porcelain", "--untracked-files=no", "--", ".", *own):
         return "not recorded in the history: this is no commit without changes"
     found, machine = ratios(rows), machine_class()
     lines = read(machine)

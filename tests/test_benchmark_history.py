@@ -52,6 +52,7 @@ def test_only_rows_that_compare_times_are_kept() -> None:
 def test_a_commit_has_one_line_and_later_runs_of_it_add_to_it(repository: Path) -> None:
     said = history.record([row(2.5)], "2026-01-01", 0.1)
     assert "recorded 1 ratios" in said
+    git(repository, "add", "history", "history.svg")
     history.record([row(3.0), row(4.0, "refresh")], "2026-01-02", 0.2)
     (line,) = history.read(machine_class())
     assert line["commit"] == git(repository, "log", "-1", "--format=%h")
