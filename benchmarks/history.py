@@ -62,9 +62,8 @@ def fallen(before: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
 
 def record(rows: Iterable[Row], date: str, load: float) -> str:
     """Add the ratios to the line of this commit, draw all, and return what was done, in a sentence."""
-    commit = _git("log", "-1", "--format=%h")
-    own = [f":!{path.relative_to(REPOSITORY)}" for path in (FOLDER, PICTURE)]  # changed by an earlier run
-    if not commit or _git("status", "--porcelain", "--untracked-files=no", "--", ".", *own):
+    commit = _git("log", "-1", "--format=%h") if (REPOSITORY / ".git").exists() else ""
+    if not commit or _is_changed():
         return "not recorded in the history: this is no commit without changes"
     found, machine = ratios(rows), machine_class()
     lines = read(machine)
@@ -108,6 +107,12 @@ def _draw_panel(axes: Any, machine: str, lines: list[dict[str, Any]]) -> None:
     axes.set_xticks(range(len(lines)), [f"{line['commit']}\n{line['date']}" for line in lines], fontsize=8)
     axes.set_title(machine, fontsize=9)
     axes.grid(axis="y", alpha=0.3)
+
+
+def _is_changed() -> bool:
+    """Whether tracked files differ from the commit, besides what an earlier run of the benchmark wrote."""
+    own = [f":!{path.relative_to(REPOSITORY)}" for path in (FOLDER, PICTURE)]
+    return bool(_git("status", "--porcelain", "--untracked-files=no", "--", ".", *own))
 
 
 def _git(*arguments: str) -> str:
