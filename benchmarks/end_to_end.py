@@ -10,7 +10,7 @@ import shutil
 import time
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,13 @@ def sources(settings: Settings, pairs: int) -> list[Source]:
 
 
 def refresh(settings: Settings) -> list[Row]:
-    """Refresh 24 pairs with the default options, and, like the peers, without registration and pictures."""
-    return [row for source in sources(settings, 4 if settings.quick else 24) for row in _refresh_rows(settings, source)]
+    """Refresh 24 pairs with the default options, and, like the peers, without registration and pictures.
+
+    Ratios of `--archives` are not kept in the history: nobody else has these.
+    """
+    phantom, *given = sources(settings, 4 if settings.quick else 24)
+    rows = _refresh_rows(settings, phantom)
+    return rows + [replace(row, times=None) for source in given for row in _refresh_rows(settings, source)]
 
 
 def _arguments(settings: Settings, source: Source) -> dict[str, Any]:

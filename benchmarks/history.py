@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from benchmarks.end_to_end import MONAI, NAIVE, TORCHIO
 from benchmarks.machine import machine_class
 from benchmarks.measure import Row
 from ixi_etl.core.files import write_atomic
@@ -25,10 +26,10 @@ PICTURE = REPOSITORY / "docs/pictures/benchmark-history.svg"
 MOST_FALL = 1 / 3
 SHOWN = {
     "survey, 200 volumes, compared with extractall + nibabel.load": ("#0072B2", "o"),
-    "refresh, 24 pairs, as by default, compared with extractall + get_fdata + np.save": ("#000000", "D"),
-    "refresh, 24 pairs, index, compared with extractall + get_fdata + np.save": ("#D55E00", "s"),
-    "refresh, 24 pairs, anatomical, compared with TorchIO Resample": ("#009E73", "^"),
-    "refresh, 24 pairs, anatomical, compared with MONAI ResampleToMatchd": ("#CC79A7", "v"),
+    f"refresh, 24 pairs, as by default, compared with {NAIVE}": ("#000000", "D"),
+    f"refresh, 24 pairs, index, compared with {NAIVE}": ("#D55E00", "s"),
+    f"refresh, 24 pairs, anatomical, compared with {TORCHIO}": ("#009E73", "^"),
+    f"refresh, 24 pairs, anatomical, compared with {MONAI}": ("#CC79A7", "v"),
     "reading, first epoch, compared with MONAI CacheDataset": ("#E69F00", "P"),
     "training step on CPU, batch 1, compared with plain PyTorch, fp32, batch norm": ("#56B4E9", "X"),
 }
