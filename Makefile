@@ -111,7 +111,7 @@ $(DOCS): $(STAMP)
 # The live example of the website: simulated archives, a version of them, and a training run, by this code.
 EXAMPLE := build/example/.made
 $(EXAMPLE): export PREFECT_API_URL :=
-$(EXAMPLE): $(STAMP) $(shell find ixi_etl model -name '*.py' -o -path '*/templates/*')
+$(EXAMPLE): $(STAMP) $(shell find flows ixi_etl model -name '*.py' -o -path '*/templates/*')
 	@rm -rf build/example
 	@$(BIN)/ixi-etl simulate build/example/archives --subjects 6 --oddities --quiet > /dev/null
 	@$(BIN)/ixi-etl refresh --root build/example/ixi-data --source build/example/archives --split-seed 6 --quiet > /dev/null

@@ -8,7 +8,7 @@ Hub is needed. `model.cards_dataset` has the card of a version.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,9 @@ import yaml
 from ixi_etl import __version__
 from ixi_etl.config import SPLITS
 from ixi_etl.core.files import read_json
-from ixi_etl.core.text import printable
+from ixi_etl.core.text import markdown_table, printable
 from ixi_etl.dataset import metadata
-from ixi_etl.dataset.credit import SIMULATED
+from ixi_etl.dataset.credit import has_simulated, is_all_share_alike
 from ixi_etl.errors import CheckpointError, DatasetError
 from ixi_etl.sources.catalog import LICENCE
 from model.config import TrainConfig
@@ -28,10 +28,10 @@ from model.config import TrainConfig
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-HUB_LICENCES = {LICENCE: "cc-by-sa-3.0"}
-"""Licence of a version -> its name on the Hub. Every other one, also of simulated data, is `unknown` there."""
-
 TASK = "image-to-image"
+
+TERMS = ("licence", "credit", "share_alike")
+"""What `metadata.licence_of` gives, and the file of a generator keeps."""
 
 
 def model_card(run: Path, generator: Path, version: Path | None, repository: str = "USER/NAME") -> str:
@@ -51,11 +51,11 @@ def model_card(run: Path, generator: Path, version: Path | None, repository: str
         raise CheckpointError(f"{run / 'config.json'} is damaged; it holds the run's configuration")
     config = TrainConfig.model_validate(header["config"])
     dataset = metadata.read_metadata(version) if version else None
-    data = record.get("data") or {k: header[k] for k in ("licence", "credit") if k in header} or dataset or {}
-    simulated = is_simulated(dataset or data)
+    data = record.get("data") or {k: header[k] for k in TERMS if k in header} or dataset or {}
+    simulated = has_simulated(dataset or data)
     evaluations = _evaluations(run, checkpoint.read_digest(generator))
     head = {
-        **licence_head(data),
+        **licence_head(dataset or data),
         "pipeline_tag": TASK,
         "library_name": "pytorch",
         "tags": tags_of(config.dataset, simulated, "pix2pix", "safetensors"),
@@ -76,26 +76,20 @@ def model_card(run: Path, generator: Path, version: Path | None, repository: str
         volumes=trained_on is not None,
         planes=trained_on,
         dataset=dataset,
-        licence=licence_of(data),
+        licence=licence_text(data),
         splits={name: dataset["splits"].get(name, 0) for name in SPLITS} if dataset else {},
         validation={k: f"{v:.4f}" for k, v in header["validation"].items()},
         software=record.get("software", {}),
         hardware=record.get("hardware", {}),
         preset=record.get("preset"),
-        settings=table({"field": k, "value": v} for k, v in _settings(config).items()),
+        settings=markdown_table({"field": k, "value": v} for k, v in _settings(config).items()),
         evaluations=[_shown_evaluation(evaluation) for evaluation in evaluations],
         definitions=_definitions(evaluations),
         channels=config.channels,
     )
 
 
-def is_simulated(version: Mapping[str, Any]) -> bool:
-    """Whether any volume of a version is marked as simulated: by its sources, or by its credit if it has no others."""
-    kinds = [source["source"] for source in version.get("sources", {}).values()]
-    return SIMULATED in kinds or (not kinds and "simulated" in str(version.get("credit", "")))
-
-
-def licence_of(data: Mapping[str, Any]) -> dict[str, Any]:
+def licence_text(data: Mapping[str, Any]) -> dict[str, Any]:
     """What a card says of the licence: its text, the credit, and whether it asks to share alike."""
     text = str(data.get("licence", "not recorded"))
     credit = str(data.get("credit", "not recorded"))
@@ -103,22 +97,17 @@ def licence_of(data: Mapping[str, Any]) -> dict[str, Any]:
     return {"text": printable(text), "credit": printable(credit), "share_alike": "CC BY-SA" in text, "ixi": ixi}
 
 
-def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """A Markdown table; empty text if there are no rows."""
-    listed = list(rows)
-    if not listed:
-        return ""
-    columns = list(dict.fromkeys(key for row in listed for key in row))
-    lines = [columns, ["---"] * len(columns), *([_cell(row.get(key, "")) for key in columns] for row in listed)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _cell(value: Any) -> str:
-    return printable(str(value)).replace("|", "\\|").replace("<", "&lt;")
-
-
 def licence_head(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {"license": HUB_LICENCES.get(str(data.get("licence")), "unknown")}
+    """The licence for the Hub; `unknown` there is every one but IXI's, also that of simulated data.
+
+    `data` is the metadata of a version, whose sources decide, or what a run keeps of them: see `metadata.licence_of`.
+    Older ones have only the text.
+    """
+    if data.get("sources"):
+        share_alike = is_all_share_alike(data["sources"])
+    else:
+        share_alike = data.get("share_alike", data.get("licence") == LICENCE)
+    return {"license": "cc-by-sa-3.0" if share_alike else "unknown"}
 
 
 def tags_of(dataset: str, simulated: bool, *more: str) -> list[str]:
@@ -137,9 +126,17 @@ def _settings(config: TrainConfig) -> dict[str, str]:
 
 
 def _evaluations(run: Path, digest: str) -> list[dict[str, Any]]:
-    """The full evaluations of the generator with this digest, the test split first."""
+    """The full evaluations of the generator with this digest, the test split first.
+
+    Older ones have no protocols: they were made by what is now the protocol `ours`.
+    """
     found = (read_json(run / f"evaluation-{split}.json") for split in reversed(SPLITS))
-    return [each for each in found if isinstance(each, dict) and each.get("weights_sha256") == digest]
+    tables = ("summary", "comparison")
+    return [
+        {"protocols": {}} | each | {part: [{"protocol": "ours"} | row for row in each[part]] for part in tables}
+        for each in found
+        if isinstance(each, dict) and each.get("weights_sha256") == digest
+    ]
 
 
 def _results(evaluations: Sequence[Mapping[str, Any]], dataset: str, simulated: bool) -> list[dict[str, Any]]:
@@ -179,12 +176,12 @@ def _shown_evaluation(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         "subjects": rows[0]["subjects"],
         "normalisation": evaluation["normalisation"],
         "first": first,
-        "scores": table(
+        "scores": markdown_table(
             {k: row[k] for k in ("protocol", "mask", "method")}
             | {MEASURES[m].title: _mean_sd(row, m, MEASURES[m].digits) for m in measures}
             for row in rows
         ),
-        "differences": table(
+        "differences": markdown_table(
             {
                 "mask": row["mask"],
                 "baseline": row["baseline"],
@@ -222,7 +219,7 @@ def render(template: str, *, head: Mapping[str, Any], **values: Any) -> str:
 def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    return Environment(  # noqa: S701 - Markdown; `_cell` and `printable` escape what is not ours
+    return Environment(  # noqa: S701 - Markdown; `markdown_table` and `printable` escape what is not ours
         loader=PackageLoader("model"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
 

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 from ixi_etl.config import SPLITS
+from ixi_etl.core.text import markdown_table
 from ixi_etl.dataset import metadata
 from ixi_etl.dataset.command import how_to_make
-from ixi_etl.dataset.credit import SOURCE_LABELS
+from ixi_etl.dataset.credit import SOURCE_LABELS, has_simulated
 from ixi_etl.dataset.schema import EXCLUDED, SCHEMAS
 from ixi_etl.dataset.store import STORE, open_arrays
-from model.cards import TASK, is_simulated, licence_head, licence_of, render, table, tags_of
+from model.cards import TASK, licence_head, licence_text, render, tags_of
 
 SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K"}
 """Number of subjects or images below which the Hub has this size category."""
@@ -25,7 +26,7 @@ def dataset_card(folder: Path, repository: str = "USER/NAME") -> str:
     """
     version = metadata.read_metadata(folder)
     manifest = metadata.read_manifest(folder, validate=False)
-    simulated = is_simulated(version)
+    simulated = has_simulated(version)
     reasons = SCHEMAS[version["name"]].reasons
     sources = version.get("sources", {})
     excluded = manifest[manifest["status"] == EXCLUDED]["reason"].value_counts()
@@ -49,8 +50,8 @@ def dataset_card(folder: Path, repository: str = "USER/NAME") -> str:
         version=version,
         simulated=simulated,
         is_digits=version["name"] == "digits",
-        licence=licence_of(version),
-        sources=table(
+        licence=licence_text(version),
+        sources=markdown_table(
             {
                 "source": label,
                 "file": source["file"],
@@ -60,7 +61,7 @@ def dataset_card(folder: Path, repository: str = "USER/NAME") -> str:
             }
             for label, source in sources.items()
         ),
-        arrays=table(
+        arrays=markdown_table(
             {
                 "array": key,
                 "dtype": "string" if array.dtype.kind == "T" else str(array.dtype),
@@ -69,12 +70,12 @@ def dataset_card(folder: Path, repository: str = "USER/NAME") -> str:
             }
             for key, array in sorted(arrays.items())
         ),
-        splits=table({"split": name, "subjects": version["splits"].get(name, 0)} for name in SPLITS),
-        funnel=table(
+        splits=markdown_table({"split": name, "subjects": version["splits"].get(name, 0)} for name in SPLITS),
+        funnel=markdown_table(
             {"step": step, "all": counts["all"], **{site: counts["sites"].get(site, 0) for site in sites}}
             for step, counts in sorted(version["funnel"].items(), key=lambda item: -item[1]["all"])
         ),
-        excluded=table(
+        excluded=markdown_table(
             {"reason": reason, "subjects": int(n), "meaning": reasons.get(str(reason), "")}
             for reason, n in excluded.items()
         ),

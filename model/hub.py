@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
+from ixi_etl.core.files import os_errors_as_user_errors
 from ixi_etl.core.storage import is_local
 from ixi_etl.dataset import metadata, verify
 from ixi_etl.errors import ConfigError, DatasetError, ServerError
@@ -30,7 +31,9 @@ Kind = Literal["model", "dataset"]
 CARD = "README.md"
 DEFAULT_ENDPOINT = "https://huggingface.co"
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
-_TARGET = re.compile(rf"hf://(?P<kind>datasets/|models/)?(?P<name>{_PART}/{_PART})/?")
+_TARGET = re.compile(rf"hf://(?P<kind>datasets/|models/)?(?P<name>(?P<user>{_PART})/{_PART})/?")
+_KINDS = ("datasets", "models", "spaces")
+"""First parts of addresses on the Hub, so the names of no users."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,16 @@ def parse_target(text: str, kind: Kind, *, private: bool = True) -> Repository:
         ConfigError: it is no such address, or one of the other kind.
     """
     match = _TARGET.fullmatch(text)
-    if match is None or any(bad in match["name"] for bad in ("--", "..")):
-        raise ConfigError(f"--to {text}: give hf://USER/NAME, a repository on the Hugging Face Hub")
+    if match is None or match["user"].lower() in _KINDS or any(bad in match["name"] for bad in ("--", "..")):
+        example = "hf://datasets/USER/NAME" if kind == "dataset" else "hf://USER/NAME"
+        raise ConfigError(f"--to {text}: give {example}, a repository on the Hugging Face Hub")
     if match["kind"] and match["kind"] != f"{kind}s/":
         raise ConfigError(f"--to {text}: this is a {kind}; give hf://{match['name']}")
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or DEFAULT_ENDPOINT
     return Repository(match["name"], kind, endpoint, private)
 
 
+@os_errors_as_user_errors()
 def push_run(repository: Repository, generator: Path, card: str, *, onnx: bool = False) -> list[str]:
     """Upload the generator, its config.json, the card, and with `onnx` the generator as ONNX, in one commit.
 
@@ -78,6 +83,7 @@ def push_run(repository: Repository, generator: Path, card: str, *, onnx: bool =
         ConfigError: there is no token, or it may not write there.
         ServerError: the Hub does not answer as it should.
         ExportError: an exported file computes something else.
+        IxiError: a file cannot be read or written.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -86,20 +92,23 @@ def push_run(repository: Repository, generator: Path, card: str, *, onnx: bool =
 
     api = _api(repository)
     with TemporaryDirectory() as folder:
-        files = {CARD: Path(folder) / CARD, GENERATOR_FILE: generator}
-        files[CARD].write_text(card)
+        files = {GENERATOR_FILE: generator}
         if onnx:
             files[ONNX] = export(generator, "onnx", Path(folder) / "onnx")[0]
         files["config.json"] = export(generator, "safetensors", Path(folder) / "safetensors")[0].with_name(
             "config.json"
         )
+        operations = [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
+        for operation in operations:
+            _ = operation.upload_info.sha256  # computed now: a file that cannot be read is no fault of the Hub
+        operations.append(CommitOperationAdd(CARD, card.encode()))
         with _user_errors(repository):
             _create(api, repository)
-            operations = [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
             api.create_commit(repository.name, operations, commit_message="Upload a generator made by IXI ETL")
-    return sorted(files)
+    return sorted([CARD, *files])
 
 
+@os_errors_as_user_errors()
 def push_version(repository: Repository, folder: Path, card: str) -> list[str]:
     """Upload the version in `folder` as the folder of its name, and the card above it.
 
@@ -111,6 +120,7 @@ def push_version(repository: Repository, folder: Path, card: str) -> list[str]:
         DatasetError: the version is damaged.
         ConfigError: there is no token, it may not write there, or the version is not on this machine.
         ServerError: the Hub does not answer as it should.
+        IxiError: a file cannot be read.
     """
     if not is_local(folder):
         raise ConfigError(f"{folder} is not on this machine; copy it to a folder, and push that")
@@ -169,7 +179,10 @@ def _create(api: HfApi, repository: Repository) -> None:
 
 @contextmanager
 def _user_errors(repository: Repository) -> Iterator[None]:
-    """Translate the errors of a push to one line each. No message of the Hub or of its client contains the token."""
+    """Translate the errors of a push to one line each. No message of the Hub or of its client contains the token.
+
+    An `OSError` of a file is none of the Hub, and passes.
+    """
     import httpx2  # of huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -189,7 +202,7 @@ def _user_errors(repository: Repository) -> Iterator[None]:
         raise ServerError(f"{where} answered {status} ({said}); nothing or a part was uploaded: push again") from error
     except OfflineModeIsEnabled as error:
         raise ConfigError("HF_HUB_OFFLINE is set, which forbids requests to the Hub; unset it to push") from error
-    except (httpx2.HTTPError, OSError) as error:
+    except (httpx2.HTTPError, ConnectionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ServerError(f"{where} does not answer ({reason}); check the connection and HF_ENDPOINT") from error
     except (ValueError, RuntimeError) as error:  # a rejected card, or a broken upload of a large file

@@ -6,9 +6,11 @@ After each checkpoint, `push` uploads all that resuming from it needs. A machine
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,9 @@ RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 CHECKPOINTS, SAMPLES = "checkpoints/", "samples/"
 IMMUTABLE = (CHECKPOINTS, SAMPLES)
 """Files in these folders are written once: one of equal size is already uploaded."""
+
+RESULTS = (CONFIG_FILE, GENERATOR_FILE, "evaluation-*")
+"""What a machine may add to a run without training it."""
 
 
 @dataclass(frozen=True)
@@ -104,19 +109,47 @@ def open_run(root: str | Path, name: str, scratch: Path | None = None) -> Run:
     return new_run(data_root, folder.name, config, data_root.version(versions.resolve_version(data_root, version)))
 
 
+def generator_in(run: Path) -> Path:
+    """The file of the best generator in the folder of a run.
+
+    Raises:
+        CheckpointError: it does not exist.
+    """
+    if not (run / GENERATOR_FILE).is_file():
+        raise CheckpointError(f"{run} has no {GENERATOR_FILE} yet; `ixi-etl train --resume` writes it at the end")
+    return run / GENERATOR_FILE
+
+
 def pull(remote: Path, folder: Path) -> None:
-    """Download a run from S3 into `folder`, if it has a newer checkpoint than `folder`."""
+    """Download a run from S3 into `folder`, if it has a newer checkpoint than `folder`.
+
+    If both have the same, download what another machine has evaluated since, and the generator if it is not here.
+    """
+    files, local = file_sizes(remote), _local_files(folder)
+    newest, newest_here = _newest_checkpoint(files), _newest_checkpoint(local)
+    if newest > newest_here:
+        _download(remote, folder, sorted(files, key=_is_checkpoint))  # checkpoints last: they mark a complete download
+        log.info("downloaded %s, trained to %s", remote, newest)
+    elif newest == newest_here:
+        filesystem, top = filesystem_of(remote)
+
+        def is_current(name: str) -> bool:
+            if name not in local or (name == GENERATOR_FILE and local[name] == files[name]):
+                return name in local  # no step was trained since: a generator of the same size is the same
+            return bool((folder / name).stat().st_mtime >= filesystem.modified(f"{top}/{name}").timestamp())
+
+        results = {name for pattern in RESULTS for name in fnmatch.filter(files, pattern)}
+        _download(remote, folder, sorted(name for name in results if not is_current(name)))
+
+
+def _download(remote: Path, folder: Path, names: Iterable[str]) -> None:
     filesystem, top = filesystem_of(remote)
-    files = file_sizes(remote)
-    if _newest_checkpoint(files) <= _newest_checkpoint(_local_files(folder)):
-        return
-    for name in sorted(files, key=_is_checkpoint):  # checkpoints last: they mark a complete download
+    for name in names:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{target.name}.part")
         filesystem.get_file(f"{top}/{name}", str(part))
         os.replace(part, target)
-    log.info("downloaded %s, trained to %s", remote, _newest_checkpoint(files))
 
 
 def push(folder: Path, remote: Path) -> None:

@@ -30,7 +30,7 @@ from model import checkpoint, input_checks, planes
 from model.config import SEEDS
 from model.generator import BATCH, GENERATOR_FILE, Predictor, as_predictor, load_generator
 from model.planes import PlaneSummary
-from model.run import find_run
+from model.run import find_run, generator_in
 from model.source_planes import (
     BY_HEADERS,
     Alignment,
@@ -100,10 +100,7 @@ def find_generator(root: str | Path, name: str, scratch: Path | None = None) -> 
     path = Path(name)
     if path.suffix == Path(GENERATOR_FILE).suffix and path.is_file():
         return path
-    folder = path if (path / GENERATOR_FILE).is_file() else find_run(root, name, scratch)
-    if not (folder / GENERATOR_FILE).is_file():
-        raise CheckpointError(f"{folder} has no {GENERATOR_FILE} yet; `ixi-etl train --resume` writes it at the end")
-    return folder / GENERATOR_FILE
+    return generator_in(path if (path / GENERATOR_FILE).is_file() else find_run(root, name, scratch))
 
 
 def load_trained(path: Path, device: str = "cpu", *, dropout: bool = False, seed: int = 0) -> Trained:

@@ -41,9 +41,9 @@ class Tracker(ABC):
     def close(self, status: Status | None) -> None:
         """Write what is buffered, and end the run; None leaves its status as it was."""
 
-    def last_step(self, name: str) -> int:
-        """The last step at which a killed process logged the scalar or image `name`; -1 if there is none."""
-        return -1
+    def steps_of(self, name: str) -> set[int]:
+        """The steps at which an earlier process logged the scalar or image `name`, if this one cannot replace it."""
+        return set()
 
 
 def params_of(config: TrainConfig) -> dict[str, str]:

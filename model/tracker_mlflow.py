@@ -1,6 +1,6 @@
 """Log a training run to MLflow: the server of `MLFLOW_TRACKING_URI`, by default an SQLite file of the data root::
 
-    <root>/mlflow/mlflow.db, artifacts/         mlflow ui --backend-store-uri sqlite:///<root>/mlflow/mlflow.db
+    <root>/mlflow/mlflow.db, artifacts/         mlflow server --backend-store-uri sqlite:///<root>/mlflow/mlflow.db
 
 The experiment has the name of the dataset, the run that of its folder. MLflow's own usage statistics are off, unless
 `MLFLOW_DISABLE_TELEMETRY` is set to `false`.
@@ -11,21 +11,21 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from collections.abc import Mapping
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from ixi_etl import __version__
+from ixi_etl.core.storage import reject_url_credentials
 from model.config import TrainConfig
 from model.tracker import Rows, Status, Tracker, params_of
 
-# Both are read when MLflow is imported or first used.
+# These are read when MLflow is imported or first used.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 wait four minutes for a server that is gone
+os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # standard output is that of the command
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +42,16 @@ class MlflowTracker(Tracker):
     """A run at MLflow; see `model.trackers.Trackers` for `start`, and `known`, the id of its run."""
 
     def __init__(self, run: Path, config: TrainConfig, start: int | None, known: str | None) -> None:
+        given = os.environ.get("MLFLOW_TRACKING_URI")
+        if given and given.lower().startswith(("http://", "https://")):
+            variables = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"  # both are read by MLflow
+            reject_url_credentials(given, f"take them out of MLFLOW_TRACKING_URI, and set {variables}")
         import mlflow
         from mlflow.exceptions import MlflowException
 
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)  # otherwise a new database prints its migrations
         store = default_store(run)
-        given = os.environ.get("MLFLOW_TRACKING_URI")
         if not given:
             if start is None and not (store / DATABASE).is_file():
                 raise FileNotFoundError(f"{store / DATABASE} does not exist")
@@ -106,14 +109,12 @@ class MlflowTracker(Tracker):
 
     def close(self, status: Status | None) -> None:
         if status is not None:
-            with redirect_stdout(sys.stderr):  # a remote store prints the address of the run
-                self.client.set_terminated(self._run_id, STATUSES[status])
+            self.client.set_terminated(self._run_id, STATUSES[status])
 
-    def last_step(self, name: str) -> int:
+    def steps_of(self, name: str) -> set[int]:
         if not self._resumed:
-            return -1
+            return set()
         history: Any = self.client.get_metric_history(self._run_id, name)
         images = self.client.list_artifacts(self._run_id, "images")  # images/NAME+step+STEP+timestamp+...
         parts = [file.path.removeprefix("images/").split("+") for file in images]
-        drawn = [int(part[2]) for part in parts if part[0] == name and len(part) > 2]
-        return max([*drawn, *(point.step for point in history)], default=-1)
+        return {point.step for point in history} | {int(p[2]) for p in parts if p[0] == name and len(p) > 2}

@@ -65,11 +65,10 @@ class TrackioTracker(Tracker):
         with redirect_stdout(io.StringIO()):
             trackio.finish()
 
-    def last_step(self, name: str) -> int:
+    def steps_of(self, name: str) -> set[int]:
         if not self._resumed:
-            return -1
-        values = self._storage.get_metric_values(self._project, self._run.name, name, run_id=self.id)
-        return max((value["step"] for value in values), default=-1)
+            return set()
+        return {v["step"] for v in self._storage.get_metric_values(self._project, self._run.name, name, run_id=self.id)}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ a warning, because the CSV files hold all of it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -20,7 +20,8 @@ from PIL import Image
 
 from ixi_etl.core.extras import require_extra
 from ixi_etl.core.files import read_json, to_json, write_atomic
-from ixi_etl.errors import TrainingError
+from ixi_etl.core.text import markdown_table
+from ixi_etl.errors import TrainingError, redacted
 from model.config import TrackerName, TrainConfig
 from model.tracker import Rows, Status, Tracker, params_of
 
@@ -39,7 +40,7 @@ class TensorBoard(Tracker):
 
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=None if start is None else start + 1)
         if start == 0:
-            self._add_table("config", [{"field": k, "value": v} for k, v in params_of(config).items()], 0)
+            self.log_table(0, "config", [{"field": k, "value": v} for k, v in params_of(config).items()])
 
     def log_scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -50,13 +51,7 @@ class TensorBoard(Tracker):
             self.board.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
 
     def log_table(self, step: int, name: str, rows: Rows) -> None:
-        self._add_table(name, rows, step)
-
-    def _add_table(self, name: str, rows: Rows, step: int) -> None:
-        """Add a Markdown table, which TensorBoard shows under "text"."""
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        lines = [columns, ["---"] * len(columns), *([str(row.get(key, "")) for key in columns] for row in rows)]
-        self.board.add_text(name, "\n".join(f"| {' | '.join(cells)} |" for cells in lines), step)
+        self.board.add_text(name, markdown_table(rows), step)  # on its page under "text"
 
     def log_file(self, path: Path) -> None:
         pass
@@ -85,7 +80,7 @@ class Trackers:
     def __init__(self, run: Path, config: TrainConfig, start: int | None) -> None:
         self.run = run
         self._open: dict[str, Tracker] = {}
-        self._last_steps: dict[tuple[str, str], int] = {}
+        self._logged_before: dict[tuple[str, str], Container[int]] = {}
         ids = _read_ids(run) if start != 0 else {}
         board = ["tensorboard"] if (run / "tensorboard").is_dir() else []
         for name in config.log if start is not None else [*board, *ids]:
@@ -122,7 +117,7 @@ class Trackers:
         table = [{column: row.get(column) for column in columns} for row in rows]
         self._each(lambda tracker: tracker.log_table(step, name, table))
         if scalars:
-            self._each(lambda tracker: tracker.log_scalars(step, scalars))
+            self._log(step, next(iter(scalars)), lambda tracker: tracker.log_scalars(step, scalars), in_order=False)
 
     def log_file(self, path: Path) -> None:
         self._each(lambda tracker: tracker.log_file(path))
@@ -131,16 +126,18 @@ class Trackers:
         self._each(lambda tracker: tracker.close(status))
         self._open.clear()
 
-    def _log(self, step: int, name: str, call: Callable[[Tracker], None]) -> None:
-        """Call each tracker, unless a process that was killed logged `name` at this step already.
+    def _log(self, step: int, name: str, call: Callable[[Tracker], None], *, in_order: bool = True) -> None:
+        """Call each tracker, unless another process logged `name` at this step already, since trackers only append.
 
-        Trackers only append, and a repeated step gives the same values.
+        A training is `in_order`: every step up to the last one of a process that was killed is left as it was logged,
+        even if the resumed one has other steps. Evaluations may be of any step.
         """
 
         def if_new(tracker: Tracker, key: str) -> None:
-            if (key, name) not in self._last_steps:
-                self._last_steps[key, name] = tracker.last_step(name)
-            if step > self._last_steps[key, name]:
+            if (key, name) not in self._logged_before:
+                steps = tracker.steps_of(name)
+                self._logged_before[key, name] = range(max(steps, default=-1) + 1) if in_order else steps
+            if step not in self._logged_before[key, name]:
                 call(tracker)
 
         self._each(if_new, with_key=True)
@@ -173,4 +170,5 @@ def _open_tracker(name: str, run: Path, config: TrainConfig, start: int | None, 
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+    """Without secrets: libraries quote the address that they were given."""
+    return redacted((str(error).strip().splitlines() or [""])[0]) or type(error).__name__

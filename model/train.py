@@ -135,11 +135,12 @@ def train(
                 raise StoppedError(message, stop_signal or received[0])
 
     if metrics_log is not None:
-        recorded = {"normalisation": metadata.normalisation_of(version), "slice_shape": pairs.shape}
-        recorded |= metadata.licence_of(version)
-        save_best_generator(run, config, planes.summarise(version, pairs), recorded)
-        metrics_log.log_generator(run / GENERATOR_FILE)
-        metrics_log.close()
+        with metrics_log.closed_on_error():
+            recorded = {"normalisation": metadata.normalisation_of(version), "slice_shape": pairs.shape}
+            recorded |= metadata.licence_of(version)
+            save_best_generator(run, config, planes.summarise(version, pairs), recorded)
+            metrics_log.log_generator(run / GENERATOR_FILE)
+            metrics_log.close()
     return run / GENERATOR_FILE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,18 +11,19 @@ import typer
 from flows.cli.app import DEFAULT_ROOT, Root, Scratch, app
 from flows.cli.output import Json, Output, Quiet
 from ixi_etl.core.extras import require_extra
-from ixi_etl.core.files import os_errors_as_user_errors, write_atomic
+from ixi_etl.core.files import os_errors_as_user_errors, read_json, write_atomic
 from ixi_etl.errors import CheckpointError, ConfigError
 
 Shared = Annotated[
     str,
     typer.Argument(
         metavar="VERSION|RUN",
-        help="NAME@VERSION or the folder of a version; or the name of a run, a unique prefix of it, or latest.",
+        help="NAME@VERSION or the folder of a version; or a run: its name, a prefix of it, latest, or its folder.",
         show_default=False,
     ),
 ]
 
+CONFIG_FILE = "config.json"  # that of `model.run`, whose import takes seconds
 ANY = "USER/NAME"
 """The repository in the instructions of a card, while it is not known."""
 
@@ -104,14 +106,23 @@ def push(
 def _version_folder(root: str, shared: str) -> Path | None:
     """The folder of the version that `shared` names; None if it names a run.
 
-    `latest` and names without `@` are runs, because both have such names.
+    `latest` and names without `@` are runs, because both have such names. The folder of a run may have `@` in its path.
     """
     from ixi_etl.dataset.metadata import METADATA
     from ixi_etl.dataset.versions import find_version, folder_from
 
+    if _is_run(Path(shared)):
+        return None
     folder = None if "@" in shared else folder_from(shared)
     is_version = "@" in shared or (folder is not None and (folder / METADATA).is_file())
     return find_version(root, shared) if is_version else None
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether it is the folder of a run, and not that of a generator with the config.json of an export."""
+    with os_errors_as_user_errors():
+        record = read_json(folder / CONFIG_FILE)
+        return isinstance(record, dict) and "config" in record and (folder / "checkpoints").is_dir()
 
 
 def _version_card(folder: Path, repository: str = ANY) -> str:
@@ -126,16 +137,17 @@ def _run_card(root: str, shared: str, scratch: Path | None, repository: str = AN
     from model.cards import model_card, version_of_run
     from model.checkpoint import read_metadata
     from model.config import TrainConfig
-    from model.generator import GENERATOR_FILE
-    from model.run import CONFIG_FILE, find_run
-    from model.synthesize import find_generator
+    from model.run import find_run, generator_in
 
-    folder = Path(shared) if (Path(shared) / CONFIG_FILE).is_file() else None
-    try:
-        folder = folder or find_run(root, shared, scratch)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; a dataset version is named NAME@VERSION") from None
-    is_written = (folder / GENERATOR_FILE).is_file()
-    generator = folder / GENERATOR_FILE if is_written else find_generator(folder.parents[1], folder.name)
+    folder = Path(shared).resolve()  # the name of the folder is that of the run
+    if not _is_run(folder):
+        is_path = os.sep in shared or shared in (os.curdir, os.pardir)
+        if (folder / CONFIG_FILE).is_file() or (is_path and folder.is_dir()):
+            raise CheckpointError(f"{shared} is not a run's folder; give a run's name, or NAME@VERSION")
+        try:
+            folder = find_run(root, shared, scratch)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; a dataset version is named NAME@VERSION") from None
+    generator = generator_in(folder)
     config = TrainConfig.model_validate(read_metadata(generator)["config"])
     return model_card(folder, generator, version_of_run(root, config, scratch), repository), generator

@@ -21,6 +21,7 @@ from ixi_etl.errors import ConfigError, redacted
 
 DEFAULT_DATASET = "ixi-t1-t2"
 DEFAULT_SCRATCH = Path("ixi-data")
+NETRC = "put them into ~/.netrc (for S3: environment variables)"
 
 
 def is_url(text: str) -> bool:
@@ -51,18 +52,18 @@ def reject_unusable_path(path: str | Path | None) -> None:
         raise ConfigError(f"{shown} is not UTF-8, or has control characters; choose another folder name")
 
 
-def reject_url_credentials(location: str | Path | None) -> None:
+def reject_url_credentials(location: str | Path | None, advice: str = NETRC) -> None:
     """Refuse a URL with a secret, because locations appear in logs, flow parameters, `latest.json` and error messages.
 
     Raises:
         ConfigError: it is a URL with a password, a key, a query or a fragment, even if percent-encoded; the message
-            does not repeat it.
+            does not repeat it, and says where to put the secret, by default `NETRC`.
     """
     text = re.sub(r"[\s'\"<>]", "_", str(location))
     for _ in range(4):  # percent-encoding can be nested
         if redacted(text) != text or re.match(r"(//)?[^/@:]{2,}:(?!/)[^@]*@", text):  # the latter has no scheme
             raise ConfigError(
-                "a URL with a password or a key in it; put them into ~/.netrc (for S3: environment variables) "
+                f"a URL with a password or a key in it; {advice} "
                 "(what follows ? or # counts as a key: leave it out, or download such a link by other means)"
             )
         text = unquote(text)

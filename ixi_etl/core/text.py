@@ -1,9 +1,11 @@
-"""Make text from outside safe to print."""
+"""Make text from outside safe to print, also in a Markdown table."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def printable(text: str | Path) -> str:
@@ -13,3 +15,17 @@ def printable(text: str | Path) -> str:
     """
     plain = str(text).encode("utf-8", "backslashreplace").decode()
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", plain)
+
+
+def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A Markdown table; empty text if there are no rows. No cell can end a cell, a row or the table."""
+    listed = list(rows)
+    if not listed:
+        return ""
+    columns = list(dict.fromkeys(key for row in listed for key in row))
+    lines = [columns, ["---"] * len(columns), *([row.get(key, "") for key in columns] for row in listed)]
+    return "\n".join(f"| {' | '.join(map(_cell, cells))} |" for cells in lines)
+
+
+def _cell(value: Any) -> str:
+    return printable(str(value)).replace("|", "\\|").replace("<", "&lt;")

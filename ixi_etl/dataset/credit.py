@@ -101,6 +101,12 @@ def origin_of(sources: Mapping[str, Mapping[str, Any]]) -> str:
     return kinds.pop() if len(kinds) == 1 and not partly else OWN
 
 
+def has_simulated(version: Mapping[str, Any]) -> bool:
+    """Whether any volume is marked as simulated: by a version's `sources`, or if it has none, by its `credit`."""
+    kinds = [source["source"] for source in version.get("sources", {}).values()]
+    return SIMULATED in kinds or (not kinds and "simulated" in str(version.get("credit", "")))
+
+
 def is_all_share_alike(sources: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether all inputs of a version, demographics included, are under `catalog.LICENCE`."""
     return all(source["source"] in (IXI, UNVERIFIED, MNIST) for source in sources.values())

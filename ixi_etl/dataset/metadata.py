@@ -16,6 +16,7 @@ from ixi_etl import PIPELINE_VERSION
 from ixi_etl.core.files import parse_json, read_json, to_json
 from ixi_etl.core.storage import DataRoot, naming_file
 from ixi_etl.dataset.command import COMMANDS
+from ixi_etl.dataset.credit import is_all_share_alike
 from ixi_etl.dataset.schema import SCHEMAS
 from ixi_etl.errors import DatasetError
 
@@ -118,9 +119,13 @@ def _is_metadata(content: Any) -> bool:
 
 
 def licence_of(folder: Path) -> dict[str, Any]:
-    """The `licence` and `credit` of a version, which apply to everything made from it."""
+    """The `licence` and `credit` of a version, which apply to everything made from it.
+
+    `share_alike` tells whether all inputs are under `catalog.LICENCE`, which the texts do not where they differ.
+    """
     metadata = read_metadata(folder)
-    return {name: metadata[name] for name in ("licence", "credit") if name in metadata}
+    terms = {name: metadata[name] for name in ("licence", "credit") if name in metadata}
+    return terms | ({"share_alike": is_all_share_alike(metadata["sources"])} if metadata.get("sources") else {})
 
 
 def normalisation_of(folder: Path) -> str:

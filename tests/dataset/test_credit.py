@@ -176,4 +176,4 @@ def test_a_run_and_its_outputs_carry_the_credit(published: PublishedVersion, tmp
     assert record["software"].items() >= software.describe(("torch",)).items()
     assert terms["credit"] in (run.folder / "report.html").read_text()
     sidecar = synthesize.load_trained(generator).record
-    assert {"licence": sidecar["Licence"], "credit": sidecar["Credit"]} == terms
+    assert {"licence": sidecar["Licence"], "credit": sidecar["Credit"], "share_alike": False} == terms

@@ -14,11 +14,14 @@ from huggingface_hub.utils import yaml_dump
 
 from flows.cli import main
 from ixi_etl.core.files import read_json, to_json
+from ixi_etl.core.text import markdown_table
 from ixi_etl.dataset import metadata
+from ixi_etl.dataset.credit import credit_and_licence, describe_source
 from ixi_etl.dataset.publish import PublishedVersion
-from ixi_etl.sources.catalog import CREDIT, LICENCE
-from model.cards import model_card, table
+from ixi_etl.sources.catalog import CREDIT, LICENCE, official
+from model.cards import model_card
 from model.cards_dataset import dataset_card
+from model.export import export
 from model.run import Run
 
 
@@ -94,9 +97,70 @@ def test_a_card_of_ixi_has_its_licence_and_credit(every_split: PublishedVersion,
     text = dataset_card(folder)
     assert DatasetCard(text).data.license == "cc-by-sa-3.0"
     assert f"Licence of the data: {LICENCE}. Credit: {CREDIT}." in text
-    assert "has to give this credit and to use the same licence" in text
+    assert "must give this credit and use the same licence" in text
     assert "Imperial College" in text
     assert "imulated" not in text
+
+
+MIXED_CREDITS = {
+    "T1 with MRA": {
+        "T1": describe_source("IXI-T1.tar", official("IXI-T1.tar").md5),
+        "MRA": describe_source("IXI-MRA.tar", "0" * 32, from_ixi=True),
+    },
+    "single members with IXI.xls": {
+        "T1": describe_source("IXI-T1.tar", None, from_ixi=True),
+        "demographics": describe_source("IXI.xls", official("IXI.xls").md5),
+    },
+}
+
+
+@pytest.mark.parametrize("sources", MIXED_CREDITS.values(), ids=MIXED_CREDITS)
+def test_data_wholly_under_the_licence_of_ixi_have_it_on_the_hub(
+    sources: dict[str, Any], every_split: PublishedVersion, copied: Run, tmp_path: Path
+) -> None:
+    terms = credit_and_licence(sources)
+    assert terms["licence"] != LICENCE  # the licence of each source is named, because the credits differ
+    folder = with_metadata(every_split.folder, tmp_path / "mixed", sources=sources, **terms)
+    assert DatasetCard(dataset_card(folder)).data.license == "cc-by-sa-3.0"
+
+    path = copied.folder / "config.json"
+    record = read_json(path)
+    for data, version in ((metadata.licence_of(folder), None), (terms, folder)):  # the latter is of an older run
+        path.write_text(to_json(record | {"data": data}))
+        assert ModelCard(model_card(copied.folder, copied.generator, version)).data.license == "cc-by-sa-3.0"
+
+
+def test_one_source_under_another_licence_is_enough_to_name_none(every_split: PublishedVersion, tmp_path: Path) -> None:
+    sources = MIXED_CREDITS["T1 with MRA"] | {"T2": describe_source("IXI-T2.tar", "0" * 32)}
+    terms = credit_and_licence(sources)
+    folder = with_metadata(every_split.folder, tmp_path / "mixed", sources=sources, **terms)
+    assert DatasetCard(dataset_card(folder)).data.license == "unknown"
+    assert metadata.licence_of(folder) == {**terms, "share_alike": False}
+
+
+def test_records_of_older_code_still_have_cards(copied: Run, every_split: PublishedVersion, tmp_path: Path) -> None:
+    path = copied.folder / "config.json"
+    record = read_json(path)
+    for older in (record | {"hardware": {}}, {k: v for k, v in record.items() if k not in ("hardware", "software")}):
+        path.write_text(to_json(older))
+        assert "Hardware:" not in card_of(copied)
+    inputs = metadata.read_metadata(every_split.folder)["inputs"]
+    config = {k: v for k, v in inputs["config"].items() if k not in ("registration", "pairing", "slices")}
+    folder = with_metadata(every_split.folder, tmp_path / "older", inputs={"config": config})
+    assert "Scans were aligned by their headers alone, not registered." in dataset_card(folder)
+
+
+def test_an_evaluation_of_before_there_were_protocols_is_shown(copied: Run) -> None:
+    path = copied.folder / "evaluation-test.json"
+    evaluation = read_json(path)
+    for part in ("summary", "comparison"):
+        rows = [row for row in evaluation[part] if row["protocol"] == "ours"]
+        evaluation[part] = [{k: v for k, v in row.items() if k != "protocol"} for row in rows]
+    del evaluation["protocols"]
+    path.write_text(to_json(evaluation))
+    text = card_of(copied)
+    assert "| ours | head | generated |" in text
+    assert ModelCard(text).data.eval_results
 
 
 def test_a_run_that_was_not_evaluated_claims_nothing(copied: Run) -> None:
@@ -121,8 +185,8 @@ def test_a_run_without_its_version_still_has_a_card(finished_run: Run) -> None:
 
 
 def test_cells_of_a_table_cannot_break_it() -> None:
-    assert table([{"a": "x|y\n<b>", "b": 1}]) == "| a | b |\n| --- | --- |\n| x\\|y\\x0a&lt;b> | 1 |"
-    assert table([]) == ""
+    assert markdown_table([{"a|": "x|y\n<b>", "b": 1}]) == "| a\\| | b |\n| --- | --- |\n| x\\|y\\x0a&lt;b> | 1 |"
+    assert markdown_table([]) == ""
 
 
 def run_card(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -146,6 +210,45 @@ def test_the_command_prints_or_writes_the_card(
     assert out.read_text() == text
     _, printed, _ = run_card("a", "--root", root, "--json", capsys=capsys)
     assert json.loads(printed) == {"card": text, "warnings": []}
+
+
+def test_the_folder_of_a_run_may_be_relative_and_have_an_at_sign_in_its_path(
+    finished_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, text = finished_run.folder.parents[1], card_of(finished_run)
+    assert text.split("---\n")[2].startswith("\n# a\n")
+    monkeypatch.chdir(finished_run.folder)
+    assert run_card(".", "--root", root, capsys=capsys) == (0, text, "")
+    monkeypatch.chdir(finished_run.folder.parent)
+    assert run_card("a", "--root", root, capsys=capsys) == (0, text, "")
+    copy = shutil.copytree(finished_run.folder, tmp_path / "me@home" / "a")
+    assert run_card(copy, "--root", root, capsys=capsys) == (0, text, "")
+
+
+def test_the_folder_of_an_unfinished_run_is_one_line(
+    finished_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "runs" / "abc"
+    (run / "checkpoints").mkdir(parents=True)
+    shutil.copy(finished_run.folder / "config.json", run)
+    monkeypatch.chdir(run.parent)
+    code, _, err = run_card("abc", capsys=capsys)
+    assert (code, err.count("\n")) == (1, 1)
+    assert f"{run} has no generator.safetensors yet" in err
+
+
+@pytest.mark.parametrize("content", ["exported", "other"])
+def test_another_folder_with_a_configuration_is_no_run(
+    content: str, finished_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content == "exported":  # has the run's configuration, too
+        export(finished_run.generator, "safetensors", tmp_path)
+    else:
+        (tmp_path / "config.json").write_text('{"model_type": "other"}')
+        (tmp_path / "checkpoints").mkdir()
+    code, _, err = run_card(tmp_path, "--root", finished_run.folder.parents[1], capsys=capsys)
+    assert (code, err.count("\n")) == (1, 1)
+    assert f"{tmp_path} is not a run's folder; give a run's name, or NAME@VERSION" in err
 
 
 def test_an_unknown_name_is_one_line(finished_run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,26 @@ def test_a_server_that_is_gone_is_one_line(
     assert f"{gone.url} does not answer" in err
 
 
+def cannot_read(_file: object) -> bytes:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "a file of mine")
+
+
+def test_a_local_fault_is_not_blamed_on_the_server(
+    hub: Hub,
+    finished_run: Run,
+    refreshed: PublishedVersion,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("huggingface_hub.lfs.sha_fileobj", cannot_read)
+    run = push("a", "--to", "hf://me/heads", "--root", root_of(finished_run), capsys=capsys)
+    assert hub.requests == []
+    version = push(refreshed.folder, "--to", "hf://datasets/me/pairs", "--i-may-redistribute", capsys=capsys)
+    for code, _, err in (run, version):
+        assert (code, err.count("\n")) == (1, 1)
+        assert "cannot read or write a file of mine: Permission denied" in err
+
+
 def test_a_run_without_a_generator_is_named(
     hub: Hub, finished_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,11 +199,16 @@ def test_a_run_without_a_generator_is_named(
 
 @pytest.mark.parametrize(
     "text",
-    ["https://huggingface.co/me/heads", "me/heads", "hf://heads", "hf://me/heads/more", "hf://me/..", "hf://-/x", ""],
+    [
+        *("https://huggingface.co/me/heads", "me/heads", "hf://heads", "hf://me/heads/more", "hf://me/..", "hf://-/x"),
+        *("", "hf://datasets/pairs", "hf://models/heads", "hf://spaces/demo", "hf://datasets/datasets/pairs"),
+    ],
 )
 def test_other_addresses_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="give hf://USER/NAME"):
         parse_target(text, "model")
+    with pytest.raises(ConfigError, match="give hf://datasets/USER/NAME"):
+        parse_target(text, "dataset")
 
 
 def test_the_kind_in_an_address_must_be_that_of_what_is_pushed() -> None:

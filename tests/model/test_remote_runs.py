@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from model import checkpoint
 from model import run as runs
 from model.config import TrainConfig
 from model.jobs import evaluate_run, prepare_run, train_run
-from model.run import Run, open_run
+from model.run import Run, find_run, open_run
 
 SMALL = SMALL_NETWORKS | {"steps": 4, "checkpoint_every": 2, "keep": 1, "log_every": 1, "samples": 0}
 
@@ -109,6 +111,25 @@ def test_another_machine_evaluates_a_run_and_uploads_the_scores(root: str, train
     assert (opened.remote / "evaluation-train.csv").read_bytes() == (
         opened.folder / "evaluation-train.csv"
     ).read_bytes()
+
+
+@pytest.mark.stack
+def test_results_of_another_machine_are_downloaded(root: str, trained: Trained, tmp_path: Path) -> None:
+    remote, local = trained.copy_as("f"), shutil.copytree(trained.run.folder, tmp_path / "runs" / "f")
+    (local / "generator.safetensors").unlink()
+    here, there = local / "evaluation-test.json", remote / "evaluation-test.json"
+    there.write_bytes(b"of another machine")
+    assert find_run(root, "f", tmp_path) == local
+    assert here.read_bytes() == b"of another machine"
+    assert (local / "generator.safetensors").read_bytes() == trained.run.generator.read_bytes()
+    here.write_bytes(b"of this machine, later")
+    tomorrow = time.time() + 86_400
+    os.utime(here, (tomorrow, tomorrow))
+    find_run(root, "f", tmp_path)
+    assert here.read_bytes() == b"of this machine, later"
+    os.utime(here, (0, 0))
+    find_run(root, "f", tmp_path)
+    assert here.read_bytes() == b"of another machine"
 
 
 @pytest.mark.stack

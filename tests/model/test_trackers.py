@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import logging
 import os
@@ -11,8 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import pytest
@@ -23,12 +25,12 @@ from flows.cli import main
 from ixi_etl.core import extras
 from ixi_etl.core.files import read_json
 from ixi_etl.dataset.publish import PublishedVersion
-from ixi_etl.errors import MissingExtraError, StoppedError, TrainingError
-from model.config import TrainConfig, preset
+from ixi_etl.errors import IxiError, MissingExtraError, StoppedError, TrainingError
+from model.config import TrackerName, TrainConfig, preset
 from model.jobs import evaluate_run, prepare_run, train_run
 from model.run import Run, open_run
 from model.tracker import params_of
-from model.trackers import TensorBoard, require_extras
+from model.trackers import TensorBoard, Trackers, require_extras
 
 SETTINGS = TRAINED | {"samples": 3, "width": 2}
 
@@ -94,7 +96,7 @@ def test_an_unknown_tracker_is_one_line(root: Path, capsys: pytest.CaptureFixtur
         main(["train", "--root", str(root), "--log", "tensorboard,wandb"])
     err = capsys.readouterr().err
     assert (ended.value.code, err.count("\n")) == (2, 1)
-    assert "wandb" in err or "log" in err
+    assert all(f"'{name}'" in err for name in get_args(TrackerName))
 
 
 @pytest.mark.parametrize("name", ["mlflow", "trackio"])
@@ -179,6 +181,7 @@ def test_an_evaluation_is_added_at_the_trackers_of_a_resume(root: Path, trackio_
     later = prepare_run(root, TrainConfig.model_validate(SETTINGS | {"log": "trackio", "steps": 8}), "b")
     train_run(later, resume=True)
     evaluate_run(open_run(root, "b"))
+    evaluate_run(open_run(root, "b"))
     values = SQLiteStorage.get_metric_values("ixi-t1-t2", "b", "evaluation-test/ours/head/psnr")
     assert [value["step"] for value in values] == [read_json(run.folder / "evaluation-test.json")["step"]]
     (run.folder / "trackers.json").write_text(json.dumps({"trackio": "unknown"}))
@@ -188,25 +191,69 @@ def test_an_evaluation_is_added_at_the_trackers_of_a_resume(root: Path, trackio_
 # -- faults -----------------------------------------------------------------------------------------------------------
 
 
-class Failing(TensorBoard):
-    """A tracker whose disk fails."""
-
-    def log_scalars(self, step: int, values: Any) -> None:
-        raise OSError("no space left on device")
-
-
+@pytest.mark.parametrize(
+    ("fault", "shown"),
+    [
+        ("no space left on device", "no space left on device"),
+        ("API request to https://me:s3cret@host/api failed", "API request to https://***@host/api failed"),
+    ],
+)
 def test_a_training_outlives_a_tracker(
-    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    fault: str, shown: str, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from model import trackers
+    def fail(_tracker: TensorBoard, _step: int, _values: Any) -> None:
+        raise OSError(fault)
 
-    monkeypatch.setattr(trackers, "TensorBoard", Failing)
+    monkeypatch.setattr(TensorBoard, "log_scalars", fail)
     run = run_of(root, "tensorboard")
     with caplog.at_level(logging.WARNING):
         assert train_run(run).is_file()
     [warning] = [r.getMessage() for r in caplog.records if "tensorboard" in r.getMessage()]
-    assert warning == "no longer logging to tensorboard (no space left on device); the CSV files have everything"
+    assert warning == f"no longer logging to tensorboard ({shown}); the CSV files have everything"
     assert [row["step"] for row in rows_of(run.folder / "metrics.csv")] == [2, 4, 6]
+
+
+def test_an_address_of_mlflow_with_a_password_is_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:s3cret@127.0.0.1:9/mlflow")
+    run = run_of(root, "mlflow")
+    with pytest.raises(TrainingError, match="MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD") as refused:
+        Trackers(run.folder, run.config, 0)
+    assert "s3cret" not in str(refused.value)
+    run.folder.mkdir(parents=True)
+    (run.folder / "trackers.json").write_text(json.dumps({"mlflow": "0"}))
+    Trackers(run.folder, run.config, None)  # of an evaluation
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert "MLFLOW_TRACKING_PASSWORD" in warning
+    assert "s3cret" not in warning
+
+
+def disk_is_full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "no space left on device")
+
+
+def test_an_end_that_fails_is_marked_as_failed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses: list[str | None] = []
+    monkeypatch.setattr(TensorBoard, "close", lambda _tracker, status: statuses.append(status))
+    monkeypatch.setattr("model.train.save_best_generator", disk_is_full)
+    with pytest.raises(IxiError, match="no space left on device"):
+        train_run(run_of(root, "tensorboard"))
+    assert statuses == ["failed"]
+
+
+def test_a_step_is_logged_once_and_evaluations_may_be_of_any_step(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[int, str]] = []
+    monkeypatch.setattr(TensorBoard, "steps_of", lambda _tracker, _name: {2, 6})
+    monkeypatch.setattr(TensorBoard, "log_scalars", lambda _, step, values: logged.append((step, *values)))
+    run = run_of(root, "tensorboard")
+    trackers = Trackers(run.folder, run.config, 2)
+    summary = [{"protocol": "ours", "mask": "head", "method": "generated", "subjects": 1, "psnr_mean": 20.0}]
+    for step in (2, 4, 6, 8):
+        trackers.log_scalars(step, {"loss": 0.5})
+        trackers.log_evaluation(step, "test", summary)
+    trackers.close("finished")
+    assert logged == [(4, "test/ours/head/psnr"), (8, "loss"), (8, "test/ours/head/psnr")]
 
 
 def test_a_tracker_that_cannot_start_ends_the_training_first(root: Path) -> None:
@@ -288,6 +335,7 @@ def test_mlflow_continues_its_run_and_logs_no_step_twice(root: Path, monkeypatch
     assert [e["path"] for e in json.loads(client.get_run(run_id).data.tags["mlflow.loggedArtifacts"])] == [
         "evaluation-test.json"
     ]
+    assert len(client.get_metric_history(run_id, "evaluation-test/ours/head/psnr")) == 1
     train_run(run_of(root, "mlflow", steps=8), resume=True)
     check = client.get_run(run_id)
     assert (check.info.status, check.data.params["steps"]) == ("FINISHED", "6")  # parameters are those of the start
@@ -296,7 +344,7 @@ def test_mlflow_continues_its_run_and_logs_no_step_twice(root: Path, monkeypatch
 
 
 @pytest.mark.stack
-def test_a_stopped_training_is_marked_at_mlflow(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_or_failed_training_is_marked_at_mlflow(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run = run_of(root, "mlflow")
 
@@ -308,6 +356,11 @@ def test_a_stopped_training_is_marked_at_mlflow(root: Path, monkeypatch: pytest.
         train_run(run, progress=stop)
     run_id = read_json(run.folder / "trackers.json")["mlflow"]
     assert client_of(run).get_run(run_id).info.status == "KILLED"
+    with monkeypatch.context() as patch:
+        patch.setattr("model.train.save_best_generator", disk_is_full)
+        with pytest.raises(IxiError):
+            train_run(run, resume=True)
+    assert client_of(run).get_run(run_id).info.status == "FAILED"
     train_run(run, resume=True)
     assert client_of(run).get_run(run_id).info.status == "FINISHED"
 
@@ -374,26 +427,54 @@ def test_only_the_first_process_of_torchrun_logs(root: Path, tmp_path: Path) -> 
     check_metrics(client, run, read_json(run.folder / "trackers.json")["mlflow"])
 
 
-@pytest.mark.stack
-def test_the_page_of_mlflow_shows_the_run(at_mlflow: Run, browser: Any, tmp_path: Path) -> None:
+@contextmanager
+def serve_mlflow(store: Path, folder: Path) -> Iterator[str]:
+    """Run MLflow's server, whose other files are in `folder`, while the block runs; the value is its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    store = at_mlflow.folder.parents[1] / "mlflow" / "mlflow.db"
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{store}", "--workers", "1"]
     environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
-    with open(tmp_path / "server.log", "w") as log:
-        server = subprocess.Popen([*command, "--port", str(port)], env=environment, stdout=log, stderr=log)
+    with open(folder / "server.log", "w") as log:
+        server = subprocess.Popen([*command, "--port", str(port)], cwd=folder, env=environment, stdout=log, stderr=log)
     try:
         address, end = f"http://127.0.0.1:{port}", time.monotonic() + 180
         while True:
-            assert server.poll() is None, (tmp_path / "server.log").read_text()
+            assert server.poll() is None, (folder / "server.log").read_text()
             assert time.monotonic() < end
             try:
                 if httpx.get(f"{address}/health").status_code == 200:
                     break
             except httpx.HTTPError:
                 time.sleep(0.1)
+        yield address
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.mark.stack
+def test_a_server_of_mlflow_has_the_run_and_its_address_is_not_printed(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow import MlflowClient
+
+    settings = [f"--set={k}={v}" for k, v in SETTINGS.items()]
+    with serve_mlflow(tmp_path / "server.db", tmp_path) as address:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        with pytest.raises(SystemExit) as ended:
+            main(["train", "--root", str(root), "--run-id", "a", "--log", "mlflow", "--json", *settings])
+    output = capsys.readouterr()
+    assert not ended.value.code
+    assert json.loads(output.out)["warnings"] == []
+    assert address not in output.out + output.err
+    stored = MlflowClient(f"sqlite:///{tmp_path}/server.db").get_run(read_json(root / "runs/a/trackers.json")["mlflow"])
+    assert stored.info.status == "FINISHED"
+
+
+@pytest.mark.stack
+def test_the_page_of_mlflow_shows_the_run(at_mlflow: Run, browser: Any, tmp_path: Path) -> None:
+    with serve_mlflow(at_mlflow.folder.parents[1] / "mlflow" / "mlflow.db", tmp_path) as address:
         requested: list[str] = []
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.on("request", lambda request: requested.append(request.url))
@@ -410,6 +491,3 @@ def test_the_page_of_mlflow_shows_the_run(at_mlflow: Run, browser: Any, tmp_path
         page.get_by_text("evaluation-test.json", exact=True).first.click(timeout=120_000)
         page.get_by_text("intensity mapping").first.wait_for(timeout=120_000)
         assert not [url for url in requested if not url.startswith((address, "data:", "blob:"))]
-    finally:
-        server.terminate()
-        server.wait()

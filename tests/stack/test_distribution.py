@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +26,6 @@ TOP = Path(__file__).parents[2]
 PACKAGES = ("flows", "ixi_etl", "model")
 NOT_BUILT = (".git*", ".venv", ".*_cache", "__pycache__", "*.egg-info", "build", "dist", "site")
 NOT_BUILT += ("demo", "protocols", "ixi-data", "real-report*")
-SETUPTOOLS = "84.2.1"  # that of pyproject.toml; another one is installed into an environment of the build
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,9 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
     checkout = folder / "checkout"
     shutil.copytree(TOP, checkout, ignore=shutil.ignore_patterns(*NOT_BUILT))
-    isolation = [] if metadata.version("setuptools") != SETUPTOOLS else ["--no-isolation"]
+    [wanted] = tomllib.loads((TOP / "pyproject.toml").read_text())["build-system"]["requires"]
+    is_here = wanted == f"setuptools=={metadata.version('setuptools')}"  # else it is installed for the build
+    isolation = ["--no-isolation"] if is_here else []
     subprocess.run([sys.executable, "-m", "build", *isolation, "--outdir", folder, checkout], check=True)
     shutil.rmtree(checkout)
     return folder
