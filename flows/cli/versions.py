@@ -160,7 +160,8 @@ def export_dataset(
 ) -> None:
     """Write a version as files that other projects read: SelfRDB, SynDiff, pix2pix, nnU-Net, MONAI and BIDS.
 
-    The split is kept, by subject. export.csv lists what went where; LICENCE.txt says what to pass on with the files.
+    The split is kept, by subject. export.csv lists what went where; LICENSE.txt (in BIDS: LICENSE) says what to
+    pass on with the files.
     """
     import pandas as pd
 
