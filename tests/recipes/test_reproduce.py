@@ -198,39 +198,28 @@ def test_members_of_ixi_are_fetched_again_and_a_folder_cannot_give_them(
     assert not work.exists()
 
 
-@pytest.fixture
-def with_official_table(archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PublishedVersion:
-    """A version with age and sex from what counts as the published IXI.xls, which its root has not."""
-    table = tmp_path / "people.csv"
+def test_the_official_table_is_found_beside_the_scans_or_asked_for(
+    archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table that counts as the published IXI.xls; another one has the same name."""
+    table, source, work = tmp_path / "people.csv", tmp_path / "source", tmp_path / "again"
     table.write_text("IXI_ID,SEX_ID,AGE\n" + "".join(f"{n},1,{30 + n}\n" for n in range(1, 30)))
     md5 = hashlib.md5(table.read_bytes(), usedforsecurity=False).hexdigest()
     monkeypatch.setattr(catalog, "_MD5", catalog._MD5 | {"IXI.xls": md5})
     config = config_for(tmp_path / "root", archives, pictures=False)
-    return refresh(config.model_copy(update={"demographics": str(table)}))
-
-
-def test_the_official_table_is_found_beside_the_scans_or_asked_for(
-    with_official_table: PublishedVersion, archives: Path, tmp_path: Path
-) -> None:
-    folder, data_root = with_official_table.folder, DataRoot(tmp_path / "root")
-    source, table = tmp_path / "source", tmp_path / "people.csv"
+    folder, root = refresh(config.model_copy(update={"demographics": str(table)})).folder, config.data_root
+    for name in ("IXI-T1.tar", "IXI-T2.tar"):
+        (root.archives / name).symlink_to(archives / name)
+    assert missing_inputs(folder, root) == ["IXI.xls"]
+    assert missing_inputs(folder, root, str(table)) == []
     shutil.copytree(archives, source)
     (source / "IXI.xls").write_bytes(b"another table of this name")
-    asked = rf"IXI.xls, whose right copy is not in {source} or {data_root.archives}; give it as --demographics"
+    asked = rf"IXI.xls, whose right copy is not in {source} or {root.archives}; give it as --demographics"
     with pytest.raises(ConfigError, match=asked):
-        reproduce(folder, data_root, tmp_path / "again", source=str(source))
-    assert not (tmp_path / "again").exists()
+        reproduce(folder, root, work, source=str(source))
+    assert not work.exists()
     shutil.copyfile(table, source / "IXI.xls")
-    again = reproduce(folder, data_root, tmp_path / "again", source=str(source / "IXI-T1.tar"))
-    assert again.files.empty
-
-
-def test_only_the_table_may_be_missing(with_official_table: PublishedVersion, archives: Path, tmp_path: Path) -> None:
-    folder, data_root = with_official_table.folder, DataRoot(tmp_path / "root")
-    for name in ("IXI-T1.tar", "IXI-T2.tar"):
-        (data_root.archives / name).symlink_to(archives / name)
-    assert missing_inputs(folder, data_root) == ["IXI.xls"]
-    assert missing_inputs(folder, data_root, str(tmp_path / "people.csv")) == []
+    assert reproduce(folder, root, work, source=str(source / "IXI-T1.tar")).files.empty
 
 
 def test_the_home_folder_is_expanded_in_keep(
