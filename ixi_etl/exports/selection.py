@@ -182,10 +182,10 @@ def select(
         left_out = {s: tuple(n for n, lack in zip(names, row, strict=True) if lack) for s, row in lacking if any(row)}
     if chosen.empty:
         raise EmptySplitError(f"no subject of {folder} has all of {', '.join(names)}; export another direction")
-    if not every_array:
-        _check_ranges(chosen, names, metadata)
     margin = int(metadata["inputs"]["config"].get("margin", 0))
     shape = _common_shape(arrays, names if not every_array else (parsed.target,), margin)
+    if not every_array:
+        _check_ranges(chosen, names, metadata)
     return Selection(
         folder=folder,
         metadata=metadata,
