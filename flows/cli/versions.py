@@ -160,7 +160,8 @@ def export_dataset(
 ) -> None:
     """Write a version as files that other projects read: SelfRDB, SynDiff, pix2pix, nnU-Net, MONAI and BIDS.
 
-    The split is kept, by subject. export.csv lists what went where; LICENCE.txt says what to pass on with the files.
+    The split is kept, by subject. export.csv lists what went where; LICENSE.txt (in BIDS: LICENSE) says what to
+    pass on with the files.
     """
     import pandas as pd
 
@@ -231,7 +232,8 @@ def reproduce(
     scratch: Scratch = None,
     source: Annotated[str | None, typer.Option(help="The scans, as --source of refresh or digits.")] = None,
     demographics: Annotated[
-        str | None, typer.Option(help="The table of age and sex, if it was the maker's own.")
+        str | None,
+        typer.Option(help="The table of age and sex: the maker's own, or IXI.xls if no folder of archives has it."),
     ] = None,
     pattern: Annotated[list[str] | None, typer.Option(help="As --pattern of refresh; may be repeated.")] = None,
     keep: Annotated[
@@ -243,15 +245,16 @@ def reproduce(
 ) -> None:
     """Print the command and pins that make a version again; with its archives, make it and compare every byte.
 
-    The archives are those of --source, or those that the root has. Fails if a byte differs, and names files and causes.
+    The archives, and IXI.xls, are those of --source, or those that the root has; members that --fetch members took from
+    IXI's host are fetched again. Fails if a byte differs, and names files and causes.
     """
     from contextlib import AbstractContextManager, nullcontext
     from tempfile import TemporaryDirectory
 
     from flows.progress import show_progress
-    from ixi_etl.core.storage import DataRoot
+    from ixi_etl.core.storage import DataRoot, expand_home
     from ixi_etl.dataset import command, metadata, versions
-    from ixi_etl.recipes import reproduce
+    from ixi_etl.recipes import ixi_inputs, reproduce
 
     output = Output(quiet, as_json)
     folder = versions.find_version(root, version)
@@ -263,12 +266,14 @@ def reproduce(
     output.text(f"pins:     {reproduce.pins(made_by)}", pins=reproduce.pins(made_by))
     output.text(f"command:  {command.command_of(described)}", command=command.command_of(described))
     data_root = DataRoot(root, described["name"], scratch)
-    missing = reproduce.missing_inputs(folder, data_root) if source is None else []
+    missing = reproduce.missing_inputs(folder, data_root, demographics) if source is None else []
     if missing:
         where = f"{data_root.archives} has no {', '.join(missing)}"
-        output.text(f"not made again: {where}; give --source to compare every byte", made_again=False)
+        option = "it as --demographics" if missing == [ixi_inputs.DEMOGRAPHICS] else "--source"
+        output.text(f"not made again: {where}; give {option} to compare every byte", made_again=False)
         output.end()
         return
+    keep = expand_home(keep).resolve() if keep else None
     if keep is not None and keep.exists():
         raise ConfigError(f"{keep} exists; give a new folder as --keep")
     place: AbstractContextManager[str] = nullcontext(str(keep)) if keep else TemporaryDirectory[str](prefix="ixi-etl-")

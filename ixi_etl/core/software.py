@@ -74,11 +74,11 @@ def _commit_from_pip() -> str | None:
 
 @cache
 def code_sha256() -> str:
-    """SHA-256 over the names and contents of all modules and templates."""
+    """SHA-256 over the names and contents of all modules, and of all files in folders of templates."""
     digest = hashlib.sha256()
     for package in PACKAGES:
         for path in sorted((TOP / package).rglob("*")):
-            if path.is_file() and path.suffix in (".py", ".html", ".css", ".js", ".txt"):
+            if path.is_file() and (path.suffix == ".py" or path.parent.name == "templates"):
                 digest.update(f"{path.relative_to(TOP).as_posix()}\0".encode())
                 digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()

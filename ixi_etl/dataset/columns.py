@@ -39,7 +39,7 @@ _OF_ARRAY = {
     "orientation": ("", "directions of the axes i, j, k of the {scan}, for example PSR: posterior, superior, right"),
     "window_start": (
         "slices",
-        "first slice of the {scan} that was cut; empty if it was interpolated onto another scan",
+        "first slice of the {scan} that was cut; empty if the slab is on the slices of another scan",
     ),
     "window_stop": ("slices", "one past the last slice of the {scan} that was cut"),
     "p_low": ("stored values", "percentile 0.1 of the slab {array} of the store"),

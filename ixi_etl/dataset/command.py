@@ -87,11 +87,16 @@ def has_own_scans(version: Mapping[str, Any]) -> bool:
     return any(source["source"] not in (IXI, UNVERIFIED) for name, source in sources.items() if name != "demographics")
 
 
+def needs_source(version: Mapping[str, Any]) -> bool:
+    """Whether the command has `--source`: for scans other than IXI's, and for names that templates describe."""
+    return has_own_scans(version) or bool(version["inputs"].get("pattern"))
+
+
 def _source_options(version: Mapping[str, Any]) -> list[str]:
     """The options for the inputs that decide a version's name beside its configuration."""
     inputs = version["inputs"]
     options = ["--fetch", "members"] if "members_sha256" in inputs else []
-    options += ["--source", FILES] if has_own_scans(version) else []
+    options += ["--source", FILES] if needs_source(version) else []
     for pattern in inputs.get("pattern", []):
         options += ["--pattern", pattern]
     if inputs.get("demographics_sha256"):

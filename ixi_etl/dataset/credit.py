@@ -5,8 +5,8 @@ same result, which can be part of the version:
 
 ====================  =========================================================================================
 ``ixi``               the archive has the published MD5 of IXI's archive
-``ixi_unverified``    single members were fetched from a host of IXI, so the archive's MD5 is unknown; or the whole
-                      archive was, but no MD5 of it is published (MRA)
+``ixi_unverified``    single members were fetched from IXI's own host, so the archive's MD5 is unknown; or the whole
+                      archive was, but no MD5 of it is published (MRA). A mirror is not IXI's host
 ``simulated``         descriptions of volumes mark them as simulated or generated (`SIMULATION_MARKS`)
 ``own``               everything else: the user's own files; an `MD5SUMS` beside them proves only integrity
 ``mnist``             the published files of MNIST, the only ones that `digits` are made from
@@ -55,7 +55,7 @@ def describe_source(
     Args:
         name: of the corresponding published file, for example `IXI-T1.tar`.
         md5: of the file; None if single members were fetched, or for a folder of files.
-        from_ixi: whether the file, or single members of it, came from a host of IXI.
+        from_ixi: whether the file, or single members of it, came from IXI's own host.
         volumes, simulated: number of readable volumes, and of those marked as simulated or generated.
         files_sha256: what stands for the MD5 of a folder of files.
     """

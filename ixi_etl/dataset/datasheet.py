@@ -14,20 +14,15 @@ import pandas as pd
 
 from ixi_etl.config import SPLITS
 from ixi_etl.dataset.credit import IXI, MNIST, OWN, SIMULATED, origin_of
+from ixi_etl.dataset.datasheet_scans import limits_of_scans, preparation_of_scans
 from ixi_etl.dataset.manifest import used_rows
 from ixi_etl.dataset.schema import MIXED
 from ixi_etl.dataset.splits import person_of
 from ixi_etl.modalities import DATASETS, moving
+from ixi_etl.sources.catalog import HOMEPAGE, SITES
 
-HOMEPAGES = {IXI: "https://brain-development.org/ixi-dataset/", MNIST: "http://yann.lecun.com/exdb/mnist"}
+HOMEPAGES = {IXI: HOMEPAGE, MNIST: "http://yann.lecun.com/exdb/mnist"}
 """Origin -> page of the data that a version is made from."""
-
-HOSPITALS = {
-    "Guys": ("Guy's Hospital", "Philips, 1.5 T"),
-    "HH": ("Hammersmith Hospital", "Philips, 3 T"),
-    "IOP": ("Institute of Psychiatry", "GE, 1.5 T"),
-}
-"""Site of IXI -> hospital in London, and scanner."""
 
 _COLLECTION = {
     IXI: "Nearly 600 MR images of normal, healthy subjects, collected by the project IXI (Information eXtraction from "
@@ -118,11 +113,11 @@ def make_datasheet(summary: Mapping[str, Any], final: pd.DataFrame) -> Datasheet
         collection=_COLLECTION[origin],
         consent=_CONSENT[origin],
         privacy=_PRIVACY[origin],
-        preparation=tuple(_preparation_of_scans(summary) if is_scans else _PREPARATION_OF_DIGITS),
+        preparation=tuple(preparation_of_scans(summary) if is_scans else _PREPARATION_OF_DIGITS),
         missing=f"{len(final) - len(used)} of {len(final)} subjects are excluded; the manifest says why.",
         uses=_USES if is_scans else ("Trying out the training of pix2pix: generate a digit from its outline.",),
         no_uses=_NO_USES if is_scans else ("Results about medical images.",),
-        limits=tuple(_limits_of_scans(summary, used)) if is_scans else _LIMITS_OF_DIGITS,
+        limits=tuple(limits_of_scans(summary, used)) if is_scans else _LIMITS_OF_DIGITS,
         biases=tuple(_biases(summary, origin, used)),
         sites=_sites(summary, origin, used),
         people=people_by_split(used),
@@ -148,57 +143,6 @@ _LIMITS_OF_DIGITS = (
     "The files do not name the writers, so digits of one writer may be in both train and val.",
     "An outline determines its digit almost completely, so the task is easy.",
 )
-
-
-def _preparation_of_scans(summary: Mapping[str, Any]) -> list[str]:
-    config = summary["inputs"]["config"]
-    modalities, reference = DATASETS[summary["name"]]
-    others = " and ".join(moving(modalities, reference))
-    if config["pairing"] == "index":
-        sentences = ["Slice k of one scan is paired with slice k of the other, as stored; nothing is resampled."]
-    else:
-        corrected = {
-            "none": "by the affines of their headers alone",
-            "rigid": "by the affines of their headers and a rigid registration",
-            "affine": "by the affines of their headers and an affine registration",
-        }
-        sentences = [
-            f"Slices of the {reference} are cut and never resampled. The {others} is interpolated once, linearly, onto "
-            f"exactly those planes, {corrected[config['registration']]}. So voxel (z, y, x) of all arrays is the same "
-            "place in the head."
-        ]
-    margin = f", and {config['margin']} more on either side as neighbours" if config.get("margin") else ""
-    if config.get("slice_rule") == "area":
-        rule = f"the {config['slices']} adjacent slices with the largest area of head"
-    elif config["window"] == "middle":
-        rule = f"the middle {config['slices']} slices"
-    else:
-        rule = f"slices {config['window'][0]} to {config['window'][1] - 1}"
-    sentences.append(f"Of each volume {rule} are stored{margin}.")
-    sentences.append("Intensities are those of the scanner, not normalised; nothing is denoised or bias-corrected.")
-    if "preparation" in summary:
-        name = summary["preparation"]["name"]
-        sentences.append(f"This follows the published preparation {name}; dataset.json lists all deviations from it.")
-    return sentences
-
-
-def _limits_of_scans(summary: Mapping[str, Any], used: pd.DataFrame) -> list[str]:
-    config = summary["inputs"]["config"]
-    sentences = ["Only some slices of each head are stored: what is above and below them is missing."]
-    if config["pairing"] == "index":
-        planes = summary["planes"]
-        if len(set(planes.values())) > 1:
-            shown = " and ".join(f"{m} slices are {plane}" for m, plane in planes.items())
-            sentences.append(f"{shown}: the pictures of a pair show different planes of the head.")
-        sentences.append("Pairs by index exist for comparison with published results. Do not use them otherwise.")
-    elif config["registration"] == "none":
-        sentences.append("Pairs are aligned by headers alone: motion between the scans is not corrected.")
-    else:
-        sentences.append("The registration is an estimate: the manifest has its estimated error for each pair.")
-    flags = used["flags"].str.split(",").explode()
-    for flag, count in flags[flags != ""].value_counts().sort_index().items():
-        sentences.append(f"Used subjects with the flag {flag}: {count}.")
-    return sentences
 
 
 def _biases(summary: Mapping[str, Any], origin: str, used: pd.DataFrame) -> list[str]:
@@ -248,11 +192,19 @@ def _sites(summary: Mapping[str, Any], origin: str, used: pd.DataFrame) -> pd.Da
     rows = []
     for site, found in summary["funnel"]["found"]["sites"].items():
         part = used[used["site"] == site]
-        hospital, scanner = HOSPITALS.get(site, ("", "")) if origin == IXI else ("", "")
-        known = {"hospital": hospital, "scanner": scanner} if origin == IXI else {}
+        known = _hospital_and_scanner(site) if origin == IXI else {}
         splits = {split: int((part["split"] == split).sum()) for split in splits_in(used)}
         rows.append({"site": site, **known, "found": found, "used": len(part), **splits})
     return pd.DataFrame(rows)
+
+
+def _hospital_and_scanner(site: str) -> dict[str, str]:
+    """Columns of a site of IXI; empty texts if the site is unknown."""
+    known = SITES.get(site)
+    return {
+        "hospital": known.hospital if known else "",
+        "scanner": f"{known.manufacturer}, {known.tesla:g} T" if known else "",
+    }
 
 
 def splits_in(used: pd.DataFrame) -> list[str]:

@@ -108,6 +108,8 @@ def readme(summary: Mapping[str, Any], sheet: Datasheet, files: Iterable[str], a
 
 def _loading(summary: Mapping[str, Any], arrays: pd.DataFrame) -> str:
     source, target = summary["source"], summary["target"]
+    by_percentiles = summary["inputs"]["config"].get("normalisation", "percentiles") == "percentiles"
+    prefix = f"{source}_p" if by_percentiles else source
     return f"""{_table(arrays)}
 
 This needs zarr 3 and pandas, and runs in this folder:
@@ -120,7 +122,7 @@ manifest = pd.read_csv("{MANIFEST}")
 used = manifest[manifest["status"] == "used"].sort_values("store_row").reset_index()
 store = zarr.open_group("{STORE}", mode="r")
 source, target = store["{source}"][0], store["{target}"][0]  # of the subject used.loc[0, "subject_id"]
-low, high = used.loc[0, ["{source}_p_low", "{source}_p_high"]]
+low, high = used.loc[0, ["{prefix}_low", "{prefix}_high"]]
 source_0_to_1 = ((source - low) / (high - low)).clip(0, 1)
 ```
 

@@ -21,13 +21,15 @@ import pandas as pd
 
 from ixi_etl.core.files import to_json
 from ixi_etl.core.progress import Progress
-from ixi_etl.dataset.manifest import to_records
+from ixi_etl.dataset.manifest import GRID_DIFFERS, to_records
+from ixi_etl.dataset.schema import pair_column
 from ixi_etl.exports.bids_dataset import (
     LICENCE_FILE,
     SUFFIXES,
     ScanName,
     name_scans,
     scanner_of,
+    size_of_tables,
     write_description,
     write_participants,
 )
@@ -35,11 +37,18 @@ from ixi_etl.exports.layout import Row
 from ixi_etl.exports.members import suffix_of
 from ixi_etl.exports.selection import Selection, Subject
 from ixi_etl.exports.volumes import Volumes, save_volume
+from ixi_etl.modalities import DATASETS, ECHOES, moving
 from ixi_etl.scans.nifti import pack_like
 
 SLAB = "slab"
 RAW = "sourcedata/raw"
-SIDECAR_BYTES, TABLE_BYTES = 2 << 10, 32 << 10  # at most, for each image, and for all files of the dataset
+SIDECAR_BYTES = 2 << 10  # at most, for each image
+
+NOT_REGISTERED = {
+    "registration_failed": "the registration failed",
+    "registration_no_gain": "the registration did not make the pair more similar",
+}
+"""Flag of a pair that keeps the alignment of its headers -> why."""
 
 
 class Bids(Volumes):
@@ -62,7 +71,7 @@ class Bids(Volumes):
     def size_bytes(self) -> int:
         depth, height, width = self.selection.shape
         images = sum(len(subject.ranges) for subject in self.selection.subjects)
-        return images * (2 * depth * height * width + 4096 + SIDECAR_BYTES) + TABLE_BYTES
+        return images * (2 * depth * height * width + 4096 + SIDECAR_BYTES) + size_of_tables(self.selection)
 
     def write(self, folder: Path, progress: Progress) -> list[Row]:
         names = name_scans(self.manifest)
@@ -106,16 +115,14 @@ class Bids(Volumes):
     def _sidecar(self, name: str, row: Mapping[str, Any], scan: ScanName) -> dict[str, Any]:
         """How an image was made, from the subject's row of the manifest."""
         raw = {each: f"bids:raw:{scan.file(SUFFIXES[each] + suffix_of(row, each))}" for each in (name, self.reference)}
-        start, stop = row[f"{name}_window_start"], row[f"{name}_window_stop"]
-        if pd.isna(start):
-            how = f"interpolated once (trilinear) onto the planes of the {self.reference.upper()}"
-            registration = self.selection.metadata["inputs"]["config"].get("registration", "none")
-            how += ", by the headers alone" if registration == "none" else f", after {registration} registration"
-            sources = [raw[name], raw[self.reference]]
-        else:
+        if self._is_cut(name, row):
+            start, stop = (int(row[f"{self.reference}_window_{end}"]) for end in ("start", "stop"))
             margin = self.selection.margin
             how = f"slices {start + margin} to {stop - margin - 1} of the scan, from inferior, not interpolated"
-            sources = [raw[name]]
+        else:
+            how = f"interpolated once (trilinear) onto the planes of the {self.reference.upper()}"
+            how += f", {self._alignment(name, row)}"
+        sources = [raw[name]] if name == self.reference else [raw[name], raw[self.reference]]
         slab = f"bids::{scan.file(self._ending(self.reference))}.nii.gz"
         return {
             "Description": f"Slab of the {name.upper()}: {how}. Axes are turned to RAS+.",
@@ -123,6 +130,32 @@ class Bids(Volumes):
             "Sources": sources,
             "SpatialReference": raw[name] if name == self.reference else slab,
         } | scanner_of(self.selection, name, row["site"])
+
+    def _is_cut(self, name: str, row: Mapping[str, Any]) -> bool:
+        """Whether an image is slices of its scan: of the reference, or of an echo that has the reference's grid."""
+        is_echo = {name.upper(), self.reference.upper()} <= ECHOES and not self._config.get("register_echoes")
+        return name == self.reference or (is_echo and not self._has_flag(name, row, GRID_DIFFERS))
+
+    def _alignment(self, name: str, row: Mapping[str, Any]) -> str:
+        """What aligned an interpolated image with the reference."""
+        registration = self._config.get("registration", "none")
+        if registration == "none":
+            return "by the headers alone"
+        for flag, why in NOT_REGISTERED.items():
+            if self._has_flag(name, row, flag):
+                return f"by the headers alone ({why})"
+        return f"after {registration} registration"
+
+    @property
+    def _config(self) -> Mapping[str, Any]:
+        """The configuration of the version."""
+        config: Mapping[str, Any] = self.selection.metadata["inputs"]["config"]
+        return config
+
+    def _has_flag(self, name: str, row: Mapping[str, Any], flag: str) -> bool:
+        """Whether the pair of an image and the reference has a flag."""
+        others = moving(*DATASETS[self.selection.metadata["name"]])
+        return pair_column(others, name.upper(), flag) in row["flags"].split(",")
 
 
 README = """

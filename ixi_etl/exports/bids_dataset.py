@@ -23,23 +23,17 @@ from ixi_etl.dataset.schema import MIXED
 from ixi_etl.dataset.splits import person_of
 from ixi_etl.errors import ConfigError
 from ixi_etl.exports.selection import Selection
-from ixi_etl.sources.catalog import LICENCE
+from ixi_etl.sources.catalog import HOMEPAGE, LICENCE, SITES
 
 BIDS_VERSION = "1.11.1"  # of the schema that the tests validate against
 LICENCE_FILE = "LICENSE"  # the name that BIDS has
-IXI_URL = "https://brain-development.org/ixi-dataset/"
 ABSENT = "n/a"
 MAX_AGE = 89.0  # years; BIDS asks to give no higher age, for privacy
 
 SUFFIXES = {"t1": "T1w", "t2": "T2w", "pd": "PDw", "mra": "angio"}
 """Array -> suffix of its files in BIDS."""
 
-SCANNERS: Mapping[str, Mapping[str, Any]] = {
-    "Guys": {"MagneticFieldStrength": 1.5, "Manufacturer": "Philips", "InstitutionName": "Guy's Hospital"},
-    "HH": {"MagneticFieldStrength": 3, "Manufacturer": "Philips", "InstitutionName": "Hammersmith Hospital"},
-    "IOP": {"MagneticFieldStrength": 1.5, "Manufacturer": "GE", "InstitutionName": "Institute of Psychiatry"},
-}
-"""Site of IXI -> what is published about its scanner, in the words of BIDS (tesla)."""
+DATASET_BYTES, SUBJECT_BYTES = 32 << 10, 4 << 10  # at most, of the files that `size_of_tables` counts
 
 COLUMNS = {
     "participant_id": {"Description": "The person: the part before the first - of the subject_id of the version."},
@@ -50,8 +44,9 @@ COLUMNS = {
     },
     "sex": {"Description": "Sex, from the same table.", "Levels": {"M": "male", "F": "female"}},
     "site": {
-        "Description": "Where the person was scanned, from the name of the scan. In IXI: Guys is Guy's Hospital, HH is "
-        "Hammersmith Hospital, IOP is the Institute of Psychiatry. n/a if unknown, or if there are several."
+        "Description": "Where the person was scanned, from the name of the scan. In IXI: "
+        + ", ".join(f"{name} ({site.hospital})" for name, site in SITES.items())
+        + ". n/a if unknown, or if there are several."
     },
     "split": {
         "Description": "Part of the data for training networks; n/a if the scans or slices of the person are in "
@@ -116,7 +111,19 @@ def _label(text: str) -> str:
 def scanner_of(selection: Selection, name: str, site: str) -> dict[str, Any]:
     """What is published about the scanner, in the keys of BIDS: only of scans from IXI's own archives."""
     source = selection.metadata.get("sources", {}).get(name.upper(), {}).get("source")
-    return dict(SCANNERS.get(site, {})) if source in (IXI, UNVERIFIED) else {}
+    if source not in (IXI, UNVERIFIED) or site not in SITES:
+        return {}
+    known = SITES[site]
+    return {
+        "MagneticFieldStrength": known.tesla,
+        "Manufacturer": known.manufacturer,
+        "InstitutionName": known.hospital,
+    }
+
+
+def size_of_tables(selection: Selection) -> int:
+    """Bytes, at most, of the files beside the images: `export.csv`, tables of participants and sessions, and texts."""
+    return DATASET_BYTES + SUBJECT_BYTES * len(selection.subjects)
 
 
 def write_participants(folder: Path, selection: Selection, names: Mapping[str, ScanName]) -> None:
@@ -176,10 +183,10 @@ def write_description(folder: Path, selection: Selection, what: str, readme: str
             }
         ],
         "SourceDatasets": [
-            ({"URL": IXI_URL} if ixi else {}) | {"Version": _identity(source)}
+            ({"URL": HOMEPAGE} if ixi else {}) | {"Version": _identity(source)}
             for source, ixi in zip(sources, is_ixi, strict=True)
         ],
-        **({"ReferencesAndLinks": [IXI_URL]} if any(is_ixi) else {}),
+        **({"ReferencesAndLinks": [HOMEPAGE]} if any(is_ixi) else {}),
         **others,
     }
     (folder / "dataset_description.json").write_text(to_json(description))

@@ -27,6 +27,7 @@ from ixi_etl.exports.bids_dataset import (
     SUFFIXES,
     name_scans,
     scanner_of,
+    size_of_tables,
     write_description,
     write_participants,
 )
@@ -35,7 +36,7 @@ from ixi_etl.exports.members import SourceScan, find_members
 from ixi_etl.exports.selection import Selection, Subject
 from ixi_etl.modalities import DATASETS
 
-SIDECAR_BYTES, TABLE_BYTES = 1 << 10, 32 << 10  # at most, for each scan, and for all files of the dataset
+SIDECAR_BYTES = 1 << 10  # at most, for each scan
 
 
 class BidsRaw(Layout):
@@ -62,7 +63,11 @@ class BidsRaw(Layout):
 
     @property
     def size_bytes(self) -> int:
-        return sum(scan.size + SIDECAR_BYTES for scan in self.scans.values()) + TABLE_BYTES
+        return sum(scan.size + SIDECAR_BYTES for scan in self.scans.values()) + size_of_tables(self.selection)
+
+    def bytes_on_disk_of(self, folder: Path) -> int:
+        device = folder.stat().st_dev
+        return self.size_bytes - sum(scan.size for scan in self.scans.values() if scan.is_on(device))
 
     def write(self, folder: Path, progress: Progress) -> list[Row]:
         names = name_scans(self.sites)

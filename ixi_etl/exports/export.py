@@ -97,7 +97,7 @@ def export_dataset(
     staging = target.with_name(f".{target.name}.exporting")
     with os_errors_as_user_errors(), naming_file(target), lock_root(staging, "-o"):
         try:
-            _check_disk(staging, layout.size_bytes)
+            _check_disk(staging, layout.bytes_on_disk_of(staging))
             written = staging / "files"
             shutil.rmtree(written, ignore_errors=True)  # of a killed export
             written.mkdir()
@@ -171,13 +171,16 @@ def _describe(folder: Path, file_format: str, layout: Layout, rows: list[Row]) -
     selection, metadata = layout.selection, layout.selection.metadata
     pd.DataFrame(rows).to_csv(folder / ROWS, index=False, lineterminator="\n")
     kept = {key: metadata[key] for key in ("credit", "licence", "preparation") if key in metadata}
+    of_pairs = {
+        "direction": str(selection.direction),
+        "normalisation": metadata["inputs"]["config"].get("normalisation", "percentiles"),
+    }
     summary = {
         "version": selection.version,
         "dataset_json_sha256": sha256_file(selection.folder / METADATA),
         "ixi-etl": __version__,
         "format": file_format,
-        "direction": str(selection.direction),
-        "normalisation": metadata["inputs"]["config"].get("normalisation", "percentiles"),
+        **({} if layout.every_array else of_pairs),
         **layout.describe(),
         "counts": layout.counts(),
         "left_out": selection.left_out,

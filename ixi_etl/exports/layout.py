@@ -12,11 +12,15 @@ from numpy.typing import NDArray
 
 from ixi_etl.core.parallel import parallel_map, usable_cores
 from ixi_etl.core.progress import Progress
+from ixi_etl.dataset.metadata import LICENCE_TEXT
 from ixi_etl.errors import ConfigError
 from ixi_etl.exports.selection import Selection, Subject
 
 Row = dict[str, Any]
 """A line of `export.csv`; `Layout.row` makes it."""
+
+OF_PAIRS = ("role", "low", "high")
+"""Columns of `export.csv` that have a meaning only for the normalised pairs of a direction."""
 
 ORIENTATIONS = {
     "anatomical": "row 0 is anterior, column 0 is the subject's left; slices from inferior to superior",
@@ -47,7 +51,7 @@ class Layout(ABC):
     extra: ClassVar[str | None] = None
     max_side: ClassVar[int | None] = None
     every_array: ClassVar[bool] = False
-    licence_file: ClassVar[str] = "LICENCE.txt"
+    licence_file: ClassVar[str] = LICENCE_TEXT
     values: ClassVar[str] = "(stored - low) / (high - low), clipped to [0, 1]; low and high are in export.csv"
 
     def __init__(self, selection: Selection) -> None:
@@ -70,6 +74,10 @@ class Layout(ABC):
     @abstractmethod
     def size_bytes(self) -> int:
         """Bytes on the disk, at most."""
+
+    def bytes_on_disk_of(self, folder: Path) -> int:
+        """Bytes that `write` adds to the disk of `folder`, at most."""
+        return self.size_bytes
 
     @abstractmethod
     def write(self, folder: Path, progress: Progress) -> list[Row]:
@@ -103,10 +111,11 @@ class Layout(ABC):
         """A line of `export.csv`: what `file` holds of one array of a subject.
 
         `others` are `split`, `slice` (z in the store), `slices` (their number) and `index` (place in the file).
+        Without `OF_PAIRS` if the layout holds no pairs of a direction.
         """
         low, high = subject.ranges[name]
         scale, offset = subject.scales[name]
-        return {
+        row = {
             "subject_id": subject.subject_id,
             "person": subject.person,
             "array": name,
@@ -119,6 +128,7 @@ class Layout(ABC):
             "scale": scale,
             "offset": offset,
         }
+        return {key: value for key, value in row.items() if not (self.every_array and key in OF_PAIRS)}
 
     def role(self, name: str) -> str:
         return "target" if name == self.selection.direction.target else "source"

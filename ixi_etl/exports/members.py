@@ -41,6 +41,10 @@ class SourceScan:
     is_file: bool
     suffix: str
 
+    def is_on(self, device: int) -> bool:
+        """Whether it is a file on a file system (`st_dev`), where `place` links to it and needs no space."""
+        return self.is_file and os.stat(self.location).st_dev == device
+
     def place(self, target: Path) -> None:
         """Make `target` the scan: a hard link to a file where the file system allows it, otherwise a copy.
 

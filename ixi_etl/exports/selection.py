@@ -184,6 +184,8 @@ def select(
         raise EmptySplitError(f"no subject of {folder} has all of {', '.join(names)}; export another direction")
     margin = int(metadata["inputs"]["config"].get("margin", 0))
     shape = _common_shape(arrays, names if not every_array else (parsed.target,), margin)
+    if not every_array:
+        _check_ranges(chosen, names, metadata)
     return Selection(
         folder=folder,
         metadata=metadata,
@@ -208,6 +210,18 @@ def _common_shape(arrays: Mapping[str, Any], names: tuple[str, ...], margin: int
     return depth - 2 * margin, height, width
 
 
+def _check_ranges(chosen: pd.DataFrame, names: tuple[str, ...], metadata: Mapping[str, Any]) -> None:
+    """Refuse subjects, each with all arrays, of which one cannot be normalised."""
+    for name in names:
+        low_high = manifest.intensity_ranges(chosen, name)
+        usable = np.isfinite(low_high).all(axis=1) & (low_high[:, 0] < low_high[:, 1])
+        for subject_id, (low, high) in zip(chosen["subject_id"][~usable], low_high[~usable], strict=True):
+            raise DatasetError(
+                f"cannot normalise the {name} of {subject_id}: the stored values of 0 and 1 are {low:g} and {high:g}; "
+                f"make the version again: {how_to_make(metadata)}"
+            )
+
+
 def _subjects(
     chosen: pd.DataFrame, names: tuple[str, ...], metadata: Mapping[str, Any], slices: int, margin: int
 ) -> tuple[Subject, ...]:
@@ -220,13 +234,6 @@ def _subjects(
         for name in names
     }
     present = {name: ~np.asarray(is_absent(chosen, name), bool) for name in names}
-    for name, low_high in ranges.items():
-        usable = (np.isfinite(low_high).all(axis=1) & (low_high[:, 0] < low_high[:, 1])) | ~present[name]
-        for subject_id, (low, high) in zip(chosen["subject_id"][~usable], low_high[~usable], strict=True):
-            raise DatasetError(
-                f"cannot normalise the {name} of {subject_id}: the stored values of 0 and 1 are {low:g} and {high:g}; "
-                f"make the version again: {how_to_make(metadata)}"
-            )
     in_split = {split: manifest.slices_in_split(chosen, split, slices) for split in SPLITS}
     # Row by row, as the store has them: the number of slices of the split before this one.
     numbers = {split: np.cumsum(mask).reshape(mask.shape) - 1 for split, mask in in_split.items()}

@@ -17,7 +17,7 @@ from ixi_etl.scans.affines import same_grid
 
 Matrix = NDArray[np.float64]
 
-GRID_BITS = 30  # of values passed to ITK: 2^-30 mm or voxels is 1e-9
+GRID_BITS = 30  # of affines, sampling matrices and small motions: 2^-30 mm or voxels is 1e-9
 
 
 def rounded(values: Any, bits: int = GRID_BITS) -> NDArray[np.float64]:

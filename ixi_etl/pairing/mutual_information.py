@@ -7,7 +7,8 @@ The histogram is that of Mattes et al. (IEEE Transactions on Medical Imaging 22,
 cubic B-spline over the bins of the moving scan. Values of the moving scan are rounded to 1/16 bin, so the histogram is
 counted and not summed, and a sample's derivative comes from a table.
 
-All sums over samples have the same order on every CPU: no BLAS, and arithmetic of single elements otherwise.
+All sums over samples have the same order on every CPU: no BLAS over samples, and arithmetic of single elements
+otherwise.
 """
 
 from __future__ import annotations

@@ -199,7 +199,8 @@ def _search(level: Level, fixed: Head, moving: Head, start: Matrix, *, is_affine
 
     The matrix is rigid, unless the search `is_affine`.
     Steps in the direction of Newton's method, of a fixed length, which also cross small maxima. They become shorter
-    when the direction reverses. They are rounded to 1 um, because the last bits of linear algebra differ between CPUs.
+    when the direction reverses. They are rounded to 2^-20 mm (about 1 nm), because the last bits of linear algebra
+    differ between CPUs.
 
     Raises:
         RegistrationError: the scans do not overlap.

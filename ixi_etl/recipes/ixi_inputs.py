@@ -254,7 +254,8 @@ def create_cut_jobs(
 
 
 def is_from_ixi(modality: str, archive: VerifiedFile) -> bool:
-    return archive.origin in catalog.official(modalities.archive_name(modality)).urls
+    """Whether an archive, or members of it, came from IXI's own host."""
+    return catalog.is_of_ixi(archive.origin, modalities.archive_name(modality))
 
 
 def is_unverified_ixi(modality: str, archive: VerifiedFile) -> bool:

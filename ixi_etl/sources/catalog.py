@@ -1,4 +1,4 @@
-"""The published files: their URLs, their MD5s, their licence; and the location of a user's own files."""
+"""The published files: their URLs, MD5s and licence, the sites of IXI; and the location of a user's own files."""
 
 from __future__ import annotations
 
@@ -13,10 +13,28 @@ SCHEMES = ("http", "https", "s3")
 """URL schemes that `--source` accepts."""
 
 LICENCE = "CC BY-SA 3.0 (https://creativecommons.org/licenses/by-sa/3.0/)"
+HOMEPAGE = "https://brain-development.org/ixi-dataset/"
 CREDIT = (
-    "IXI dataset, https://brain-development.org/ixi-dataset/, collected at Hammersmith Hospital, Guy's Hospital and "
-    "the Institute of Psychiatry, London (EPSRC GR/S21533/02)"
+    f"IXI dataset, {HOMEPAGE}, collected at Hammersmith Hospital, Guy's Hospital and the Institute of Psychiatry, "
+    "London (EPSRC GR/S21533/02)"
 )
+
+
+@dataclass(frozen=True)
+class Site:
+    """A hospital of IXI in London, and its scanner (field strength in tesla)."""
+
+    hospital: str
+    manufacturer: str
+    tesla: float
+
+
+SITES = {
+    "Guys": Site("Guy's Hospital", "Philips", 1.5),
+    "HH": Site("Hammersmith Hospital", "Philips", 3),
+    "IOP": Site("Institute of Psychiatry", "GE", 1.5),
+}
+"""Site in the name of a scan of IXI -> what is published about it."""
 
 _HOST = "https://biomedic.doc.ic.ac.uk/brain-development/downloads/IXI"
 _MIRROR = "https://huggingface.co/datasets/Santhosh1884/IXI-Datasets/resolve/main"
@@ -73,6 +91,11 @@ def official(name: str) -> Source:
     """
     mirrors = (f"{_MIRROR}/{name}",) if has_md5(name) else ()
     return Source(name, (f"{_HOST}/{name}", *mirrors), _MD5.get(name))
+
+
+def is_of_ixi(location: str, name: str) -> bool:
+    """Whether `location` is the published file `name` on IXI's own host. A mirror needs an MD5 to prove that it is."""
+    return location == f"{_HOST}/{name}"
 
 
 def has_md5(name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from ixi_etl.dataset import compare, metadata, verify
 from ixi_etl.dataset.credit import IXI, OWN, SIMULATED, UNVERIFIED, credit_and_licence, describe_source
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.recipes.ixi import refresh
+from ixi_etl.recipes.ixi_inputs import is_from_ixi
 from ixi_etl.scans.nifti import pack_like
 from ixi_etl.scans.survey import survey
 from ixi_etl.sources import catalog
+from ixi_etl.sources.cache import VerifiedFile
 from ixi_etl.testing.phantom import grid_affine, pack_nifti, write_tar
 
 MD5 = {name: catalog.official(name).md5 for name in ("IXI-T1.tar", "IXI-T2.tar", "IXI.xls")}
@@ -48,6 +51,14 @@ def test_the_source_of_a_file_depends_on_its_md5_and_volumes(kind: str, argument
     assert (source["source"], source["md5_is_published"]) == (kind, kind == IXI)
     assert ("Hammersmith" in credited["credit"]) == ("CC BY-SA" in credited["licence"]) == (kind in (IXI, UNVERIFIED))
     assert ("not verified" in credited["credit"]) == (kind == UNVERIFIED)
+
+
+def test_a_mirror_is_not_a_host_of_ixi() -> None:
+    host, mirror = catalog.official(T1).urls
+    members = VerifiedFile(T1, "IXI-T1.tar.members.part", 1, "", False, host, None, "")
+    assert is_from_ixi("T1", members)
+    assert not is_from_ixi("T2", members)
+    assert not is_from_ixi("T1", replace(members, origin=mirror))
 
 
 def test_an_archive_of_ixi_without_a_published_md5_is_credited_as_not_verified() -> None:
@@ -139,6 +150,23 @@ def test_the_commit_is_that_of_the_repository_of_the_code(tmp_path: Path, monkey
     assert software.commit.__wrapped__() == "abc"
     monkeypatch.delenv(software.COMMIT)
     assert software.commit.__wrapped__() is None
+
+
+def test_every_packaged_template_is_part_of_the_hash_of_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = []
+    for path in (path for package in software.PACKAGES for path in (software.TOP / package).glob("templates/*")):
+        copies.append(tmp_path / path.relative_to(software.TOP))
+        copies[-1].parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copies[-1])
+    assert {copy.suffix for copy in copies} >= {".html", ".css", ".js", ".txt", ".md"}
+    monkeypatch.setattr(software, "TOP", tmp_path)
+    hashes = {software.code_sha256.__wrapped__()}
+    for copy in copies:
+        copy.write_bytes(copy.read_bytes() + b" ")
+        hashes.add(software.code_sha256.__wrapped__())
+    assert len(hashes) == len(copies) + 1
 
 
 def test_versions_compares_configuration_and_libraries(published: PublishedVersion, tmp_path: Path) -> None:

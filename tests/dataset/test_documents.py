@@ -9,9 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
-from conftest import OnS3
+from conftest import OnS3, config_for
 
 from ixi_etl.dataset import credit, manifest, metadata, verify
 from ixi_etl.dataset.columns import describe_columns
@@ -19,6 +20,7 @@ from ixi_etl.dataset.datasheet import make_datasheet
 from ixi_etl.dataset.documents import LEGAL_CODE, licence_text, readme
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import SCHEMAS
+from ixi_etl.recipes.ixi import refresh
 
 NAMES = (metadata.README, metadata.LICENCE_TEXT, metadata.COLUMNS, metadata.CROISSANT)
 
@@ -79,16 +81,35 @@ def test_the_documents_are_on_s3_too(on_s3: OnS3, published: PublishedVersion) -
         assert (on_s3.made.folder / name).read_bytes() == (published.folder / name).read_bytes()
 
 
+def run_python_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The variables of the Python block of a version's README after it ran in the folder."""
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    [block] = re.findall(r"^```python\n(.*?)^```", (folder / metadata.README).read_text(), re.MULTILINE | re.DOTALL)
+    exec(compile(block, metadata.README, "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("normalisation", ["range", pytest.param("mean", marks=pytest.mark.stack)])
+def test_the_python_of_the_readme_normalises_as_the_version_says(
+    normalisation: str, archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = refresh(config_for(tmp_path, archives, normalisation=normalisation, pictures=False))
+    names = run_python_of(made.folder, monkeypatch)
+    used = manifest.used_rows(metadata.read_manifest(made.folder))
+    low, high = manifest.intensity_ranges(used, "t1")[0]
+    assert (low, high) != (used["t1_p_low"].iloc[0], used["t1_p_high"].iloc[0])
+    expected = np.clip((names["source"] - low) / (high - low), 0, 1)
+    np.testing.assert_allclose(names["source_0_to_1"], expected, rtol=1e-9)
+
+
 def test_the_readme_names_every_file_and_its_python_runs(
     published: PublishedVersion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (published.folder / metadata.README).read_text()
     listed = set(re.findall(r"^\| `([^`]+)` \| [a-z]", text, re.MULTILINE))
     assert {path.name for path in published.folder.iterdir()} - {metadata.README} <= listed
-    monkeypatch.chdir(published.folder)
-    names: dict[str, Any] = {}
-    [block] = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    exec(compile(block, metadata.README, "exec"), names)
+    names = run_python_of(published.folder, monkeypatch)
     assert names["source"].shape == names["target"].shape
     assert (names["source_0_to_1"].min(), names["source_0_to_1"].max()) == (0, 1)
 
@@ -116,6 +137,60 @@ def test_persons_with_several_scans_are_counted(summary: dict[str, Any], final: 
     [sentence] = [text for text in make_datasheet(summary, twice).biases if "more than once" in text]
     assert sentence.endswith(f": 1, with {summary['subjects']} of the used subjects.")
     assert not any("more than once" in text for text in make_datasheet(summary, final).biases)
+
+
+PLANES = "Slices of the T2 are cut and never resampled."
+SAME_PLACE = "So voxel (z, y, x) of all arrays is the same place in the head."
+SIMILAR = "by the affines of their headers and, where that makes the pair more similar, a rigid registration."
+
+
+@pytest.mark.parametrize(
+    ("name", "register_echoes", "sentence", "registered"),
+    [
+        ("ixi-t1-t2", False, f"The T1 is interpolated once, linearly, onto exactly those planes, {SIMILAR}", "T1"),
+        (
+            "ixi-t1-pd-t2",
+            False,
+            f"The T1 is interpolated once, linearly, onto exactly those planes, {SIMILAR} The PD, an echo of the T2, "
+            "is cut at the same slices and not interpolated, unless its grid differs (flag pd_grid_differs).",
+            "T1",
+        ),
+        (
+            "ixi-pd-t2",
+            False,
+            "The PD, an echo of the T2, is cut at the same slices and not interpolated, unless its grid differs (flag "
+            "grid_differs).",
+            "",
+        ),
+        (
+            "ixi-t1-pd-t2",
+            True,
+            f"The T1 and PD are interpolated once, linearly, onto exactly those planes, {SIMILAR}",
+            "T1 and PD",
+        ),
+    ],
+)
+def test_an_echo_is_not_called_interpolated(
+    name: str, register_echoes: bool, sentence: str, registered: str, summary: dict[str, Any], final: pd.DataFrame
+) -> None:
+    config = summary["inputs"]["config"] | {"registration": "rigid", "register_echoes": register_echoes}
+    sheet = make_datasheet(summary | {"name": name, "inputs": summary["inputs"] | {"config": config}}, final)
+    assert sheet.preparation[0] == f"{PLANES} {sentence} {SAME_PLACE}"
+    estimated = {text.partition(" is an estimate")[0] for text in sheet.limits if "is an estimate" in text}
+    assert estimated == ({f"The registration of the {registered}"} if registered else set())
+    is_cut = "echo" in sentence
+    assert ("No motion is corrected between PD and T2, which count as echoes of one scan." in sheet.limits) == is_cut
+
+
+def test_what_no_md5_verified_is_a_limit(summary: dict[str, Any], final: pd.DataFrame) -> None:
+    def limits(**kinds: str) -> list[str]:
+        sheet = make_datasheet(with_sources(summary, **kinds), final)
+        return [text for text in sheet.limits if text.startswith("Not verified")]
+
+    assert limits(T1=credit.IXI, T2=credit.IXI) == []
+    assert limits(T1=credit.IXI, T2=credit.UNVERIFIED) == ["Not verified: no published MD5 was checked for T2."]
+    both = ["Not verified: no published MD5 was checked for T1 and T2."]
+    assert limits(T1=credit.UNVERIFIED, T2=credit.UNVERIFIED) == both
 
 
 def test_only_archives_of_ixi_are_described_as_ixis(summary: dict[str, Any], final: pd.DataFrame) -> None:

@@ -13,7 +13,7 @@ from profiles import examples
 
 from flows.cli import app, import_commands
 from ixi_etl.config import DatasetConfig, DigitsConfig, DigitsDataset, RefreshConfig
-from ixi_etl.dataset.command import command_of, how_to_make
+from ixi_etl.dataset.command import FILES, command_of, how_to_make
 from ixi_etl.dataset.publish import _warn_of_empty_splits
 from ixi_etl.preparations import PRESETS, configure
 
@@ -83,17 +83,29 @@ configurations = st.builds(
 )
 
 
+patterns = st.lists(st.sampled_from(["{subject}_{modality}.nii.gz", "T1={subject}/mprage.nii.gz"]), max_size=2)
+KINDS = ("ixi", "ixi_unverified", "simulated", "own")
+
+
 @settings(max_examples=examples(25))
-@given(configurations)
-def test_the_command_gives_the_same_configuration_again(config: DatasetConfig) -> None:
+@given(configurations, patterns, st.lists(st.sampled_from(KINDS), min_size=3, max_size=3), st.booleans())
+def test_the_command_gives_the_same_configuration_again(
+    config: DatasetConfig, pattern: list[str], kinds: list[str], is_members: bool
+) -> None:
     import_commands()
-    words = shlex.split(command_of(described(config, config.name)))
+    inputs: dict[str, Any] = ({"pattern": pattern} if pattern else {}) | ({"members_sha256": "0"} if is_members else {})
+    sources = {m: {"source": kind} for m, kind in zip(config.modalities, kinds, strict=False)}
+    words = shlex.split(command_of(described(config, config.name, **inputs) | {"sources": sources}))
     made: list[RefreshConfig | DigitsConfig] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flows.cli.datasets.run_refresh", made.append)
         patch.setattr("flows.cli.datasets.show_version", lambda *_: None)
         typer.main.get_command(app)(words[1:], standalone_mode=False)
-    assert [each.dataset for each in made] == [config]
+    [job] = made
+    assert isinstance(job, RefreshConfig)
+    assert (job.dataset, list(job.pattern), job.fetch == "members") == (config, pattern, is_members)
+    is_own = any(source["source"] in ("simulated", "own") for source in sources.values())
+    assert job.source == (FILES if pattern or is_own else None)
 
 
 def test_of_a_configuration_that_this_code_does_not_know_the_message_names_its_place() -> None:

@@ -35,26 +35,27 @@ SCANS = ("IXI002-Guys-0828", "IXI002-HH-0900", "IXI012-HH-1211", "IXI035-IOP-087
 """Subjects of the selections below; the first two are one person."""
 
 
-def bids_selection(**columns: Any) -> Selection:
+def bids_selection(*, names: Sequence[str] = ("t1", "pd", "t2"), **columns: Any) -> Selection:
     """A T1, PD and T2 of `SCANS` from IXI's archives; the last has no PD."""
-    arrays = {name: numbers(4, 6, 5, 4, seed) for seed, name in enumerate(("t1", "pd", "t2"))}
+    arrays = {name: numbers(4, 6, 5, 4, seed) for seed, name in enumerate(names)}
     common: dict[str, Any] = {
         "subject_id": SCANS,
         "site": [scan.split("-")[1] for scan in SCANS],
         "age": pd.array([95.5, 95.5, None, 33.4], "Float64"),
         "sex": ["m", "m", "", "f"],
+        "flags": "",
     }
     for name in arrays:
-        cut = None if name == "t1" else 40
+        cut = 40 if name == "t2" else None  # of an echo too, whose slices are those of the reference
         common |= {f"{name}_gzip_crc32": "crc32:0", f"{name}_sha256": "", f"{name}_scale": 0.5, f"{name}_offset": -3.0}
         common |= {f"{name}_window_start": pd.array([cut] * 4, "Int64"), f"{name}_window_stop": cut and 46}
-    common["pd_member"] = ["a", "a", "a", ""]
-    common["pd_p_low"] = [-10, -10, -10, np.nan]
-    sources = {m: {"file": f"IXI-{m}.tar", "source": "ixi", "md5": "0" * 32} for m in ("T1", "PD", "T2")}
+    if "pd" in names:
+        common |= {"pd_member": ["a", "a", "a", ""], "pd_p_low": [-10, -10, -10, np.nan]}
+    sources = {m: {"file": f"IXI-{m}.tar", "source": "ixi", "md5": "0" * 32} for m in map(str.upper, names)}
     return selection_of(
         arrays,
         ("train", "train", "val", "test"),
-        name="ixi-t1-pd-t2",
+        name=f"ixi-{'-'.join(names)}",
         columns=common | columns,
         metadata={"sources": sources},
         every_array=True,
@@ -198,6 +199,59 @@ def test_sidecars_say_how_each_slab_was_made_and_on_which_scanner(written: Path)
     pd_slab = sidecar(folder / "sub-IXI012_space-T2w_desc-slab_PDw.nii.gz")
     assert "not interpolated" in pd_slab["Description"]  # the other echo of the T2
     assert sidecar(written / "sub-IXI035/anat/sub-IXI035_desc-slab_T2w.nii.gz")["MagneticFieldStrength"] == 1.5
+
+
+RIGID, HEADERS, CUT = "onto the planes of the T2, after rigid registration.", "by the headers alone", "slices 41 to 44"
+FAILED, NO_GAIN = (f"{HEADERS} (the registration {why})." for why in ("failed", "did not make the pair more similar"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "config", "t1", "pd_slab"),
+    [
+        ("", {}, RIGID, CUT),
+        ("archive_unchecked,t1_registration_failed", {}, FAILED, CUT),
+        ("t1_registration_no_gain", {}, NO_GAIN, CUT),
+        ("t1_registration_no_gain,pd_grid_differs", {}, NO_GAIN, RIGID),
+        ("pd_grid_differs,pd_registration_failed", {}, RIGID, FAILED),
+        ("pd_registration_no_gain", {"register_echoes": True}, RIGID, NO_GAIN),
+        ("", {"register_echoes": True}, RIGID, RIGID),
+        ("pd_grid_differs", {"registration": "none"}, f"{HEADERS}.", f"{HEADERS}."),
+        ("t1_registration_failed", {"registration": "affine"}, FAILED, CUT),
+    ],
+)
+def test_sidecars_say_what_aligned_this_pair(
+    flags: str, config: dict[str, Any], t1: str, pd_slab: str, tmp_path: Path
+) -> None:
+    selection = bids_selection(flags=["", "", flags, "t1_registration_failed"])
+    selection.metadata["inputs"]["config"].update(config)
+    Bids(selection).write(tmp_path, no_progress)
+    for name, how in (("T1w", t1), ("PDw", pd_slab)):
+        content = sidecar(tmp_path / f"sub-IXI012/anat/sub-IXI012_space-T2w_desc-slab_{name}.nii.gz")
+        assert how in content["Description"]
+        assert ("interpolated once" in content["Description"]) == (how != CUT)
+        assert content["Sources"][0].endswith(f"{name}.nii.gz")
+
+
+@pytest.mark.parametrize(("flag", "how"), [("registration_failed", FAILED), ("registration_no_gain", NO_GAIN)])
+def test_flags_of_a_single_pair_are_read_too(flag: str, how: str, tmp_path: Path) -> None:
+    selection = bids_selection(names=("t1", "t2"), flags=["", "", flag, ""])
+    Bids(selection).write(tmp_path, no_progress)
+    for person, expected in (("IXI012", how), ("IXI035", RIGID)):
+        content = sidecar(tmp_path / f"sub-{person}/anat/sub-{person}_space-T2w_desc-slab_T1w.nii.gz")
+        assert expected in content["Description"]
+
+
+def test_nothing_is_said_of_a_direction_or_normalisation(exported: Path) -> None:
+    for folder in (exported, exported / "sourcedata/raw"):
+        assert not {"role", "low", "high"} & set(pd.read_csv(folder / "export.csv"))
+        assert not {"direction", "normalisation"} & set(json.loads((folder / "export.json").read_text()))
+    assert {"scale", "offset"} <= set(pd.read_csv(exported / "export.csv"))
+
+
+@pytest.mark.parametrize("high", [-10.0, np.nan])
+def test_slabs_that_cannot_be_normalised_are_exported(high: float, tmp_path: Path) -> None:
+    Bids(bids_selection(t2_p_high=high)).write(tmp_path, no_progress)
+    assert len(list(tmp_path.rglob("*_T2w.nii.gz"))) == len(SCANS)
 
 
 def test_margins_are_left_out_and_the_affine_follows(written: Path) -> None:

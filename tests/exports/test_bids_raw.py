@@ -162,6 +162,28 @@ def test_all_modalities_have_a_name_that_the_validator_knows(tmp_path: Path) -> 
     assert (used["pd_member"] == "").any()
 
 
+def test_files_that_are_linked_need_no_space(
+    from_loose: PublishedVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, device = BidsRaw(read_selection(from_loose.folder, every_array=True)), tmp_path.stat().st_dev
+    free = layout.bytes_on_disk_of(tmp_path)
+    assert free == layout.size_bytes - sum(scan.size for scan in layout.scans.values()) > 0
+    assert not any(scan.is_on(device + 1) for scan in layout.scans.values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, free))  # type: ignore[attr-defined]
+    export_dataset(from_loose.folder, "bids-raw", tmp_path / "out")
+    written = [path.stat() for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert sum(each.st_size for each in written if each.st_nlink == 1) <= free
+
+
+def test_members_of_archives_need_their_space(
+    every_split: PublishedVersion, from_archives: Path, tmp_path: Path
+) -> None:
+    layout = BidsRaw(read_selection(every_split.folder, every_array=True))
+    needed = layout.bytes_on_disk_of(tmp_path)
+    assert needed == layout.size_bytes
+    assert sum(path.stat().st_size for path in from_archives.rglob("*") if path.is_file()) <= needed
+
+
 def test_files_are_copied_where_they_cannot_be_linked(
     from_loose: PublishedVersion, loose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

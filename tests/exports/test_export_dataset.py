@@ -125,7 +125,7 @@ def test_the_summary_names_version_split_licence_and_credit(
     assert (summary["licence"], summary["credit"]) == (described["licence"], described["credit"])
     assert {split: n["subjects"] for split, n in summary["counts"].items()} == described["splits"]
     assert [row["split"] for row in result["splits"]] == list(SPLITS)
-    licence = (tmp_path / "new/out/LICENCE.txt").read_text()
+    licence = (tmp_path / "new/out/LICENSE.txt").read_text()
     assert described["licence"] in licence
     assert described["credit"] in licence
 

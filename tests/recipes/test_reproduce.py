@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 from conftest import OnS3, config_for
 
 from flows.cli import main
+from ixi_etl import PIPELINE_VERSION
 from ixi_etl.core.files import read_json, to_json
 from ixi_etl.core.storage import DataRoot
 from ixi_etl.dataset import metadata, versions
 from ixi_etl.dataset.publish import PublishedVersion
-from ixi_etl.errors import ConfigError
+from ixi_etl.errors import ConfigError, DatasetError
 from ixi_etl.recipes.ixi import refresh
 from ixi_etl.recipes.reproduce import compare_software, differences_message, missing_inputs, pins, reproduce
 from ixi_etl.sources import catalog
@@ -31,6 +33,15 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[
 def edit_software(folder: Path, **changes: str) -> None:
     content = read_json(folder / metadata.SOFTWARE) | changes
     (folder / metadata.SOFTWARE).write_text(to_json(metadata.with_digest(content)))
+
+
+def edit_metadata(folder: Path, sources: dict[str, Any] | None = None, **inputs: Any) -> None:
+    """Change recorded sources (label -> fields) and inputs of a version."""
+    content = metadata.read_metadata(folder)
+    content["inputs"] |= inputs
+    for label, fields in (sources or {}).items():
+        content["sources"].setdefault(label, {}).update(fields)
+    (folder / metadata.METADATA).write_text(to_json(metadata.with_digest(content)))
 
 
 def test_the_same_environment_makes_the_same_bytes(
@@ -103,7 +114,7 @@ def test_a_library_that_is_not_in_the_name_is_named_if_bytes_differ(
     again = reproduce(refreshed.folder, data_root, tmp_path / "again", source=str(archives))
     message = differences_message(again, compared, "x")
     assert message is not None
-    assert message.startswith("1 files differ from those of x: pictures/worst.jpg; pillow was 1.0, is ")
+    assert message.startswith("1 file differs from that of x: pictures/worst.jpg; pillow was 1.0, is ")
 
 
 def test_unknown_software_is_shown_as_unknown(refreshed: PublishedVersion) -> None:
@@ -151,3 +162,71 @@ def test_a_version_on_s3_is_reproduced_on_this_machine(on_s3: OnS3, archives: Pa
     folder = versions.find_version(on_s3.config.root, "latest")
     again = reproduce(folder, on_s3.config.data_root, tmp_path / "again", source=str(archives))
     assert again.files.empty
+
+
+def test_a_version_of_another_pipeline_is_refused_before_any_work(
+    refreshed: PublishedVersion, archives: Path, tmp_path: Path
+) -> None:
+    edit_metadata(refreshed.folder, pipeline_version=8)
+    edit_software(refreshed.folder, **{"ixi-etl": "0.1.0", "commit": "abc123"})
+    data_root, work = DataRoot(refreshed.folder.parents[2]), tmp_path / "again"
+    made_by = f"{refreshed.version} was made by pipeline version 8, and this is {PIPELINE_VERSION}"
+    with pytest.raises(DatasetError, match=f"{made_by}; install ixi-etl 0.1.0, commit abc123 first"):
+        reproduce(refreshed.folder, data_root, work, source=str(archives))
+    (refreshed.folder / metadata.SOFTWARE).unlink()
+    with pytest.raises(DatasetError, match=f"{made_by}; install the ixi-etl that made it first"):
+        reproduce(refreshed.folder, data_root, work, source=str(archives))
+    assert not work.exists()
+
+
+def test_members_of_ixi_are_fetched_again_and_a_folder_cannot_give_them(
+    refreshed: PublishedVersion, archives: Path, tmp_path: Path
+) -> None:
+    data_root, work = DataRoot(refreshed.folder.parents[2]), tmp_path / "again"
+    from_server = {"members_sha256": "0" * 64, "members_of_ixi": ["T1", "T2"]}
+    edit_metadata(refreshed.folder, {m: {"source": "ixi_unverified", "md5": None} for m in ("T1", "T2")}, **from_server)
+    assert missing_inputs(refreshed.folder, data_root) == []
+    with pytest.raises(
+        ConfigError, match=r"made of members from a server, and .* is no URL of one; leave out --source"
+    ):
+        reproduce(refreshed.folder, data_root, work, source=str(archives))
+    edit_metadata(refreshed.folder, {"T2": {"source": "own"}}, members_of_ixi=["T1"])
+    assert missing_inputs(refreshed.folder, data_root) == ["IXI-T1.tar", "IXI-T2.tar"]
+    for source, advice in ((None, "as --source"), (str(archives), "is no URL of one; give the URL of its archives")):
+        with pytest.raises(ConfigError, match=advice):
+            reproduce(refreshed.folder, data_root, work, source=source)
+    assert not work.exists()
+
+
+def test_the_official_table_is_found_beside_the_scans_or_asked_for(
+    archives: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table that counts as the published IXI.xls; another one has the same name."""
+    table, source, work = tmp_path / "people.csv", tmp_path / "source", tmp_path / "again"
+    table.write_text("IXI_ID,SEX_ID,AGE\n" + "".join(f"{n},1,{30 + n}\n" for n in range(1, 30)))
+    md5 = hashlib.md5(table.read_bytes(), usedforsecurity=False).hexdigest()
+    monkeypatch.setattr(catalog, "_MD5", catalog._MD5 | {"IXI.xls": md5})
+    config = config_for(tmp_path / "root", archives, pictures=False)
+    folder, root = refresh(config.model_copy(update={"demographics": str(table)})).folder, config.data_root
+    for name in ("IXI-T1.tar", "IXI-T2.tar"):
+        (root.archives / name).symlink_to(archives / name)
+    assert missing_inputs(folder, root) == ["IXI.xls"]
+    assert missing_inputs(folder, root, str(table)) == []
+    shutil.copytree(archives, source)
+    (source / "IXI.xls").write_bytes(b"another table of this name")
+    asked = rf"IXI.xls, whose right copy is not in {source} or {root.archives}; give it as --demographics"
+    with pytest.raises(ConfigError, match=asked):
+        reproduce(folder, root, work, source=str(source))
+    assert not work.exists()
+    shutil.copyfile(table, source / "IXI.xls")
+    assert reproduce(folder, root, work, source=str(source / "IXI-T1.tar")).files.empty
+
+
+def test_the_home_folder_is_expanded_in_keep(
+    refreshed: PublishedVersion, archives: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = refreshed.folder.parents[2]
+    monkeypatch.setenv("HOME", str(root))
+    options = ("--root", str(root), "--source", str(archives), "--keep", "~/datasets")
+    status, result = run(capsys, *options)
+    assert (status, result["error"]) == (2, f"{root / 'datasets'} exists; give a new folder as --keep")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ixi_etl.sources.prefix_hash import PrefixHash
 
 SEGMENT, SEGMENTS = 10_007, 6  # no multiple of any buffer
 HTTP = replace(ANY_HTTP, segment_bytes=SEGMENT)
+DEADLINE_S = 60  # takes milliseconds
 DATA = random.Random(0).randbytes(SEGMENTS * SEGMENT - 10)
 
 
@@ -44,8 +46,10 @@ def test_segments_that_arrived_are_hashed_up_to_the_first_gap(path: Path, order:
                 with arrival.changed:
                     part.done.add(index)
                 arrival.advanced()
-            caught_up = threading.Event()
+            caught_up, deadline = threading.Event(), time.monotonic() + DEADLINE_S
             while prefix.size < expected:  # the hash follows in a thread
+                if time.monotonic() > deadline:
+                    pytest.fail(f"after {DEADLINE_S} s only {prefix.size} of {expected} bytes are hashed")
                 caught_up.wait(0.001)
     assert prefix.size == expected
     assert prefix.digest.hexdigest() == hashlib.md5(DATA[:expected], usedforsecurity=False).hexdigest()
