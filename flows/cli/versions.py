@@ -233,7 +233,7 @@ def reproduce(
     source: Annotated[str | None, typer.Option(help="The scans, as --source of refresh or digits.")] = None,
     demographics: Annotated[
         str | None,
-        typer.Option(help="The table of age and sex: the maker's own, or IXI.xls if no folder of archives has it."),
+        typer.Option(help="The table of age and sex: the maker's own; or IXI.xls, if neither source nor root has it."),
     ] = None,
     pattern: Annotated[list[str] | None, typer.Option(help="As --pattern of refresh; may be repeated.")] = None,
     keep: Annotated[

@@ -160,6 +160,11 @@ def test_all_modalities_have_a_name_that_the_validator_knows(tmp_path: Path) -> 
             expected = int((used[f"{modality}_member"] != "").sum())
             assert len(list(out.glob(f"sub-*/anat/{name.format(suffix)}"))) == expected > 0
     assert (used["pd_member"] == "").any()
+    assert not used["flags"].str.contains("pd_grid_differs").any()
+    for modality, was_cut in (("PDw", True), ("T1w", False)):  # the PD is an echo of the T2
+        described = [path.read_text() for path in (tmp_path / "bids").glob(f"sub-*/anat/*_desc-slab_{modality}.json")]
+        assert described
+        assert all(("not interpolated" in text) == was_cut for text in described)
 
 
 def test_files_that_are_linked_need_no_space(
