@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from threading import Lock
+from threading import Condition
 from typing import Any, TypeVar, cast
 
 from ixi_etl.errors import IxiError
@@ -34,6 +34,8 @@ def parallel_map(
         address: of a Dask scheduler, whose workers must see the same files. If a worker dies, others repeat its items.
         libraries: distributions whose versions must be the same on every Dask worker as in this process.
         on_done: called with the number of finished items.
+
+    If an item fails on a thread, its error is raised when the items in progress are finished; no other is begun.
 
     Raises:
         IxiError: the cluster has no scheduler, no workers or other library versions, or was lost.
@@ -92,18 +94,33 @@ def _on_threads(
     from dask.base import compute
     from dask.delayed import delayed
 
-    lock, done = Lock(), 0
+    changed, running, done, failed = Condition(), 0, 0, False
 
-    def run_and_count(item: Item) -> Result:
-        nonlocal done
-        result = function(item)
-        with lock:
+    def run_and_count(item: Item) -> Result | None:
+        nonlocal running, done
+        with changed:
+            if failed:
+                return None
+            running += 1
+        try:
+            result = function(item)
+        finally:
+            with changed:
+                running -= 1
+                changed.notify_all()
+        with changed:
             done += 1
             on_done(done)
         return result
 
     tasks = [delayed(run_and_count, pure=False)(item) for item in items]
-    return list(compute(*tasks, scheduler="threads", num_workers=workers))
+    try:
+        return list(compute(*tasks, scheduler="threads", num_workers=workers))
+    except Exception:  # Dask does not wait for the other threads, which may write into a folder that is removed now
+        with changed:
+            failed = True
+            changed.wait_for(lambda: not running)
+        raise
 
 
 def _on_cluster(

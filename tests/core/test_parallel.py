@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -127,3 +128,24 @@ def test_worker_with_another_library_version_is_refused() -> None:
     }
     with pytest.raises(IxiError, match=r"tcp://b:1 has zarr 3\.2\.0, here it is 3\.1\.6"):
         parallel._check_versions(versions, ["zarr"])
+
+
+def test_a_failure_on_threads_waits_for_the_items_that_are_being_worked_on(tmp_path: Path) -> None:
+    """An export removed its folder while other threads still wrote into it."""
+    started, finished = threading.Event(), []
+
+    def work(item: int) -> None:
+        if item == 0:
+            started.wait()
+            raise IxiError("the disk is full")
+        if item == 1:
+            started.set()
+            time.sleep(0.2)  # longer than it takes to raise
+        finished.append(item)
+
+    with pytest.raises(IxiError, match="the disk is full"):
+        parallel_map(work, range(9), workers=2)
+    seen = list(finished)
+    assert 1 in seen
+    time.sleep(0.01)
+    assert finished == seen
