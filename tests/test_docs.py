@@ -255,7 +255,7 @@ def folder(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-OPTIONAL = ("napari", "torchio")
+OPTIONAL = ("napari",)
 """Modules that the tests do not install. Where they are installed, the blocks that import them run too."""
 
 
@@ -314,11 +314,10 @@ def check_loaded(names: dict[str, Any]) -> None:
     check_layers(names, store, row)
     assert np.array_equal(names["stored"], store["t1"][int(names["rows"]["store_row"].iloc[0])])
     assert np.array_equal(names["two"], store["t2"][:2, 5:8])
-    if "scan" in names:  # TorchIO is installed
-        scan = names["scan"](subject, "T2")
-        assert np.array_equal(scan.data[0].numpy().transpose(2, 1, 0), names["in_units"])
-        assert np.allclose(scan.affine, affine)
-        assert names["head"].t1.data.min() >= -1
+    scan = names["scan"](subject, "T2")
+    assert np.array_equal(scan.data[0].numpy().transpose(2, 1, 0), names["in_units"])
+    assert np.allclose(scan.affine, affine)
+    assert names["head"].t1.data.min() >= -1
 
 
 def check_slices(names: dict[str, Any], store: Any, used: Any) -> None:
