@@ -181,7 +181,7 @@ def _create(api: HfApi, repository: Repository) -> None:
 def _user_errors(repository: Repository) -> Iterator[None]:
     """Translate the errors of a push to one line each. No message of the Hub or of its client contains the token.
 
-    An `OSError` of a file is none of the Hub, and passes.
+    An `OSError` of a local file is raised as it is.
     """
     import httpx2  # of huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled

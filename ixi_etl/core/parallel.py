@@ -35,7 +35,7 @@ def parallel_map(
         libraries: distributions whose versions must be the same on every Dask worker as in this process.
         on_done: called with the number of finished items.
 
-    If an item fails on a thread, its error is raised when the items in progress are finished; no other is begun.
+    If an item fails on a thread, no further item is started, and the error is raised when the others are finished.
 
     Raises:
         IxiError: the cluster has no scheduler, no workers or other library versions, or was lost.
