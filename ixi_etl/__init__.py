@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PIPELINE_VERSION", "__version__", "open_version"]
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 
 PIPELINE_VERSION = 9
 """Part of every version's name. Raise it whenever the same inputs would give other bytes."""

@@ -217,10 +217,15 @@ def render(template: str, *, head: Mapping[str, Any], **values: Any) -> str:
 
 @cache
 def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-    return Environment(  # noqa: S701 - Markdown; `markdown_table` and `printable` escape what is not ours
-        loader=PackageLoader("model"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    return Environment(
+        loader=PackageLoader("model"),
+        # For HTML only, as Flask does: in Markdown, `markdown_table` and `printable` escape what is not ours.
+        autoescape=select_autoescape(),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 
