@@ -50,11 +50,11 @@ def test_a_version_on_s3_equals_the_local_one(on_s3: OnS3, published: PublishedV
     assert (again.version, again.is_new) == (published.version, False)
     assert versions.resolve_version(DataRoot(config.root)) == published.version
     assert not list(Path(config.scratch or "").rglob("*.shard"))  # unfinished work is deleted
-    assert {name.partition("/")[0] for name in file_sizes(to_path(config.root))} == {"datasets"}
+    assert {name.partition("/")[0] for name in file_sizes(to_path(config.root))} == {"datasets", ".lock.json"}
 
 
 def test_metadata_and_pointer_are_uploaded_last(on_s3: OnS3) -> None:
-    written = [url for method, url, _ in on_s3.requests if method == "PUT"]
+    written = [url for method, url, _ in on_s3.requests if method == "PUT" and not url.endswith("/.lock.json")]
     prefix = "/" + on_s3.made.folder.parent.as_posix().removeprefix("s3://")
     assert written[-2:] == [f"{prefix}/{on_s3.made.version}/dataset.json", f"{prefix}/latest.json"]
     assert len(written) > len(metadata.read_metadata(on_s3.made.folder)["files"])
