@@ -108,13 +108,14 @@ class Lease:
         return False
 
     def _try_to_acquire(self, ended: str) -> bool:
-        """One attempt; `ended` is the token of a process that has ended."""
+        """One attempt; `ended` is the token of a process that has ended, or ""."""
         current = read_object(self.path)
         holder = _record_of(current)
         if current and holder["token"] == self._record["token"]:  # the answer to the write was lost
             self._etag = current.etag
             return True
-        if current and not (holder["released"] or holder["token"] == ended or _has_expired(current, holder)):
+        is_free = holder["released"] or (ended and holder["token"] == ended)
+        if current and not (is_free or _has_expired(current, holder)):
             raise LockedError(
                 f"{self.folder} is in use by {_describe(holder)}; if that was killed, its lock expires at "
                 f"{_expiry(current, holder)}; wait, or choose another {self._option}"
