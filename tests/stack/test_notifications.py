@@ -53,7 +53,7 @@ def told() -> Iterator[Told]:
 def stack(told: Told, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Stack]:
     """Server, pools and deployments; workers for ten runs in each pool, and a run that is older than the automation."""
     folder = tmp_path_factory.mktemp("stack")
-    values = {"IXI_ROOT": str(folder / "root"), "HEARTBEAT_S": "30", "IXI_NOTIFY": f"{told.url}/hook?key={KEY}"}
+    values = {"HEARTBEAT_S": "30", "IXI_NOTIFY": f"{told.url}/hook?key={KEY}"}
     with Stack(folder, values) as stack:
         try:
             stack.start_postgres()
@@ -232,6 +232,12 @@ def test_lost_runs_are_crashed_and_all_others_left_alone(stack: Stack, lives: di
     assert not [name for name in ("finished", "cancelled", "paused", "suspended") if told.texts(lives[name])]
 
 
+def test_the_real_end_of_a_run_replaces_a_crash_by_mistake(stack: Stack, lives: dict[str, str]) -> None:
+    """As after an outage of the server that was longer than three heartbeats."""
+    stack.request(f"flow_runs/{lives['no heartbeat']}/set_state", state={"type": "COMPLETED"})
+    assert state_name(stack, lives["no heartbeat"]) == "Completed"
+
+
 def refused(stack: Stack) -> int:
     """How often the server refused to crash a run that has ended or is cancelled."""
     found = stack.request("events/filter", filter={"event": {"name": ["prefect.automation.action.failed"]}})
@@ -244,7 +250,7 @@ def refused(stack: Stack) -> int:
 @pytest.fixture(scope="module")
 def unannounced(stack: Stack, archives: Path) -> PublishedVersion:
     """A version whose event was lost."""
-    return refresh(config_for(stack.values["IXI_ROOT"], archives))
+    return refresh(config_for(stack.localize("/data"), archives))
 
 
 def look_after(stack: Stack, **parameters: object) -> None:
@@ -266,7 +272,7 @@ def test_look_after_starts_a_missing_training_once_and_ends_runs_that_the_automa
     look_after(stack, train_after=0)
     [training] = trainings(stack)
     assert training["dataset"] == f"ixi-t1-t2@{unannounced.version}"
-    assert training["root"] == stack.values["IXI_ROOT"]
+    assert training["root"] == stack.localize("/data")
     look_after(stack, train_after=0)
     assert trainings(stack) == [training]
     assert stack.state_of(old["id"]) == "CRASHED"
@@ -313,12 +319,12 @@ def test_without_an_address_the_notifications_of_earlier_deploys_are_removed(sta
 def test_the_event_and_the_fallback_start_one_training(
     stack: Stack, archives: Path, unannounced: PublishedVersion
 ) -> None:
-    version = refresh(config_for(stack.values["IXI_ROOT"], archives, depth="any")).version
+    version = refresh(config_for(stack.localize("/data"), archives, depth="any")).version
     resource = {"prefect.resource.id": "ixi.dataset.ixi-t1-t2", "prefect.resource.name": "ixi-t1-t2"}
-    payload = {"version": version, "root": stack.values["IXI_ROOT"]}
+    payload = {"version": version, "root": stack.localize("/data")}
     emit(stack, "ixi.dataset.published", resource, payload=payload)
     by_fallback, by_event = wait_for("the training", lambda: len(found := trainings(stack)) == 2 and found)
     assert by_event == by_fallback | {"dataset": f"ixi-t1-t2@{version}"}  # the same parameters
     look_after(stack, train_after=0)
     assert len(trainings(stack)) == 2
-    assert DataRoot(stack.values["IXI_ROOT"]).version(version).is_dir()
+    assert DataRoot(stack.localize("/data")).version(version).is_dir()
