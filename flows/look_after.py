@@ -41,6 +41,10 @@ PENDING_S = 3600
 """A run that a worker accepted so long ago was lost before it started; pulling an image takes less."""
 
 
+CLOCKS_DIFFER = timedelta(hours=1)
+"""Tolerance for the clocks of the machine that publishes and of the server."""
+
+
 def train_missing(root: str, scratch: Path | None, minutes: float) -> str | None:
     """Start train-pix2pix on the latest version if nothing did within some minutes of its publication.
 
@@ -87,13 +91,19 @@ def _published_at(data_root: DataRoot, version: str) -> datetime:
 def _has_flow_run(dataset: str, published: datetime) -> bool:
     """Whether a flow run names this version, or took the latest one after this one was published."""
     latest = (None, "", f"{dataset.partition('@')[0]}@latest")
+    after = published - CLOCKS_DIFFER
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(  # at most 200, the newest
             flow_filter=FlowFilter(name=FlowFilterName(any_=["train-pix2pix"])),
-            flow_run_filter=FlowRunFilter(expected_start_time=FlowRunFilterExpectedStartTime(after_=published)),
+            flow_run_filter=FlowRunFilter(expected_start_time=FlowRunFilterExpectedStartTime(after_=after)),
             sort=FlowRunSort.EXPECTED_START_TIME_DESC,
         )
-    return any(run.parameters.get("dataset") in (dataset, *latest) for run in runs)
+
+    def counts(run: FlowRun) -> bool:
+        given, due = run.parameters.get("dataset"), run.expected_start_time
+        return given == dataset or (given in latest and due is not None and due >= published)
+
+    return any(map(counts, runs))
 
 
 def end_lost() -> list[str]:

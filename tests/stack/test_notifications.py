@@ -179,7 +179,7 @@ def test_a_failed_run_is_told_with_its_message_and_what_to_do(told: Told, stack:
     [text] = wait_for("the notification", lambda: told.texts("synthesize: Failed"))
     assert "ValueError: the archive is damaged see the log" in text  # one line
     assert f"/runs/flow-run/{lives['failed']}" in text
-    assert "prefect deployment run synthesize" in text
+    assert 'What to do: what the message says; then start it again, by "Retry" on its page.' in text
 
 
 @pytest.mark.usefixtures("lives")
@@ -228,7 +228,7 @@ def test_lost_runs_are_crashed_and_all_others_left_alone(stack: Stack, lives: di
     [text] = wait_for("the notification", lambda: told.texts(lives["killed"]))
     assert text.startswith("synthesize: Crashed")
     assert "No heartbeat" in text
-    assert "start it again, it resumes: prefect deployment run synthesize" in text
+    assert 'What to do: start it again, by "Retry" on its page.' in text
     assert not [name for name in ("finished", "cancelled", "paused", "suspended") if told.texts(lives[name])]
 
 
