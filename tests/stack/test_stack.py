@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -72,16 +74,21 @@ def start_services(stack: Stack) -> None:
     stack.wait_for_server()
     done = stack.run("deploy")
     assert done.returncode == 0, done.stdout + done.stderr
-    [training] = stack.request("deployments/filter", deployments={"name": {"any_": ["train-pix2pix"]}})
+    [training] = stack.request("deployments/filter", deployments=named("train-pix2pix"))
     short = training["parameters"] | {"settings": TRAINING}
     stack.request(f"deployments/{training['id']}", "PATCH", parameters=short)
     stack.start("worker-cpu")
     stack.start("worker-no-gpu")
 
 
+def named(deployment: str) -> dict[str, Any]:
+    """The filter of a deployment."""
+    return {"name": {"any_": [deployment]}}
+
+
 def start_run(stack: Stack, deployment: str, **parameters: object) -> str:
     """Start a deployment through the API, without the seconds that `prefect` takes to import; return the run's id."""
-    [matching] = stack.request("deployments/filter", deployments={"name": {"any_": [deployment]}})
+    [matching] = stack.request("deployments/filter", deployments=named(deployment))
     return str(stack.request(f"deployments/{matching['id']}/create_flow_run", parameters=parameters)["id"])
 
 
@@ -129,9 +136,12 @@ def run_folders() -> list[str]:
 def test_all_deployments_exist_and_the_schedule_created_runs(stack: Stack) -> None:
     wanted = yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"]
     assert {d["name"] for d in stack.request("deployments/filter")} == {d["name"] for d in wanted}
-    runs = wait_for("scheduled runs", lambda: [r for r in stack.request("flow_runs/filter") if r["auto_scheduled"]])
-    assert {run["work_pool_name"] for run in runs} == {"cpu"}
-    assert "03:17:00" in runs[0]["expected_start_time"]
+    for name, times in (("refresh-dataset", ("03:17:00",)), ("look-after", ("00:00", "15:00", "30:00", "45:00"))):
+        runs = wait_for(
+            f"scheduled runs of {name}", partial(stack.request, "flow_runs/filter", deployments=named(name))
+        )
+        assert {run["work_pool_name"] for run in runs} == {"cpu"}
+        assert all(any(time in run["expected_start_time"] for time in times) for run in runs)
 
 
 def test_requests_without_the_password_are_refused(stack: Stack) -> None:
