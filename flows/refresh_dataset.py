@@ -11,9 +11,10 @@ or as a deployment. Without a server `ixi-etl refresh` calls `ixi_etl.recipes.ix
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
+import pandas as pd
 from prefect import flow, get_run_logger, task
 from prefect.assets import add_asset_metadata, materialize
 from prefect.cache_policies import NO_CACHE
@@ -25,8 +26,7 @@ from flows.assets import asset_key, dataset_asset, version_facts
 from flows.progress import show_progress
 from ixi_etl.config import RefreshConfig
 from ixi_etl.core.files import lock_root
-from ixi_etl.dataset.checks import all_results, describe_failure, failed, held_by
-from ixi_etl.dataset.metadata import read_metadata
+from ixi_etl.dataset.checks import describe_failure, failed_checks, held_by
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.errors import DownloadError
 from ixi_etl.recipes import ixi, ixi_inputs, ixi_version
@@ -56,9 +56,11 @@ select_subjects = task(cache_policy=NO_CACHE)(ixi.select_subjects)
 cut_subjects = task(task_run_name="cut for {job.version}", cache_policy=NO_CACHE)(ixi.cut_subjects)
 
 
-def publish_version(job: RefreshJob, *results: Any) -> PublishedVersion:
+def publish_version(
+    job: RefreshJob, survey_table: pd.DataFrame, final: pd.DataFrame, records: Mapping[str, Any]
+) -> PublishedVersion:
     """Publish the version, and tell Prefect what its asset is now."""
-    published = ixi_version.publish_version(job, *results)
+    published = ixi_version.publish_version(job, survey_table, final, records)
     add_asset_metadata(asset_key(job.config.data_root.datasets), version_facts(published.folder))
     return published
 
@@ -87,7 +89,7 @@ def announce(config: RefreshConfig, refreshed: PublishedVersion) -> None:
     resource = {"prefect.resource.id": f"ixi.dataset.{name}", "prefect.resource.name": name}
     payload = {"version": refreshed.version, "root": config.root}
     held = held_by(refreshed.folder)
-    failures = failed(all_results(refreshed.folder, read_metadata(refreshed.folder)))
+    failures = failed_checks(refreshed.folder)
     if failures:
         line = "; ".join(map(describe_failure, failures))
         emit_event("ixi.dataset.checks_failed", resource, payload=payload | {"failed": line, "held": bool(held)})

@@ -187,10 +187,10 @@ def _require_checks(output: Output, config: RefreshConfig, refreshed: PublishedV
     Raises:
         DatasetError: it failed one; the version is published and printed.
     """
-    from ixi_etl.dataset.checks import all_results, describe_failure, failed
-    from ixi_etl.dataset.metadata import COMPARED_PAGE, read_metadata
+    from ixi_etl.dataset.checks import describe_failure, failed_checks
+    from ixi_etl.dataset.metadata import COMPARED_PAGE
 
-    failures = failed(all_results(refreshed.folder, read_metadata(refreshed.folder)))
+    failures = failed_checks(refreshed.folder)
     if failures and config.checks == "block":
         output.end()
         name = f"{config.data_root.name}@{refreshed.version}"

@@ -140,8 +140,13 @@ def describe_failure(result: Result) -> str:
 
 def all_results(folder: Path, described: Mapping[str, Any]) -> list[Result]:
     """The results of a published version, given its folder and `dataset.json`: its own, and those of its comparison."""
-    compared = read_json(folder / COMPARED)
-    return [*described.get("checks", ()), *(compared.get("checks", ()) if isinstance(compared, dict) else ())]
+    return [*described.get("checks", ()), *_read_compared(folder).get("checks", ())]
+
+
+def failed_checks(folder: Path) -> list[Result]:
+    """The failed checks of a published version, its own and those of its comparison; [] for one without checks."""
+    failures = _read_compared(folder).get("failed")
+    return list(failures) if isinstance(failures, list) else []
 
 
 def held_by(folder: Path) -> list[str]:
@@ -150,6 +155,10 @@ def held_by(folder: Path) -> list[str]:
     A version is held if it was published under `--checks block` with a failed check. Versions of an ixi-etl before
     these checks, and of other datasets than IXI, have no file that says so, and are free.
     """
-    compared = read_json(folder / COMPARED)
-    held = compared.get("held_by") if isinstance(compared, dict) else None
+    held = _read_compared(folder).get("held_by")
     return [str(name) for name in held] if isinstance(held, list) else []
+
+
+def _read_compared(folder: Path) -> dict[str, Any]:
+    content = read_json(folder / COMPARED)
+    return content if isinstance(content, dict) else {}

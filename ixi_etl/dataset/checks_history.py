@@ -149,7 +149,7 @@ def compare(
         before = describe(read_metadata(folder), read_manifest(folder, validate=False))
     facts = HistoryFacts(now, before, max_change)
     checks = run_checks(CHECKS, facts)
-    failures = [result["name"] for result in failed([*summary["checks"], *checks])]
+    failures = failed([*summary["checks"], *checks])
     old = before.summary if before else {}
     return {
         "name": summary["name"],
@@ -157,13 +157,13 @@ def compare(
         "before": folder.name if folder else None,
         "mode": mode,
         "failed": failures,
-        "held_by": failures if mode == "block" else [],
+        "held_by": [result["name"] for result in failures] if mode == "block" else [],
         "checks": checks,
         "inputs": _changed_inputs(old, summary) if before else [],
         "funnel": facts.funnel,
         "sites": _changes(before.used_by_site, now.used_by_site, "site") if before else [],
         "reasons": _changes(before.reasons, now.reasons, "reason") if before else [],
-        "values": _changed_values(old.get("checks", []), summary["checks"]) if before else [],
+        "values": changed_values(old.get("checks", []), summary["checks"]) if before else [],
         "history": _history(data_root, summary),
     }
 
@@ -179,7 +179,7 @@ def _changed_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict
     return manifest.to_records(table.rename(columns={"old": "before", "new": "now"}))
 
 
-def _changed_values(old: list[Result], new: list[Result]) -> list[dict[str, Any]]:
+def changed_values(old: list[Result], new: list[Result]) -> list[dict[str, Any]]:
     """One row per check of the version: value before and now, their difference, and whether each passed."""
     known = {result["name"]: result for result in old}
     rows = []

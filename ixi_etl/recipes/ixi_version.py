@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def publish_version(
     layers = _middle_layers(staged, final, dataset_config) if dataset_config.pictures else {}
     write_atomic(staged / metadata.REPORT, dataset_report.dataset_report(summary, final, layers))
     published = publish.publish(data_root, staged, summary, job.inputs.origins, job.progress)
-    _warn_of_failed_checks(published, compared["held_by"])
+    _warn_of_failed_checks(published)
     return published
 
 
@@ -107,12 +107,11 @@ def _run_checks(staged: Path, summary: Mapping[str, Any], final: pd.DataFrame) -
     return checks.run_checks(checks_version.CHECKS, checks_measures.VersionFacts(summary, final, saturation))
 
 
-def _warn_of_failed_checks(published: PublishedVersion, held: Sequence[str]) -> None:
-    results = checks.all_results(published.folder, metadata.read_metadata(published.folder))
-    for result in checks.failed(results):
-        log.warning("check failed: %s (%s)", checks.describe_failure(result), result["what"])
-    if held:
-        log.warning("the hand-off to training is held; look at %s", published.folder / metadata.COMPARED_PAGE)
+def _warn_of_failed_checks(published: PublishedVersion) -> None:
+    for result in checks.failed_checks(published.folder):
+        log.warning("check failed: %s (%s)", checks.describe_failure(result), result["what"].rstrip("."))
+    if checks.held_by(published.folder):
+        log.warning("the hand-off to training is held: see %s", published.folder / metadata.COMPARED_PAGE)
 
 
 def _sources(survey_table: pd.DataFrame, inputs: Inputs) -> dict[str, Any]:

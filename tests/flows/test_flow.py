@@ -122,6 +122,8 @@ def test_refresh_creates_artifacts_on_the_server(runs: Runs) -> None:
         "ixi-t1-t2-exclusions": "table",
         "ixi-t1-t2-depths": "image",
         "ixi-t1-t2-pairs": "image",
+        "ixi-t1-t2-checks": "table",
+        "ixi-t1-t2-compared": "table",
         "ixi-t1-t2-report": "markdown",  # Prefect stores a link as markdown
     }
     manifest = read_manifest(version.folder)
