@@ -120,7 +120,7 @@ def without(choose: Callable[[pd.DataFrame], Any], reason: str) -> Break:
 
 def with_summary(**entries: Any) -> Break:
     def broken(facts: VersionFacts) -> VersionFacts:
-        inputs = facts.summary["inputs"] | entries.pop("inputs", {})
+        inputs = {**facts.summary["inputs"], **entries.get("inputs", {})}
         return VersionFacts({**facts.summary, **entries, "inputs": inputs}, facts.final, facts.saturation)
 
     return broken
