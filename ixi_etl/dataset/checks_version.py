@@ -48,7 +48,7 @@ CHECKS = (
     ),
     Check(
         "modal_depth",
-        "Lowest share of the volumes of a modality that have the modal depth; not with `--depth any`.",
+        "Lowest share of the volumes of a modality that have the modal depth; not with --depth any.",
         "share",
         "at least 0.4",
         "503 of the 581 T1 of IXI have 150 slices, and most T2 have 130; below, the rule excludes most subjects",
@@ -72,7 +72,7 @@ CHECKS = (
     ),
     Check(
         "uncertain_pairs",
-        "Share of the subjects whose registration failed, or may be off by more than `max_registration_error`.",
+        "Share of the subjects whose registration failed, or may be off by more than max_registration_error.",
         "share",
         "at most 0.25",
         "estimates of real pairs with one fault reach 0.66 mm of 1 mm; a quarter above is a fault of the data",
@@ -153,7 +153,7 @@ CHECKS = (
     ),
     Check(
         "known_ages",
-        "Share of the used subjects whose age the demographics have; only with `--demographics`.",
+        "Share of the used subjects whose age the demographics have; only with --demographics.",
         "share",
         "at least 0.5",
         "IXI.xls lacks 15 of the 581 subjects with a T1; less than half is the table of other people",
