@@ -1,7 +1,7 @@
 """The assets of a Prefect server: a dataset, whose versions a refresh materialises, and the runs made from it.
 
-The events by which they arrive hold their lineage. A key is the address of the folder, so it is the same for each version
-of a dataset, and holds no secret: a root with one is refused before.
+The events by which they arrive hold their lineage. A key is the address of the folder, so it is the same for each
+version of a dataset, and holds no secret: a root with one is refused before.
 """
 
 from __future__ import annotations
