@@ -30,9 +30,10 @@ from prefect.artifacts import (
 from flows import summaries
 from ixi_etl.core.files import read_json
 from ixi_etl.core.progress import Progress
-from ixi_etl.dataset import manifest, metadata
+from ixi_etl.dataset import checks, manifest, metadata
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import EXCLUDED
+from ixi_etl.report.comparison_page import change_rows, check_rows
 from ixi_etl.report.depth_chart import depths_svg
 
 log = logging.getLogger("ixi_etl.artifacts")
@@ -43,7 +44,7 @@ MAX_ROWS = 1000  # of a table
 
 
 def show_version(published: PublishedVersion) -> None:
-    """Create artifacts of a version: funnel, depths, exclusions, the least similar pairs, and a link to its report."""
+    """Create artifacts of a version: funnel, depths, exclusions, checks, the worst pairs, and a link to its report."""
     with _errors_as_warnings():
         described = metadata.read_metadata(published.folder)
         table = metadata.read_manifest(published.folder)
@@ -56,11 +57,26 @@ def show_version(published: PublishedVersion) -> None:
         depths = depths_svg(described["histogram"], described["modal_depth"]).encode()
         if len(depths) <= MAX_PICTURE_BYTES:
             create_image_artifact(_svg_uri(depths), f"{name}-depths", "Volumes by depth")
+        _show_checks(published.folder, described)
         create_link_artifact(_link(report), str(report), f"{name}-report", "Report of the version")
         worst = published.folder / metadata.PICTURES / metadata.WORST_PAIRS
         if worst.exists():
             title = "The ten subjects with the least certain alignment: scans, and their edges on the reference"
             create_image_artifact(_data_uri(worst.read_bytes()), f"{name}-pairs", title)
+
+
+def _show_checks(folder: Path, described: Mapping[str, Any]) -> None:
+    """Create a table of the checks of a version, and one of its differences from the version before, if it has them."""
+    name, results = described["name"], checks.all_results(folder, described)
+    if results:
+        failures = len(checks.failed(results))
+        title = f"Checks: {failures} of {len(results)} failed" if failures else f"Checks: all {len(results)} passed"
+        create_table_artifact(check_rows(results), f"{name}-checks", title)
+    compared = read_json(folder / metadata.COMPARED)
+    if compared:
+        before = compared["before"]
+        title = f"Compared with {before}" if before else "The first version: there is nothing to compare with"
+        create_table_artifact(change_rows(described, compared) or [{"what": title}], f"{name}-compared", title)
 
 
 def show_run(run: Path) -> None:

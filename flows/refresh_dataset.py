@@ -11,20 +11,26 @@ or as a deployment. Without a server `ixi-etl refresh` calls `ixi_etl.recipes.ix
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
+import pandas as pd
 from prefect import flow, get_run_logger, task
+from prefect.assets import add_asset_metadata, materialize
 from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 from prefect.utilities.annotations import quote
 
 from flows.artifacts import progress_artifacts, show_version
+from flows.assets import asset_key, dataset_asset, version_facts
 from flows.progress import show_progress
 from ixi_etl.config import RefreshConfig
 from ixi_etl.core.lease import lock_data_root
+from ixi_etl.dataset.checks import describe_failure, failed_checks, held_by
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.errors import DownloadError
 from ixi_etl.recipes import ixi, ixi_inputs, ixi_version
+from ixi_etl.recipes.ixi_inputs import RefreshJob
 from ixi_etl.recipes.ixi_overlap import head_start
 
 
@@ -48,7 +54,22 @@ download_members = task(name="download_members", cache_policy=NO_CACHE, **RETRIE
 survey_archives = task(cache_policy=NO_CACHE)(ixi.survey_archives)
 select_subjects = task(cache_policy=NO_CACHE)(ixi.select_subjects)
 cut_subjects = task(task_run_name="cut for {job.version}", cache_policy=NO_CACHE)(ixi.cut_subjects)
-publish_version = task(task_run_name="publish {job.version}", cache_policy=NO_CACHE)(ixi_version.publish_version)
+
+
+def publish_version(
+    job: RefreshJob, survey_table: pd.DataFrame, final: pd.DataFrame, records: Mapping[str, Any]
+) -> PublishedVersion:
+    """Publish the version, and tell Prefect what its asset is now."""
+    published = ixi_version.publish_version(job, survey_table, final, records)
+    add_asset_metadata(asset_key(job.config.data_root.datasets), version_facts(published.folder))
+    return published
+
+
+def publish_task(config: RefreshConfig) -> Callable[..., PublishedVersion]:
+    """The task that publishes; it materialises the dataset's asset, whose key depends on the root."""
+    asset = dataset_asset(config.data_root)
+    named = materialize(asset, by="ixi-etl", task_run_name="publish {job.version}", cache_policy=NO_CACHE)
+    return named(publish_version)
 
 
 T = TypeVar("T")
@@ -60,10 +81,20 @@ def unsearched(value: T) -> T:
 
 
 def announce(config: RefreshConfig, refreshed: PublishedVersion) -> None:
-    """Emit the event of a new version; one of `ixi-t1-t2` starts a training run (`prefect.yaml`)."""
+    """Emit the events of a new version: that it is published, unless a failed check holds it, and any failed checks.
+
+    The first starts a training run on a version of `ixi-t1-t2` (`prefect.yaml`).
+    """
     name = config.data_root.name
     resource = {"prefect.resource.id": f"ixi.dataset.{name}", "prefect.resource.name": name}
-    emit_event("ixi.dataset.published", resource, payload={"version": refreshed.version, "root": config.root})
+    payload = {"version": refreshed.version, "root": config.root}
+    held = held_by(refreshed.folder)
+    failures = failed_checks(refreshed.folder)
+    if failures:
+        line = "; ".join(map(describe_failure, failures))
+        emit_event("ixi.dataset.checks_failed", resource, payload=payload | {"failed": line, "held": bool(held)})
+    if not held:
+        emit_event("ixi.dataset.published", resource, payload=payload)
 
 
 def _run_name() -> str:
@@ -77,7 +108,8 @@ def _run_name() -> str:
 def refresh_dataset(config: RefreshConfig | None = None) -> PublishedVersion:
     """Publish the dataset version of this configuration and these archives, unless it is published already.
 
-    A new version emits an event, an existing one does not. That of a version of T1 and T2 starts a training run.
+    A new version emits an event, an existing one does not. That of a version of T1 and T2 starts a training run. A
+    version that fails a data check emits another event, and under `checks: block` not the first.
 
     Args:
         config: Sources, root, parallelism and the dataset to make.
@@ -104,7 +136,7 @@ def refresh_dataset(config: RefreshConfig | None = None) -> PublishedVersion:
         survey_table = survey_archives(unsearched(job))
         screened = select_subjects(unsearched(job), survey_table)
         final, records = cut_subjects(unsearched(job), survey_table, screened)
-        refreshed = publish_version(unsearched(job), survey_table, final, unsearched(records))
+        refreshed = publish_task(config)(unsearched(job), survey_table, final, unsearched(records))
         announce(config, refreshed)
         show_version(refreshed)
         log.info("published version %s: %s", job.version, refreshed.folder)

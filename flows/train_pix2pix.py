@@ -11,18 +11,35 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger, task
+from prefect.assets import materialize
 from prefect.cache_policies import NO_CACHE
 
 from flows.artifacts import progress_artifacts, show_run
+from flows.assets import dataset_asset, run_asset
 from flows.presets import Preset
 from flows.progress import show_progress
+from ixi_etl.core.storage import DataRoot
+from ixi_etl.dataset.versions import parse_version
 from ixi_etl.errors import EmptySplitError
 from model import jobs
 from model.config import preset as preset_of
 from model.devices import keep_freed_memory
+from model.run import Run
 
-train = task(task_run_name="train {run.folder.name}", cache_policy=NO_CACHE)(jobs.train_run)
 evaluate = task(task_run_name="evaluate {run.folder.name}", cache_policy=NO_CACHE)(jobs.evaluate_run)
+
+
+def train_task(run: Run, root: str | Path) -> Any:
+    """The task that trains; it materialises the run's asset from that of the dataset."""
+    dataset, folder = run.config.dataset, run.remote or run.folder
+    upstream = dataset_asset(DataRoot(root, parse_version(dataset)[0]))
+    return materialize(
+        run_asset(folder, dataset),
+        by="ixi-etl",
+        asset_deps=[upstream],
+        task_run_name="train {run.folder.name}",
+        cache_policy=NO_CACHE,
+    )(jobs.train_run)
 
 
 def _run_name() -> str:
@@ -65,7 +82,7 @@ def train_pix2pix(
     if prepared.config.device == "cpu":
         keep_freed_memory()
     with show_progress() as shown, progress_artifacts(shown) as progress:
-        train(prepared, resume=resume, progress=progress)
+        train_task(prepared, root)(prepared, resume=resume, progress=progress)
         try:
             evaluate(prepared, progress=progress)
         except EmptySplitError as error:

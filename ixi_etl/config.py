@@ -410,6 +410,14 @@ class RefreshConfig(JobConfig):
     max_unreadable: Annotated[float, Field(ge=0, le=1)] = Field(
         0.05, description="share of paired subjects that may be unreadable (10 always may) before the refresh fails"
     )
+    checks: Literal["warn", "block"] = Field(
+        "block",
+        description="block: publish a version that fails a data check, but hold its hand-off to training; warn: only "
+        "log it (docs/checks.md)",
+    )
+    max_change: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="largest change of any funnel step's share of subjects since the version before"
+    )
     fetch: Literal["archives", "members"] = Field(
         "archives",
         description="archives: whole, checked by MD5; members: over HTTP, only usable subjects, MD5 unchecked",

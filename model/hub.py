@@ -130,8 +130,7 @@ def push_version(repository: Repository, folder: Path, card: str) -> list[str]:
         raise DatasetError(f"{problems[0]}; `ixi-etl verify` lists everything that is wrong")
     version = metadata.read_metadata(folder)
     names = [*version["files"], metadata.METADATA]
-    if (folder / metadata.SOFTWARE).is_file():
-        names.append(metadata.SOFTWARE)
+    names += [name for name in metadata.UNHASHED if (folder / name).is_file()]
     with _user_errors(repository), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Warnings while validating metadata")  # of the version's own README
         _create(api, repository)

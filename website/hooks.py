@@ -184,6 +184,7 @@ def _live_example(config: MkDocsConfig) -> list[File]:
     }
     copied = {
         "dataset.html": version / "report.html",
+        "compared.html": version / "compared.html",  # to which that page links
         "run.html": run / "report.html",
         "pair.jpg": version / "pictures" / f"{facts['subject']}.jpg",
         "samples.png": sheet,

@@ -170,6 +170,7 @@ def refresh(
     refreshed = run_refresh(refresh_config)
     show_version(output, refreshed)
     if then_train:
+        _require_checks(output, refresh_config, refreshed)
         from flows.cli.runs import run_training
 
         settings = {"dataset": f"{refresh_config.data_root.name}@{refreshed.version}"}
@@ -178,6 +179,25 @@ def refresh(
         if folder is not None:
             show_run(output, folder)
     output.end()
+
+
+def _require_checks(output: Output, config: RefreshConfig, refreshed: PublishedVersion) -> None:
+    """Do not train on a version that failed a check, under `--checks block`.
+
+    Raises:
+        DatasetError: it failed one; the version is published and printed.
+    """
+    from ixi_etl.dataset.checks import describe_failure, failed_checks
+    from ixi_etl.dataset.metadata import COMPARED_PAGE
+
+    failures = failed_checks(refreshed.folder)
+    if failures and config.checks == "block":
+        output.end()
+        name = f"{config.data_root.name}@{refreshed.version}"
+        raise DatasetError(
+            f"not trained on {name}: {'; '.join(map(describe_failure, failures))}; look at "
+            f"{refreshed.folder / COMPARED_PAGE}, then `ixi-etl train --dataset {name}`, or give --checks warn"
+        )
 
 
 def run_refresh(config: RefreshConfig) -> PublishedVersion:

@@ -13,20 +13,25 @@ if TYPE_CHECKING:
 
 
 def show_version(output: Output, published: PublishedVersion) -> None:
-    from ixi_etl.dataset import metadata
+    from ixi_etl.dataset import checks, metadata
     from ixi_etl.dataset.store import STORE
 
     table = metadata.read_manifest(published.folder, validate=False)  # it was just made or verified
-    name = metadata.read_metadata(published.folder)["name"]
+    described = metadata.read_metadata(published.folder)
+    name = described["name"]
     funnel, exclusions = summaries.funnel_summary(table, name), summaries.exclusions_summary(table)
     output.table("funnel", funnel.shown, funnel.title, funnel.records)
     if exclusions.records:
         output.table("exclusions", exclusions.shown, exclusions.title, exclusions.records)
     files = {"store": STORE, "manifest": metadata.MANIFEST, "report": metadata.REPORT}
+    files |= {"compared": metadata.COMPARED_PAGE}
     fields: dict[str, Any] = {
         "version": published.version,
         "state": "published" if published.is_new else "published before, nothing to do",
     }
+    results = checks.all_results(published.folder, described)
+    if results:
+        fields["checks"] = "; ".join(map(checks.describe_failure, checks.failed(results))) or f"{len(results)} passed"
     fields |= {k: published.folder / name for k, name in files.items() if (published.folder / name).exists()}
     output.fields(fields)
 

@@ -19,10 +19,17 @@ def compare_inputs(old: Path, new: Path) -> pd.DataFrame:
 
     `software.json` is compared too, although it does not affect the bytes of a version.
     """
-    values = [
-        _flat({"inputs": read_metadata(folder)["inputs"], "software": read_json(folder / SOFTWARE) or {}})
-        for folder in (old, new)
-    ]
+    return differences(
+        *(
+            {"inputs": read_metadata(folder)["inputs"], "software": read_json(folder / SOFTWARE) or {}}
+            for folder in (old, new)
+        )
+    )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> pd.DataFrame:
+    """Entries of two nested mappings that differ: columns what, old, new (text, or `-` where it is missing)."""
+    values = [_flat(each) for each in (old, new)]
     names = sorted({*values[0], *values[1]})
     rows = [(name, *(version.get(name, "-") for version in values)) for name in names]
     return pd.DataFrame([row for row in rows if row[1] != row[2]], columns=["what", "old", "new"])
@@ -31,7 +38,8 @@ def compare_inputs(old: Path, new: Path) -> pd.DataFrame:
 def compare_files(old: Path, new: Path, progress: Progress = no_progress) -> pd.DataFrame:
     """The files of two versions whose bytes differ: columns file, old, new (SHA-256, or `-` where it is missing).
 
-    Every byte of both is read. `software.json`, which other machines make differently, is not compared.
+    Every byte of both is read. `UNHASHED` files, such as `software.json`, differ between equal versions and are not
+    compared.
     """
     names = sorted({METADATA, *read_metadata(old)["files"], *read_metadata(new)["files"]})
     rows = []

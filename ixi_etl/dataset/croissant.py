@@ -2,8 +2,8 @@
 
 https://docs.mlcommons.org/croissant/docs/croissant-spec-1.1.html and .../croissant-rai-spec.html define the terms. All
 files are named relative to the version's folder, so a copy anywhere can be read. There is no `datePublished`, which
-Croissant recommends: a version holds no time (`latest.json` does). Three files are not listed: `croissant.json` itself,
-`dataset.json`, which holds its SHA-256, and `software.json`, which may differ between equal versions.
+Croissant recommends: a version holds no time (`latest.json` does). Not listed are `croissant.json` itself,
+`dataset.json`, which holds its SHA-256, and `metadata.UNHASHED` files, which may differ between equal versions.
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ from ixi_etl.dataset.credit import is_all_share_alike
 from ixi_etl.dataset.datasheet import Datasheet
 from ixi_etl.dataset.metadata import (
     COLUMNS,
+    COMPARED,
+    COMPARED_PAGE,
     CROISSANT,
     LICENCE_TEXT,
     MANIFEST,
@@ -39,9 +41,11 @@ _FILES = {
     MANIFEST: "one row per subject: used, or excluded with its reason",
     COLUMNS: "what each column of the manifest means: type, unit, meaning",
     REPORT: "pages with counts, histograms and pictures, for a browser",
+    COMPARED_PAGE: "a page with the differences from the version published before this one",
     PICTURES: "a picture of each pair",
-    METADATA: "configuration, inputs, counts, licence, and the SHA-256 of every other file",
+    METADATA: "configuration, inputs, counts, checks, licence, and the SHA-256 of every other file",
     SOFTWARE: "the code, libraries and platform that made this version",
+    COMPARED: "the same as compared.html, for programs",
     CROISSANT: "the same facts for programs: MLCommons Croissant 1.1",
     LICENCE_TEXT: "the licence",
 }

@@ -24,6 +24,12 @@ MANIFEST, METADATA, REPORT, PICTURES, POINTER = "manifest.csv", "dataset.json", 
 README, LICENCE_TEXT, COLUMNS, CROISSANT = "README.md", "LICENSE.txt", "columns.csv", "croissant.json"
 SOFTWARE = "software.json"
 """Describes the code that made a version. Not among the hashed files, as other code can make equal bytes."""
+COMPARED, COMPARED_PAGE = "compared.json", "compared.html"
+"""How a version differs from the one before it, as data and as a page. Not hashed: another root has another history."""
+PAGE_DIGEST = "page_sha256"
+"""Key of the SHA-256 of `compared.html` in `compared.json`."""
+UNHASHED = (SOFTWARE, COMPARED, COMPARED_PAGE)
+"""Files of a version that may differ between equal versions."""
 WORST_PAIRS = "worst.jpg"  # in `PICTURES`
 DIGEST, DIGEST_SINCE = "self_sha256", 6
 """Key of the SHA-256 of all other fields of `dataset.json`, and the first pipeline version that writes it."""

@@ -31,6 +31,7 @@ from ixi_etl.dataset.metadata import (
     METADATA,
     POINTER,
     SOFTWARE,
+    UNHASHED,
     published_digest,
     read_pointer,
     with_digest,
@@ -166,9 +167,10 @@ def _warn_of_empty_splits(summary: Mapping[str, Any]) -> None:
 def list_files(folder: Path, progress: Progress = no_progress) -> dict[str, dict[str, Any]]:
     """Relative path -> size and SHA-256 of every file of a version.
 
-    Excludes `dataset.json`, which holds this list, and `software.json`, which may differ between equal versions.
+    Excludes `dataset.json`, which holds this list, and `UNHASHED` files.
     """
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p not in (folder / METADATA, folder / SOFTWARE))
+    unlisted = {folder / name for name in (METADATA, *UNHASHED)}
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p not in unlisted)
     files = {}
     for done, path in enumerate(paths, 1):
         files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": sha256_file(path)}

@@ -10,17 +10,21 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ixi_etl.core.files import sha256_file
+from ixi_etl.core.files import parse_json, sha256_file
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import file_sizes
 from ixi_etl.core.text import printable
 from ixi_etl.dataset import manifest
 from ixi_etl.dataset.command import how_to_make
 from ixi_etl.dataset.metadata import (
+    COMPARED,
+    COMPARED_PAGE,
     MANIFEST,
     METADATA,
+    PAGE_DIGEST,
     POINTER,
     SOFTWARE,
+    UNHASHED,
     has_own_digest,
     published_digest,
     read_manifest,
@@ -126,9 +130,8 @@ def _file_problems(
         elif (deep or name.endswith(ALWAYS_HASHED)) and sha256_file(folder / name) != known["sha256"]:
             problems.append(f"{folder / name} is damaged: its SHA-256 is not the one in {METADATA}")
         progress("verify files", done, len(metadata["files"]), "files")
-    _warn_of_foreign_files(folder, sizes.keys() - metadata["files"].keys() - {METADATA, SOFTWARE})
-    if SOFTWARE in sizes and not has_own_digest((folder / SOFTWARE).read_bytes()):
-        problems.append(f"{folder / SOFTWARE} is damaged: it does not have the SHA-256 that it holds")
+    _warn_of_foreign_files(folder, sizes.keys() - metadata["files"].keys() - {METADATA, *UNHASHED})
+    problems += _unhashed_problems(folder, sizes)
     known_digest = published_digest(folder)
     if known_digest and known_digest != sha256_file(folder / METADATA):
         problems.append(f"{folder / METADATA} is not the file that was published: {POINTER} has another SHA-256 of it")
@@ -136,6 +139,20 @@ def _file_problems(
         problems.append(
             f"{folder / METADATA} is damaged: its version is not its folder's name, or not the hash of its inputs"
         )
+    return problems
+
+
+def _unhashed_problems(folder: Path, sizes: Mapping[str, int]) -> list[str]:
+    """Damage of the files that may differ between equal versions; they may be missing."""
+    content = {name: (folder / name).read_bytes() for name in (SOFTWARE, COMPARED) if name in sizes}
+    damaged = [name for name, data in content.items() if not has_own_digest(data)]
+    problems = [f"{folder / name} is damaged: it does not have the SHA-256 that it holds" for name in damaged]
+    if COMPARED in content and COMPARED not in damaged:
+        known = parse_json(content[COMPARED]).get(PAGE_DIGEST)
+        if COMPARED_PAGE not in sizes:
+            problems.append(f"{folder / COMPARED_PAGE} is missing")
+        elif sha256_file(folder / COMPARED_PAGE) != known:
+            problems.append(f"{folder / COMPARED_PAGE} is damaged: its SHA-256 is not the one in {COMPARED}")
     return problems
 
 

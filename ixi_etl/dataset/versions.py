@@ -7,7 +7,8 @@
     <root>/datasets/<name>/.staging/<version> unfinished versions
 
 `dataset.json` names the source and target arrays and lists every other file with size and SHA-256, except
-`software.json`, which describes the code that made the version. Both contain the SHA-256 of all their other fields;
+`software.json`, which describes the code that made the version, and `compared.json` with its page `compared.html`,
+which describe its differences from the version before. These JSON files contain the SHA-256 of all their other fields;
 `latest.json` has the SHA-256 of each published `dataset.json`. Users refer to a version as `NAME@VERSION`, for example
 `ixi-t1-t2@latest`.
 """

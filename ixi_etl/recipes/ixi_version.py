@@ -1,8 +1,9 @@
-"""Assemble and publish the version of a refresh: shards, manifest, metadata, report and pictures."""
+"""Assemble, check and publish the version of a refresh: shards, manifest, metadata, reports and pictures."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,17 @@ from numpy.typing import NDArray
 from ixi_etl import modalities
 from ixi_etl.config import DatasetConfig
 from ixi_etl.core.files import os_errors_as_user_errors, write_atomic
-from ixi_etl.dataset import credit, manifest, metadata, publish, store
+from ixi_etl.dataset import (
+    checks,
+    checks_history,
+    checks_measures,
+    checks_version,
+    credit,
+    manifest,
+    metadata,
+    publish,
+    store,
+)
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import SCHEMAS
 from ixi_etl.pairing import pictures
@@ -22,8 +33,11 @@ from ixi_etl.pairing.cut import picture_path, shard_path
 from ixi_etl.preparations import deviations
 from ixi_etl.recipes.ixi_inputs import DEMOGRAPHICS, Inputs, RefreshJob, is_from_ixi
 from ixi_etl.report import dataset_report
+from ixi_etl.report.comparison_page import comparison_page
 from ixi_etl.scans.site_tables import site_table_to_records
 from ixi_etl.scans.survey import depth_histogram, modal_depths, modal_planes
+
+log = logging.getLogger(__name__)
 
 
 @os_errors_as_user_errors()
@@ -31,6 +45,8 @@ def publish_version(
     job: RefreshJob, survey_table: pd.DataFrame, final: pd.DataFrame, records: Mapping[str, Any]
 ) -> PublishedVersion:
     """Assemble the store, write manifest, report and pictures beside it, and publish the version.
+
+    A failed check does not prevent that; it holds the hand-off to training if the configuration says so.
 
     Raises:
         DatasetError: the staged version does not verify.
@@ -73,9 +89,29 @@ def publish_version(
     if dataset_config.pictures:
         _write_pictures(work, staged / metadata.PICTURES, final, dataset_config)
     write_atomic(staged / metadata.MANIFEST, schema.to_csv(final))
+    summary["checks"] = _run_checks(staged, summary, final)
+    config = job.config
+    compared = checks_history.compare(data_root, summary, final, config.checks, config.max_change)
+    checks_history.write_comparison(staged, compared, comparison_page(summary, compared))
     layers = _middle_layers(staged, final, dataset_config) if dataset_config.pictures else {}
     write_atomic(staged / metadata.REPORT, dataset_report.dataset_report(summary, final, layers))
-    return publish.publish(data_root, staged, summary, job.inputs.origins, job.progress)
+    published = publish.publish(data_root, staged, summary, job.inputs.origins, job.progress)
+    _warn_of_failed_checks(published)
+    return published
+
+
+def _run_checks(staged: Path, summary: Mapping[str, Any], final: pd.DataFrame) -> list[checks.Result]:
+    """The results of the checks of a staged version, from its metadata, manifest and voxels."""
+    arrays, used = SCHEMAS[summary["name"]].arrays, manifest.used_rows(final)
+    saturation = checks_measures.measure_saturation(staged, used, arrays)
+    return checks.run_checks(checks_version.CHECKS, checks_measures.VersionFacts(summary, final, saturation))
+
+
+def _warn_of_failed_checks(published: PublishedVersion) -> None:
+    for result in checks.failed_checks(published.folder):
+        log.warning("check failed: %s (%s)", checks.describe_failure(result), result["what"].rstrip("."))
+    if checks.held_by(published.folder):
+        log.warning("the hand-off to training is held: see %s", published.folder / metadata.COMPARED_PAGE)
 
 
 def _sources(survey_table: pd.DataFrame, inputs: Inputs) -> dict[str, Any]:

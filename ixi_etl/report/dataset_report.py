@@ -1,4 +1,4 @@
-"""Render `report.html` of a version: funnel, histograms, exclusions, and pictures of pairs."""
+"""Render `report.html` of a version: checks, funnel, histograms, exclusions, and pictures of pairs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ixi_etl.dataset import manifest
+from ixi_etl.dataset.checks import failed
 from ixi_etl.dataset.credit import SOURCE_LABELS
 from ixi_etl.dataset.datasheet import people_by_split, splits_in
 from ixi_etl.dataset.schema import EXCLUDED, SCHEMAS, is_absent, pair_column
@@ -16,6 +17,7 @@ from ixi_etl.modalities import DATASETS, moving
 from ixi_etl.pairing.pictures import PairLayers
 from ixi_etl.preparations import PREPARATIONS
 from ixi_etl.report import charts, page
+from ixi_etl.report.comparison_page import check_rows
 from ixi_etl.report.depth_chart import depth_bars
 from ixi_etl.scans.intensity import describe_normalisation
 from ixi_etl.scans.site_tables import flatten, flatten_row, site_table_to_records, sites_of
@@ -109,6 +111,8 @@ def dataset_report(
         "dataset.html",
         summary=summary,
         source_labels=SOURCE_LABELS,
+        checks=check_rows(summary.get("checks", [])),
+        failed_checks=len(failed(summary.get("checks", []))),
         sites=sites,
         charts={
             "funnel": charts.bars(_counts(funnel, sites), "Subjects remaining after each step"),

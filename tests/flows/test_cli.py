@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pkgutil
 import re
@@ -249,6 +250,42 @@ def test_then_train_trains_on_the_refreshed_version(
     started.clear()
     assert run("refresh", *arguments, capsys=capsys)[0] == 0
     assert [name for name, _ in started] == ["refresh_dataset"]
+
+
+@pytest.mark.parametrize("mode", ["block", "warn"])
+def test_then_train_does_not_train_on_a_version_that_failed_a_check(
+    mode: str,
+    published: PublishedVersion,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "datasets" / "ixi-t1-t2" / published.version
+    shutil.copytree(published.folder, folder)
+    content = json.loads((folder / "compared.json").read_text())
+    failure = {"name": "nmi", "value": 0.03, "unit": "NMI", "at_least": 0.06, "at_most": None}
+    (folder / "compared.json").write_text(json.dumps(content | {"failed": [failure], "held_by": ["nmi"]}))
+    started = []
+
+    def run_flow(name: str, *arguments: object, **parameters: object) -> object:  # other tests cover the flows
+        started.append(name)
+        return PublishedVersion(published.version, folder, True) if name == "refresh_dataset" else tmp_path
+
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    monkeypatch.setattr("flows.server.run_flow", run_flow)
+    arguments = ("refresh", "--root", str(tmp_path), "--checks", mode)
+    code, out, err = run(*arguments, "--then-train", "smoke", capsys=capsys)
+    assert f"version   {published.version}" in out
+    if mode == "warn":
+        assert (code, started) == (0, ["refresh_dataset", "train_pix2pix"])
+        return
+    name = f"ixi-t1-t2@{published.version}"
+    assert (code, started) == (1, ["refresh_dataset"])
+    assert err == (
+        f"error: not trained on {name}: nmi: 0.03, limit at least 0.06; look at {folder / 'compared.html'}, "
+        f"then `ixi-etl train --dataset {name}`, or give --checks warn\n"
+    )
+    assert run(*arguments, capsys=capsys)[0] == 0  # the version is published
 
 
 def test_then_train_requires_a_known_preset(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ PROGRAM = Path(sys.executable).parent / "ixi-etl"
     [
         ("", {name for names in COMMANDS.values() for name in names}),
         ("ver", {"verify", "versions"}),
-        ("refresh --max", {"--max-unreadable", "--max-registration-error"}),
+        ("refresh --max", {"--max-unreadable", "--max-change", "--max-registration-error"}),
         ("train --preset s", {"smoke"}),
     ],
     ids=["all commands", "commands", "options", "choices"],

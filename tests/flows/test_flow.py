@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL_NETWORKS, config_for
+from conftest import SHRINK, SMALL_NETWORKS, config_for
 
 from flows.cli import main
+from ixi_etl.dataset.checks import held_by
 from ixi_etl.dataset.manifest import funnel
 from ixi_etl.dataset.metadata import read_manifest, read_metadata
 from ixi_etl.dataset.publish import PublishedVersion
@@ -24,6 +28,7 @@ from ixi_etl.recipes.ixi_inputs import RefreshJob
 from ixi_etl.sources.arrivals import Arrival
 from ixi_etl.sources.catalog import Source
 from ixi_etl.testing.loopback import serve_folder
+from ixi_etl.testing.phantom import write_phantom
 
 pytestmark = [pytest.mark.usefixtures("prefect"), pytest.mark.stack]
 
@@ -47,8 +52,6 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(prefect: None, archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    from prefect.events.clients import AssertingEventsClient
-    from prefect.events.worker import EventsWorker
     from prefect.utilities.collections import visit_collection
 
     from flows.refresh_dataset import refresh_dataset
@@ -60,19 +63,11 @@ def runs(prefect: None, archives: Path, tmp_path_factory: pytest.TempPathFactory
         searched.append(value)
         return visit_collection(value, *arguments, **options)
 
-    EventsWorker.instance().drain()
-    AssertingEventsClient.reset()
-    EventsWorker.set_client_override(AssertingEventsClient)
-    try:
-        with serve_folder(archives) as url, pytest.MonkeyPatch.context() as patch:
-            patch.setattr("prefect.task_engine.visit_collection", search)
-            first = refresh_dataset(config_for(root, url))
-            artifacts, progress = artifacts_of_last_run()
-            second = refresh_dataset(config_for(root, url))
-        EventsWorker.instance().drain()
-    finally:
-        EventsWorker.set_client_override(None)
-    events = [event for client in AssertingEventsClient.all for event in client.events]
+    with serve_folder(archives) as url, pytest.MonkeyPatch.context() as patch, events_of_block() as events:
+        patch.setattr("prefect.task_engine.visit_collection", search)
+        first = refresh_dataset(config_for(root, url))
+        artifacts, progress = artifacts_of_last_run()
+        second = refresh_dataset(config_for(root, url))
     return Runs(root, url, first, second, events, artifacts, progress, searched)
 
 
@@ -86,6 +81,72 @@ def test_flow_publishes_the_same_version_from_http(runs: Runs, published: Publis
 def test_new_version_is_announced_once(runs: Runs) -> None:
     announced = [(event.resource.id, event.payload) for event in runs.events if event.event == "ixi.dataset.published"]
     assert announced == [("ixi.dataset.ixi-t1-t2", {"version": runs.first.version, "root": str(runs.root)})]
+
+
+def test_a_new_version_materialises_the_asset_of_its_dataset(runs: Runs) -> None:
+    made = [event for event in runs.events if event.event == "prefect.asset.materialization.succeeded"]
+    [asset] = made  # the second refresh found the version published
+    described = read_metadata(runs.first.folder)
+    results = [*described["checks"], *json.loads((runs.first.folder / "compared.json").read_text())["checks"]]
+    assert asset.resource.id == f"file://{runs.root}/datasets/ixi-t1-t2"
+    assert asset.payload == {
+        "version": runs.first.version,
+        "subjects": described["subjects"],
+        "splits": described["splits"],
+        "checks_passed": len(results),
+        "checks_failed": [],
+        "report": (runs.first.folder / "report.html").as_uri(),
+    }
+
+
+def test_artifacts_show_the_checks_and_the_comparison(runs: Runs) -> None:
+    rows = json.loads(runs.artifacts["ixi-t1-t2-checks"][1])
+    assert {row["check"]: row["result"] for row in rows} | {"nmi": "passed", "funnel_change": "not applied"} == {
+        row["check"]: row["result"] for row in rows
+    }
+    assert json.loads(runs.artifacts["ixi-t1-t2-compared"][1]) == [
+        {"what": "The first version: there is nothing to compare with"}
+    ]
+
+
+@pytest.mark.parametrize(("mode", "held"), [("block", True), ("warn", False)])
+def test_a_failed_check_is_told_and_holds_the_hand_off_unless_it_only_warns(
+    mode: str, held: bool, published: PublishedVersion, tmp_path: Path
+) -> None:
+    """The second version of a root, from archives of fewer subjects."""
+    from flows.refresh_dataset import refresh_dataset
+
+    shutil.copytree(published.folder.parents[2], tmp_path / "root")
+    write_phantom(tmp_path / "fewer", subjects=3, seed=3, oddities=False, shrink=SHRINK)
+    config = config_for(tmp_path / "root", tmp_path / "fewer", pictures=False).model_copy(update={"checks": mode})
+    with events_of_block() as events:
+        made = refresh_dataset(config)
+    told = {event.event: event for event in events if event.event.startswith("ixi.dataset.")}
+    assert told.keys() == {"ixi.dataset.checks_failed"} | ({"ixi.dataset.published"} if not held else set())
+    failure = told["ixi.dataset.checks_failed"]
+    assert failure.resource.id == "ixi.dataset.ixi-t1-t2"
+    line = failure.payload.pop("failed")
+    assert failure.payload == {"version": made.version, "root": str(tmp_path / "root"), "held": held}
+    assert re.search(r"(^|; )funnel_change: 0\.\d+, limit at most 0\.1($|;)", line)
+    assert ("funnel_change" in held_by(made.folder)) == held
+
+
+@contextmanager
+def events_of_block() -> Iterator[list[Any]]:
+    """The events that the block emits, when it has ended."""
+    from prefect.events.clients import AssertingEventsClient
+    from prefect.events.worker import EventsWorker
+
+    EventsWorker.instance().drain()
+    AssertingEventsClient.reset()
+    EventsWorker.set_client_override(AssertingEventsClient)
+    events: list[Any] = []
+    try:
+        yield events
+        EventsWorker.instance().drain()
+    finally:
+        EventsWorker.set_client_override(None)
+    events += [event for client in AssertingEventsClient.all for event in client.events]
 
 
 def test_prefect_does_not_search_what_grows_with_the_subjects(runs: Runs) -> None:
@@ -122,6 +183,8 @@ def test_refresh_creates_artifacts_on_the_server(runs: Runs) -> None:
         "ixi-t1-t2-exclusions": "table",
         "ixi-t1-t2-depths": "image",
         "ixi-t1-t2-pairs": "image",
+        "ixi-t1-t2-checks": "table",
+        "ixi-t1-t2-compared": "table",
         "ixi-t1-t2-report": "markdown",  # Prefect stores a link as markdown
     }
     manifest = read_manifest(version.folder)
@@ -266,10 +329,15 @@ SMALL = SMALL_NETWORKS | {"steps": 2, "samples": 1}
 
 @pytest.mark.usefixtures("torch")
 def test_training_flow_trains_and_evaluates_once(published: PublishedVersion, tmp_path: Path) -> None:
+    from flows.assets import asset_key
     from flows.train_pix2pix import train_pix2pix
 
     (tmp_path / "datasets").symlink_to(published.folder.parents[1])
-    folder = train_pix2pix(preset="smoke", root=tmp_path, settings=SMALL)
+    with events_of_block() as events:
+        folder = train_pix2pix(preset="smoke", root=tmp_path, settings=SMALL)
+    [asset] = [event for event in events if event.event == "prefect.asset.materialization.succeeded"]
+    upstream = [each.id for each in asset.related if each.role == "asset"]
+    assert (asset.resource.id, upstream) == (f"file://{folder}", [asset_key(tmp_path / "datasets" / "ixi-t1-t2")])
     assert folder.parent == tmp_path / "runs"
     assert published.version in folder.name  # the default `latest` is resolved
     assert (folder / "generator.safetensors").exists()

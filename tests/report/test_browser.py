@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.stack
 DESKTOP, PHONE = 1280, 390  # pixels
+PAGES_OF_A_VERSION = {"dataset": metadata.REPORT, "compared": metadata.COMPARED_PAGE}
 
 
 @pytest.fixture(scope="module")
 def pages(every_split: PublishedVersion, request: pytest.FixtureRequest) -> dict[str, Path]:
     """Page -> file, for a version with subjects in every split and a tiny training on it."""
     assert set(metadata.read_metadata(every_split.folder)["splits"]) == {"train", "val", "test"}
-    made = {"dataset": every_split.folder / metadata.REPORT}
+    made = {name: every_split.folder / page for name, page in PAGES_OF_A_VERSION.items()}
     if not find_spec("torch"):  # an environment without the extra `train`
         return made
     return made | {"run": request.getfixturevalue("finished_run").folder / "report.html"}
@@ -91,6 +92,17 @@ def test_a_page_makes_no_requests_and_fits_the_screen(open_page: Open, name: str
         red = int(page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0]"))
         assert (red > 200) == (scheme == "light")
     assert opened.faults == []
+
+
+@pytest.mark.parametrize("width", [DESKTOP, PHONE])
+def test_the_comparison_makes_no_requests_and_leads_to_the_report(open_page: Open, width: int) -> None:
+    opened = open_page("compared", width)
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+    assert opened.page.locator("table").count() == opened.page.locator("table > caption").count() > 0
+    assert opened.faults == []
+    opened.page.get_by_role("link", name="report.html").click()
+    opened.page.get_by_role("link", name="compared.html").click()
+    assert "compared" in opened.page.title()
 
 
 @BOTH

@@ -70,7 +70,9 @@ def test_the_page_is_self_contained(published: PublishedVersion) -> None:
         part.partition(")")[0].strip("'\"") for style in page.iter("style") for part in text_of(style).split("url(")[1:]
     ]
     assert linked
-    assert {target.partition(":")[0] for target in linked if not target.startswith("#")} == {"data"}
+    [comparison] = [target for target in linked if target == metadata.COMPARED_PAGE]  # followed only by a click
+    assert (published.folder / comparison).is_file()
+    assert {t.partition(":")[0] for t in linked if not t.startswith("#") and t != comparison} == {"data"}
 
 
 def test_the_page_lists_each_excluded_subject(published: PublishedVersion, published_manifest: pd.DataFrame) -> None:

@@ -173,6 +173,31 @@ def test_a_new_version_starts_a_training_on_the_gpu_pool(stack: Stack, local_ver
     assert (to_path(ROOT) / "runs" / name / "generator.safetensors").is_file()
 
 
+def test_the_lineage_of_the_version_and_the_run_is_on_the_server(stack: Stack, local_version: PublishedVersion) -> None:
+    def events(name: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = stack.request("events/filter", filter={"event": {"name": [name]}})["events"]
+        return found
+
+    dataset, [run] = f"{ROOT}/datasets/ixi-t1-t2", run_folders()
+    made = wait_for(
+        "both assets", lambda: len(found := events("prefect.asset.materialization.succeeded")) == 2 and found
+    )
+    by_key = {event["resource"]["prefect.resource.id"]: event for event in made}
+    assert by_key.keys() == {dataset, f"{ROOT}/runs/{run}"}
+    assert by_key[dataset]["payload"]["version"] == local_version.version
+    assert by_key[dataset]["payload"]["checks_failed"] == []
+    upstream = {key: upstream_of(event) for key, event in by_key.items()}
+    assert upstream == {dataset: [], f"{ROOT}/runs/{run}": [dataset]}
+    assert [event["resource"]["prefect.resource.id"] for event in events("prefect.asset.referenced")] == [dataset]
+    assert "anything" not in json.dumps(made)  # the key of the store
+
+
+def upstream_of(event: dict[str, Any]) -> list[str]:
+    """Keys of the assets from which the asset of an event was made."""
+    assets = [each for each in event["related"] if each["prefect.resource.role"] == "asset"]
+    return [each["prefect.resource.id"] for each in assets]
+
+
 def test_a_refresh_without_changes_starts_no_training(stack: Stack, source: str) -> None:
     config = json.dumps(refresh_config(stack, source, ROOT))
     started = start_run_by_command(stack, "refresh-dataset/refresh-dataset", "--param", f"config={config}")
