@@ -19,7 +19,8 @@ FOLDER = Path(__file__).resolve().parent
 PROJECT = FOLDER.parent / "pyproject.toml"
 CONSTRAINTS = FOLDER.parent / "constraints.txt"
 UV = "uv==0.13.9"
-LOWEST_PYTHON = "3.11.5"  # pymdown-extensions needs it
+LOWEST_PYTHON = "3.11"
+LOWEST_PYTHON_OF_DOCS = "3.11.5"  # pymdown-extensions needs it
 
 FILES = ("base", "train", "torch", "test", "tools")
 TOOLS = ("audit", "docs")
@@ -62,8 +63,8 @@ class Compiler:
         self.uv = folder / "venv/bin/uv"
         [self.setuptools] = tomllib.loads(PROJECT.read_text())["build-system"]["requires"]
 
-    def compile(self, *options: str | Path) -> str:
-        command = [self.uv, "pip", "compile", PROJECT, "-", "--universal", "--python-version", LOWEST_PYTHON]
+    def compile(self, *options: str | Path, python: str = LOWEST_PYTHON) -> str:
+        command = [self.uv, "pip", "compile", PROJECT, "-", "--universal", "--python-version", python]
         command += ["--no-header", "--no-annotate", "--no-emit-package", "pip", "--quiet", *options]
         # The project itself is built without isolation, so the lock has its setuptools.
         done = subprocess.run(command, input=self.setuptools + "\n", text=True, stdout=subprocess.PIPE, check=False)
@@ -72,29 +73,35 @@ class Compiler:
         return done.stdout
 
 
-def split_by_set(compiler: Compiler, everything: Path) -> dict[str, str]:
-    """The packages of a lock file of all extras, by the file that they go to: the first whose extras need them."""
-    extras = tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"]
+def split_by_set(compiler: Compiler, extras: Sequence[str], lock: Path, docs: Path) -> dict[str, str]:
+    """The packages of both lock files, by the file that they go to: the first whose extras need them."""
     of_set = {"base": (), "train": ("train",), "test": tuple(name for name in extras if name not in TOOLS)}
     first = {}
     for name, chosen in reversed(of_set.items()):
-        needed = compiler.compile("--constraint", everything, *(f"--extra={extra}" for extra in chosen))
+        needed = compiler.compile("--constraint", lock, *(f"--extra={extra}" for extra in chosen))
         first |= dict.fromkeys(locked_packages(needed), name)
     files = dict.fromkeys(FILES, "")
-    for package, block in locked_packages(everything.read_text()).items():
+    # A package of both has the markers for the lower Python: those of the other may leave out what 3.11.0 needs.
+    packages = locked_packages(docs.read_text()) | locked_packages(lock.read_text())
+    for package, block in sorted(packages.items()):
         name = "torch" if TORCH.match(package) else first.get(package, "tools")
         files[name] += block
     return files
 
 
 def main(upgrade: Sequence[str]) -> None:
+    extras = list(tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"])
+    options = ["--generate-hashes", *(f"--upgrade-package={name}" for name in upgrade if name != "all")]
+    options += ["--upgrade"] if "all" in upgrade else []
     with tempfile.TemporaryDirectory() as folder:
         compiler = Compiler(Path(folder))
-        everything = Path(folder) / "everything.txt"
-        everything.write_text(CONSTRAINTS.read_text())  # uv keeps the versions of the file that it replaces
-        wanted = ["--upgrade"] if "all" in upgrade else [f"--upgrade-package={name}" for name in upgrade]
-        compiler.compile("--all-extras", "--generate-hashes", *wanted, "--output-file", everything)
-        files = split_by_set(compiler, everything)
+        lock, docs = Path(folder) / "lock.txt", Path(folder) / "docs.txt"
+        for file in (lock, docs):
+            file.write_text(CONSTRAINTS.read_text())  # uv keeps the versions of the file that it replaces
+        compiler.compile(*options, *(f"--extra={extra}" for extra in extras if extra != "docs"), "--output-file", lock)
+        pinned = ("--constraint", lock, "--output-file", docs)
+        compiler.compile(*options, "--all-extras", *pinned, python=LOWEST_PYTHON_OF_DOCS)
+        files = split_by_set(compiler, extras, lock, docs)
     for name, packages in files.items():
         (FOLDER / f"{name}.txt").write_text(HEAD.format(CONTENTS[name]) + packages)
     CONSTRAINTS.write_text(constraints_of(list(files.values())))

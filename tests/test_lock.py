@@ -68,6 +68,11 @@ def test_every_pin_has_hashes_and_no_file_names_an_index(name: str) -> None:
         assert all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}", line) for line in hashes)
 
 
+def test_lock_is_for_every_python_that_the_project_allows() -> None:
+    assert PROJECT["project"]["requires-python"] == f">={LOCK.LOWEST_PYTHON}"
+    assert "python_full_version < '3.11.3'" in PACKAGES["base"]["async-timeout"]  # redis needs it on Debian 12
+
+
 def test_no_package_is_locked_twice() -> None:
     names = [name for file in LOCK.FILES for name in PACKAGES[file]]
     assert len(names) == len(set(names))
