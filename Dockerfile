@@ -1,12 +1,13 @@
-# The project with the versions that constraints.txt pins.
+# The project with the versions and hashes in requirements/.
 #   docker build --target cpu -t ixi-etl:cpu .   Prefect server, deploying, refreshing, cutting: no torch
 #   docker build --target gpu -t ixi-etl:gpu .   training, with PyTorch's CUDA build, which also runs without a GPU
+# `make images` builds both without Docker, and tests them.
 
-FROM python:3.11.14-slim-bookworm AS cpu
+FROM python:3.11.14-slim-bookworm@sha256:65a93d69fa75478d554f4ad27c85c1e69fa184956261b4301ebaf6dbb0a3543d AS cpu
 RUN useradd --uid 1000 --create-home ixi && install --directory --owner ixi --group ixi /data /prefect
 WORKDIR /app
 COPY . .
-RUN --mount=type=cache,target=/root/.cache/pip pip install --constraint constraints.txt --editable .
+RUN --mount=type=cache,target=/root/.cache/pip python requirements/install.py base
 # The root file system may be read-only: everything is written to /data, /prefect or /tmp.
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MPLCONFIGDIR=/tmp/matplotlib \
     PREFECT_HOME=/tmp/prefect PREFECT_PLUGINS_ENABLED=1
@@ -17,5 +18,5 @@ USER ixi
 
 FROM cpu AS gpu
 USER root
-RUN --mount=type=cache,target=/root/.cache/pip pip install --constraint constraints.txt --editable ".[train]"
+RUN --mount=type=cache,target=/root/.cache/pip python requirements/install.py train
 USER ixi

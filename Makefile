@@ -6,13 +6,12 @@ BIN    := $(VENV)/bin
 BASE   := $(VENV)/.installed-base
 TRAIN  := $(VENV)/.installed-train
 STAMP  := $(VENV)/.installed
-BENCH  := $(VENV)/.installed-bench
-DOCS   := $(VENV)/.installed-docs
+TOOLS  := $(VENV)/.installed-tools
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE # otherwise each process compiles all modules again
 
-.PHONY: demo real test fuzz test-real test-standin test-stack faults audit bench bench-check protocols api docs dist deploy lint clean help
+.PHONY: demo real test fuzz test-real test-standin test-stack faults audit bench bench-check protocols api docs lock images dist deploy lint clean help
 
 help:
 	@echo "make demo          run the whole pipeline on a small simulated IXI; needs no server and no account"
@@ -22,6 +21,7 @@ help:
 	@echo "make test-real     run the tests on real scans, if present (2 minutes)"
 	@echo "make test-standin  run the tests on simulated archives of real anatomy, if present (minutes)"
 	@echo "make test-stack    run PostgreSQL, Prefect, workers, Dask and S3 as processes and test them, and the wheel (12 minutes)"
+	@echo "make images        build both images with buildah, as root on Debian, and run them (10 minutes)"
 	@echo "make faults        test kills, bad servers, full disks and hostile files, in all variants (15 minutes); ONLY=name: some"
 	@echo "make audit         run bandit, and pip-audit if its advisories can be reached"
 	@echo "make bench         compare the speed with that of other tools; ONLY=survey,refresh: some rows, QUICK=1: a trial run, ARCHIVES=folder: refreshes of these too"
@@ -29,20 +29,23 @@ help:
 	@echo "make protocols     measure on simulated archives how many dB a protocol is worth (8 minutes); OUT=folder, QUICK=1: a trial run"
 	@echo "make api           write docs/api.md from the docstrings"
 	@echo "make docs          build the website in site/ (2 minutes), with a live example; opens from disk"
+	@echo "make lock          write requirements/ and constraints.txt from pyproject.toml; UPGRADE=name: take this package's newest version"
 	@echo "make dist          build the wheel and the source distribution in dist/"
 	@echo "make deploy        create pools, deployments, automations and notifications on the Prefect server at PREFECT_API_URL"
 	@echo "make lint          run ruff and mypy"
 	@echo "make clean         remove the environment, and the files of the demo, of make protocols, docs and dist"
 
-# Each stamp records which extras are installed. They are reinstalled when one of these files changes; the last one holds
-# the version.
-$(BASE): EXTRAS :=
-$(TRAIN): EXTRAS := [train]
-$(STAMP): EXTRAS := [train,test]
-$(BASE) $(TRAIN) $(STAMP): pyproject.toml constraints.txt ixi_etl/__init__.py
+# Each stamp records which set of packages is installed. They are reinstalled when one of these files changes; the last
+# one holds the version.
+$(BASE): SET := base
+$(TRAIN): SET := train
+$(STAMP): SET := test
+$(TOOLS): SET := tools
+$(TOOLS): $(STAMP)
+$(BASE) $(TRAIN) $(STAMP) $(TOOLS): pyproject.toml $(wildcard requirements/*.txt) requirements/install.py ixi_etl/__init__.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (minutes on the first call)"
-	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".$(EXTRAS)"
+	@$(BIN)/python requirements/install.py $(SET)
 	@touch $@
 
 # If the environment with all extras exists, it is used.
@@ -63,7 +66,7 @@ real: $(or $(wildcard $(STAMP)),$(TRAIN))
 	@echo "please send real-report.tar.gz to the project: tables and settings, no images"
 
 test: $(STAMP)
-	@$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not real and not standin and not stack and not faults and not bench"
+	@$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not real and not standin and not stack and not images and not faults and not bench"
 
 fuzz: $(STAMP)
 	@$(BIN)/python tests/fuzz.py --seeds "$(or $(SEEDS),10)" --seed $(SEED) --only "$(ONLY)"
@@ -78,24 +81,21 @@ test-stack: $(STAMP)
 	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null || { echo "PostgreSQL is missing; apt-get install postgresql"; exit 1; }
 	@$(BIN)/pytest -m stack -n 2 --dist loadgroup --no-loadscope-reorder
 
+images: $(STAMP)
+	@$(BIN)/pytest -m images
+
 faults: $(STAMP)
 	@$(BIN)/pytest -m faults -n 2 --dist worksteal -o faulthandler_timeout=900 -l $(if $(ONLY),-k "$(ONLY)")
 
-audit: $(STAMP)
-	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[audit]"
+audit: $(TOOLS)
 	@$(BIN)/bandit --quiet --recursive --configfile pyproject.toml ixi_etl model flows
 	@echo "bandit found nothing in ixi_etl, model and flows"
 	@$(BIN)/python .ci/advisories.py
 
-# Only the benchmarks need these tools, which they compare with; they go into the same environment.
-$(BENCH): $(STAMP)
-	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,test,bench]"
-	@touch $(BENCH)
-
-bench: $(BENCH)
+bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.run --only "$(ONLY)" $(if $(QUICK),--quick) $(if $(ARCHIVES),--archives "$(ARCHIVES)") $(if $(OUT),--out "$(OUT)")
 
-bench-check: $(BENCH)
+bench-check: $(STAMP)
 	@$(BIN)/pytest -m bench
 
 protocols: $(or $(wildcard $(STAMP)),$(TRAIN))
@@ -103,10 +103,6 @@ protocols: $(or $(wildcard $(STAMP)),$(TRAIN))
 
 api: $(STAMP)
 	@$(BIN)/python tests/api_page.py
-
-$(DOCS): $(STAMP)
-	@$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[train,test,docs]"
-	@touch $(DOCS)
 
 # The live example of the website: simulated archives, a version of them, and a training run, by this code.
 EXAMPLE := build/example/.made
@@ -120,9 +116,13 @@ $(EXAMPLE): $(STAMP) $(shell find flows ixi_etl model -name '*.py' -o -path '*/t
 
 # mkdocs.yml is strict, so a warning is an error: a broken link or anchor, a page that the navigation does not list.
 docs: export NO_MKDOCS_2_WARNING := 1
-docs: $(DOCS) $(EXAMPLE)
+docs: $(TOOLS) $(EXAMPLE)
 	@$(BIN)/mkdocs build
 	@echo "open site/index.html"
+
+# Locked versions stay, except those that UPGRADE names. The tool that it needs goes into an environment of its own.
+lock:
+	@$(PYTHON) requirements/lock.py $(UPGRADE)
 
 dist: $(STAMP)
 	@rm -rf dist

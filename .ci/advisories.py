@@ -7,6 +7,7 @@ internet must be able to run all checks. It exits with 1 if a pinned version has
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,7 @@ def audit(pins: list[str]) -> list[dict[str, object]] | str:
 
 
 def main() -> int:
-    pins = [line.strip() for line in PINS.read_text().splitlines() if "==" in line and not line.startswith("#")]
+    pins = re.findall(r"^[\w.-]+==[^\s;]+", PINS.read_text(), re.MULTILINE)  # for all platforms: without markers
     first = audit(pins[:1])  # before hundreds of requests that may all time out
     answered = not isinstance(first, str) and "skip_reason" not in first[0]
     found = audit(pins) if answered else first

@@ -22,7 +22,7 @@ def run_seed(seed: int, only: str, more: list[str]) -> tuple[int, list[str], str
     """Run pytest with a seed: its exit code, the failed tests, and its output."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
-        marks = "hypothesis and not real and not standin and not stack and not faults and not bench"
+        marks = "hypothesis and not real and not standin and not stack and not images and not faults and not bench"
         command = [sys.executable, "-m", "pytest", "-m", marks, "-k", only, "-q"]
         command += ["--hypothesis-profile=fuzz", f"--hypothesis-seed={seed}", f"--junitxml={results}", *more]
         done = subprocess.run(

@@ -36,7 +36,22 @@ import_commands()
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 TARGETS = re.findall(r"^([a-z-]+):", (TOP / "Makefile").read_text(), re.MULTILINE)
 OTHER_PROGRAMS = {"python3", "pip", ".venv/bin/pip", ".venv/bin/pre-commit", "tensorboard", "napari"}
-OTHER_PROGRAMS |= {"mlflow", "trackio", "hf", "docker", "cp", "export", "cd", "aws", "curl", "git", "ssh", "gzip"}
+OTHER_PROGRAMS |= {
+    "mlflow",
+    "trackio",
+    "hf",
+    "docker",
+    "cp",
+    "export",
+    "cd",
+    "aws",
+    "curl",
+    "git",
+    "ssh",
+    "gzip",
+    "helm",
+    "kubectl",
+}
 
 
 def blocks(page: Path, language: str) -> list[str]:
