@@ -62,7 +62,7 @@ TORCH_MISSING = (
 INSTALL_CHROMIUM = "Debian and Ubuntu: `apt-get install chromium`; elsewhere: `.venv/bin/playwright install chromium`"
 
 GROUPS = {
-    "stack": "stack",
+    "stack": "stack drill secrets",
     "notifications": "notifications",
     "trained": (
         "train evaluate synthesize synthesize_files export run_report docs examples digits trainer networks data "
