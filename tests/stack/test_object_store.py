@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import config_for, s3_environment
-from services import PROJECT, Stack, wait_for
+from services import PROJECT, Stack, free_port, responds, wait_for
 
 from ixi_etl.config import RefreshConfig
 from ixi_etl.core.lease import LEASE, lock_shared
@@ -27,7 +27,6 @@ from ixi_etl.dataset import metadata, verify, versions
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.errors import IxiError, LockedError
 from ixi_etl.recipes.ixi import refresh
-from ixi_etl.testing.loopback import serve_folder
 from ixi_etl.testing.phantom import write_phantom
 
 pytestmark = pytest.mark.stack
@@ -173,22 +172,25 @@ def test_workers_that_cannot_read_or_return_anything_say_so(stack: Stack, archiv
         refresh(hidden)
 
 
-def test_a_worker_that_cannot_reach_the_bucket_says_so(stack: Stack, archives_folder: Path, tmp_path: Path) -> None:
+def test_a_worker_that_cannot_reach_the_bucket_says_so(stack: Stack, archives_folder: Path) -> None:
     for name in WORKERS:
         stack.stop(name)
-    with serve_folder(tmp_path) as other_server:
-        for changes, message in (
-            ({"AWS_ACCESS_KEY_ID": None, "AWS_EC2_METADATA_DISABLED": "true"}, "Unable to locate credentials"),
-            ({"AWS_ENDPOINT_URL": other_server}, "Not Found|does not exist"),
-        ):
-            start_worker(stack, "wrong", changes)
-            config = configure(stack, "wrong")
-            expected = rf"the Dask worker \S+: cannot reach the bucket ixi of s3://.*({message}).*AWS_ENDPOINT_URL"
-            with pytest.raises(IxiError, match=expected) as raised:
-                refresh(config)
-            assert "\n" not in str(raised.value)
-            assert versions.published_versions(config.data_root) == []
-            stack.stop("wrong")
+    port = free_port()
+    stack.spawn("other-s3", [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port], os.environ)
+    empty = f"http://127.0.0.1:{port}"  # a server without the bucket
+    wait_for("another S3", lambda: responds("GET", empty))
+    for changes, message in (
+        ({"AWS_ACCESS_KEY_ID": None, "AWS_EC2_METADATA_DISABLED": "true"}, "Unable to locate credentials"),
+        ({"AWS_ENDPOINT_URL": empty}, "does not exist"),
+    ):
+        start_worker(stack, "wrong", changes)
+        config = configure(stack, "wrong")
+        expected = rf"the Dask worker \S+: cannot reach the bucket ixi of s3://.*{message}.*AWS_ENDPOINT_URL"
+        with pytest.raises(IxiError, match=expected) as raised:
+            refresh(config)
+        assert "\n" not in str(raised.value)
+        assert versions.published_versions(config.data_root) == []
+        stack.stop("wrong")
 
 
 # -- two machines -----------------------------------------------------------------------------------------------------
