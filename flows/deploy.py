@@ -9,6 +9,8 @@ It can be run again at any time, and changes only its own objects. `prefect.yaml
 - IXI_DASK: the Dask scheduler to cut subjects on; by default the worker uses threads.
 - IXI_PRESET: the preset of the training runs that new versions start; by default `smoke`, because a worker may have
   no GPU and the published recipe, `paper`, has 49,200 steps.
+
+IXI_SECRETS names variables that workers take from Secret blocks (`flows.secret_blocks`).
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
 
 from flows.presets import Preset
+from flows.secret_blocks import use_secret_blocks
 from flows.server import check_server, errors_as_user_errors
 from ixi_etl.errors import IxiError
 
@@ -66,7 +69,7 @@ def crash_lost_runs() -> AutomationCore:
 
 
 async def prepare_server() -> None:
-    """Create missing work pools, and update the automation."""
+    """Create missing work pools, and update their references to Secret blocks and the automation."""
     async with get_client() as client:
         for name, purpose in POOLS.items():
             pool = WorkPoolCreate(
@@ -77,6 +80,7 @@ async def prepare_server() -> None:
             )
             with suppress(ObjectAlreadyExists):
                 await client.create_work_pool(pool)
+        await use_secret_blocks(client, list(POOLS), os.environ.get("IXI_SECRETS", "").split())
         automation = crash_lost_runs()
         for old in await client.read_automations_by_name(automation.name):
             if AutomationCore.model_validate(old.model_dump(exclude={"id"})) == automation:
