@@ -231,12 +231,14 @@ class Stack:
         assert found, "no PostgreSQL; apt-get install postgresql"
         return found
 
-    def dump_database(self) -> bytes:
-        """All tables of the database, as the SQL of `pg_dump`."""
+    def dump_database(self) -> dict[str, bytes]:
+        """The rows of each table of the database, as SQL, and the rest of `pg_dump` under the name ""."""
         address = ["-h", "127.0.0.1", "-p", self.ports["postgres"], "-U", "prefect"]
         environment = os.environ | {"PGPASSWORD": self.values["POSTGRES_PASSWORD"]}
         dump = [self._postgres_binaries() / "pg_dump", *address, "prefect"]
-        return subprocess.run(dump, check=True, capture_output=True, env=environment).stdout
+        done = subprocess.run(dump, check=True, capture_output=True, env=environment)
+        rest, *tables = re.split(rb"^COPY public\.", done.stdout, flags=re.MULTILINE)
+        return {"": rest} | {table.split()[0].decode(): table for table in tables}
 
     def start_s3(self, bucket: str, secret: str = "anything") -> None:
         """Start a moto server with a bucket, and add its address and keys to `values`, as in `.env`.
