@@ -27,6 +27,7 @@ SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "ixi_etl,model",  # log to the server
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",  # progress threads belong to no run
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",  # often enough for the automation of any `make deploy`
     # The command prints the exception that ends it; Prefect would print it twice more, with tracebacks.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_INTERNAL_LOGGING_LEVEL": "CRITICAL",

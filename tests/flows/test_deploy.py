@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from flows.deploy import POOLS, crash_lost_runs
+from flows.automations import FLOWS, crash_lost_runs
+from flows.deploy import POOLS
 from ixi_etl.config import RefreshConfig
 
 PROJECT = Path(__file__).parents[2]
@@ -103,6 +104,94 @@ def test_run_counts_as_lost_after_three_missed_heartbeats() -> None:
         trigger: Any = crash_lost_runs().trigger
     assert trigger.within.total_seconds() == 120
     assert {"prefect.flow-run.heartbeat", "prefect.flow-run.Crashed"} < trigger.expect
+
+
+def test_automations_watch_the_flows_of_all_deployments_and_no_others() -> None:
+    trigger: Any = crash_lost_runs().trigger
+    assert sorted(FLOWS) == sorted(DEPLOYMENTS)
+    assert trigger.match_related["prefect.resource.name"] == list(FLOWS)
+
+
+def test_runs_of_the_command_line_beat_often_enough_for_any_automation() -> None:
+    from prefect.flow_engine import MINIMUM_HEARTBEAT_INTERVAL
+
+    from flows.server import SETTINGS
+
+    assert float(SETTINGS["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]) == MINIMUM_HEARTBEAT_INTERVAL
+
+
+def test_every_embedded_server_has_180_seconds_to_start() -> None:
+    import tomllib
+
+    from flows.server import START_TIMEOUT_S
+
+    settings = tomllib.loads((PROJECT / "prefect.toml").read_text())
+    assert settings["server"]["ephemeral"]["startup_timeout_seconds"] == START_TIMEOUT_S == 180
+
+
+def test_prefect_and_sqlalchemy_are_within_the_versions_that_work_together() -> None:
+    from importlib.metadata import requires
+
+    from packaging.requirements import Requirement
+
+    needed = {r.name.lower(): r.specifier for r in map(Requirement, requires("ixi-etl") or ())}
+    assert [needed["prefect"].contains(v) for v in ("3.9.0", "3.9.1")] == [False, True]
+    assert [needed["sqlalchemy"].contains(v) for v in ("2.0.58", "2.1.0")] == [True, False]
+
+
+# -- notifications ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        (
+            "https://example.org/a%20b/hook?token=x%26y",
+            "jsons://example.org/a%20b/hook?-token=x%26y&%3Amessage=text&%3Aversion=&%3Atype=&%3Aattachments=",
+        ),
+        ("https://hooks.slack.com/services/T1JJ3T3L2/A1BRTD4JD/TIiajkdnlazkcOXrIdevi7FQ", None),
+        ("mailtos://me:pw@example.org?to=a@example.org", "mailtos://me:pw@example.org?to=a@example.org&format=text"),
+        ("ntfy://topic", None),
+    ],
+    ids=["webhook", "Slack", "mail", "another service"],
+)
+def test_address_of_notifications_becomes_a_url_of_apprise(given: str, url: str | None) -> None:
+    from flows.notifications import apprise_url
+
+    assert apprise_url(given) == (url or given)
+
+
+@pytest.mark.parametrize("given", ["nonsense", "ftp://example.org", "https://", "mailto://hunter2@"])
+def test_unusable_address_of_notifications_prints_one_line_without_it(
+    given: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from flows import deploy
+
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    monkeypatch.setenv("IXI_NOTIFY", given)
+    with pytest.raises(SystemExit) as ended:
+        deploy.main()
+    line = str(ended.value.code)
+    assert line.startswith("error: IXI_NOTIFY is no address that can be notified; set a webhook (https://...)")
+    assert "\n" not in line
+    assert "hunter2" not in line
+    assert capfd.readouterr() == ("", "")
+
+
+def test_minutes_before_a_missing_training_must_be_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import deploy
+
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    monkeypatch.setenv("IXI_TRAIN_AFTER", "soon")
+    with pytest.raises(SystemExit, match="IXI_TRAIN_AFTER is soon; set a whole number of minutes"):
+        deploy.main()
+
+
+def test_fallback_starts_the_same_training_as_the_event() -> None:
+    look_after = DEPLOYMENTS["look-after"]["parameters"]
+    training = DEPLOYMENTS["train-pix2pix"]
+    assert look_after["root"] == DEPLOYMENTS["refresh-dataset"]["parameters"]["config"]["root"]
+    assert set(training["triggers"][0]["parameters"]) == {"dataset", "root"}  # what `look_after` gives
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,13 @@ import base64
 import re
 import secrets
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import config_for, s3_environment
+from receivers import webhook
 from servers import Call, Host, serve
 from services import Stack, wait_for
 
@@ -36,8 +39,25 @@ SECRETS = {
     "password of the archives' host, in ~/.netrc": HOST_PASSWORD,
     "password of the database": secrets.token_hex(16),
     "password of the Prefect server": secrets.token_hex(16),
+    "key of the webhook": secrets.token_urlsafe(20),
     "key that encrypts blocks": base64.urlsafe_b64encode(secrets.token_bytes(32)).decode(),
 }
+
+
+@dataclass(frozen=True)
+class Told:
+    """A webhook: its address, and the path and JSON of each request to it."""
+
+    url: str
+    requests: list[tuple[str, dict[str, Any]]]
+
+    def wait_for_text(self, *parts: str) -> str:
+        """Wait for a notification whose text has all parts, and return the text."""
+        return wait_for(
+            f"a notification with {parts}",
+            lambda: next((b["text"] for _, b in self.requests if all(part in b["text"] for part in parts)), None),
+            120,
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,11 +97,19 @@ def local_version(archives_folder: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Stack]:
+def told() -> Iterator[Told]:
+    """What a webhook on loopback receives: it is the address of IXI_NOTIFY."""
+    with webhook() as (url, requests):
+        yield Told(f"{url}/hook?key={SECRETS['key of the webhook']}", requests)
+
+
+@pytest.fixture(scope="session")
+def stack(told: Told, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("stack")
     values = {
         "IXI_ROOT": ROOT,
         "IXI_SECRETS": "AWS_SECRET_ACCESS_KEY",
+        "IXI_NOTIFY": told.url,
         "DASK_THREADS": "1",
         "HEARTBEAT_S": "30",
         "POSTGRES_PASSWORD": SECRETS["password of the database"],

@@ -1,0 +1,163 @@
+"""Flow `look-after`: start the training that an event did not start, and crash lost runs that the automation missed.
+
+A deployment runs it every 15 minutes, because the server keeps events in memory: one that arrives while it stops is
+lost, and what an automation was waiting for during an outage may be forgotten.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.deployments import run_deployment
+from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
+from prefect.states import Crashed
+
+from flows.automations import FLOWS, LOST, MISSED_BEATS, heartbeat_s
+from ixi_etl.config import NO_SECRET
+from ixi_etl.core.storage import DataRoot
+from ixi_etl.dataset.checks import held_by
+from ixi_etl.dataset.metadata import read_pointer
+from ixi_etl.dataset.prune import find_users
+from ixi_etl.dataset.versions import find_latest
+
+log = logging.getLogger("ixi_etl.look_after")
+
+PENDING_S = 3600
+"""A run that a worker accepted so long ago was lost before it started; pulling an image takes less."""
+
+
+def train_missing(root: str, scratch: Path | None, minutes: float) -> str | None:
+    """Start train-pix2pix on the latest version if nothing did within some minutes of its publication.
+
+    Any run on this version counts, whether it finished or failed, and so does the folder of a training run. The
+    parameters are those of the event's trigger (`prefect.yaml`).
+
+    Args:
+        root: as in the deployments.
+        scratch: as in `DataRoot`.
+        minutes: the time that the event has to start the training.
+
+    Returns:
+        The version, if a training run was started.
+    """
+    data_root = DataRoot(root, scratch=scratch)
+    if not (version := find_latest(data_root)):
+        return None
+    published = _published_at(data_root, version)
+    if datetime.now(UTC) < published + timedelta(minutes=minutes):
+        return None
+    if failed := held_by(data_root.version(version)):
+        log.info("version %s is held by %s", version, ", ".join(failed))
+        return None
+    dataset = f"{data_root.name}@{version}"
+    if version in find_users(data_root) or _has_flow_run(dataset, published):
+        return None
+    log.warning("version %s of %s had no training; starting one", version, published.isoformat())
+    run_deployment(
+        "train-pix2pix/train-pix2pix",
+        parameters={"dataset": dataset, "root": root},
+        timeout=0,
+        as_subflow=False,
+        idempotency_key=f"train:{version}",
+    )
+    return version
+
+
+def _published_at(data_root: DataRoot, version: str) -> datetime:
+    pointer = read_pointer(data_root) or {"history": []}
+    times = [entry["published"] for entry in pointer["history"] if entry["version"] == version]
+    return datetime.fromisoformat(times[-1]) if times else datetime.min.replace(tzinfo=UTC)
+
+
+def _has_flow_run(dataset: str, published: datetime) -> bool:
+    """Whether a flow run names this version, or took the latest one after this one was published."""
+    latest = (None, "", f"{dataset.partition('@')[0]}@latest")
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(  # at most 200, the newest
+            flow_filter=FlowFilter(name=FlowFilterName(any_=["train-pix2pix"])),
+            flow_run_filter=FlowRunFilter(expected_start_time=FlowRunFilterExpectedStartTime(after_=published)),
+            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+        )
+    return any(run.parameters.get("dataset") in (dataset, *latest) for run in runs)
+
+
+def crash_lost() -> list[str]:
+    """Crash runs that have sent no heartbeat for too long, and then none for one more interval; return their names.
+
+    After an outage of the server, runs that are well need the interval to report again.
+    """
+    beat = heartbeat_s()
+    with get_client(sync_client=True) as client:
+        if not (silent := _silent_runs(client, beat)):
+            return []
+        time.sleep(beat + 15)
+        still = {run.id for run in _silent_runs(client, beat)}
+        lost = [run for run in silent if run.id in still]
+        for run in lost:  # not forced: the server refuses it if the run has ended meanwhile
+            client.set_flow_run_state(run.id, Crashed(message=LOST))
+            log.warning("crashed run %s: %s", run.name, LOST)
+    return [run.name for run in lost]
+
+
+def _silent_runs(client: SyncPrefectClient, beat: float) -> list[FlowRun]:
+    alive = [StateType.RUNNING, StateType.CANCELLING, StateType.PENDING]
+    runs = client.read_flow_runs(
+        flow_filter=FlowFilter(name=FlowFilterName(any_=list(FLOWS))),
+        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=alive))),
+    )
+    return [run for run in runs if _silent_s(client, run) > (PENDING_S if _is_pending(run) else MISSED_BEATS * beat)]
+
+
+def _is_pending(run: FlowRun) -> bool:
+    return run.state_type == StateType.PENDING
+
+
+def _silent_s(client: SyncPrefectClient, run: FlowRun) -> float:
+    """Seconds since the last heartbeat of a run, or since its last change of state."""
+    assert run.state is not None
+    wanted = EventFilter(
+        occurred=EventOccurredFilter(since=run.state.timestamp),
+        event=EventNameFilter(name=["prefect.flow-run.heartbeat"]),
+        resource=EventResourceFilter(id=[f"prefect.flow-run.{run.id}"]),
+    )
+    beats = [event.occurred for event in client.read_events(wanted, limit=1).events]
+    return (datetime.now(UTC) - max([run.state.timestamp, *beats])).total_seconds()
+
+
+check_trainings = task(name="train_missing", cache_policy=NO_CACHE)(train_missing)
+check_runs = task(name="crash_lost", cache_policy=NO_CACHE)(crash_lost)
+
+
+@flow(name="look-after", persist_result=False)
+def look_after(
+    root: Annotated[str, NO_SECRET] = "ixi-data",
+    scratch: Annotated[Path | None, NO_SECRET] = None,
+    train_after: float = 15,
+) -> None:
+    """Start a missing training, and crash lost runs.
+
+    Args:
+        root: Folder, or s3://bucket/prefix, that holds datasets and runs.
+        scratch: If the root is on S3: folder of this machine to work in.
+        train_after: Minutes that the event of a new version has to start its training.
+    """
+    runs = check_runs.submit()  # beside the other, so neither depends on it
+    check_trainings(root, scratch or None, train_after)
+    runs.result()
