@@ -30,7 +30,7 @@ help:
 	@echo "make api           write docs/api.md from the docstrings"
 	@echo "make docs          build the website in site/ (2 minutes), with a live example; opens from disk"
 	@echo "make dist          build the wheel and the source distribution in dist/"
-	@echo "make deploy        create pools, deployments and the automation on the Prefect server at PREFECT_API_URL"
+	@echo "make deploy        create pools, deployments, automations and notifications on the Prefect server at PREFECT_API_URL"
 	@echo "make lint          run ruff and mypy"
 	@echo "make clean         remove the environment, and the files of the demo, of make protocols, docs and dist"
 

@@ -79,11 +79,14 @@ def main() -> None:
         sys.exit(f"error: IXI_PRESET is {environment['IXI_PRESET']}; set one of {', '.join(get_args(Preset))}")
     if not environment["IXI_TRAIN_AFTER"].isdecimal():
         sys.exit(f"error: IXI_TRAIN_AFTER is {environment['IXI_TRAIN_AFTER']}; set a whole number of minutes")
-    if not get_current_settings().api.url:
-        sys.exit("error: no Prefect server is configured; set PREFECT_API_URL to its address (http://host:4200/api)")
     notify = environment.pop("IXI_NOTIFY", "")  # has a secret, and `prefect deploy` does not need it
     try:
         address = notifications.apprise_url(notify) if notify else None
+    except IxiError as error:
+        sys.exit(f"error: {error}")
+    if not get_current_settings().api.url:
+        sys.exit("error: no Prefect server is configured; set PREFECT_API_URL to its address (http://host:4200/api)")
+    try:
         check_server()
         with errors_as_user_errors():
             asyncio.run(prepare_server(address, environment.get("IXI_SECRETS", "").split()))

@@ -28,9 +28,6 @@ JOBS = ("refresh-dataset", "train-pix2pix", "synthesize")
 NOT_STARTED_AFTER = timedelta(minutes=10)
 """A run is late if it has not started so long after its time, or after a worker accepted it."""
 
-EXPECTED = """set a webhook (https://...), one of Slack (https://hooks.slack.com/services/...), or mail \
-(mailtos://user:password@host?to=name@example.org)"""
-
 HELP = "docs/operations.md, section 'When a run makes no progress'"
 
 RUN = """\
@@ -89,7 +86,10 @@ def apprise_url(given: str) -> str:
     elif parts.scheme in ("mailto", "mailtos") and "format=" not in parts.query:
         url += ("&" if parts.query else "?") + "format=text"
     if not _is_known(url):
-        raise ConfigError(f"IXI_NOTIFY is no address that can be notified; {EXPECTED}")
+        raise ConfigError(
+            "IXI_NOTIFY is not an address that can be notified; set a webhook (https://...), one of Slack, or mail "
+            "(mailtos://...): docs/operations.md, section Notifications"
+        )
     return url
 
 

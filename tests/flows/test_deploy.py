@@ -172,7 +172,7 @@ def test_unusable_address_of_notifications_prints_one_line_without_it(
     with pytest.raises(SystemExit) as ended:
         deploy.main()
     line = str(ended.value.code)
-    assert line.startswith("error: IXI_NOTIFY is no address that can be notified; set a webhook (https://...)")
+    assert line.startswith("error: IXI_NOTIFY is not an address that can be notified; set a webhook (https://...)")
     assert "\n" not in line
     assert "hunter2" not in line
     assert capfd.readouterr() == ("", "")

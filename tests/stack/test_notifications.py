@@ -129,7 +129,6 @@ def lives(stack: Stack) -> dict[str, str]:
             name=f"{ending} in {pool}",
             flow_id=flow_id(stack),
             entrypoint="tests/stack/lives.py:live",
-            path=str(PROJECT),
             pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": str(PROJECT)}}],
             work_pool_name=pool,
             parameter_openapi_schema={},
