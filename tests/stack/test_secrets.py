@@ -103,6 +103,16 @@ def test_runs_take_the_key_from_the_block_of_the_work_pool(stack: Stack) -> None
     assert keys == {SECRETS["S3 secret key, in a block"]}
 
 
+def test_deploying_without_the_block_of_a_variable_prints_one_line(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(stack.values, "IXI_SECRETS", "AWS_SECRET_ACCESS_KEY OTHER_KEY")
+    done = stack.run("deploy")
+    assert done.returncode == 1
+    [line] = [line for line in done.stderr.splitlines() if "DEBUG" not in line]
+    assert line.startswith("error: there is no Secret block other-key for OTHER_KEY of IXI_SECRETS; create it on the")
+
+
 def test_a_refresh_that_cannot_reach_s3_fails_in_one_line(stack: Stack, source: str) -> None:
     [deployment] = stack.request("deployments/filter", deployments={"name": {"any_": ["refresh-dataset"]}})
     started = stack.request(
