@@ -49,7 +49,9 @@ def show_version(published: PublishedVersion) -> None:
         table = metadata.read_manifest(published.folder)
         name, report = described["name"], published.folder / metadata.REPORT
         excluded = table[table["status"] == EXCLUDED][["subject_id", "site", "reason", "detail"]]
-        create_markdown_artifact(_version_markdown(published, described, table), f"{name}-summary")
+        create_markdown_artifact(
+            _version_markdown(published, described, table), f"{name}-summary", "Subjects of the version"
+        )
         create_table_artifact(
             manifest.to_records(excluded.head(MAX_ROWS)), f"{name}-exclusions", "Excluded subjects, with the reason"
         )
@@ -67,7 +69,7 @@ def show_run(run: Path) -> None:
     """Create artifacts of a run: scores compared with the baselines, last sample sheet, and a link to its report."""
     with _errors_as_warnings():
         evaluation = summaries.evaluation_summary(run)
-        create_markdown_artifact(_run_markdown(run, evaluation), "pix2pix-summary")
+        create_markdown_artifact(_run_markdown(run, evaluation), "pix2pix-summary", "Scores of the run")
         if evaluation is not None:
             title = "By protocol, mask and method, on the test split"
             create_table_artifact(evaluation.records, "pix2pix-evaluation", title)

@@ -20,7 +20,7 @@ from model import outputs, volumes
 from model import synthesize as synthesis
 from model.devices import pick_device
 
-synthesize_volumes = task(cache_policy=NO_CACHE)(volumes.synthesize)
+synthesize_volumes = task(task_run_name="synthesize volumes", cache_policy=NO_CACHE)(volumes.synthesize)
 
 
 @flow(name="synthesize", flow_run_name="synthesize with {run}", persist_result=False)
