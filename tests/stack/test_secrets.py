@@ -17,7 +17,7 @@ from urllib.parse import quote, quote_plus
 
 import httpx
 import pytest
-from running import BUCKET, HOST_PASSWORD, ROOT, SECRETS, refresh_config, start_run, wait_for_end
+from running import BUCKET, HOST_PASSWORD, ROOT, SECRETS, refresh_config, run_folders, start_run, wait_for_end
 from services import Stack, wait_for
 
 from ixi_etl.core.storage import file_sizes, to_path
@@ -84,7 +84,8 @@ def full_run(stack: Stack, source: str, archives_folder: Path) -> None:
         assert member is not None
         volume.write_bytes(member.read())
     made = volume.with_name("made.nii.gz")
-    names = {"run": "latest", "inputs": [str(volume)], "out": str(made), "root": ROOT}
+    trained = next(name for name in run_folders() if name.startswith("ixi-t1-t2"))
+    names = {"run": trained, "inputs": [str(volume)], "out": str(made), "root": ROOT}
     names |= {"scratch": stack.localize("/data"), "device": "cpu"}
     assert wait_for_end(stack, start_run(stack, "synthesize", **names)) == "COMPLETED"
     assert made.is_file()
