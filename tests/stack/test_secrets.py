@@ -76,8 +76,10 @@ def full_run(stack: Stack, source: str, archives_folder: Path) -> None:
     if "worker-no-gpu" not in stack.running:
         stack.start("worker-no-gpu")
     assert wait_for_end(stack, start_run(stack, "refresh-dataset", config=refresh_config(stack, source, ROOT)))
-    training = wait_for("a training", lambda: stack.runs_of("train-pix2pix"))[0]["id"]
-    assert wait_for_end(stack, training) == "COMPLETED"
+    by_event = wait_for(
+        "a training", lambda: [run for run in stack.runs_of("train-pix2pix") if run["parameters"].get("dataset")]
+    )
+    assert wait_for_end(stack, by_event[0]["id"]) == "COMPLETED"
     volume = Path(stack.localize("/data/volume.nii.gz"))
     with tarfile.open(archives_folder / "IXI-T1.tar") as archive:
         member = archive.extractfile(next(m for m in archive if m.name.endswith(".nii.gz")))
