@@ -76,7 +76,7 @@ test-standin: $(STAMP)
 
 test-stack: $(STAMP)
 	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null || { echo "PostgreSQL is missing; apt-get install postgresql"; exit 1; }
-	@$(BIN)/pytest -m stack
+	@$(BIN)/pytest -m stack -n 2 --dist loadgroup --no-loadscope-reorder
 
 faults: $(STAMP)
 	@$(BIN)/pytest -m faults -n 2 --dist worksteal -o faulthandler_timeout=900 -l $(if $(ONLY),-k "$(ONLY)")

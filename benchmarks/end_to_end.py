@@ -16,13 +16,11 @@ from typing import Any
 
 from benchmarks import etl, inputs
 from benchmarks.measure import Row, Settings, alternate, duration, ratio, require_equal, seconds, speed_row
-from benchmarks.serving import serving
+from benchmarks.serving import LINK, serving
 
 Work = Callable[[], dict[str, Any]]
 
 E, S = "benchmarks.end_to_end:", "benchmarks.etl:"
-RATE = 100e6 / 8
-"""Bytes per second: 100 Mbit/s."""
 RUNS = 2
 MOST = 1.3
 """Times as long as the naive script that the default refresh may take, although it registers and draws the pairs."""
@@ -61,12 +59,12 @@ def copied(source: str, warm: str, scratch: str) -> Work:
 
 
 def downloaded(source: str, warm: str, scratch: str, peer: str) -> Work:
-    """Download both archives from a server at `RATE`, then let the peer work on them."""
+    """Download both archives from a server at 100 Mbit/s, then let the peer work on them."""
     folder = inputs.scratch_folder(Path(scratch), "downloaded")
     work = (CASES | {"copied": copied})[peer](str(folder), warm, scratch)
 
     def whole() -> dict[str, Any]:
-        with serving(Path(source), RATE) as url:
+        with serving(Path(source), LINK) as url:
             start = time.perf_counter()
             for path in Path(source).glob("*.tar"):
                 with urllib.request.urlopen(f"{url}/{path.name}") as answer, open(folder / path.name, "wb") as file:
@@ -77,14 +75,14 @@ def downloaded(source: str, warm: str, scratch: str, peer: str) -> Work:
 
 
 def ours(source: str, warm: str, scratch: str) -> Work:
-    """Our refresh from a server at `RATE`, with the default options."""
+    """Our refresh from a server at 100 Mbit/s, with the default options."""
     from ixi_etl.config import RefreshConfig
     from ixi_etl.dataset.store import open_arrays
     from ixi_etl.recipes.ixi import refresh
 
     def work_on(source: str, name: str) -> dict[str, Any]:
         root = inputs.scratch_folder(Path(scratch), name)
-        with serving(Path(source), RATE) as url:
+        with serving(Path(source), LINK) as url:
             start = time.perf_counter()
             done = refresh(RefreshConfig(root=str(root), source=url, workers=2))
             taken = time.perf_counter() - start
@@ -176,7 +174,7 @@ def end_to_end(settings: Settings) -> list[Row]:
         runs, (E + "ours", shared), *((E + "downloaded", shared | {"peer": peer}) for peer in peers.values())
     )
     size = sum(path.stat().st_size for path in source.folder.glob("*.tar"))
-    note = f"the download alone takes {duration(size / RATE)}"
+    note = f"the download alone takes {duration(size / LINK)}"
     what = f"refresh, {source.name}, from a server at 100 Mbit/s"
     return [
         speed_row(what, f"download, then {name}", theirs, mine, None, note)

@@ -1,6 +1,8 @@
 """Serve byte ranges with latency from a separate process, and count the requests and bytes it answered.
 
-All responses together can be limited to a rate, like a link that they share.
+All responses together can be limited to a rate, like a link that they share. Small ones need not queue behind large
+ones, as on links with fair queueing. A rate above `LINK` stands for a link of that rate on which time runs faster, so
+the latency is shorter by the same factor.
 """
 
 from __future__ import annotations
@@ -18,8 +20,11 @@ from pathlib import Path
 from threading import Lock
 
 LATENCY_S = 0.02
+LINK = 100e6 / 8
+"""Bytes per second of the link with this latency: 100 Mbit/s."""
 BLOCK = 1 << 20
-LIMITED_BLOCK = 64 << 10  # so that a small response need not wait for long
+LIMITED_BLOCK = 64 << 10
+SMALL = 16 << 10  # bytes of a response that need not queue
 
 
 class _Call(BaseHTTPRequestHandler):
@@ -34,7 +39,7 @@ class _Call(BaseHTTPRequestHandler):
         if self.path == "/counts":
             self._reply(200, json.dumps(self.counts).encode())
             return
-        time.sleep(LATENCY_S)
+        time.sleep(LATENCY_S * min(1, LINK / self.rate) if self.rate else LATENCY_S)
         path = self.folder / self.path.lstrip("/")
         if not path.is_file():
             self._reply(404, b"")
@@ -55,22 +60,23 @@ class _Call(BaseHTTPRequestHandler):
             return
         with open(path, "rb") as file:
             file.seek(start)
+            is_small = stop - start <= SMALL
             while start < stop:
                 data = file.read(min(LIMITED_BLOCK if self.rate else BLOCK, stop - start))
                 start += len(data)
-                self._wait_for_link(len(data))
+                self._wait_for_link(len(data), is_small=is_small)
                 with self.lock:
                     self.counts["bytes"] += len(data)
                 self.wfile.write(data)
 
     do_HEAD = do_GET  # noqa: N815
 
-    def _wait_for_link(self, size: int) -> None:
+    def _wait_for_link(self, size: int, *, is_small: bool) -> None:
         if not self.rate:
             return
         with self.lock:
             _Call.free_at = max(self.free_at, time.monotonic()) + size / self.rate
-            wait = self.free_at - time.monotonic()
+            wait = size / self.rate if is_small else self.free_at - time.monotonic()
         time.sleep(max(0.0, wait))
 
     def _reply(self, status: int, body: bytes) -> None:

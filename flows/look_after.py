@@ -1,4 +1,4 @@
-"""Flow `look-after`: start the training that an event did not start, and crash lost runs that the automation missed.
+"""Flow `look-after`: start the training that an event did not start, and end lost runs that the automation missed.
 
 A deployment runs it every 15 minutes, because the server keeps events in memory: one that arrives while it stops is
 lost, and what an automation was waiting for during an outage may be forgotten.
@@ -27,7 +27,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
 from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
-from prefect.states import Crashed
+from prefect.states import Cancelled, Crashed
 
 from flows.automations import FLOWS, LOST, MISSED_BEATS, heartbeat_s
 from ixi_etl.config import NO_SECRET
@@ -41,6 +41,10 @@ log = logging.getLogger("ixi_etl.look_after")
 
 PENDING_S = 3600
 """A run that a worker accepted so long ago was lost before it started; pulling an image takes less."""
+
+
+CLOCKS_DIFFER = timedelta(hours=1)
+"""Tolerance for the clocks of the machine that publishes and of the server."""
 
 
 def train_missing(root: str, scratch: Path | None, minutes: float) -> str | None:
@@ -89,19 +93,26 @@ def _published_at(data_root: DataRoot, version: str) -> datetime:
 def _has_flow_run(dataset: str, published: datetime) -> bool:
     """Whether a flow run names this version, or took the latest one after this one was published."""
     latest = (None, "", f"{dataset.partition('@')[0]}@latest")
+    after = published - CLOCKS_DIFFER
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(  # at most 200, the newest
             flow_filter=FlowFilter(name=FlowFilterName(any_=["train-pix2pix"])),
-            flow_run_filter=FlowRunFilter(expected_start_time=FlowRunFilterExpectedStartTime(after_=published)),
+            flow_run_filter=FlowRunFilter(expected_start_time=FlowRunFilterExpectedStartTime(after_=after)),
             sort=FlowRunSort.EXPECTED_START_TIME_DESC,
         )
-    return any(run.parameters.get("dataset") in (dataset, *latest) for run in runs)
+
+    def counts(run: FlowRun) -> bool:
+        given, due = run.parameters.get("dataset"), run.expected_start_time
+        return given == dataset or (given in latest and due is not None and due >= published)
+
+    return any(map(counts, runs))
 
 
-def crash_lost() -> list[str]:
-    """Crash runs that have sent no heartbeat for too long, and then none for one more interval; return their names.
+def end_lost() -> list[str]:
+    """End runs that have sent no heartbeat for too long, and then none for one more interval; return their names.
 
-    After an outage of the server, runs that are well need the interval to report again.
+    After an outage of the server, runs that are well need the interval to report again. A run that someone cancelled
+    after it was lost becomes Cancelled, any other Crashed: the server allows Cancelling runs no other end.
     """
     beat = heartbeat_s()
     with get_client(sync_client=True) as client:
@@ -111,8 +122,9 @@ def crash_lost() -> list[str]:
         still = {run.id for run in _silent_runs(client, beat)}
         lost = [run for run in silent if run.id in still]
         for run in lost:  # not forced: the server refuses it if the run has ended meanwhile
-            client.set_flow_run_state(run.id, Crashed(message=LOST))
-            log.warning("crashed run %s: %s", run.name, LOST)
+            end = Cancelled if run.state_type == StateType.CANCELLING else Crashed
+            client.set_flow_run_state(run.id, end(message=LOST))
+            log.warning("ended run %s: %s", run.name, LOST)
     return [run.name for run in lost]
 
 
@@ -122,11 +134,9 @@ def _silent_runs(client: SyncPrefectClient, beat: float) -> list[FlowRun]:
         flow_filter=FlowFilter(name=FlowFilterName(any_=list(FLOWS))),
         flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=alive))),
     )
-    return [run for run in runs if _silent_s(client, run) > (PENDING_S if _is_pending(run) else MISSED_BEATS * beat)]
-
-
-def _is_pending(run: FlowRun) -> bool:
-    return run.state_type == StateType.PENDING
+    pending = StateType.PENDING
+    limits = [PENDING_S if run.state_type == pending else MISSED_BEATS * beat for run in runs]
+    return [run for run, limit in zip(runs, limits, strict=True) if _silent_s(client, run) > limit]
 
 
 def _silent_s(client: SyncPrefectClient, run: FlowRun) -> float:
@@ -142,7 +152,7 @@ def _silent_s(client: SyncPrefectClient, run: FlowRun) -> float:
 
 
 check_trainings = task(name="train_missing", cache_policy=NO_CACHE)(train_missing)
-check_runs = task(name="crash_lost", cache_policy=NO_CACHE)(crash_lost)
+check_runs = task(name="end_lost", cache_policy=NO_CACHE)(end_lost)
 
 
 @flow(name="look-after", persist_result=False)
@@ -151,7 +161,7 @@ def look_after(
     scratch: Annotated[Path | None, NO_SECRET] = None,
     train_after: float = 15,
 ) -> None:
-    """Start a missing training, and crash lost runs.
+    """Start a missing training, and end lost runs.
 
     Args:
         root: Folder, or s3://bucket/prefix, that holds datasets and runs.

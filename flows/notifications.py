@@ -38,11 +38,8 @@ Message: {{ (flow_run.state.message or 'none').split() | join(' ') | truncate(60
 Page: {{ flow_run | ui_url }}
 """
 
-FAILED_RUN = f"""{RUN}What to do: {{% if flow_run.state.name == 'Crashed' -%}}
-start it again, it resumes: prefect deployment run {{{{ flow.name }}}}
-{{%- else -%}}
-what the message says; then start it again: prefect deployment run {{{{ flow.name }}}}
-{{%- endif %}}
+FAILED_RUN = f"""{RUN}What to do: {{% if flow_run.state.name != 'Crashed' %}}what the message says; then {{% endif -%}}
+start it again, by "Retry" on its page. A refresh or a training resumes.
 See also: {HELP}
 """
 

@@ -21,7 +21,7 @@ from prefect.utilities.annotations import quote
 from flows.artifacts import progress_artifacts, show_version
 from flows.progress import show_progress
 from ixi_etl.config import RefreshConfig
-from ixi_etl.core.files import lock_root
+from ixi_etl.core.lease import lock_data_root
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.errors import DownloadError
 from ixi_etl.recipes import ixi, ixi_inputs, ixi_version
@@ -86,7 +86,7 @@ def refresh_dataset(config: RefreshConfig | None = None) -> PublishedVersion:
     """
     config = config or RefreshConfig()
     log = get_run_logger()
-    with lock_root(config.data_root.local), show_progress() as shown, progress_artifacts(shown) as progress:
+    with lock_data_root(config.data_root), show_progress() as shown, progress_artifacts(shown) as progress:
         if config.fetch == "members":
             inputs = download_members(config, progress)
         else:

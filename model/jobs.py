@@ -21,7 +21,8 @@ from pathlib import Path
 from torch import distributed
 
 from ixi_etl.core import software
-from ixi_etl.core.files import lock_root, os_errors_as_user_errors, read_json, to_json, write_atomic
+from ixi_etl.core.files import os_errors_as_user_errors, read_json, to_json, write_atomic
+from ixi_etl.core.lease import lock_shared
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import DataRoot
 from ixi_etl.dataset import metadata, versions
@@ -131,7 +132,7 @@ def train_run(run: Run, *, resume: bool = False, progress: Progress = no_progres
         if distributed.is_initialized() and distributed.get_rank() > 0:
             distributed.barrier()  # until process 0 has pulled the run
             return train(run.folder, config, run.version, resume=resume, progress=no_progress)
-        with lock_root(run.folder, "--run-id"):
+        with lock_shared(run.folder, run.remote, "--run-id"):
             if run.remote:
                 pull(run.remote, run.folder)
             if distributed.is_initialized():

@@ -1,7 +1,7 @@
 """Find a run, and keep it on S3 while it is trained in a local folder.
 
 After each checkpoint, `push` uploads all that resuming from it needs. A machine that resumes a run of another calls
-`pull` first. S3 has no locks, so the user must ensure that only one machine at a time trains a run.
+`pull` first. A lease on the run's folder on S3 lets one machine at a time train it (`ixi_etl.core.lease`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ixi_etl.core.files import read_json
+from ixi_etl.core.lease import confirm_lease
 from ixi_etl.core.storage import DataRoot, check_reachable, file_sizes, filesystem_of, is_local, to_path
 from ixi_etl.dataset import versions
-from ixi_etl.errors import CheckpointError
+from ixi_etl.errors import CheckpointError, LockedError
 from model.config import TrainConfig
 from model.devices import pick_device
 from model.generator import GENERATOR_FILE
@@ -125,7 +126,7 @@ def pull(remote: Path, folder: Path) -> None:
 
     If both have the same, download what another machine has evaluated since, and the generator if it is not here.
     """
-    files, local = file_sizes(remote), _local_files(folder)
+    files, local = _visible_files(remote), _visible_files(folder)
     newest, newest_here = _newest_checkpoint(files), _newest_checkpoint(local)
     if newest > newest_here:
         _download(remote, folder, sorted(files, key=_is_checkpoint))  # checkpoints last: they mark a complete download
@@ -155,7 +156,7 @@ def _download(remote: Path, folder: Path, names: Iterable[str]) -> None:
 def push(folder: Path, remote: Path) -> None:
     """Upload new and changed files to S3, checkpoints first, and delete remote checkpoints that are gone locally."""
     filesystem, top = filesystem_of(remote)
-    local, uploaded = _local_files(folder), file_sizes(remote)
+    local, uploaded = _visible_files(folder), _visible_files(remote)
     for name in sorted(local, key=_is_checkpoint, reverse=True):
         if not (name.startswith(IMMUTABLE) and uploaded.get(name) == local[name]):
             filesystem.put_file(str(folder / name), f"{top}/{name}")
@@ -164,15 +165,22 @@ def push(folder: Path, remote: Path) -> None:
 
 
 def push_if_possible(folder: Path, remote: Path) -> None:
-    """`push`, but log errors: the run continues, and the next checkpoint tries again."""
+    """`push`, but log errors: the run continues, and the next checkpoint tries again.
+
+    Raises:
+        LockedError: another machine trains this run now.
+    """
     try:
+        confirm_lease(remote)
         push(folder, remote)
+    except LockedError:
+        raise
     except Exception as error:  # exceptions of botocore, aiohttp and fsspec
         log.warning("cannot upload %s to %s yet (%s)", folder, remote, error)
 
 
-def _local_files(folder: Path) -> dict[str, int]:
-    """Sizes of the files in a folder without hidden ones, which are locks and partial files."""
+def _visible_files(folder: Path) -> dict[str, int]:
+    """Sizes of the files in a folder, here or on S3, without hidden ones, which are locks and partial files."""
     return {name: size for name, size in file_sizes(folder).items() if "/." not in f"/{name}"}
 
 

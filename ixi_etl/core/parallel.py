@@ -31,11 +31,12 @@ def parallel_map(
 
     Args:
         workers: number of local threads, if `address` is None.
-        address: of a Dask scheduler, whose workers must see the same files. If a worker dies, others repeat its items.
+        address: of a Dask scheduler. If a worker dies, others repeat its items.
         libraries: distributions whose versions must be the same on every Dask worker as in this process.
         on_done: called with the number of finished items.
 
-    If an item fails on a thread, no further item is started, and the error is raised when the others are finished.
+    If an item fails on a thread, no further item is started, and the error is raised when the others are finished. If
+    one fails on Dask, the error is raised at once, and no further item is started when the client has gone.
 
     Raises:
         IxiError: the cluster has no scheduler, no workers or other library versions, or was lost.
@@ -141,7 +142,9 @@ def _on_cluster(
             client.wait_for_workers(1, timeout=WAIT_S)
             _check_versions(cast(Mapping[str, Any], client.get_versions(packages=libraries)), libraries)
             futures = client.map(function, items, pure=False)
-            for done, _ in enumerate(as_completed(futures), 1):
+            for done, future in enumerate(as_completed(futures), 1):
+                if future.status == "error":
+                    future.result()  # raises now, instead of after all others
                 on_done(done)
             return list(client.gather(futures))
         except TimeoutError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,6 +154,11 @@ class DataRoot:
     def unfinished(self) -> Path:
         return self.local / "datasets" / self.name / ".staging"
 
+    @property
+    def remote_unfinished(self) -> Path | None:
+        """Where Dask workers that share no folder with the refresh put finished subjects; None if the root is local."""
+        return None if is_local(self.datasets) else self.datasets / ".staging"
+
 
 def check_reachable(root: str | Path) -> None:
     """Fail before hours of work rather than after. Requests stay within the root's own prefix.
@@ -208,8 +213,14 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if name and not name.endswith("/")}
 
 
-def upload_folder(folder: Path, target: Path, last: str, progress: Progress) -> None:
-    """Copy a local folder to S3, with the file `last` after all others: its presence marks the folder as complete."""
+def upload_folder(
+    folder: Path, target: Path, last: str, progress: Progress, confirm: Callable[[], None] = lambda: None
+) -> None:
+    """Copy a local folder to S3, with the file `last` after all others: its presence marks the folder as complete.
+
+    Args:
+        confirm: called before the file `last` is written; what it raises ends the upload.
+    """
     from fsspec.callbacks import Callback
 
     filesystem, top = filesystem_of(target)
@@ -217,6 +228,7 @@ def upload_folder(folder: Path, target: Path, last: str, progress: Progress) -> 
     callback = Callback(hooks={"progress": lambda size, value: progress("upload", value, size or len(names), "files")})
     with naming_file(target):
         filesystem.put([str(folder / name) for name in names], [f"{top}/{name}" for name in names], callback=callback)
+        confirm()
         filesystem.put_file(str(folder / last), f"{top}/{last}")
 
 

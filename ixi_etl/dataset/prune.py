@@ -10,7 +10,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from ixi_etl.core.files import lock_root, os_errors_as_user_errors, read_json
+from ixi_etl.core.files import os_errors_as_user_errors, read_json
+from ixi_etl.core.lease import confirm_lease, lock_data_root
 from ixi_etl.core.storage import DataRoot, file_sizes, filesystem_of, is_local, naming_file, remove_tree, to_path
 from ixi_etl.dataset.command import COMMANDS
 from ixi_etl.dataset.metadata import METADATA, POINTER, read_pointer
@@ -47,11 +48,11 @@ def prune_versions(data_root: DataRoot, keep: int, *, dry_run: bool = False) -> 
 
     Raises:
         DatasetError: the pointer or the configuration of a run is damaged, so the versions in use are unknown.
-        LockedError: a refresh is running.
+        LockedError: a refresh is running, here or on another machine.
     """
     if dry_run:
         return _decide(data_root, keep)
-    with lock_root(data_root.local):
+    with lock_data_root(data_root):
         return [_remove_version(data_root, v) if v.removed else v for v in _decide(data_root, keep)]
 
 
@@ -128,6 +129,7 @@ def _dataset_of(record: Any, path: Path) -> str:
 
 
 def _remove_version(data_root: DataRoot, decision: PruneDecision) -> PruneDecision:
+    confirm_lease(data_root.root)
     folder = data_root.version(decision.version)
     metadata = folder / METADATA
     if is_local(folder) and folder.is_symlink():

@@ -9,14 +9,17 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ixi_etl.config import SPLITS
 from ixi_etl.core import software
+from ixi_etl.core.conditional import put_if_unchanged, read_object
 from ixi_etl.core.files import fsync_path, sha256_file, to_json, write_atomic
+from ixi_etl.core.lease import confirm_lease, holds_lease
 from ixi_etl.core.progress import Progress, no_progress
-from ixi_etl.core.storage import DataRoot, is_local, upload_folder
+from ixi_etl.core.storage import DataRoot, filesystem_of, is_local, upload_folder
 from ixi_etl.dataset.command import command_of, how_to_make
 from ixi_etl.dataset.croissant import croissant
 from ixi_etl.dataset.datasheet import make_datasheet
@@ -35,7 +38,7 @@ from ixi_etl.dataset.metadata import (
 from ixi_etl.dataset.schema import SCHEMAS
 from ixi_etl.dataset.verify import verify, verify_files
 from ixi_etl.dataset.versions import published_versions
-from ixi_etl.errors import DatasetError
+from ixi_etl.errors import DatasetError, LockedError
 from ixi_etl.sources.cache import VerifiedFile
 
 log = logging.getLogger(__name__)
@@ -105,6 +108,7 @@ def publish(
 
     Raises:
         DatasetError: the staged version does not verify.
+        LockedError: another process took over the lock of the root, on S3.
     """
     version = str(summary["version"])
     summary = {**summary, "command": command_of(summary)}
@@ -122,7 +126,9 @@ def publish(
         staged.rename(target)
         fsync_path(target.parent)
     else:  # overwrites existing files, which have the same names and bytes
-        upload_folder(staged, target, last=METADATA, progress=progress)
+        confirm = partial(confirm_lease, data_root.root)
+        confirm()
+        upload_folder(staged, target, last=METADATA, progress=progress, confirm=confirm)
     _update_pointer(data_root, version, origins)
     _clear_staging(data_root)
     _warn_of_empty_splits(summary)
@@ -191,6 +197,8 @@ def _restore_quarantined(data_root: DataRoot) -> None:
 
 def _update_pointer(data_root: DataRoot, version: str, origins: Mapping[str, Any]) -> None:
     """Write `version` and the SHA-256 of its `dataset.json` into `latest.json`, unless they are there already."""
+    path = data_root.datasets / POINTER
+    seen = read_object(path) if holds_lease(data_root.root) else None
     pointer = read_pointer(data_root)
     if pointer is None:
         _back_up_damaged_pointer(data_root)
@@ -200,7 +208,12 @@ def _update_pointer(data_root: DataRoot, version: str, origins: Mapping[str, Any
         return
     published_at = datetime.now(UTC).isoformat(timespec="seconds")
     entry = {"version": version, FILE_DIGEST: digest, "published": published_at, "origins": origins}
-    write_atomic(data_root.datasets / POINTER, to_json({**entry, "history": [*pointer["history"], entry]}))
+    confirm_lease(data_root.root)
+    content = to_json({**entry, "history": [*pointer["history"], entry]})
+    if not holds_lease(data_root.root):
+        write_atomic(path, content)
+    elif not put_if_unchanged(path, content.encode(), seen.etag if seen else None):
+        raise LockedError(f"another process wrote {path} at the same time; run again")
 
 
 def _back_up_damaged_pointer(data_root: DataRoot) -> None:
@@ -216,5 +229,12 @@ def _back_up_damaged_pointer(data_root: DataRoot) -> None:
 
 
 def _clear_staging(data_root: DataRoot) -> None:
-    """Remove leftovers of interrupted jobs. The caller must hold the lock of the root."""
+    """Remove leftovers of interrupted jobs, here and on S3. The caller must hold the lock of the root."""
     shutil.rmtree(data_root.unfinished, ignore_errors=True)
+    if data_root.remote_unfinished:
+        filesystem, top = filesystem_of(data_root.remote_unfinished)
+        try:
+            if filesystem.exists(top):
+                filesystem.rm(top, recursive=True)
+        except OSError as error:  # such as credentials without s3:DeleteObject
+            log.warning("cannot remove %s, which is no longer needed (%s)", data_root.remote_unfinished, error)

@@ -7,7 +7,6 @@ record is written last: a subject with a record is finished.
 from __future__ import annotations
 
 import hashlib
-import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,11 +112,9 @@ def cut_subject(job: CutJob, dataset_config: DatasetConfig, work: Path) -> dict[
     have the same SHA-256.
 
     Raises:
-        DatasetError: `work` does not exist on this machine, or an archive changed after it was hashed.
+        DatasetError: an archive changed after it was hashed.
     """
-    if not work.is_dir():
-        raise DatasetError(f"{socket.gethostname()} has no folder {work}; Dask's workers must share it")
-    finished = _read_finished_record(job, work)
+    finished = read_finished_record(job, work)
     members = {m: member for m, member in job.members.items() if member.size <= MAX_MEMBER_BYTES}  # larger: excluded
     if finished and finished["fingerprints"] == _current_fingerprints(members):
         return finished
@@ -143,7 +140,7 @@ def cut_unverified(
     Args:
         read: returns the bytes of a member, given its modality and position.
     """
-    if _read_finished_record(job, work):
+    if read_finished_record(job, work):
         return
     packed = {m: read(m, member) for m, member in job.members.items() if member.size <= MAX_MEMBER_BYTES}
     _cut_and_record(job, packed, _hashes(packed) | {"fingerprints": dict.fromkeys(packed, "")}, dataset_config, work)
@@ -194,12 +191,14 @@ def _current_fingerprints(members: Mapping[str, MemberRef]) -> dict[str, str]:
     return fingerprints
 
 
-def _read_finished_record(job: CutJob, work: Path) -> dict[str, Any] | None:
+def read_finished_record(job: CutJob, work: Path) -> dict[str, Any] | None:
     """The record of an earlier run, if it is undamaged, of this job, and its files exist."""
     record = read_json(record_path(work, job.subject_id))
     if not isinstance(record, dict) or record != _with_digest(record) or record.get("made_for") != _job_identity(job):
         return None
-    return record if isinstance(record.get("fingerprints"), dict) and _files_intact(record, job, work) else None
+    is_complete = "files" in record or "reason" in record or not job.is_candidate
+    is_usable = is_complete and isinstance(record.get("fingerprints"), dict) and files_intact(record, work)
+    return record if is_usable else None
 
 
 def _with_digest(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,10 +240,9 @@ def _cut(
     record |= {"affines": affines, "slab_shape": voxels[reference].shape, "files": files}
 
 
-def _files_intact(record: Mapping[str, Any], job: CutJob, work: Path) -> bool:
+def files_intact(record: Mapping[str, Any], work: Path) -> bool:
     """Whether the files of a record are on the disk, undamaged: a power cut can lose the last writes."""
     try:
-        intact = all(sha256_file(work / name) == digest for name, digest in record.get("files", {}).items())
+        return all(sha256_file(work / name) == digest for name, digest in record.get("files", {}).items())
     except OSError:
         return False
-    return intact and ("files" in record or "reason" in record or not job.is_candidate)

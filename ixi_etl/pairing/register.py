@@ -26,6 +26,11 @@ MAX_MOTION_MM, MAX_MOTION_DEG = 15.0, 15.0
 RETRY_MM = 1.0
 """Disagreement of two coarse searches from which more starts are tried. docs/registration.md has the distribution."""
 TRIAL_ANGLE_DEG = 8.0
+MIRROR_LAST_MM = 0.2
+"""Length of the steps below which the search for the mirror image ends: it decides, and need not be accurate."""
+NEWTON_GAIN = 2.0
+"""Times the length of Newton's own step that a step may have near the end. The curvature is only an estimate, so 1
+takes longer."""
 MIRROR_CHECK_MM = 2.0
 """Disagreement of two searches for the mirror image up to which it is taken to fit."""
 MIRROR_GAIN = 1.03
@@ -147,7 +152,7 @@ def _fits_better_mirrored(fixed: Head, moving: Head, found: Matrix, similarity: 
         if is_poor:
             start, mirrored_similarity = _best_of_many(fixed, mirrored, [np.eye(4), found])
         else:
-            start, mirrored_similarity = _search(COARSE, fixed, mirrored, found)
+            start, mirrored_similarity = _search(COARSE, fixed, mirrored, found, last_mm=MIRROR_LAST_MM)
         if mirrored_similarity < MIRROR_GAIN * similarity:
             return False
         # Scans of two people fit about as well mirrored as not, but then the searches end in different places.
@@ -194,13 +199,19 @@ _RIGID = _directions.reshape(6, 12)
 """Shifts along and rotations about x, y and z, as changes of the first three rows of a matrix."""
 
 
-def _search(level: Level, fixed: Head, moving: Head, start: Matrix, *, is_affine: bool = False) -> tuple[Matrix, float]:
+def _search(
+    level: Level, fixed: Head, moving: Head, start: Matrix, *, is_affine: bool = False, last_mm: float | None = None
+) -> tuple[Matrix, float]:
     """The best matrix from the fixed to the moving scan's world on the way of the search, and its mutual information.
 
     The matrix is rigid, unless the search `is_affine`.
-    Steps in the direction of Newton's method, of a fixed length, which also cross small maxima. They become shorter
-    when the direction reverses. They are rounded to 2^-20 mm (about 1 nm), because the last bits of linear algebra
-    differ between CPUs.
+    Steps in the direction of Newton's method, of a fixed length, which also cross small maxima. The length becomes
+    shorter when the direction reverses. When it is less than half the first one, the end is near, and steps are at
+    most `NEWTON_GAIN` times as long as Newton's; far from the end these are too short. Steps are rounded to 2^-20 mm
+    (about 1 nm), because the last bits of linear algebra differ between CPUs.
+
+    Args:
+        last_mm: length of a step below which the search ends, by default the level's.
 
     Raises:
         RegistrationError: the scans do not overlap.
@@ -210,7 +221,7 @@ def _search(level: Level, fixed: Head, moving: Head, start: Matrix, *, is_affine
     matrix, best, best_value = start, start, -np.inf
     directions = np.eye(12) if is_affine else _RIGID
     step: NDArray[np.floating] = np.zeros(len(directions))
-    length_mm = level.first_mm
+    longest_mm, last_mm = level.first_mm, last_mm or level.last_mm
     for _ in range(level.steps):
         here = information.evaluate(matrix)
         if here.value > best_value:
@@ -218,10 +229,13 @@ def _search(level: Level, fixed: Head, moving: Head, start: Matrix, *, is_affine
         last_step = step
         step = np.linalg.lstsq(directions @ here.curvature @ directions.T, directions @ here.gradient)[0]
         if step @ last_step < 0:
-            length_mm *= level.relax
-        if length_mm < level.last_mm or not step.any() or here.value == -np.inf:
+            longest_mm *= level.relax
+        newton_mm = float(np.linalg.norm(step))
+        is_near = longest_mm < level.first_mm / 2
+        length_mm = min(longest_mm, NEWTON_GAIN * newton_mm) if is_near else longest_mm
+        if length_mm < last_mm or newton_mm == 0 or here.value == -np.inf:
             break
-        step_mm = rounded(step * (length_mm / np.linalg.norm(step)), MATRIX_BITS)
+        step_mm = rounded(step * (length_mm / newton_mm), MATRIX_BITS)
         matrix = matrix @ _small_change(directions.T @ step_mm, centre, is_affine=is_affine)
     if best_value == -np.inf:
         raise RegistrationError("the scans do not overlap")

@@ -18,7 +18,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ixi_etl.config import DigitsConfig
-from ixi_etl.core.files import lock_root, os_errors_as_user_errors, write_atomic
+from ixi_etl.core.files import os_errors_as_user_errors, write_atomic
+from ixi_etl.core.lease import lock_data_root
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import filesystem_of, naming_file
 from ixi_etl.dataset import credit, manifest, metadata, publish, store
@@ -55,7 +56,7 @@ def make_digits(config: DigitsConfig, progress: Progress = no_progress) -> Publi
         IxiError: with a message that says what to do.
     """
     data_root = config.data_root
-    with lock_root(data_root.local):
+    with lock_data_root(data_root):
         files = acquire_files(config, progress)
         inputs = metadata.version_inputs({name: f.md5 for name, f in files.items()}, config.dataset, BYTE_LIBRARIES)
         version, origins = metadata.version_name(inputs), publish.origins_of(files)

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ixi_etl.config import DatasetConfig, RefreshConfig
-from ixi_etl.core.files import lock_root, os_errors_as_user_errors, write_atomic
-from ixi_etl.core.parallel import parallel_map
+from ixi_etl.core.files import os_errors_as_user_errors, write_atomic
+from ixi_etl.core.lease import lock_data_root
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.dataset import manifest, metadata, publish, selection
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import CANDIDATE, SCHEMAS, is_absent
 from ixi_etl.dataset.splits import person_of
 from ixi_etl.errors import DatasetError
-from ixi_etl.pairing.cut import CutJob, archive_changed, cut_subject, read_member_checked, record_path
-from ixi_etl.recipes.ixi_inputs import (
-    VOXEL_LIBRARIES,
-    DemographicsFile,
-    Inputs,
-    RefreshJob,
-    create_cut_jobs,
-)
+from ixi_etl.pairing.cut import CutJob, archive_changed
+from ixi_etl.recipes.ixi_cluster import cut_batch
+from ixi_etl.recipes.ixi_inputs import DemographicsFile, Inputs, RefreshJob, create_cut_jobs
 from ixi_etl.recipes.ixi_overlap import start_job
 from ixi_etl.recipes.ixi_subjects import check_split_counts, cut_enough, warn_about_leaks
 from ixi_etl.recipes.ixi_version import publish_version
@@ -58,7 +50,7 @@ def refresh(config: RefreshConfig, progress: Progress = no_progress) -> Publishe
     Raises:
         IxiError: with a message that says what to do. Finished work is kept, and the next call continues from there.
     """
-    with lock_root(config.data_root.local):
+    with lock_data_root(config.data_root):
         job = start_job(config, progress)
         published = find_published(job)
         if published:
@@ -152,8 +144,8 @@ def cut_subjects(
         The final manifest, and subject_id -> record of `cut_subject`.
 
     Raises:
-        DatasetError: too many subjects are unreadable or none is used, an archive changed, or Dask's workers write to
-            another folder.
+        DatasetError: too many subjects are unreadable or none is used, an archive changed, or Dask's workers cannot
+            give their results to this machine.
     """
     config, inputs, work = job.config, job.inputs, job.work
     work.mkdir(parents=True, exist_ok=True)
@@ -163,15 +155,8 @@ def cut_subjects(
 
     def cut(batch: Sequence[CutJob]) -> dict[str, dict[str, Any]]:
         nonlocal finished
-        results = parallel_map(
-            partial(cut_subject, dataset_config=config.dataset, work=work.resolve()),
-            [_without_fingerprints(cut_job) for cut_job in batch] if config.dask else batch,
-            workers=config.workers,
-            address=config.dask,
-            libraries=("ixi-etl", *VOXEL_LIBRARIES),
-            on_done=lambda done: job.progress("cut", finished + done, len(cut_jobs), "subjects"),
-        )
-        _check_members(batch, results, work)
+        total = len(cut_jobs)
+        results = cut_batch(job, batch, lambda done: job.progress("cut", finished + done, total, "subjects"))
         finished += len(batch)
         return {cut_job.subject_id: result for cut_job, result in zip(batch, results, strict=True)}
 
@@ -181,7 +166,6 @@ def cut_subjects(
         for cut_job in cut_jobs:
             if cut_job.is_candidate:
                 records[cut_job.subject_id] = _with_unchecked_flag(records[cut_job.subject_id])
-    _check_files_exist(work, records)
     final = manifest.finalise(screened, records, config.dataset)
     _warn_about_flags(final, FLAGS_OF_THE_CUT)
     audit = job.staging / metadata.MANIFEST
@@ -194,32 +178,6 @@ def cut_subjects(
 
 def _with_unchecked_flag(record: dict[str, Any]) -> dict[str, Any]:
     return record | {"flags": manifest.join_flags(record.get("flags"), UNCHECKED)}
-
-
-def _without_fingerprints(cut_job: CutJob) -> CutJob:
-    """The job for a worker that may see the archives with other fingerprints, on another mount."""
-    return replace(cut_job, members={m: replace(member, fingerprint="") for m, member in cut_job.members.items()})
-
-
-def _check_members(cut_jobs: Sequence[CutJob], records: Sequence[Mapping[str, Any]], work: Path) -> None:
-    """Check that remote workers read what was hashed here: the same fingerprint, or else the same SHA-256.
-
-    Raises:
-        DatasetError: a worker read other bytes. Its records are removed.
-    """
-    differing = ""
-    for cut_job, record in zip(cut_jobs, records, strict=True):
-        for modality, worker_fingerprint in record["fingerprints"].items():
-            member = cut_job.members[modality]
-            if worker_fingerprint != member.fingerprint:
-                data, _ = read_member_checked(member)
-                if hashlib.sha256(data).hexdigest() != record[f"{modality.lower()}_sha256"]:
-                    record_path(work, cut_job.subject_id).unlink(missing_ok=True)
-                    differing = member.archive
-    if differing:
-        raise DatasetError(
-            f"Dask's workers read other bytes in {differing} than this machine; make the copies equal and run again"
-        )
 
 
 def _check_disk(work: Path, screened: pd.DataFrame, dataset_config: DatasetConfig) -> None:
@@ -245,13 +203,6 @@ def _check_unchanged(inputs: Inputs) -> None:
             unchanged = False
         if not unchanged:
             raise archive_changed(archive.location)
-
-
-def _check_files_exist(work: Path, records: Mapping[str, Any]) -> None:
-    """Check that the files written by remote workers are in the shared folder."""
-    missing = [name for r in records.values() for name in r.get("files", ()) if not (work / name).is_file()]
-    if missing:
-        raise DatasetError(f"{missing[0]} was cut, but is not in {work}; Dask's workers must share that folder")
 
 
 def _check_enough_subjects(final: pd.DataFrame, config: RefreshConfig, audit: Path, skipped: Sequence[str]) -> None:

@@ -38,7 +38,7 @@ from ixi_etl.core.storage import DataRoot
 from ixi_etl.dataset import versions
 from ixi_etl.dataset.prune import prune_versions
 from ixi_etl.errors import IxiError, LockedError
-from ixi_etl.recipes import ixi, ixi_inputs, ixi_version
+from ixi_etl.recipes import ixi, ixi_cluster, ixi_inputs, ixi_version
 from ixi_etl.report import dataset_report
 
 PRELOADED = (dask, distributed, fsspec, isal, pandera, SimpleITK, zarrs, dataset_report)
@@ -181,7 +181,7 @@ def do_measured_refresh(pipe: Connection, config: str) -> None:
         setattr(module, name, timed)
 
     measure(survey, "_row", lambda _modality, member, *_: str(member.name))
-    measure(ixi, "cut_subject", lambda job, *_: str(job.subject_id))
+    measure(ixi_cluster, "cut_subject", lambda job, *_: str(job.subject_id))
     made = ixi.refresh(RefreshConfig.model_validate_json(config))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     pipe.send(("done", {"version": made.version, "slowest": slowest, "peak": peak}))

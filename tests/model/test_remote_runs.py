@@ -14,10 +14,12 @@ import torch
 from conftest import SMALL_NETWORKS, new_s3_root
 
 from ixi_etl.core.files import write_atomic
+from ixi_etl.core.lease import LEASE, Lease, LeaseTimes, lock_shared
 from ixi_etl.core.progress import no_progress
 from ixi_etl.core.storage import DataRoot, file_sizes, filesystem_of, to_path, upload_folder
 from ixi_etl.dataset import metadata
 from ixi_etl.dataset.publish import PublishedVersion
+from ixi_etl.errors import LockedError
 from model import checkpoint
 from model import run as runs
 from model.config import TrainConfig
@@ -68,7 +70,30 @@ def trained(root: str, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     train_run(run)
     assert run.remote
     latest = open_run(root, "latest", tmp_path_factory.mktemp("second"))
-    return Trained(run, latest, file_sizes(run.folder), file_sizes(run.remote))
+    on_s3 = {name: size for name, size in file_sizes(run.remote).items() if name != LEASE}
+    return Trained(run, latest, file_sizes(run.folder), on_s3)
+
+
+def test_one_machine_at_a_time_trains_a_run(trained: Trained, tmp_path: Path) -> None:
+    remote = trained.copy_as("leased")
+    lease = Lease(remote, "--run-id", LeaseTimes())
+    assert lease.acquire(tmp_path)
+    again = run_in(str(remote.parent.parent), "leased", tmp_path / "second")
+    with pytest.raises(LockedError, match=r"leased is in use by process .*; wait, or choose another --run-id"):
+        train_run(again, resume=True)
+    lease.release()
+    assert train_run(again, resume=True) == again.generator
+    assert not (again.folder / LEASE).exists(), "the lock of another machine was downloaded"
+
+
+def test_a_run_that_another_machine_took_over_is_not_uploaded(trained: Trained, tmp_path: Path) -> None:
+    remote = trained.copy_as("taken")
+    with lock_shared(trained.run.folder, remote, times=LeaseTimes(lasts_s=-2)):
+        assert Lease(remote, "--run-id", LeaseTimes()).acquire(tmp_path)
+        (remote / "config.json").unlink()
+        with pytest.raises(LockedError, match="taken is now locked by process"):
+            runs.push_if_possible(trained.run.folder, remote)
+    assert not (remote / "config.json").exists()
 
 
 def weights(path: Path) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def test_a_mirror_image_that_does_not_fit_either_is_no_exchange(
     """As with scans of two people: the mirror image is a little more similar, but two searches disagree."""
     both = [heads.prepare(scan) for scan in reversed(still)]
     ends = iter([np.eye(4), rigid((0, 0, 0), (4, 0, 0))])
-    monkeypatch.setattr(register, "_search", lambda *_: (next(ends), 1.1))
+    monkeypatch.setattr(register, "_search", lambda *_, **__: (next(ends), 1.1))
     assert not register._fits_better_mirrored(*both, np.eye(4), similarity=1.0, is_poor=False)
     ends = iter([np.eye(4)] * 2)
     assert register._fits_better_mirrored(*both, np.eye(4), similarity=1.0, is_poor=False)
@@ -170,11 +170,11 @@ def test_more_starts_are_tried_if_two_searches_disagree(
     t1, t2 = still
     moved, search, calls = displaced(t2, MOTION), register._search, []
 
-    def mislead(level: heads.Level, *arguments: Any) -> tuple[np.ndarray, float]:
+    def mislead(level: heads.Level, *arguments: Any, **options: Any) -> tuple[np.ndarray, float]:
         calls.append(level)
         if len(calls) == 1:
             return rigid((0, 0, 15), (20, 0, 0)), 0.0
-        return search(level, *arguments)
+        return search(level, *arguments, **options)
 
     monkeypatch.setattr(register, "_search", mislead)
     found = register.register(t1, moved)

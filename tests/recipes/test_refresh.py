@@ -30,6 +30,7 @@ from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.errors import ConfigError, DatasetError, DownloadError, IxiError, LockedError
 from ixi_etl.recipes import ixi as jobs
+from ixi_etl.recipes import ixi_cluster
 from ixi_etl.recipes.ixi import refresh, select_subjects
 from ixi_etl.recipes.ixi_inputs import VOXEL_LIBRARIES, DemographicsFile, Inputs, RefreshJob
 from ixi_etl.scans.survey import describe_skipped_members, survey
@@ -393,7 +394,7 @@ def test_archives_that_change_after_hashing_are_not_published(
     archives: Path, published: PublishedVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Path(shutil.copytree(archives, tmp_path / "src"))
-    parallel_map = jobs.parallel_map
+    parallel_map = ixi_cluster.parallel_map
 
     def map_and_delete_an_archive(*arguments: Any, **more: Any) -> Any:
         done = parallel_map(*arguments, **more)
@@ -401,7 +402,7 @@ def test_archives_that_change_after_hashing_are_not_published(
         return done
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "parallel_map", map_and_delete_an_archive)
+        patch.setattr(ixi_cluster, "parallel_map", map_and_delete_an_archive)
         with pytest.raises(DatasetError, match=r"IXI-T2\.tar changed while it was read; run again when it is whole"):
             refresh(config_for(tmp_path / "root", source))
     data_root = DataRoot(tmp_path / "root")

@@ -11,12 +11,14 @@ from upath import UPath
 
 from ixi_etl.config import RefreshConfig
 from ixi_etl.core.files import write_atomic
+from ixi_etl.core.lease import LEASE, Lease, LeaseTimes, lock_data_root
 from ixi_etl.core.progress import no_progress
 from ixi_etl.core.storage import DataRoot, file_sizes, to_path, upload_folder
-from ixi_etl.dataset import metadata, verify, versions
+from ixi_etl.dataset import metadata, publish, verify, versions
+from ixi_etl.dataset.prune import prune_versions
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.store import open_arrays
-from ixi_etl.errors import IxiError
+from ixi_etl.errors import IxiError, LockedError
 from ixi_etl.recipes.ixi import refresh
 
 
@@ -50,11 +52,11 @@ def test_a_version_on_s3_equals_the_local_one(on_s3: OnS3, published: PublishedV
     assert (again.version, again.is_new) == (published.version, False)
     assert versions.resolve_version(DataRoot(config.root)) == published.version
     assert not list(Path(config.scratch or "").rglob("*.shard"))  # unfinished work is deleted
-    assert {name.partition("/")[0] for name in file_sizes(to_path(config.root))} == {"datasets"}
+    assert {name.partition("/")[0] for name in file_sizes(to_path(config.root))} == {"datasets", ".lock.json"}
 
 
 def test_metadata_and_pointer_are_uploaded_last(on_s3: OnS3) -> None:
-    written = [url for method, url, _ in on_s3.requests if method == "PUT"]
+    written = [url for method, url, _ in on_s3.requests if method == "PUT" and not url.endswith("/.lock.json")]
     prefix = "/" + on_s3.made.folder.parent.as_posix().removeprefix("s3://")
     assert written[-2:] == [f"{prefix}/{on_s3.made.version}/dataset.json", f"{prefix}/latest.json"]
     assert len(written) > len(metadata.read_metadata(on_s3.made.folder)["files"])
@@ -113,6 +115,49 @@ def test_a_missing_bucket_is_reported_before_any_work(s3: None, archives: Path, 
     with pytest.raises(IxiError, match="cannot reach the bucket nowhere"):
         versions.resolve_version(DataRoot("s3://nowhere/x"))
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_refresh_that_lost_its_lock_publishes_nothing(
+    config: RefreshConfig, published: PublishedVersion, tmp_path: Path
+) -> None:
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    data_root, others = config.data_root, list[Lease]()
+
+    def progress(stage: str, done: int, total: int, unit: str) -> None:
+        """When all is ready to be published, let another machine take over the lock, as if it had expired."""
+        if stage == "hash files" and not others:
+            (to_path(config.root) / LEASE).unlink()
+            others.append(Lease(to_path(config.root), "--root", LeaseTimes()))
+            assert others[0].acquire(elsewhere)
+
+    with pytest.raises(LockedError, match=r"is now locked by process \d+ on .* run again to resume when the other has"):
+        refresh(config, progress)
+    assert {name.partition("/")[0] for name in file_sizes(to_path(config.root))} == {".lock.json"}
+    with pytest.raises(LockedError, match="is in use by process"):
+        prune_versions(data_root, 1)
+    others[0].release()
+    assert refresh(config) == PublishedVersion(published.version, data_root.version(published.version), is_new=True)
+
+
+def test_a_pointer_that_another_process_wrote_is_not_overwritten(
+    config: RefreshConfig, published: PublishedVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_root = config.data_root
+    upload_version(published, config)
+    pointer = data_root.datasets / metadata.POINTER
+    pointer.unlink()
+
+    def read_pointer(data_root: DataRoot) -> None:
+        pointer.write_bytes(b"of another process")
+
+    with monkeypatch.context() as patch, lock_data_root(data_root):
+        patch.setattr(publish, "read_pointer", read_pointer)
+        patch.setattr(publish, "_back_up_damaged_pointer", lambda _: None)
+        with pytest.raises(
+            LockedError, match=r"another process wrote s3://\S+/latest.json at the same time; run again"
+        ):
+            publish.find_published(data_root, published.version, {})
+    assert pointer.read_bytes() == b"of another process"
 
 
 def test_the_command_line_reads_from_s3(on_s3: OnS3, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ from ixi_etl.pairing import cut as cutting
 from ixi_etl.pairing.cut import CutJob, MemberRef, cut_subject, cut_unverified, record_path, shard_path
 from ixi_etl.recipes import digits as mnist
 from ixi_etl.recipes import ixi as jobs
-from ixi_etl.recipes import ixi_inputs
+from ixi_etl.recipes import ixi_cluster, ixi_inputs
 from ixi_etl.recipes.ixi import refresh
 from ixi_etl.sources.cache import VerifiedFile
 from ixi_etl.testing.phantom import grid_affine, pack_nifti
@@ -186,17 +186,18 @@ def test_record_of_another_staging_folder_is_not_reused(change: dict[str, str], 
 def test_bytes_read_by_dask_workers_are_compared_with_local_ones(job: CutJob, tmp_path: Path) -> None:
     """Workers may see a file through another mount, with another inode and other times."""
     work, path = tmp_path / "work", Path(job.members["T2"].archive)
-    remote = jobs._without_fingerprints(job)
+    remote = ixi_cluster.without_fingerprints(job)
     rewrite_with_same_mtime(path)
     other = cut_subject(remote, CONFIG, work)
     path.write_bytes(T2)
     local = replace(job, members=job.members | {"T2": replace(job.members["T2"], fingerprint=fingerprint(str(path)))})
     with pytest.raises(DatasetError, match=r"workers read other bytes in \S+/T2 than this machine"):
-        jobs._check_members([local], [other], work)
+        ixi_cluster.check_members([local], [other], work)
     assert not record_path(work, SUBJECT).exists()
     good = cut_subject(remote, CONFIG, work)
     assert good["fingerprints"] != other["fingerprints"]
-    jobs._check_members([local], [good | {"fingerprints": {"T1": "another mount's", "T2": "another mount's"}}], work)
+    elsewhere = good | {"fingerprints": {"T1": "another mount's", "T2": "another mount's"}}
+    ixi_cluster.check_members([local], [elsewhere], work)
 
 
 def damage_archive(archives: Path, source: Path, name: str) -> None:

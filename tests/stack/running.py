@@ -143,7 +143,7 @@ def start_services(stack: Stack) -> None:
     create_secret_block(stack, "aws-secret-access-key", SECRETS["S3 secret key, in a block"])
     done = stack.run("deploy")
     assert done.returncode == 0, done.stdout + done.stderr
-    [training] = stack.request("deployments/filter", deployments={"name": {"any_": ["train-pix2pix"]}})
+    [training] = stack.request("deployments/filter", deployments=named("train-pix2pix"))
     short = training["parameters"] | {"settings": TRAINING}
     stack.request(f"deployments/{training['id']}", "PATCH", parameters=short)
     stack.start("worker-cpu")
@@ -158,9 +158,14 @@ def create_secret_block(stack: Stack, name: str, value: str) -> None:
     stack.request("block_documents/", name=name, data={"value": value}, **ids)
 
 
+def named(deployment: str) -> dict[str, Any]:
+    """The filter of a deployment."""
+    return {"name": {"any_": [deployment]}}
+
+
 def start_run(stack: Stack, deployment: str, **parameters: object) -> str:
     """Start a deployment through the API, without the seconds that `prefect` takes to import; return the run's id."""
-    [matching] = stack.request("deployments/filter", deployments={"name": {"any_": [deployment]}})
+    [matching] = stack.request("deployments/filter", deployments=named(deployment))
     return str(stack.request(f"deployments/{matching['id']}/create_flow_run", parameters=parameters)["id"])
 
 

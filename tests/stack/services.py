@@ -160,9 +160,8 @@ class Stack:
     def spawn(self, name: str, command: list[str], environment: Mapping[str, str], **options: Any) -> None:
         """Start a process that writes to the log `<name>.log`; `options` are those of `Popen`."""
         with open(self.folder / f"{name}.log", "ab") as log:
-            self.running[name] = subprocess.Popen(
-                command, cwd=PROJECT, env=dict(environment), stdout=log, stderr=log, start_new_session=True, **options
-            )
+            chosen = {"cwd": PROJECT, "stdout": log, "stderr": log, "start_new_session": True} | options
+            self.running[name] = subprocess.Popen(command, env=dict(environment), **chosen)
 
     def run(self, service: str, command: list[str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run the command of a service, or another one with its variables, and wait until it ends."""

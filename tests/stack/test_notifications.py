@@ -53,7 +53,7 @@ def told() -> Iterator[Told]:
 def stack(told: Told, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Stack]:
     """Server, pools and deployments; workers for ten runs in each pool, and a run that is older than the automation."""
     folder = tmp_path_factory.mktemp("stack")
-    values = {"IXI_ROOT": str(folder / "root"), "HEARTBEAT_S": "30", "IXI_NOTIFY": f"{told.url}/hook?key={KEY}"}
+    values = {"HEARTBEAT_S": "30", "IXI_NOTIFY": f"{told.url}/hook?key={KEY}"}
     with Stack(folder, values) as stack:
         try:
             stack.start_postgres()
@@ -63,7 +63,8 @@ def stack(told: Told, tmp_path_factory: pytest.TempPathFactory, request: pytest.
             start_without_process(stack, "older than the automation")
             deploy(stack)
             for service in ("worker-cpu", "worker-no-gpu"):
-                command = [*stack.command(service), "--limit", "10"]
+                command = stack.command(service)
+                command[command.index("--limit") + 1] = "10"
                 stack.spawn(service, command, stack.environment(service))
             yield stack
         finally:
@@ -116,7 +117,9 @@ def state_name(stack: Stack, run_id: str) -> str:
 
 
 def automations(stack: Stack) -> dict[str, Any]:
-    return {automation["name"]: automation for automation in stack.request("automations/filter")}
+    """The automations without those that `prefect deploy` makes anew for triggers."""
+    found = {automation["name"]: automation for automation in stack.request("automations/filter")}
+    return {name: automation for name, automation in found.items() if "__automation" not in name}
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +179,7 @@ def test_a_failed_run_is_told_with_its_message_and_what_to_do(told: Told, stack:
     [text] = wait_for("the notification", lambda: told.texts("synthesize: Failed"))
     assert "ValueError: the archive is damaged see the log" in text  # one line
     assert f"/runs/flow-run/{lives['failed']}" in text
-    assert "prefect deployment run synthesize" in text
+    assert 'What to do: what the message says; then start it again, by "Retry" on its page.' in text
 
 
 @pytest.mark.usefixtures("lives")
@@ -196,11 +199,49 @@ def test_a_run_that_no_worker_starts_is_told(told: Told, stack: Stack) -> None:
     writable = ("name", "description", "enabled", "trigger", "actions")
     short = {name: late[name] for name in writable} | {"trigger": late["trigger"] | {"within": 10}}
     stack.request(f"automations/{late['id']}", "PUT", **short)
-    [training] = stack.request("deployments/filter", deployments={"name": {"any_": ["synthesize"]}})
-    created = stack.request(f"deployments/{training['id']}/create_flow_run", name="nobody starts me")
+    [deployment] = stack.request("deployments/filter", deployments={"name": {"any_": ["running on in gpu"]}})
+    created = stack.request(f"deployments/{deployment['id']}/create_flow_run", name="nobody starts me")
     [text] = wait_for("the notification", lambda: told.texts("nobody starts me"))
     assert "synthesize: Late" in text
     assert f"/runs/flow-run/{created['id']}" in text
+
+
+# -- after three heartbeats -------------------------------------------------------------------------------------------
+
+
+def test_lost_runs_are_crashed_and_all_others_left_alone(stack: Stack, lives: dict[str, str], told: Told) -> None:
+    for name in ("killed", "no heartbeat"):
+        wait_for(f"the end of the run: {name}", lambda name=name: stack.state_of(lives[name]) in FINAL)
+    wait_for("the refused crashes", lambda: refused(stack) >= 3)
+    states = {name: state_name(stack, run) for name, run in lives.items()}
+    assert states == {
+        "cancelled": "Cancelled",
+        "running on": "Running",
+        "finished": "Completed",
+        "failed": "Failed",
+        "paused": "Paused",
+        "suspended": "Suspended",
+        "killed": "Crashed",
+        "killed, then cancelled": "Cancelling",  # the server refuses to crash it; `look-after` ends it
+        "no heartbeat": "Crashed",
+    }
+    [text] = wait_for("the notification", lambda: told.texts(lives["killed"]))
+    assert text.startswith("synthesize: Crashed")
+    assert "No heartbeat" in text
+    assert 'What to do: start it again, by "Retry" on its page.' in text
+    assert not [name for name in ("finished", "cancelled", "paused", "suspended") if told.texts(lives[name])]
+
+
+def test_the_real_end_of_a_run_replaces_a_crash_by_mistake(stack: Stack, lives: dict[str, str]) -> None:
+    """As after an outage of the server that was longer than three heartbeats."""
+    stack.request(f"flow_runs/{lives['no heartbeat']}/set_state", state={"type": "COMPLETED"})
+    assert state_name(stack, lives["no heartbeat"]) == "Completed"
+
+
+def refused(stack: Stack) -> int:
+    """How often the server refused to crash a run that has ended or is cancelled."""
+    found = stack.request("events/filter", filter={"event": {"name": ["prefect.automation.action.failed"]}})
+    return len([event for event in found["events"] if "Failed to set state" in event["payload"]["reason"]])
 
 
 # -- the training that an event did not start -------------------------------------------------------------------------
@@ -209,7 +250,7 @@ def test_a_run_that_no_worker_starts_is_told(told: Told, stack: Stack) -> None:
 @pytest.fixture(scope="module")
 def unannounced(stack: Stack, archives: Path) -> PublishedVersion:
     """A version whose event was lost."""
-    return refresh(config_for(stack.values["IXI_ROOT"], archives))
+    return refresh(config_for(stack.localize("/data"), archives))
 
 
 def look_after(stack: Stack, **parameters: object) -> None:
@@ -223,53 +264,20 @@ def trainings(stack: Stack) -> list[dict[str, Any]]:
     return [run["parameters"] for run in stack.runs_of("train-pix2pix")]
 
 
-@pytest.mark.usefixtures("lives")
-def test_a_version_without_a_training_gets_one_and_runs_that_the_automation_did_not_see_are_crashed(
-    stack: Stack, unannounced: PublishedVersion
+def test_look_after_starts_a_missing_training_once_and_ends_runs_that_the_automation_could_not(
+    stack: Stack, unannounced: PublishedVersion, lives: dict[str, str]
 ) -> None:
     """The automation cannot know a run that was Running before it existed."""
-    look_after(stack)
-    assert trainings(stack) == []  # the event has 15 minutes
     [old] = stack.request("flow_runs/filter", flow_runs={"name": {"any_": ["older than the automation"]}})
     look_after(stack, train_after=0)
     [training] = trainings(stack)
     assert training["dataset"] == f"ixi-t1-t2@{unannounced.version}"
-    assert training["root"] == stack.values["IXI_ROOT"]
+    assert training["root"] == stack.localize("/data")
     look_after(stack, train_after=0)
     assert trainings(stack) == [training]
-    wait_for("the old run", lambda: stack.state_of(old["id"]) == "CRASHED")
-
-
-# -- after three heartbeats -------------------------------------------------------------------------------------------
-
-
-def test_lost_runs_are_crashed_and_all_others_left_alone(stack: Stack, lives: dict[str, str], told: Told) -> None:
-    for name in ("killed", "killed, then cancelled", "no heartbeat"):
-        wait_for(f"the end of the run that was {name}", lambda name=name: stack.state_of(lives[name]) in FINAL)
-    wait_for("the refused crashes", lambda: refused(stack) >= 2)
-    states = {name: state_name(stack, run) for name, run in lives.items()}
-    assert states == {
-        "cancelled": "Cancelled",
-        "running on": "Running",
-        "finished": "Completed",
-        "failed": "Failed",
-        "paused": "Paused",
-        "suspended": "Suspended",
-        "killed": "Crashed",
-        "killed, then cancelled": "Crashed",
-        "no heartbeat": "Crashed",
-    }
-    [text] = wait_for("the notification", lambda: told.texts(lives["killed"]))
-    assert text.startswith("synthesize: Crashed")
-    assert "No heartbeat" in text
-    assert "start it again, it resumes: prefect deployment run synthesize" in text
-    assert not [name for name in ("finished", "cancelled", "paused", "suspended") if told.texts(lives[name])]
-
-
-def refused(stack: Stack) -> int:
-    """How often the server refused to crash a run in a final state."""
-    found = stack.request("events/filter", filter={"event": {"name": ["prefect.automation.action.failed"]}})
-    return len([e for e in found["events"] if "already in terminal state" in e["payload"]["reason"]])
+    assert stack.state_of(old["id"]) == "CRASHED"
+    assert stack.state_of(lives["killed, then cancelled"]) == "CANCELLED"
+    assert state_name(stack, lives["running on"]) == "Running"
 
 
 # -- other addresses --------------------------------------------------------------------------------------------------
@@ -311,12 +319,12 @@ def test_without_an_address_the_notifications_of_earlier_deploys_are_removed(sta
 def test_the_event_and_the_fallback_start_one_training(
     stack: Stack, archives: Path, unannounced: PublishedVersion
 ) -> None:
-    version = refresh(config_for(stack.values["IXI_ROOT"], archives, depth="any")).version
+    version = refresh(config_for(stack.localize("/data"), archives, depth="any")).version
     resource = {"prefect.resource.id": "ixi.dataset.ixi-t1-t2", "prefect.resource.name": "ixi-t1-t2"}
-    payload = {"version": version, "root": stack.values["IXI_ROOT"]}
+    payload = {"version": version, "root": stack.localize("/data")}
     emit(stack, "ixi.dataset.published", resource, payload=payload)
     by_fallback, by_event = wait_for("the training", lambda: len(found := trainings(stack)) == 2 and found)
     assert by_event == by_fallback | {"dataset": f"ixi-t1-t2@{version}"}  # the same parameters
     look_after(stack, train_after=0)
     assert len(trainings(stack)) == 2
-    assert DataRoot(stack.values["IXI_ROOT"]).version(version).is_dir()
+    assert DataRoot(stack.localize("/data")).version(version).is_dir()

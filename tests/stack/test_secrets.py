@@ -17,7 +17,7 @@ from urllib.parse import quote, quote_plus
 
 import httpx
 import pytest
-from running import BUCKET, HOST_PASSWORD, ROOT, SECRETS, refresh_config, run_folders, start_run, wait_for_end
+from running import BUCKET, HOST_PASSWORD, ROOT, SECRETS, named, refresh_config, run_folders, start_run, wait_for_end
 from services import Stack, wait_for
 
 from ixi_etl.core.storage import file_sizes, to_path
@@ -117,7 +117,7 @@ def test_deploying_without_the_block_of_a_variable_prints_one_line(
 
 
 def test_a_refresh_that_cannot_reach_s3_fails_in_one_line(stack: Stack, source: str) -> None:
-    [deployment] = stack.request("deployments/filter", deployments={"name": {"any_": ["refresh-dataset"]}})
+    [deployment] = stack.request("deployments/filter", deployments=named("refresh-dataset"))
     started = stack.request(
         f"deployments/{deployment['id']}/create_flow_run",
         parameters={"config": refresh_config(stack, source, ROOT)},

@@ -7,11 +7,12 @@ failures.
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import httpx
 import pytest
 import yaml
-from running import ROOT, assert_same_version, refresh_config, run_folders, start_run_by_command, wait_for_end
+from running import ROOT, assert_same_version, named, refresh_config, run_folders, start_run_by_command, wait_for_end
 from services import PROJECT, SERVICES, Stack, wait_for
 
 from ixi_etl.core.storage import to_path
@@ -26,9 +27,12 @@ pytestmark = pytest.mark.stack
 def test_all_deployments_exist_and_the_schedule_created_runs(stack: Stack) -> None:
     wanted = yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"]
     assert {d["name"] for d in stack.request("deployments/filter")} == {d["name"] for d in wanted}
-    runs = wait_for("scheduled runs", lambda: [r for r in stack.request("flow_runs/filter") if r["auto_scheduled"]])
-    assert {run["work_pool_name"] for run in runs} == {"cpu"}
-    assert "03:17:00" in runs[0]["expected_start_time"]
+    for name, times in (("refresh-dataset", ("03:17:00",)), ("look-after", ("00:00", "15:00", "30:00", "45:00"))):
+        runs = wait_for(
+            f"scheduled runs of {name}", partial(stack.request, "flow_runs/filter", deployments=named(name))
+        )
+        assert {run["work_pool_name"] for run in runs} == {"cpu"}
+        assert all(any(time in run["expected_start_time"] for time in times) for run in runs)
 
 
 def test_requests_without_the_password_are_refused(stack: Stack) -> None:
