@@ -83,7 +83,7 @@ def test_after_the_loss_of_a_worker_the_next_run_publishes_the_same_version(
     text = notification(stack, told, lost_run)
     assert "refresh-dataset: Crashed" in text
     assert "Message: No heartbeat: its process or machine is gone." in text
-    assert "What to do: start it again, it resumes: prefect deployment run refresh-dataset" in text
+    assert 'What to do: start it again, by "Retry" on its page. A refresh or a training resumes.' in text
     root = f"s3://{BUCKET}/worker-killed"
     again = start_run(stack, "refresh-dataset", config=refresh_config(stack, source, root))
     assert wait_for_end(stack, again) == "COMPLETED"
