@@ -41,6 +41,7 @@ log = logging.getLogger("ixi_etl.artifacts")
 UPDATE_INTERVAL_S = 3.0  # between two updates of the progress artifacts
 MAX_PICTURE_BYTES = 200_000  # the server stores each picture twice, in base64
 MAX_ROWS = 1000  # of a table
+NAMES = ("protocol", "mask", "method", "subjects")  # first columns of the table of scores
 
 
 def show_version(published: PublishedVersion) -> None:
@@ -50,7 +51,9 @@ def show_version(published: PublishedVersion) -> None:
         table = metadata.read_manifest(published.folder)
         name, report = described["name"], published.folder / metadata.REPORT
         excluded = table[table["status"] == EXCLUDED][["subject_id", "site", "reason", "detail"]]
-        create_markdown_artifact(_version_markdown(published, described, table), f"{name}-summary")
+        create_markdown_artifact(
+            _version_markdown(published, described, table), f"{name}-summary", "Subjects of the version"
+        )
         create_table_artifact(
             manifest.to_records(excluded.head(MAX_ROWS)), f"{name}-exclusions", "Excluded subjects, with the reason"
         )
@@ -83,10 +86,11 @@ def show_run(run: Path) -> None:
     """Create artifacts of a run: scores compared with the baselines, last sample sheet, and a link to its report."""
     with _errors_as_warnings():
         evaluation = summaries.evaluation_summary(run)
-        create_markdown_artifact(_run_markdown(run, evaluation), "pix2pix-summary")
+        create_markdown_artifact(_run_markdown(run, evaluation), "pix2pix-summary", "Scores of the run")
         if evaluation is not None:
             title = "By protocol, mask and method, on the test split"
-            create_table_artifact(evaluation.records, "pix2pix-evaluation", title)
+            named = [{name: row[name] for name in NAMES if name in row} | row for row in evaluation.records]
+            create_table_artifact(named, "pix2pix-evaluation", title)
         sheet = summaries.last_sample_sheet(run)
         if sheet is not None:
             title = "Source, target, generated, error"

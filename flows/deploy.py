@@ -14,6 +14,7 @@ It can be run again at any time, and changes only its own objects. It reads thes
   POST of JSON with `title` and `text`), one of Slack (https://hooks.slack.com/services/...), mail
   (mailtos://user:password@host?to=name@example.org), or another URL of Apprise. The server keeps it, encrypted, in the
   block `ixi-notify`. Without it nobody is told, and the block and the automations of an earlier deploy are removed.
+- IXI_SECRETS: names of variables that workers take from Secret blocks, separated by spaces (`flows.secret_blocks`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import asyncio
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import get_args
@@ -35,6 +37,7 @@ from prefect.workers.process import ProcessWorker
 from flows import notifications
 from flows.automations import crash_lost_runs, update_automations
 from flows.presets import Preset
+from flows.secret_blocks import use_secret_blocks
 from flows.server import check_server, errors_as_user_errors
 from ixi_etl.errors import IxiError
 
@@ -42,11 +45,12 @@ POOLS = {"cpu": "refreshes the dataset", "gpu": "trains"}
 DEFAULTS = {"IXI_ROOT": "ixi-data", "IXI_SCRATCH": "", "IXI_DASK": "", "IXI_PRESET": "smoke", "IXI_TRAIN_AFTER": "15"}
 
 
-async def prepare_server(notify: str | None) -> None:
-    """Create missing work pools, and update the automations.
+async def prepare_server(notify: str | None, secrets: Sequence[str]) -> None:
+    """Create missing work pools, and update their references to Secret blocks and the automations.
 
     Args:
         notify: the URL for Apprise that notifications go to; None for no notifications.
+        secrets: variables that workers take from Secret blocks.
     """
     async with get_client() as client:
         for name, purpose in POOLS.items():
@@ -58,6 +62,7 @@ async def prepare_server(notify: str | None) -> None:
             )
             with suppress(ObjectAlreadyExists):
                 await client.create_work_pool(pool)
+        await use_secret_blocks(client, list(POOLS), secrets)
         lost = crash_lost_runs()
         told = notifications.notifications(await notifications.save_block(client, notify)) if notify else []
         await update_automations(client, (lost.name, *notifications.NAMES), [lost, *told])
@@ -84,7 +89,7 @@ def main() -> None:
     try:
         check_server()
         with errors_as_user_errors():
-            asyncio.run(prepare_server(address))
+            asyncio.run(prepare_server(address, environment.get("IXI_SECRETS", "").split()))
     except IxiError as error:
         sys.exit(f"error: {error}")
     deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]

@@ -10,6 +10,7 @@ import logging
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Annotated
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -29,6 +30,7 @@ from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFi
 from prefect.states import Cancelled, Crashed
 
 from flows.automations import FLOWS, LOST, MISSED_BEATS, heartbeat_s
+from ixi_etl.config import NO_SECRET
 from ixi_etl.core.storage import DataRoot
 from ixi_etl.dataset.checks import held_by
 from ixi_etl.dataset.metadata import read_pointer
@@ -154,7 +156,11 @@ check_runs = task(name="end_lost", cache_policy=NO_CACHE)(end_lost)
 
 
 @flow(name="look-after", persist_result=False)
-def look_after(root: str = "ixi-data", scratch: Path | None = None, train_after: float = 15) -> None:
+def look_after(
+    root: Annotated[str, NO_SECRET] = "ixi-data",
+    scratch: Annotated[Path | None, NO_SECRET] = None,
+    train_after: float = 15,
+) -> None:
     """Start a missing training, and end lost runs.
 
     Args:

@@ -50,9 +50,11 @@ RETRIES: dict[str, Any] = {
 download = task(name="download", task_run_name="download {source.name}", cache_policy=NO_CACHE, **RETRIES)(
     ixi_inputs.acquire_file
 )
-download_members = task(name="download_members", cache_policy=NO_CACHE, **RETRIES)(ixi_inputs.acquire_members)
-survey_archives = task(cache_policy=NO_CACHE)(ixi.survey_archives)
-select_subjects = task(cache_policy=NO_CACHE)(ixi.select_subjects)
+download_members = task(name="download_members", task_run_name="download members", cache_policy=NO_CACHE, **RETRIES)(
+    ixi_inputs.acquire_members
+)
+survey_archives = task(task_run_name="survey archives", cache_policy=NO_CACHE)(ixi.survey_archives)
+select_subjects = task(task_run_name="select subjects", cache_policy=NO_CACHE)(ixi.select_subjects)
 cut_subjects = task(task_run_name="cut for {job.version}", cache_policy=NO_CACHE)(ixi.cut_subjects)
 
 

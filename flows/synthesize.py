@@ -8,30 +8,32 @@ Run it from Python, ``synthesize("latest", ["sub-01_T1w.nii.gz"], "out")``, or a
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.artifacts import show_written
 from flows.progress import show_progress
+from ixi_etl.config import NO_SECRET
 from model import outputs, volumes
 from model import synthesize as synthesis
 from model.devices import pick_device
 
-synthesize_volumes = task(cache_policy=NO_CACHE)(volumes.synthesize)
+synthesize_volumes = task(task_run_name="synthesize volumes", cache_policy=NO_CACHE)(volumes.synthesize)
 
 
 @flow(name="synthesize", flow_run_name="synthesize with {run}", persist_result=False)
 def synthesize(
-    run: str,
-    inputs: list[Path],
-    out: Path,
-    root: str | Path = "ixi-data",
-    scratch: str | Path | None = None,
-    device: str = "auto",
+    run: Annotated[str, NO_SECRET],
+    inputs: list[Annotated[Path, NO_SECRET]],
+    out: Annotated[Path, NO_SECRET],
+    root: Annotated[str | Path, NO_SECRET] = "ixi-data",
+    scratch: Annotated[str | Path | None, NO_SECRET] = None,
+    device: Annotated[str, NO_SECRET] = "auto",
     dropout: bool = False,
     seed: int = 0,
-    sources: list[str] | None = None,
+    sources: list[Annotated[str, NO_SECRET]] | None = None,
 ) -> list[Path]:
     """Generate a volume from each input file or folder, or one from the files of all sources; return those written.
 

@@ -8,7 +8,7 @@ Run it from Python, ``train_pix2pix(preset="smoke")``, or as a deployment::
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow, get_run_logger, task
 from prefect.assets import materialize
@@ -18,6 +18,7 @@ from flows.artifacts import progress_artifacts, show_run
 from flows.assets import dataset_asset, run_asset
 from flows.presets import Preset
 from flows.progress import show_progress
+from ixi_etl.config import NO_SECRET
 from ixi_etl.core.storage import DataRoot
 from ixi_etl.dataset.versions import parse_version
 from ixi_etl.errors import EmptySplitError
@@ -51,12 +52,12 @@ def _run_name() -> str:
 
 @flow(name="train-pix2pix", flow_run_name=_run_name, persist_result=False)
 def train_pix2pix(
-    dataset: str | None = None,
+    dataset: Annotated[str | None, NO_SECRET] = None,
     preset: Preset = "paper",
-    root: str | Path = "ixi-data",
-    scratch: str | Path | None = None,
-    run: str | None = None,
-    settings: dict[str, Any] | None = None,
+    root: Annotated[str | Path, NO_SECRET] = "ixi-data",
+    scratch: Annotated[str | Path | None, NO_SECRET] = None,
+    run: Annotated[str | None, NO_SECRET] = None,
+    settings: dict[str, Annotated[Any, NO_SECRET]] | None = None,
     resume: bool = True,
 ) -> Path:
     """Train on a dataset version, evaluate on its test split, and return the location of the run.

@@ -29,7 +29,13 @@ from ixi_etl import modalities
 from ixi_etl.core.http_options import HttpOptions
 from ixi_etl.core.option import Option
 from ixi_etl.core.parallel import usable_cores
-from ixi_etl.core.storage import DataRoot, expand_home, reject_unusable_path, reject_url_credentials
+from ixi_etl.core.storage import (
+    NO_URL_CREDENTIALS,
+    DataRoot,
+    expand_home,
+    reject_unusable_path,
+    reject_url_credentials,
+)
 from ixi_etl.core.text import printable
 from ixi_etl.errors import IxiError, redacted
 from ixi_etl.modalities import DEFAULT_MODALITIES, MODALITIES
@@ -120,7 +126,10 @@ def _check_utf8(location: Any) -> Any:
     return location
 
 
-UserText = Annotated[str, BeforeValidator(_check_utf8), AfterValidator(_without_credentials)]
+NO_SECRET = Field(json_schema_extra={"pattern": NO_URL_CREDENTIALS})
+"""Makes the Prefect server refuse a URL with a password in this parameter of a run, which it would store."""
+
+UserText = Annotated[str, BeforeValidator(_check_utf8), AfterValidator(_without_credentials), NO_SECRET]
 UserPath = Annotated[UserText, Field(min_length=1)]
 
 
@@ -363,10 +372,10 @@ NEWER_FIELDS = frozenset(
 class JobConfig(StrictModel):
     """Fields of every job that makes a dataset version."""
 
-    root: Annotated[str, Option(envvar="IXI_ROOT")] = Field(
+    root: Annotated[str, Option(envvar="IXI_ROOT"), NO_SECRET] = Field(
         "ixi-data", description="folder or s3://bucket/prefix that holds datasets and runs"
     )
-    scratch: Annotated[Path | None, Option(envvar="IXI_SCRATCH")] = Field(
+    scratch: Annotated[Path | None, Option(envvar="IXI_SCRATCH"), NO_SECRET] = Field(
         None, description="if the root is on S3: folder for archives and unfinished work"
     )
     offline: bool = Field(False, description="use verified files only; make no network request")
@@ -433,7 +442,7 @@ class RefreshConfig(JobConfig):
         description="how the files of --source are named, such as '{subject}_{site}_{modality}.nii.gz', or "
         "'T1={subject}/mprage.nii.gz' for one modality; may be repeated",
     )
-    insecure_hosts: Annotated[tuple[str, ...], Option(flag="--insecure-host")] = Field(
+    insecure_hosts: Annotated[tuple[Annotated[str, NO_SECRET], ...], Option(flag="--insecure-host")] = Field(
         (), description="host whose TLS certificate is not checked; may be repeated"
     )
 

@@ -27,6 +27,8 @@ from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.recipes.ixi import refresh
 from ixi_etl.testing.phantom import write_phantom
 
+pytest_plugins = ["running"]  # the services that modules of tests/stack share
+
 # With networks of a few channels, threads cost more than they save. Child processes inherit the variable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -69,6 +69,21 @@ def reject_url_credentials(location: str | Path | None, advice: str = NETRC) -> 
         text = unquote(text)
 
 
+_SCHEME = "[A-Za-z][A-Za-z0-9+.-]+:/+"
+NO_URL_CREDENTIALS = (
+    r"^(?:[Ff][Ii][Ll][Ee]:///|(?!"
+    rf"[\s\S]*{_SCHEME}(?:[^/]*@|[\s\S]*[?#][^?#])"  # https://user:password@host, https://host?key=...
+    r"|[\s\S]*[Ss]3[A-Za-z0-9+.-]*:/+(?![a-z0-9._-]*/)[\s\S]*@"  # s3://key:with/slash@bucket
+    rf"|[\s\S]*{_SCHEME}[^/:\[]*:(?![0-9]{{1,5}}/)[^/]*/[\s\S]*@"  # https://user:with/slash@host
+    r"|(?://)?[^/@:]{2,}:(?!/)[^@]*@"  # user:password@host
+    r"))"
+)
+"""The JSON Schema pattern of a location: what `reject_url_credentials` accepts, and only few encodings of others.
+
+A server stores the parameters of a run before the run can refuse them, unless their schema does not match.
+"""
+
+
 def expand_home(path: str | Path) -> Path:
     """Replace `~` or `~name` at the start of a path by the home folder.
 

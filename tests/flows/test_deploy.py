@@ -165,11 +165,12 @@ def test_address_of_notifications_becomes_a_url_of_apprise(given: str, url: str 
 def test_unusable_address_of_notifications_prints_one_line_without_it(
     given: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
     from flows import deploy
 
-    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     monkeypatch.setenv("IXI_NOTIFY", given)
-    with pytest.raises(SystemExit) as ended:
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), pytest.raises(SystemExit) as ended:
         deploy.main()
     line = str(ended.value.code)
     assert line.startswith("error: IXI_NOTIFY is not an address that can be notified; set a webhook (https://...)")

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
@@ -66,6 +67,8 @@ class Stack:
         ports: service -> port on this machine.
         running: name of a process -> the process.
         used: services whose command ran.
+        commands: command lines of all processes.
+        run_environments: environments of the processes that ran flows.
     """
 
     def __init__(self, folder: Path, values: Mapping[str, str]) -> None:
@@ -75,12 +78,28 @@ class Stack:
         self.ports = {name: free_port() for name in PORTS}
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.used: set[str] = set()
+        self.commands: set[str] = set()
+        self.run_environments: dict[int, dict[str, str]] = {}
         self._cleanup = ExitStack()
         for volume in VOLUMES:
             (folder / volume[1:]).mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> Stack:
+        ended = threading.Event()
+        recorder = threading.Thread(target=self._record_processes, args=(ended,))
+        recorder.start()
+        self._cleanup.callback(recorder.join)
+        self._cleanup.callback(ended.set)
         return self
+
+    def _record_processes(self, ended: threading.Event) -> None:
+        while not ended.wait(0.5):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    self.commands.add(" ".join(process.cmdline()))
+                    environment = process.environ()
+                    if "PREFECT__FLOW_RUN_ID" in environment:
+                        self.run_environments[process.pid] = environment
 
     def __exit__(self, *_: object) -> None:
         for name in reversed(list(self.running)):
@@ -127,6 +146,7 @@ class Stack:
             "HOME": str(self.folder),
             "PREFECT_HOME": str(self.folder / "tmp" / service),
             "PREFECT_PLUGINS_ENABLED": "1",
+            "PREFECT_LOGGING_LEVEL": "DEBUG",  # `test_secrets` searches the logs
             "PREFECT_WORKER_QUERY_SECONDS": "2",  # the default of 10 makes the tests longer
         }
         return base | given
@@ -185,10 +205,7 @@ class Stack:
 
     def start_postgres(self) -> None:
         """Start Debian's PostgreSQL, which refuses to run as root, so root starts it as the user `postgres`."""
-        binaries = max(
-            Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name), default=None
-        )
-        assert binaries, "no PostgreSQL; apt-get install postgresql"
+        binaries = self._postgres_binaries()
         folder = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="ixi-postgres-")))
         password = folder / "password"
         password.write_text(self.values["POSTGRES_PASSWORD"])
@@ -208,14 +225,31 @@ class Stack:
         environment = os.environ | {"PGPASSWORD": self.values["POSTGRES_PASSWORD"]}
         subprocess.run([binaries / "createdb", *address, "prefect"], check=True, env=environment)
 
-    def start_s3(self, bucket: str) -> None:
-        """Start a moto server with a bucket, and add its address and keys to `values`, as in `.env`."""
+    def _postgres_binaries(self) -> Path:
+        found = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name), default=None)
+        assert found, "no PostgreSQL; apt-get install postgresql"
+        return found
+
+    def dump_database(self) -> dict[str, bytes]:
+        """The rows of each table of the database, as SQL, and the rest of `pg_dump` under the name ""."""
+        address = ["-h", "127.0.0.1", "-p", self.ports["postgres"], "-U", "prefect"]
+        environment = os.environ | {"PGPASSWORD": self.values["POSTGRES_PASSWORD"]}
+        dump = [self._postgres_binaries() / "pg_dump", *address, "prefect"]
+        done = subprocess.run(dump, check=True, capture_output=True, env=environment)
+        rest, *tables = re.split(rb"^COPY public\.", done.stdout, flags=re.MULTILINE)
+        return {"": rest} | {table.split()[0].decode(): table for table in tables}
+
+    def start_s3(self, bucket: str, secret: str = "anything") -> None:
+        """Start a moto server with a bucket, and add its address and keys to `values`, as in `.env`.
+
+        The server accepts every secret key.
+        """
         port = free_port()
         self.spawn("s3", [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port], os.environ)
         self.values |= {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
             "AWS_ACCESS_KEY_ID": "anything",
-            "AWS_SECRET_ACCESS_KEY": "anything",
+            "AWS_SECRET_ACCESS_KEY": secret,
             "AWS_DEFAULT_REGION": "us-east-1",
         }
         wait_for("S3", lambda: responds("PUT", f"{self.values['AWS_ENDPOINT_URL']}/{bucket}"))
