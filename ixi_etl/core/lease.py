@@ -15,8 +15,8 @@ the ETag that was judged, so a holder that renews in between keeps its lease.
 finds out at its next renewal, since the ETag has changed. `confirm_lease` renews at once: publishing calls it before
 each step that others see.
 
-**Same machine.** A process holds the kernel's lock on the local folder too (`lock_root`), and notes there the token of
-its lease. Whoever gets the local lock knows that the process with that token has ended, however it ended, and takes
+**Same machine.** A process holds the kernel's lock on the local folder too (`lock_root`), and notes there the id of
+its lease. Whoever gets the local lock knows that the process with that id has ended, however it ended, and takes
 its lease over without waiting.
 """
 
@@ -43,8 +43,8 @@ from ixi_etl.errors import LockedError
 log = logging.getLogger(__name__)
 
 LEASE = ".lock.json"
-TOKENS = ".lease.json"
-"""In the local folder: URL of a lease -> token of the last process that asked for it from here."""
+IDS = ".lease.json"
+"""In the local folder: URL of a lease -> id of the last process that asked for it from here."""
 
 ATTEMPTS = 10  # to write against other processes; each failure means that another one succeeded
 CLOCK_STEP_S = 1.0  # the times of HTTP are whole seconds
@@ -79,7 +79,7 @@ class Lease:
         self._etag, self._renewals, self._lost = "", 0, ""
         self._mutex, self._ended = threading.Lock(), threading.Event()
         self._record = {
-            "token": secrets.token_hex(16),
+            "id": secrets.token_hex(16),
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "since": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -93,11 +93,11 @@ class Lease:
         Raises:
             LockedError: another process holds it.
         """
-        noted = read_json(local / TOKENS)
-        tokens: dict[str, Any] = noted if isinstance(noted, dict) else {}
-        write_atomic(local / TOKENS, to_json({**tokens, str(self.path): self._record["token"]}))
+        noted = read_json(local / IDS)
+        ids: dict[str, Any] = noted if isinstance(noted, dict) else {}
+        write_atomic(local / IDS, to_json({**ids, str(self.path): self._record["id"]}))
         try:
-            ended = str(tokens.get(str(self.path), ""))
+            ended = str(ids.get(str(self.path), ""))
             if not any(self._try_to_acquire(ended) for _ in range(ATTEMPTS)):
                 raise LockedError(f"{self.folder} is being locked by several processes; run again")
         except NoConditionsError:
@@ -108,13 +108,13 @@ class Lease:
         return False
 
     def _try_to_acquire(self, ended: str) -> bool:
-        """One attempt; `ended` is the token of a process that has ended, or ""."""
+        """One attempt; `ended` is the id of a process that has ended, or ""."""
         current = read_object(self.path)
         holder = _record_of(current)
-        if current and holder["token"] == self._record["token"]:  # the answer to the write was lost
+        if current and holder["id"] == self._record["id"]:  # the answer to the write was lost
             self._etag = current.etag
             return True
-        is_free = holder["released"] or (ended and holder["token"] == ended)
+        is_free = holder["released"] or (ended and holder["id"] == ended)
         if current and not (is_free or _has_expired(current, holder)):
             raise LockedError(
                 f"{self.folder} is in use by {_describe(holder)}; if that was killed, its lock expires at "
@@ -158,7 +158,7 @@ class Lease:
                 return ""
             current = read_object(self.path)
             holder = _record_of(current)
-            if current is None or holder["token"] != self._record["token"]:
+            if current is None or holder["id"] != self._record["id"]:
                 break
             self._etag = current.etag  # the answer to an earlier write was lost
         return (
@@ -187,7 +187,7 @@ class Lease:
 def _record_of(stored: StoredObject | None) -> dict[str, Any]:
     """The record in a lease; that of an unknown holder, which lasts as long as usual, if it is damaged."""
     found = parse_json(stored.data) if stored else None
-    unknown = {"token": "", "released": False, "lasts_s": DEFAULT_TIMES.lasts_s}
+    unknown = {"id": "", "released": False, "lasts_s": DEFAULT_TIMES.lasts_s}
     if isinstance(found, dict) and found.keys() >= unknown.keys() and isinstance(found["lasts_s"], int | float):
         return dict(found)
     return unknown

@@ -134,7 +134,7 @@ def test_a_held_lock_is_renewed(s3_root: str, tmp_path: Path) -> None:
         assert stored(s3_root)["lasts_s"] == 120
 
 
-@pytest.mark.parametrize("note", ["[1]", '{"token": 1}', "", "[" * 200_000, '{"lasts_s":"a","released":0,"token":""}'])
+@pytest.mark.parametrize("note", ["[1]", '{"id": 1}', "", "[" * 200_000, '{"lasts_s":"a","released":0,"id":""}'])
 def test_a_damaged_lock_belongs_to_somebody_until_it_expires(note: str, s3_root: str, tmp_path: Path) -> None:
     (to_path(s3_root) / LEASE).write_bytes(note.encode())
     with pytest.raises(LockedError, match="by another process"), lock_shared(machine(tmp_path, "b"), s3_root):
