@@ -1,4 +1,5 @@
-"""Flow `look-after`: start the training that an event did not start, and end lost runs that the automation missed.
+"""Flow `look-after`: start the training that an event did not start, end lost runs that the automation missed, and
+report an outage of the server.
 
 A deployment runs it every 15 minutes, because the server keeps events in memory: one that arrives while it stops is
 lost, and what an automation was waiting for during an outage may be forgotten.
@@ -12,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
 
-from prefect import flow, task
+from prefect import flow, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
@@ -20,12 +21,14 @@ from prefect.client.schemas.filters import (
     FlowFilterName,
     FlowRunFilter,
     FlowRunFilterExpectedStartTime,
+    FlowRunFilterStartTime,
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
+from prefect.events import emit_event
 from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
 from prefect.states import Cancelled, Crashed
 
@@ -151,6 +154,34 @@ def _silent_s(client: SyncPrefectClient, run: FlowRun) -> float:
     return (datetime.now(UTC) - max([run.state.timestamp, *beats])).total_seconds()
 
 
+def report_gap(minutes: float) -> datetime | None:
+    """Emit the event `ixi.look-after.resumed` if no look-after started for some minutes before this one.
+
+    The server or the worker was down then, and nobody could be told.
+
+    Returns:
+        The start of the last look-after, if that is reported.
+    """
+    now = datetime.now(UTC)
+    with get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=["look-after"])),
+            flow_run_filter=FlowRunFilter(start_time=FlowRunFilterStartTime(before_=now)),
+            sort=FlowRunSort.START_TIME_DESC,
+            limit=2,
+        )
+    starts = [run.start_time for run in runs if run.start_time and str(run.id) != runtime.flow_run.id]
+    if not starts or now - starts[0] < timedelta(minutes=minutes):
+        return None
+    payload = {
+        "since": starts[0].isoformat(timespec="seconds"),
+        "minutes": round((now - starts[0]).total_seconds() / 60),
+    }
+    emit_event("ixi.look-after.resumed", {"prefect.resource.id": "ixi.look-after"}, payload=payload)
+    return starts[0]
+
+
+check_outage = task(name="report_gap", cache_policy=NO_CACHE)(report_gap)
 check_trainings = task(name="train_missing", cache_policy=NO_CACHE)(train_missing)
 check_runs = task(name="end_lost", cache_policy=NO_CACHE)(end_lost)
 
@@ -160,14 +191,17 @@ def look_after(
     root: Annotated[str, NO_SECRET] = "ixi-data",
     scratch: Annotated[Path | None, NO_SECRET] = None,
     train_after: float = 15,
+    gap: float = 40,
 ) -> None:
-    """Start a missing training, and end lost runs.
+    """Start a missing training, end lost runs, and report an outage.
 
     Args:
         root: Folder, or s3://bucket/prefix, that holds datasets and runs.
         scratch: If the root is on S3: folder of this machine to work in.
         train_after: Minutes that the event of a new version has to start its training.
+        gap: Minutes without a look-after that are reported as an outage.
     """
+    check_outage(gap)
     runs = check_runs.submit()  # beside the other, so neither depends on it
     check_trainings(root, scratch or None, train_after)
     runs.result()

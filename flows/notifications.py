@@ -1,4 +1,4 @@
-"""Notifications of failed, crashed and late runs, and of failed checks of data, as automations of the server.
+"""Notifications of failed and late runs, failed checks of data, and outages, as automations of the server.
 
 `IXI_NOTIFY` says where they go: see `flows.deploy`.
 """
@@ -22,7 +22,13 @@ from flows.automations import FINAL, of_our_flows
 from ixi_etl.errors import ConfigError
 
 BLOCK = "ixi-notify"
-NAMES = ("notify-failed-runs", "notify-failed-look-after", "notify-late-runs", "notify-failed-checks")
+NAMES = (
+    "notify-failed-runs",
+    "notify-failed-look-after",
+    "notify-late-runs",
+    "notify-failed-checks",
+    "notify-outages",
+)
 JOBS = ("refresh-dataset", "train-pix2pix", "synthesize")
 
 NOT_STARTED_AFTER = timedelta(minutes=10)
@@ -63,6 +69,15 @@ prefect deployment run train-pix2pix --param dataset={{ event.resource.id.split(
 The version is published, and training was not held back.
 What to do: read the version's report.
 {%- endif %}
+"""
+
+OUTAGE = f"""\
+Nothing was looked after for {{{{ event.payload.minutes }}}} min
+
+Since: {{{{ event.payload.since }}}}
+The Prefect server, or every worker of the pool cpu, was down.
+What to do: see which runs are Late or were missed: prefect flow-run ls; start a missed refresh by hand
+See also: {HELP}
 """
 
 
@@ -127,7 +142,7 @@ def notifications(block: UUID) -> list[AutomationCore]:
         full = EventTrigger(**{"for_each": {"prefect.resource.id"}, "threshold": 1} | trigger)
         return AutomationCore(name=name, description=description, trigger=full, actions=[action])
 
-    failed, failed_look_after, late, checks = NAMES
+    failed, failed_look_after, late, checks, outages = NAMES
     is_failed = {
         "posture": Posture.Reactive,
         "expect": {"prefect.flow-run.Failed", "prefect.flow-run.Crashed", "prefect.flow-run.TimedOut"},
@@ -173,5 +188,16 @@ def notifications(block: UUID) -> list[AutomationCore]:
             },
             "{{ event.resource.name or event.resource.id }}: checks failed",
             FAILED_CHECKS,
+        ),
+        tell(
+            outages,
+            "Notify after a time in which look-after, which runs every 15 minutes, did not run.",
+            {
+                "posture": Posture.Reactive,
+                "expect": {"ixi.look-after.resumed"},
+                "match": {"prefect.resource.id": "ixi.look-after"},
+            },
+            "the Prefect server or its worker was down",
+            OUTAGE,
         ),
     ]

@@ -95,6 +95,10 @@ def test_archives_with_faults_give_the_expected_reasons_and_voxels(pairing: str,
         np.testing.assert_allclose(affine["t2"], upright.slicer[:, :, start:stop].affine, atol=1e-6)
         matrix = np.linalg.inv(t1.affine) @ np.array(json.loads(row["t2_to_t1_ras_mm"])) @ affine["t1"]
         points = np.moveaxis(world_of(matrix, got["t1"].shape), -1, 0)
+        # A point on the edge of the grid is inside, despite rounding (`geometry._inside`).
+        ends = np.reshape(t1.shape, (3, 1, 1, 1)) - 1.0
+        on_grid = points.clip(0, ends)
+        points = np.where(np.abs(on_grid - points) < 1e-6, on_grid, points)
         want = map_coordinates(t1.get_fdata(), points, order=1, mode="constant")
         assert np.abs(got["t1"] - want).max() <= 1
 

@@ -120,6 +120,7 @@ def test_after_a_restart_of_the_server_the_next_run_publishes_the_same_version(
 @pytest.fixture(scope="module")
 def lost_in_outage(stack: Stack) -> str:
     """The id of a training run that was killed with its worker while the server was down."""
+    assert wait_for_end(stack, start_run(stack, "look-after")) == "COMPLETED"
     stack.start("worker-no-gpu")
     started = start_run(stack, "train-pix2pix", settings=TRAINING | {"steps": 100_000}, run="outage")
     resource = {"id": [f"prefect.flow-run.{started}"]}
@@ -130,6 +131,14 @@ def lost_in_outage(stack: Stack) -> str:
     stack.start("server")
     stack.wait_for_server()
     return started
+
+
+@pytest.mark.usefixtures("lost_in_outage")
+def test_an_outage_of_the_server_is_notified(stack: Stack, told: Told) -> None:
+    start_run(stack, "look-after", gap=0.01)  # minutes
+    text = told.wait_for_text("Nothing was looked after for")
+    print(text)
+    assert "The Prefect server, or every worker of the pool cpu, was down." in text
 
 
 # -- bad source, full disk: while the loss of that run becomes known --------------------------------------------------
