@@ -95,9 +95,11 @@ def scenario(
 ) -> Iterator[Scenario]:
     initial_root = tmp_path_factory.mktemp("kill") / "root"
     refresh(config_for(initial_root, archives, split_seed=1, pictures=False))
+    undisturbed = refresh(config_for(shutil.copytree(initial_root, initial_root.parent / "undisturbed"), archives))
+    assert undisturbed.version == published.version
     files = {f"/{name}": (archives / name).read_bytes() for name in ("IXI-T1.tar", "IXI-T2.tar", "MD5SUMS")}
     with serve(Host(b"", files=files)) as host:
-        yield Scenario(host, archives, initial_root, published.version, file_digests(published.folder))
+        yield Scenario(host, archives, initial_root, undisturbed.version, file_digests(undisturbed.folder))
 
 
 @pytest.fixture(scope="module")
