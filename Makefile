@@ -20,8 +20,8 @@ help:
 	@echo "make fuzz          search for failing random examples; SEEDS=30: thirty seeds, SEED=N: one seed, ONLY=name: one test"
 	@echo "make test-real     run the tests on real scans, if present (2 minutes)"
 	@echo "make test-standin  run the tests on simulated archives of real anatomy, if present (minutes)"
-	@echo "make test-stack    run PostgreSQL, Prefect, workers, Dask and S3 as processes and test them, and the wheel (12 minutes)"
-	@echo "make images        build both images with buildah, as root on Debian, and run them (10 minutes)"
+	@echo "make test-stack    run PostgreSQL, Prefect, workers, Dask and S3 as processes and test them, the wheel and the images (12 minutes)"
+	@echo "make images        build both images with buildah, as root on Debian, and run them; make test-stack does it too (3 minutes)"
 	@echo "make faults        test kills, bad servers, full disks and hostile files, in all variants (15 minutes); ONLY=name: some"
 	@echo "make audit         run bandit, and pip-audit if its advisories can be reached"
 	@echo "make bench         compare the speed with that of other tools; ONLY=survey,refresh: some rows, QUICK=1: a trial run, ARCHIVES=folder: refreshes of these too"
@@ -79,7 +79,7 @@ test-standin: $(STAMP)
 
 test-stack: $(STAMP)
 	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null || { echo "PostgreSQL is missing; apt-get install postgresql"; exit 1; }
-	@$(BIN)/pytest -m stack -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/pytest -m "stack or images" -n 2 --dist loadgroup --no-loadscope-reorder
 
 images: $(STAMP)
 	@$(BIN)/pytest -m images
