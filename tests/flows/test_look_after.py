@@ -25,7 +25,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_latest_version_without_a_training_gets_one(
     started: list[dict[str, Any]], refreshed: PublishedVersion, tmp_path: Path
 ) -> None:
-    assert look_after.train_missing(str(tmp_path), None, 0) == refreshed.version
+    assert look_after.train_missing(str(tmp_path), None, -1) == refreshed.version
     [call] = started
     assert call["parameters"] == {"dataset": f"ixi-t1-t2@{refreshed.version}", "root": str(tmp_path)}
     assert call["idempotency_key"] == f"train:{refreshed.version}"
@@ -44,7 +44,7 @@ def test_version_with_a_training_run_gets_no_other(
     run = tmp_path / "runs" / "mine"
     run.mkdir(parents=True)
     (run / "config.json").write_text(to_json({"config": {"dataset": f"ixi-t1-t2@{refreshed.version}"}}))
-    assert look_after.train_missing(str(tmp_path), None, 0) is None
+    assert look_after.train_missing(str(tmp_path), None, -1) is None
     assert started == []
 
 
@@ -54,10 +54,10 @@ def test_held_version_is_not_trained(
     assert held_by(refreshed.folder) == []
     (refreshed.folder / "compared.json").write_text(to_json({"held_by": ["funnel_change"]}))
     assert held_by(refreshed.folder) == ["funnel_change"]
-    assert look_after.train_missing(str(tmp_path), None, 0) is None
+    assert look_after.train_missing(str(tmp_path), None, -1) is None
     assert started == []
 
 
 def test_root_without_versions_starts_nothing(started: list[dict[str, Any]], tmp_path: Path) -> None:
-    assert look_after.train_missing(str(tmp_path), None, 0) is None
+    assert look_after.train_missing(str(tmp_path), None, -1) is None
     assert started == []
