@@ -10,10 +10,11 @@ It can be run again at any time, and changes only its own objects. It reads thes
 - IXI_PRESET: the preset of the training runs that new versions start; by default `smoke`, because a worker may have
   no GPU and the published recipe, `paper`, has 49,200 steps.
 - IXI_TRAIN_AFTER: the minutes after which `look-after` starts a training that a new version has not; by default 15.
-- IXI_NOTIFY: who is told of failed, crashed and late runs and of failed checks: a webhook (https://..., which gets a
-  POST of JSON with `title` and `text`), one of Slack (https://hooks.slack.com/services/...), mail
-  (mailtos://user:password@host?to=name@example.org), or another URL of Apprise. The server keeps it, encrypted, in the
-  block `ixi-notify`. Without it nobody is told, and the block and the automations of an earlier deploy are removed.
+- IXI_NOTIFY: the address for notifications of failed and late runs, failed checks and outages. It is a webhook
+  (https://..., which gets a POST of JSON with `title` and `text`), one of Slack
+  (https://hooks.slack.com/services/...), mail (mailtos://user:password@host?to=name@example.org), or another URL of
+  Apprise. The server keeps it, encrypted, in the block `ixi-notify`. Without it nobody is told, and the block and the
+  automations of an earlier deploy are removed.
 - IXI_SECRETS: names of variables that workers take from Secret blocks, separated by spaces (`flows.secret_blocks`).
 """
 

@@ -31,6 +31,7 @@ from prefect.deployments import run_deployment
 from prefect.events import emit_event
 from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
 from prefect.states import Cancelled, Crashed
+from pydantic import Field
 
 from flows.automations import FLOWS, LOST, MISSED_BEATS, heartbeat_s
 from ixi_etl.config import NO_SECRET
@@ -82,7 +83,7 @@ def train_missing(root: str, scratch: Path | None, minutes: float) -> str | None
         parameters={"dataset": dataset, "root": root},
         timeout=0,
         as_subflow=False,
-        idempotency_key=f"train:{version}",
+        idempotency_key=f"train:{root}:{version}:{published.isoformat()}",
     )
     return version
 
@@ -106,6 +107,8 @@ def _has_flow_run(dataset: str, published: datetime) -> bool:
 
     def counts(run: FlowRun) -> bool:
         given, due = run.parameters.get("dataset"), run.expected_start_time
+        if run.parameters.get("preset") == "digits":  # another dataset, of which it takes the latest version
+            return False
         return given == dataset or (given in latest and due is not None and due >= published)
 
     return any(map(counts, runs))
@@ -190,7 +193,7 @@ check_runs = task(name="end_lost", cache_policy=NO_CACHE)(end_lost)
 def look_after(
     root: Annotated[str, NO_SECRET] = "ixi-data",
     scratch: Annotated[Path | None, NO_SECRET] = None,
-    train_after: float = 15,
+    train_after: float | Annotated[str, Field(pattern=r"^\d+$")] = 15,
     gap: float = 40,
 ) -> None:
     """Start a missing training, end lost runs, and report an outage.
@@ -198,10 +201,10 @@ def look_after(
     Args:
         root: Folder, or s3://bucket/prefix, that holds datasets and runs.
         scratch: If the root is on S3: folder of this machine to work in.
-        train_after: Minutes that the event of a new version has to start its training.
+        train_after: Minutes that the event of a new version has to start its training; `prefect.yaml` gives text.
         gap: Minutes without a look-after that are reported as an outage.
     """
     check_outage(gap)
     runs = check_runs.submit()  # beside the other, so neither depends on it
-    check_trainings(root, scratch or None, train_after)
+    check_trainings(root, scratch or None, float(train_after))
     runs.result()

@@ -64,7 +64,7 @@ Root: {{ event.payload.root }}
 The version is published, but no training was started on it.
 What to do: read the version's report. To train on it all the same:
 prefect deployment run train-pix2pix --param dataset={{ event.resource.id.split('.') | last }}@\
-{{ event.payload.version }}
+{{ event.payload.version }} --param root={{ event.payload.root }}
 {%- else -%}
 The version is published, and training was not held back.
 What to do: read the version's report.
@@ -93,7 +93,10 @@ def apprise_url(given: str) -> str:
     url = given
     if parts.scheme in ("http", "https") and not _is_known(given):  # Slack's and some others are known as they are
         fields = {":message": "text", ":version": "", ":type": "", ":attachments": ""}
-        query = urlencode({f"-{name}": value for name, value in parse_qsl(parts.query)} | fields, quote_via=quote)
+        query = urlencode(
+            {f"-{name}": value for name, value in parse_qsl(parts.query, keep_blank_values=True)} | fields,
+            quote_via=quote,
+        )
         url = f"{parts.scheme.replace('http', 'json')}://{parts.netloc}{parts.path}?{query}"
     elif parts.scheme in ("mailto", "mailtos") and "format=" not in parts.query:
         url += ("&" if parts.query else "?") + "format=text"

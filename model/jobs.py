@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -170,8 +171,26 @@ def evaluate_run(
 ) -> Evaluation:
     """Evaluate the best generator or the one in `weights`, and update the report: see `model.evaluate.evaluate`.
 
-    The trackers that the run was logged to get the table.
+    The trackers that the run was logged to get the table. A run on S3 is locked, and fetched again, because uploading
+    replaces what another machine may have trained meanwhile.
+
+    Raises:
+        LockedError: another machine works on the run.
     """
+    with lock_shared(run.folder, run.remote, "--run-id") if run.remote else nullcontext():
+        if run.remote:
+            pull(run.remote, run.folder)
+        return _evaluate(run, split, weights, dropout, protocols, progress)
+
+
+def _evaluate(
+    run: Run,
+    split: str,
+    weights: Path | None,
+    dropout: bool,
+    protocols: Sequence[str] | None,
+    progress: Progress,
+) -> Evaluation:
     evaluation = evaluate.evaluate(
         run.folder,
         run.version,

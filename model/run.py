@@ -58,8 +58,13 @@ class Run:
         return self.folder / GENERATOR_FILE
 
     def push(self) -> None:
-        """Upload the folder to S3, if the run has a remote."""
+        """Upload the folder to S3, if the run has a remote.
+
+        Raises:
+            LockedError: this process held the run's lock, and lost it.
+        """
         if self.remote:
+            confirm_lease(self.remote)
             push(self.folder, self.remote)
 
 

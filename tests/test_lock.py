@@ -130,14 +130,13 @@ def wheel(tmp_path: Path) -> Path:
 def test_wrong_hash_stops_the_installation(wheel: Path, tmp_path: Path) -> None:
     lock, target = tmp_path / "lock.txt", tmp_path / "target"
     command = [sys.executable, "-m", "pip", "install", *INSTALL.LOCKED, "--requirement", lock, "--target", target]
-    command += ["--no-index", "--find-links", tmp_path]
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    lock.write_text(f"small==1.0 --hash=sha256:{digest[::-1]}\n")
+    lock.write_text(f"small @ {wheel.as_uri()} --hash=sha256:{digest[::-1]}\n")
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode != 0
     assert "THESE PACKAGES DO NOT MATCH THE HASHES" in refused.stderr
     assert not target.exists()
-    lock.write_text(f"small==1.0 --hash=sha256:{digest}\n")
+    lock.write_text(f"small @ {wheel.as_uri()} --hash=sha256:{digest}\n")
     subprocess.run(command, check=True, capture_output=True)
     assert (target / "small.py").exists()
 

@@ -114,7 +114,8 @@ class Lease:
         if current and holder["id"] == self._record["id"]:  # the answer to the write was lost
             self._etag = current.etag
             return True
-        is_free = holder["released"] or (ended and holder["id"] == ended)
+        is_here = holder.get("host") == self._record["host"]  # a scratch folder may be a copy from another machine
+        is_free = holder["released"] or (is_here and ended and holder["id"] == ended)
         if current and not (is_free or _has_expired(current, holder)):
             raise LockedError(
                 f"{self.folder} is in use by {_describe(holder)}; if that was killed, its lock expires at "

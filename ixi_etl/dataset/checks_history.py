@@ -118,17 +118,24 @@ CHECKS = (
 """The checks against the version before; the first version of a root has no values of them."""
 
 
-def find_before(data_root: DataRoot, version: str) -> Path | None:
-    """The folder of the version that was the latest before this one, and can be read; None for the first."""
+def find_before(data_root: DataRoot, version: str) -> tuple[Path, Described] | None:
+    """The folder and content of the version that was the latest before this one, and can be read; None for the first.
+
+    A version that cannot be read, or is of a release with other columns, is not compared with.
+    """
     latest = (read_pointer(data_root) or {}).get("version")
     names = [name for name in published_versions(data_root) if name != version]
     names.sort(key=lambda name: name == latest)
     for name in reversed(names):
+        folder = data_root.version(name)
         try:
-            read_metadata(data_root.version(name))
-            return data_root.version(name)
+            before = describe(read_metadata(folder), read_manifest(folder, validate=False))
+            compare_funnels(before, before)
+            return folder, before
         except (DatasetError, OSError) as error:
             log.warning("%s; it is not compared with", error)
+        except (KeyError, TypeError) as error:
+            log.warning("%s has no %s; it is not compared with", folder, error)
     return None
 
 
@@ -143,10 +150,8 @@ def compare(
         mode: `block` or `warn`, of `--checks`.
         max_change: the limit of `funnel_change`.
     """
-    folder, now = find_before(data_root, str(summary["version"])), describe(summary, final)
-    before = None
-    if folder:
-        before = describe(read_metadata(folder), read_manifest(folder, validate=False))
+    found, now = find_before(data_root, str(summary["version"])), describe(summary, final)
+    folder, before = found or (None, None)
     facts = HistoryFacts(now, before, max_change)
     checks = run_checks(CHECKS, facts)
     failures = failed([*summary["checks"], *checks])

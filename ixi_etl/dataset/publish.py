@@ -214,8 +214,14 @@ def _update_pointer(data_root: DataRoot, version: str, origins: Mapping[str, Any
     content = to_json({**entry, "history": [*pointer["history"], entry]})
     if not holds_lease(data_root.root):
         write_atomic(path, content)
-    elif not put_if_unchanged(path, content.encode(), seen.etag if seen else None):
+    elif not put_if_unchanged(path, content.encode(), seen.etag if seen else None) and not _has_content(path, content):
         raise LockedError(f"another process wrote {path} at the same time; run again")
+
+
+def _has_content(path: Path, content: str) -> bool:
+    """Whether an object is as it was to be written: the answer to a write that succeeded may be lost."""
+    found = read_object(path)
+    return found is not None and found.data == content.encode()
 
 
 def _back_up_damaged_pointer(data_root: DataRoot) -> None:
@@ -235,6 +241,7 @@ def _clear_staging(data_root: DataRoot) -> None:
     shutil.rmtree(data_root.unfinished, ignore_errors=True)
     if data_root.remote_unfinished:
         filesystem, top = filesystem_of(data_root.remote_unfinished)
+        confirm_lease(data_root.root)  # it would be the work of another holder
         try:
             if filesystem.exists(top):
                 filesystem.rm(top, recursive=True)

@@ -56,6 +56,10 @@ def mark_folder(path: Path, staging: Path | None) -> WorkFolder:
     return WorkFolder(path, mark.read_text(), str(staging) if staging else None)
 
 
+STAGED = (".json", ".jpg", ".shard")
+"""Suffixes of the files that `cut_subject` writes."""
+
+
 @os_errors_as_user_errors()
 def cut_on_worker(job: CutJob, dataset_config: DatasetConfig, work: WorkFolder) -> dict[str, Any]:
     """Cut one subject where the refresh will find it, and return its record: see `cut_subject`.
@@ -96,7 +100,10 @@ def fetch_staged(work: WorkFolder) -> None:
     if work.staging is None:
         return
     filesystem, top = filesystem_of(work.staging)
-    missing = [name for name, size in file_sizes(to_path(work.staging)).items() if not _has(work.path / name, size)]
+    sizes = file_sizes(to_path(work.staging))
+    # Names in a bucket are not trusted: with `..` or a folder in it, one would lead out of the work folder.
+    ours = [name for name in sizes if "/" not in name and Path(name).suffix in STAGED]
+    missing = [name for name in ours if not _has(work.path / name, sizes[name])]
     records = [name for name in missing if name.endswith(".json")]
     with naming_file(work.staging):
         for names in (sorted(set(missing) - set(records)), records):

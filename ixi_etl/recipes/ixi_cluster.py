@@ -103,6 +103,9 @@ def _check_files(records: Sequence[Mapping[str, Any]], folder: WorkFolder) -> No
     """Check that the files written by remote workers are here, with the bytes that the workers wrote."""
     for record in records:
         if not files_intact(record, folder.path):
-            name = next(iter(record["files"]))
-            where = f"nor in {folder.staging}; give the workers the AWS_... variables of this machine"
-            raise DatasetError(f"{name} was cut, but is not whole in {folder.path}" + (where if folder.staging else ""))
+            names = ", ".join(record["files"])
+            where = f"; give Dask's workers the AWS_... variables of this machine, for {folder.staging}"
+            share = "; Dask's workers must share that folder"
+            raise DatasetError(
+                f"{names}: cut by a worker, but not whole in {folder.path}" + (where if folder.staging else share)
+            )

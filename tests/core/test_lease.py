@@ -111,6 +111,15 @@ def test_a_process_of_the_same_machine_need_not_wait(s3_root: str, tmp_path: Pat
         confirm_lease(s3_root)
 
 
+def test_a_copy_of_the_scratch_folder_on_another_machine_has_to_wait(
+    s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead_process(s3_root, machine(tmp_path, "a"))
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    with pytest.raises(LockedError, match="is in use by process"), lock_shared(machine(tmp_path, "a"), s3_root):
+        pass
+
+
 def test_a_lost_lock_is_noticed_and_not_released(s3_root: str, tmp_path: Path) -> None:
     with lock_shared(machine(tmp_path, "a"), s3_root, times=EXPIRED):
         other = dead_process(s3_root, machine(tmp_path, "b"))

@@ -41,6 +41,11 @@ def compared(folder: Path) -> dict[str, Any]:
     return content
 
 
+def folder_before(data_root: DataRoot, version: str) -> Path | None:
+    found = checks_history.find_before(data_root, version)
+    return found[0] if found else None
+
+
 def page(folder: Path) -> str:
     return " ".join(text_of(page_of((folder / metadata.COMPARED_PAGE).read_text())).split())
 
@@ -67,6 +72,22 @@ def test_a_version_is_compared_with_the_one_before(second: tuple[Path, Path]) ->
     assert (values["subjects"]["before"], values["subjects"]["now"]) == (old["subjects"], new["subjects"])
     assert [row["version"] for row in content["history"]] == [first.name, last.name]
     assert content["history"][0]["checks"]["subjects"]["value"] == old["subjects"]
+
+
+@pytest.mark.parametrize("damage", ["manifest", "columns", "funnel"])
+def test_a_version_that_cannot_be_read_is_not_compared_with(
+    damage: str, published: PublishedVersion, tmp_path: Path
+) -> None:
+    """Such as one of an older release: the refresh must not fail after its cut."""
+    root = Path(shutil.copytree(published.folder.parents[2], tmp_path / "root"))
+    folder = root / "datasets" / "ixi-t1-t2" / published.version
+    manifest, described = folder / metadata.MANIFEST, folder / metadata.METADATA
+    assert folder_before(DataRoot(root), "another") == folder
+    if damage == "funnel":
+        described.write_text(json.dumps(json.loads(described.read_text()) | {"funnel": {}}))
+    else:
+        manifest.write_text("subject_id\n" if damage == "columns" else "\0")
+    assert folder_before(DataRoot(root), "another") is None
 
 
 def test_a_changed_funnel_holds_the_hand_off(second: tuple[Path, Path]) -> None:
@@ -136,10 +157,10 @@ def test_a_version_that_cannot_be_read_is_passed_over(
 ) -> None:
     root = Path(shutil.copytree(second[0].parents[2], tmp_path / "root"))
     data_root = DataRoot(root)
-    assert checks_history.find_before(data_root, "another") == data_root.version(second[1].name)
+    assert folder_before(data_root, "another") == data_root.version(second[1].name)
     assert checks_history.find_before(data_root, second[1].name) == data_root.version(second[0].name)
     (data_root.version(second[1].name) / metadata.METADATA).write_text("{}")
-    assert checks_history.find_before(data_root, "another") == data_root.version(second[0].name)
+    assert folder_before(data_root, "another") == data_root.version(second[0].name)
     assert "is not compared with" in caplog.text
 
 
@@ -149,7 +170,7 @@ def test_a_version_made_the_latest_again_is_the_one_compared_with(second: tuple[
     again = pointer["history"][0]
     again_latest = again | {"history": [*pointer["history"], again]}
     (data_root.datasets / metadata.POINTER).write_text(json.dumps(again_latest))
-    assert checks_history.find_before(data_root, "another") == data_root.version(second[0].name)
+    assert folder_before(data_root, "another") == data_root.version(second[0].name)
 
 
 def test_a_lost_site_is_found_however_small(published: PublishedVersion) -> None:

@@ -28,7 +28,7 @@ def test_latest_version_without_a_training_gets_one(
     assert look_after.train_missing(str(tmp_path), None, -1) == refreshed.version
     [call] = started
     assert call["parameters"] == {"dataset": f"ixi-t1-t2@{refreshed.version}", "root": str(tmp_path)}
-    assert call["idempotency_key"] == f"train:{refreshed.version}"
+    assert call["idempotency_key"].startswith(f"train:{tmp_path}:{refreshed.version}:20")
 
 
 def test_event_has_time_to_start_the_training(

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,9 @@ def test_one_machine_at_a_time_trains_a_run(trained: Trained, tmp_path: Path) ->
     lease = Lease(remote, "--run-id", LeaseTimes())
     assert lease.acquire(tmp_path)
     again = run_in(str(remote.parent.parent), "leased", tmp_path / "second")
-    with pytest.raises(LockedError, match=r"leased is in use by process .*; wait, or choose another --run-id"):
-        train_run(again, resume=True)
+    for work in (partial(train_run, resume=True), evaluate_run):
+        with pytest.raises(LockedError, match=r"leased is in use by process .*; wait, or choose another --run-id"):
+            work(again)
     lease.release()
     assert train_run(again, resume=True) == again.generator
     assert not (again.folder / LEASE).exists(), "the lock of another machine was downloaded"

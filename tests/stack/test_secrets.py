@@ -75,7 +75,8 @@ def full_run(stack: Stack, source: str, archives_folder: Path) -> None:
     """A refresh, a training and a synthesis on the services; `test_stack` may have done the first two."""
     if "worker-no-gpu" not in stack.running:
         stack.start("worker-no-gpu")
-    assert wait_for_end(stack, start_run(stack, "refresh-dataset", config=refresh_config(stack, source, ROOT)))
+    refreshed = start_run(stack, "refresh-dataset", config=refresh_config(stack, source, ROOT))
+    assert wait_for_end(stack, refreshed) == "COMPLETED"
     by_event = wait_for(
         "a training", lambda: [run for run in stack.runs_of("train-pix2pix") if run["parameters"].get("dataset")]
     )
@@ -140,6 +141,7 @@ def test_the_server_stores_no_run_with_a_password_in_a_parameter(stack: Stack, s
     for deployment, parameters in (
         ("refresh-dataset", {"config": refresh_config(stack, with_password, ROOT)}),
         ("train-pix2pix", {"root": with_password}),
+        ("look-after", {"root": with_password}),
         ("synthesize", {"run": "latest", "inputs": ["a.nii.gz"], "out": "b.nii.gz", "scratch": with_password}),
     ):
         with pytest.raises(httpx.HTTPStatusError, match="409"):
