@@ -179,7 +179,9 @@ class Lease:
             if not self._lost:
                 self._lost = f"the lock of {self.folder} was released"
                 self._record["released"] = True
-                put_if_unchanged(self.path, self._content(), self._etag)
+                current = read_object(self.path)  # a signal may come before the answer to the first write
+                if current and _record_of(current)["id"] == self._record["id"]:
+                    put_if_unchanged(self.path, self._content(), current.etag)
 
     def _content(self) -> bytes:
         return to_json({**self._record, "renewals": self._renewals}).encode()
@@ -237,24 +239,23 @@ def lock_shared(
 def _hold_lease(folder: Path, local: Path, option: str, times: LeaseTimes) -> Iterator[None]:
     check_reachable(str(folder))
     lease = Lease(folder, option, times)
-    with os_errors_as_user_errors():
-        is_held = lease.acquire(local)
-    if not is_held:
-        log.warning(
-            "the server of %s has no conditional writes, so machines do not see each other's locks: let only one "
-            "work there at a time",
-            folder,
-        )
-        yield
-        return
-    _held[str(folder)] = lease
-    signals.at_end.append(lease.release)
-    threading.Thread(target=lease.keep, name="lock of S3", daemon=True).start()
+    signals.at_end.append(lease.release)  # before it is taken: a signal may come meanwhile
     try:
+        with os_errors_as_user_errors():
+            is_held = lease.acquire(local)
+        if is_held:
+            _held[str(folder)] = lease
+            threading.Thread(target=lease.keep, name="lock of S3", daemon=True).start()
+        else:
+            log.warning(
+                "the server of %s has no conditional writes, so machines do not see each other's locks: let only one "
+                "work there at a time",
+                folder,
+            )
         yield
     finally:
         signals.at_end.remove(lease.release)
-        del _held[str(folder)]
+        _held.pop(str(folder), None)
         lease.release()
 
 

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import pytest
 from conftest import capture_logs, s3_environment
 
+from ixi_etl.core import lease as lease_module
 from ixi_etl.core import signals
 from ixi_etl.core.conditional import put_if_unchanged, read_object
 from ixi_etl.core.lease import DEFAULT_TIMES, LEASE, Lease, LeaseTimes, confirm_lease, lock_shared
@@ -94,6 +95,18 @@ def test_the_lock_is_released_after_an_error_and_before_a_signal_ends_the_proces
         with pytest.raises(LockedError, match="was released"):  # the main thread may still run for a moment
             confirm_lease(s3_root)
     assert not signals.at_end
+
+
+def test_the_lock_is_released_after_an_error_while_it_is_taken(
+    s3_root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lease_module, "obeys_conditions", interrupt)
+    with pytest.raises(KeyboardInterrupt), lock_shared(machine(tmp_path, "a"), s3_root):
+        pass
+    assert stored(s3_root)["released"]
 
 
 def test_a_lock_is_taken_over_once_it_has_expired(s3_root: str, tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_a_version_that_cannot_be_read_is_passed_over(
     root = Path(shutil.copytree(second[0].parents[2], tmp_path / "root"))
     data_root = DataRoot(root)
     assert folder_before(data_root, "another") == data_root.version(second[1].name)
-    assert checks_history.find_before(data_root, second[1].name) == data_root.version(second[0].name)
+    assert folder_before(data_root, second[1].name) == data_root.version(second[0].name)
     (data_root.version(second[1].name) / metadata.METADATA).write_text("{}")
     assert folder_before(data_root, "another") == data_root.version(second[0].name)
     assert "is not compared with" in caplog.text
