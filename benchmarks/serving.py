@@ -29,6 +29,7 @@ SMALL = 16 << 10  # bytes of a response that need not queue
 
 class _Call(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # as real servers do
     folder = Path()
     counts = {"requests": 0, "bytes": 0}  # noqa: RUF012 - one server per process
     lock = Lock()
