@@ -8,6 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,8 @@ from filelock import FileLock, Timeout
 from ixi_etl.core.storage import is_local, naming_file
 from ixi_etl.core.text import printable
 from ixi_etl.errors import IxiError, LockedError
+
+SYNCED_AT_ONCE = 8  # files
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -65,6 +68,12 @@ def fsync_path(path: Path) -> None:
             fsync(handle)
         finally:
             os.close(handle)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Sync a folder and all that is in it. Several files at a time, because a disk writes what waits together."""
+    with ThreadPoolExecutor(SYNCED_AT_ONCE) as pool:
+        list(pool.map(fsync_path, (folder, *folder.rglob("*"))))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 from ixi_etl.config import SPLITS
 from ixi_etl.core import software
 from ixi_etl.core.conditional import put_if_unchanged, read_object
-from ixi_etl.core.files import fsync_path, sha256_file, to_json, write_atomic
+from ixi_etl.core.files import fsync_path, fsync_tree, sha256_file, to_json, write_atomic
 from ixi_etl.core.lease import confirm_lease, holds_lease
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import DataRoot, filesystem_of, is_local, upload_folder
@@ -121,8 +121,7 @@ def publish(
         raise DatasetError(f"the staged version does not verify: {problems[0]}; run {how_to_make(summary)} again")
     target = data_root.version(version)
     if is_local(target):
-        for path in (staged, *staged.rglob("*")):
-            fsync_path(path)
+        fsync_tree(staged)
         _quarantine(data_root, version)
         staged.rename(target)
         fsync_path(target.parent)

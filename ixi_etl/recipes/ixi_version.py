@@ -13,8 +13,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ixi_etl import modalities
-from ixi_etl.config import DatasetConfig
+from ixi_etl.config import DatasetConfig, RefreshConfig
 from ixi_etl.core.files import os_errors_as_user_errors, write_atomic
+from ixi_etl.core.parallel import parallel_map
 from ixi_etl.dataset import (
     checks,
     checks_history,
@@ -93,7 +94,7 @@ def publish_version(
     config = job.config
     compared = checks_history.compare(data_root, summary, final, config.checks, config.max_change)
     checks_history.write_comparison(staged, compared, comparison_page(summary, compared))
-    layers = _middle_layers(staged, final, dataset_config) if dataset_config.pictures else {}
+    layers = _middle_layers(staged, final, config) if dataset_config.pictures else {}
     write_atomic(staged / metadata.REPORT, dataset_report.dataset_report(summary, final, layers))
     published = publish.publish(data_root, staged, summary, job.inputs.origins, job.progress)
     _warn_of_failed_checks(published)
@@ -148,16 +149,22 @@ def _write_pictures(work: Path, folder: Path, final: pd.DataFrame, dataset_confi
 
 
 def _middle_layers(
-    version: Path, final: pd.DataFrame, dataset_config: DatasetConfig
+    version: Path, final: pd.DataFrame, config: RefreshConfig
 ) -> dict[tuple[str, str], pictures.PairLayers]:
     """(subject, moving modality) -> the middle slices of the pairs shown in the report, from the store."""
-    arrays, rows = store.open_arrays(version), final.set_index("subject_id")["store_row"]
+    arrays, rows, reference = (
+        store.open_arrays(version),
+        final.set_index("subject_id")["store_row"],
+        config.dataset.reference,
+    )
 
     def middle_slice(subject: str, modality: str) -> NDArray[Any]:
         array = arrays[modality.lower()]
         return np.asarray(array[int(rows[subject]), array.shape[1] // 2])
 
-    return {
-        (subject, m): pictures.pair_layers(*(middle_slice(subject, each) for each in (m, dataset_config.reference)))
-        for subject, m in dataset_report.drawn_pairs(dataset_report.list_pairs(final, dataset_config.name))
-    }
+    def layers_of(pair: tuple[str, str]) -> pictures.PairLayers:
+        subject, moving = pair
+        return pictures.pair_layers(middle_slice(subject, moving), middle_slice(subject, reference))
+
+    drawn = dataset_report.drawn_pairs(dataset_report.list_pairs(final, config.dataset.name))
+    return dict(zip(drawn, parallel_map(layers_of, drawn, workers=config.workers), strict=True))
