@@ -170,10 +170,11 @@ def refresh(
     refreshed = run_refresh(refresh_config)
     show_version(output, refreshed)
     if then_train:
-        _require_checks(output, refresh_config, refreshed)
+        name = f"{refresh_config.data_root.name}@{refreshed.version}"
+        _require_hand_off(output, name, refreshed)
         from flows.cli.runs import run_training
 
-        settings = {"dataset": f"{refresh_config.data_root.name}@{refreshed.version}"}
+        settings = {"dataset": name}
         root, scratch = refresh_config.root, refresh_config.scratch
         folder = run_training(then_train, settings, root, scratch, resume=True)
         if folder is not None:
@@ -181,22 +182,21 @@ def refresh(
     output.end()
 
 
-def _require_checks(output: Output, config: RefreshConfig, refreshed: PublishedVersion) -> None:
-    """Do not train on a version that failed a check, under `--checks block`.
+def _require_hand_off(output: Output, name: str, refreshed: PublishedVersion) -> None:
+    """Do not train on a version that a failed check holds, as the flow does not.
 
     Raises:
-        DatasetError: it failed one; the version is published and printed.
+        DatasetError: it is held; the version is published and printed.
     """
-    from ixi_etl.dataset.checks import describe_failure, failed_checks
+    from ixi_etl.dataset.checks import describe_failure, failed_checks, held_by
     from ixi_etl.dataset.metadata import COMPARED_PAGE
 
-    failures = failed_checks(refreshed.folder)
-    if failures and config.checks == "block":
+    if held_by(refreshed.folder):
         output.end()
-        name = f"{config.data_root.name}@{refreshed.version}"
+        failures = "; ".join(map(describe_failure, failed_checks(refreshed.folder)))
         raise DatasetError(
-            f"not trained on {name}: {'; '.join(map(describe_failure, failures))}; look at "
-            f"{refreshed.folder / COMPARED_PAGE}, then `ixi-etl train --dataset {name}`, or give --checks warn"
+            f"not trained on {name}: {failures}; look at {refreshed.folder / COMPARED_PAGE}, "
+            f"then `ixi-etl train --dataset {name}`"
         )
 
 

@@ -16,6 +16,8 @@ from ixi_etl.config import DatasetConfig
 from ixi_etl.dataset.schema import pair_column
 
 UNCERTAIN, DISSIMILAR = "registration_uncertain", "low_similarity"
+NO_GAIN = "registration_no_gain"
+"""Flag of a pair that the registration did not make more similar; set by `ixi_etl.pairing.slabs`."""
 
 MIN_PAIRS = 20
 """Pairs of a site from which the spread of their NMIs is estimated."""

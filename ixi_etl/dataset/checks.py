@@ -15,8 +15,9 @@ from typing import Any
 
 import pandas as pd
 
-from ixi_etl.core.files import read_json
-from ixi_etl.dataset.metadata import COMPARED
+from ixi_etl.core.files import parse_json
+from ixi_etl.core.storage import naming_file
+from ixi_etl.dataset.metadata import COMPARED, has_own_digest, read_metadata
 
 DECIMALS = 6
 """Values and limits are rounded to these before they are compared, so that a page shows what was compared."""
@@ -144,21 +145,37 @@ def all_results(folder: Path, described: Mapping[str, Any]) -> list[Result]:
 
 
 def failed_checks(folder: Path) -> list[Result]:
-    """The failed checks of a published version, its own and those of its comparison; [] for one without checks."""
-    failures = _read_compared(folder).get("failed")
-    return list(failures) if isinstance(failures, list) else []
+    """The failed checks of a published version, its own and those of its comparison; [] for one without checks.
+
+    If `compared.json` is missing or damaged, they are the version's own, which `dataset.json` has.
+
+    Raises:
+        DatasetError: `dataset.json` is needed, and missing or damaged.
+    """
+    compared = _read_compared(folder)
+    return list(compared["failed"]) if compared else failed(read_metadata(folder).get("checks", ()))
 
 
 def held_by(folder: Path) -> list[str]:
     """Names of the failed checks that hold the hand-off of a version to training; [] if it is free.
 
-    A version is held if it was published under `--checks block` with a failed check. Versions of an ixi-etl before
-    these checks, and of other datasets than IXI, have no file that says so, and are free.
+    A version is held if it was published under `--checks block` with a failed check; `compared.json` says so. If that
+    file is missing or damaged, nobody knows whether it was `--checks warn`, so any failed check of the version's own
+    holds it. Versions of an ixi-etl before these checks, and of other datasets than IXI, have no checks, and are free.
+
+    Raises:
+        DatasetError: as of `failed_checks`.
     """
-    held = _read_compared(folder).get("held_by")
-    return [str(name) for name in held] if isinstance(held, list) else []
+    compared = _read_compared(folder)
+    return list(compared["held_by"]) if compared else [result["name"] for result in failed_checks(folder)]
 
 
 def _read_compared(folder: Path) -> dict[str, Any]:
-    content = read_json(folder / COMPARED)
-    return content if isinstance(content, dict) else {}
+    """The content of `compared.json`; {} if it is missing or damaged."""
+    path = folder / COMPARED
+    try:
+        with naming_file(path):
+            data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return dict(parse_json(data)) if has_own_digest(data) else {}

@@ -1,4 +1,4 @@
-"""A version compared with the one that was the latest before it, and its checks over the last versions.
+"""A version compared with the last one before it that has the same options, and its checks over the last versions.
 
 The comparison depends on the root, whose history another root does not have. So it is no part of `dataset.json`: it is
 in `compared.json` and `compared.html` beside it, which no hash covers but their own (docs/decisions/0016).
@@ -60,6 +60,11 @@ class HistoryFacts:
     def __post_init__(self) -> None:
         object.__setattr__(self, "funnel", compare_funnels(self.before, self.now))
 
+    @property
+    def have_same_options(self) -> bool:
+        """Whether the options of the version before are the same: others change the funnel, and are no fault."""
+        return self.before is not None and _have_same_options(self.before.summary, self.now.summary)
+
 
 def describe(summary: Mapping[str, Any], final: pd.DataFrame) -> Described:
     counts = final.loc[final["reason"] != "", "reason"].value_counts()
@@ -85,12 +90,14 @@ def compare_funnels(before: Described | None, now: Described) -> list[dict[str, 
 
 
 def _funnel_change(facts: HistoryFacts) -> Measurement:
+    if not facts.have_same_options:
+        return Measurement(None)
     changes = {row["step"]: row["change"] for row in facts.funnel}
     return Measurement(max(map(abs, changes.values()), default=None), at_most=facts.max_change, details=changes)
 
 
 def _sites_gone(facts: HistoryFacts) -> Measurement:
-    if facts.before is None:
+    if facts.before is None or not facts.have_same_options:
         return Measurement(None)
     now, before = facts.now.used_by_site, facts.before.used_by_site
     gone = {site: n for site, n in before.items() if n and not now.get(site)}
@@ -100,43 +107,65 @@ def _sites_gone(facts: HistoryFacts) -> Measurement:
 CHECKS = (
     Check(
         "funnel_change",
-        "Largest change of the share of subjects left at any step of the funnel, since the version before.",
+        "Largest change of the share of subjects left at any step of the funnel, since the last version with the "
+        "same options.",
         "share",
         "at most `--max-change`, by default 0.1",
-        "the same archives give the same funnel; a tenth is more than any site's odd scans",
+        "the same archives and options give the same funnel; a tenth is more than any site's odd scans",
         _funnel_change,
     ),
     Check(
         "sites_gone",
-        "Number of sites with used subjects in the version before, and none now.",
+        "Number of sites with used subjects in the last version with the same options, and none now.",
         "sites",
         "at most 0",
         "a small site may be less than `--max-change`",
         _sites_gone,
     ),
 )
-"""The checks against the version before; the first version of a root has no values of them."""
+"""The checks against the last version with the same options; without one, they have no values."""
 
 
-def find_before(data_root: DataRoot, version: str) -> tuple[Path, Described] | None:
-    """The folder and content of the version that was the latest before this one, and can be read; None for the first.
+def find_before(data_root: DataRoot, summary: Mapping[str, Any]) -> tuple[Path, Described] | None:
+    """The folder and content of the version that another one is compared with; None for the first version of a root.
 
-    A version that cannot be read, or is of a release with other columns, is not compared with.
+    It is the last one with the same options, or the last one if no other has them. A damaged version, or one of a
+    release with other columns, is not compared with.
+
+    Args:
+        summary: the content of `dataset.json` of the other one, which is to be published.
+
+    Raises:
+        OSError: a version cannot be read now, such as after an error of S3. If it were passed over, its successor might
+            not be held. Nothing is lost: the next refresh continues with the finished work.
     """
     latest = (read_pointer(data_root) or {}).get("version")
-    names = [name for name in published_versions(data_root) if name != version]
+    names = [name for name in published_versions(data_root) if name != summary["version"]]
     names.sort(key=lambda name: name == latest)
+    last = None
     for name in reversed(names):
         folder = data_root.version(name)
         try:
-            before = describe(read_metadata(folder), read_manifest(folder, validate=False))
+            described = read_metadata(folder)
+            is_same = _have_same_options(described, summary)
+            if last and not is_same:
+                continue
+            before = describe(described, read_manifest(folder, validate=False))
             compare_funnels(before, before)
-            return folder, before
-        except (DatasetError, OSError) as error:
+        except DatasetError as error:
             log.warning("%s; it is not compared with", error)
+            continue
         except (KeyError, TypeError) as error:
             log.warning("%s has no %s; it is not compared with", folder, error)
-    return None
+            continue
+        if is_same:
+            return folder, before
+        last = folder, before
+    return last
+
+
+def _have_same_options(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return bool(one["inputs"]["config"] == other["inputs"]["config"])
 
 
 def compare(
@@ -150,7 +179,7 @@ def compare(
         mode: `block` or `warn`, of `--checks`.
         max_change: the limit of `funnel_change`.
     """
-    found, now = find_before(data_root, str(summary["version"])), describe(summary, final)
+    found, now = find_before(data_root, summary), describe(summary, final)
     folder, before = found or (None, None)
     facts = HistoryFacts(now, before, max_change)
     checks = run_checks(CHECKS, facts)
@@ -160,6 +189,7 @@ def compare(
         "name": summary["name"],
         "version": summary["version"],
         "before": folder.name if folder else None,
+        "same_options": facts.have_same_options,
         "mode": mode,
         "failed": failures,
         "held_by": [result["name"] for result in failures] if mode == "block" else [],
@@ -211,7 +241,7 @@ def _history(data_root: DataRoot, summary: Mapping[str, Any]) -> list[dict[str, 
     for name in names[-(VERSIONS_SHOWN - 1) :]:
         try:
             rows.append(_history_row(read_metadata(data_root.version(name))))
-        except (DatasetError, OSError):  # `find_before` warned
+        except DatasetError:  # `find_before` warned
             continue
     return [*rows, _history_row(summary)]
 

@@ -9,7 +9,7 @@ value.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ import pandas as pd
 
 from ixi_etl.config import SPLITS
 from ixi_etl.dataset import manifest
-from ixi_etl.dataset.alignment import UNCERTAIN
+from ixi_etl.dataset.alignment import DISSIMILAR, UNCERTAIN
 from ixi_etl.dataset.checks import Measurement
 from ixi_etl.dataset.schema import BEYOND_LIMIT, SCHEMAS, USED, is_absent, pair_column
 from ixi_etl.dataset.splits import person_of
@@ -30,6 +30,8 @@ ALLOWED = 3  # subjects that any limit of a share allows
 BELOW_HALF = 0.45  # which that allowance never exceeds
 SATURATED = 0.001  # of a slab's voxels with its largest value
 MIN_OF_SITE = 3  # subjects from which the loss of a site is judged
+MOST = 0.5  # share of the subjects of a site, above which those that lack a scan make it a lost one
+MIN_REGISTERED = 10  # subjects; of fewer, all may have heads that did not move
 QUANTILES = {"min": 0.0, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
 LARGE_MOTION_MM, LARGE_MOTION_DEG = 15.0, 15.0
 """As of the flag `large_motion` (docs/registration.md)."""
@@ -72,13 +74,26 @@ class VersionFacts:
 
     @cached_property
     def asked_for(self) -> pd.DataFrame:
-        """The subjects found, without those beyond the limit of `--subjects` or `--split-counts`."""
-        return self.final[self.final["reason"] != BEYOND_LIMIT]
+        """The subjects before the first one beyond the limit of `--subjects` or `--split-counts`.
+
+        Subjects are used in the order of the manifest, so nobody asked for those after it, whatever their reason.
+        """
+        beyond = np.flatnonzero(self.final["reason"] == BEYOND_LIMIT)
+        return self.final.iloc[: beyond[0]] if len(beyond) else self.final
+
+    @cached_property
+    def aligned(self) -> pd.DataFrame:
+        """The used subjects, and those that only their alignment excludes.
+
+        Without the latter, `--uncertain exclude` and `--low-similarity exclude` would leave no pair to fail a check.
+        """
+        return self.final[(self.final["status"] == USED) | self.final["reason"].isin((UNCERTAIN, DISSIMILAR))]
 
     def alignment(self, column: str) -> dict[str, pd.Series]:
-        """Moving modality -> values of a column of the alignment of the used pairs, without missing ones."""
+        """Moving modality -> values of a column of the alignment of the aligned pairs, without missing ones."""
         named = {name: pair_column(self.moving, name, column) for name in self.moving}
-        values = {name: self.used.loc[~is_absent(self.used, name), each].dropna() for name, each in named.items()}
+        pairs = self.aligned
+        values = {name: pairs.loc[~is_absent(pairs, name), each].dropna() for name, each in named.items()}
         return {name: found.astype(float) for name, found in values.items() if len(found)}
 
 
@@ -151,12 +166,14 @@ def measure_technical_exclusions(facts: VersionFacts) -> Measurement:
 
 
 def measure_lost_sites(facts: VersionFacts) -> Measurement:
-    by_rule = ["paired", "modal depth", "modal grid"]
-    usual = {reason for step in by_rule for reason in facts.reasons_of[step]} | {BEYOND_LIMIT}
-    wanted = facts.final[~facts.final["reason"].isin(usual) & (facts.final["site"] != "")]
-    kept = wanted["site"].value_counts().sort_index()
-    used = set(facts.used["site"])
-    lost = {str(site): n for site, n in kept.items() if n >= MIN_OF_SITE and site not in used}
+    modal = {reason for step in ("modal depth", "modal grid") for reason in facts.reasons_of[step]}
+    used, lost = set(facts.used["site"]), {}
+    for site, reasons in facts.asked_for[facts.asked_for["site"] != ""].groupby("site")["reason"]:
+        lacks_scan = reasons.isin(facts.reasons_of["paired"])
+        is_incomplete = len(reasons) >= MIN_OF_SITE and lacks_scan.mean() > MOST
+        kept = int((~lacks_scan & ~reasons.isin(modal)).sum())
+        if is_incomplete or (kept >= MIN_OF_SITE and site not in used):
+            lost[str(site)] = len(reasons)
     return Measurement(len(lost), at_most=0, details=lost)
 
 
@@ -179,28 +196,28 @@ def measure_nmi(facts: VersionFacts) -> Measurement:
     return Measurement(lowest, at_least=facts.config["min_nmi"], details=_quantiles(found))
 
 
-def measure_nmi_gain(facts: VersionFacts) -> Measurement:
-    before, after = facts.alignment("nmi_before"), facts.alignment("nmi_after")
-    gains = {name: (after[name] - before[name]).dropna() for name in before.keys() & after.keys()}
-    gains = {name: gains[name] for name in facts.moving if name in gains and len(gains[name])}
-    if facts.config["pairing"] == "index" or facts.config["registration"] == "none" or not gains:
-        return Measurement(None)
-    lowest = min(float(values.median()) for values in gains.values())
-    return Measurement(lowest, at_least=0, details=_quantiles(gains))
+def measure_flagged_pairs(flag: str, limit: float, fewest: int = 1) -> Callable[[VersionFacts], Measurement]:
+    """Measure the share of the registered subjects with a flag of the alignment, of any moving modality.
+
+    Fewer than `fewest` of them are not judged.
+    """
+
+    def measure(facts: VersionFacts) -> Measurement:
+        if not facts.alignment("motion_mm") or len(facts.aligned) < fewest:
+            return Measurement(None)
+        pairs = facts.aligned
+        flagged = pairs["flags"].str.contains(rf"(?:^|,)(?:[a-z0-9]+_)?{flag}(?:,|$)")
+        by_site = flagged.groupby(pairs["site"]).mean().drop("", errors="ignore")
+        return Measurement(
+            float(flagged.mean()),
+            at_most=at_most_share(limit, len(pairs)),
+            details={str(site): share for site, share in by_site.items()},
+        )
+
+    return measure
 
 
-def measure_uncertain_pairs(facts: VersionFacts) -> Measurement:
-    if not facts.alignment("motion_mm"):
-        return Measurement(None)
-    pairs = facts.final[(facts.final["status"] == USED) | (facts.final["reason"] == UNCERTAIN)]
-    flagged = pairs["flags"].str.contains(rf"(?:^|,)(?:[a-z0-9]+_)?{UNCERTAIN}(?:,|$)")
-    by_site = flagged.groupby(pairs["site"]).mean().drop("", errors="ignore")
-    return Measurement(
-        float(flagged.mean()), at_most=at_most_share(0.25, len(pairs)), details={str(s): v for s, v in by_site.items()}
-    )
-
-
-def measure_median_alignment(column: str, limit: float | None) -> Any:
+def measure_median_alignment(column: str, limit: float | None) -> Callable[[VersionFacts], Measurement]:
     """Measure the largest median of a column of the alignment, of any moving modality."""
 
     def measure(facts: VersionFacts) -> Measurement:

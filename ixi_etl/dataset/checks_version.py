@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ixi_etl.dataset import checks_measures as measures
+from ixi_etl.dataset.alignment import NO_GAIN, UNCERTAIN
 from ixi_etl.dataset.checks import Check
 
 CHECKS = (
@@ -40,7 +41,8 @@ CHECKS = (
     ),
     Check(
         "lost_sites",
-        "Number of sites without a used subject, of those with 3 subjects or more that the modal rules keep.",
+        "Number of sites that are lost: over half of 3 or more subjects lack a scan, or none of 3 or more that the "
+        "modal rules keep is used.",
         "sites",
         "at most 0",
         "the rule of the modal depth excludes a whole site of IXI (IOP), so a site that it excludes does not count",
@@ -56,19 +58,20 @@ CHECKS = (
     ),
     Check(
         "nmi",
-        "Lowest median of the NMI of the used pairs, of any moving modality; not for index pairing.",
+        "Lowest median of the NMI of the pairs, of any moving modality; not for index pairing.",
         "NMI",
         "at least `min_nmi`",
         "scans of two people have at most 0.058, aligned pairs at least 0.090 (registration.md)",
         measures.measure_nmi,
     ),
     Check(
-        "nmi_gain",
-        "Lowest median of what the registration adds to the NMI of a pair, of any moving modality.",
-        "NMI",
-        "at least 0",
-        "a registration that does not raise the NMI of a pair is not used (registration.md)",
-        measures.measure_nmi_gain,
+        "no_gain_pairs",
+        "Share of the subjects with the flag `registration_no_gain`; only for 10 or more registered subjects.",
+        "share",
+        "at most 0.9",
+        "even of simulated heads that did not move, only 3 of 5 have it; if nearly all do, the search fails, or the "
+        "scans were registered before",
+        measures.measure_flagged_pairs(NO_GAIN, 0.9, measures.MIN_REGISTERED),
     ),
     Check(
         "uncertain_pairs",
@@ -76,7 +79,7 @@ CHECKS = (
         "share",
         "at most 0.25",
         "estimates of real pairs with one fault reach 0.66 mm of 1 mm; a quarter above is a fault of the data",
-        measures.measure_uncertain_pairs,
+        measures.measure_flagged_pairs(UNCERTAIN, 0.25),
     ),
     Check(
         "registration_error",

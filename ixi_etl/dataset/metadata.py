@@ -150,8 +150,9 @@ def read_manifest(folder: Path, *, validate: bool = True) -> pd.DataFrame:
     """
     path, schema = folder / MANIFEST, SCHEMAS[read_metadata(folder)["name"]]
     try:
-        text = path.read_bytes().decode()  # reading as text would turn \r into \n
-    except (OSError, UnicodeDecodeError) as error:
+        with naming_file(path):
+            text = path.read_bytes().decode()  # reading as text would turn \r into \n
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} cannot be read ({error})") from error
     return schema.from_csv(text, str(path), validate=validate)
 

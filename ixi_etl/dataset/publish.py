@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 LIBRARIES = (
     *("deflate", "isal", "jinja2", "nibabel", "numcodecs", "numpy"),
-    *("pandas", "pillow", "simpleitk", "zarr", "zarrs"),
+    *("pandas", "pandera", "pillow", "simpleitk", "zarr", "zarrs"),
 )
 """Libraries listed in `software.json`: all that contribute to the bytes of a version."""
 
@@ -72,12 +72,13 @@ def origins_of(files: Mapping[str, VerifiedFile]) -> dict[str, Any]:
 def find_published(data_root: DataRoot, version: str, origins: Mapping[str, Any]) -> PublishedVersion | None:
     """The version if it is published and intact, made the latest again; otherwise None.
 
-    A damaged version stays in place for the runs that use it until `publish` replaces it.
+    A damaged version stays in place for the runs that use it until `publish` replaces it. One whose data are intact is
+    not made again for a file that no data depend on; `verify` reports such damage.
     """
     _restore_quarantined(data_root)
     if version not in published_versions(data_root):
         return None
-    problems = verify_files(data_root.version(version))
+    problems = verify_files(data_root.version(version), unhashed=False)
     if problems:
         log.warning("version %s is damaged and will be made again: %s", version, problems[0])
         return None

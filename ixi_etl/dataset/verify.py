@@ -56,25 +56,30 @@ def verify(
         deep: also check the SHA-256 of every file, decode every chunk (which checks its CRC-32C), and compare the
             percentiles of every slab, and its range if it has another normalisation, with the manifest.
     """
-    return _verify(folder, version or folder.name, deep, progress)[0]
+    return _verify(folder, version or folder.name, deep, progress, unhashed=True)[0]
 
 
-def verify_files(folder: Path) -> list[str]:
+def verify_files(folder: Path, *, unhashed: bool = True) -> list[str]:
     """The problems of the files of a version, one line each: whether they are those that were published.
 
     These are the default checks of `verify` that need only sizes and hashes: the size of every file, and the SHA-256 of
     `dataset.json`, the manifest and the store's metadata. The manifest's rules were checked when the version was
     published, and hold while its hash does. Only `verify` with `deep`
     finds a chunk that changed and kept its size.
+
+    Args:
+        unhashed: also check the `UNHASHED` files, on which no data depend.
     """
     try:
-        return _file_problems(folder, read_metadata(folder), folder.name)
+        return _file_problems(folder, read_metadata(folder), folder.name, unhashed=unhashed)
     except DatasetError as error:
         return [str(error)]
 
 
 def read_verified(folder: Path, version: str | None = None) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Read the metadata and manifest of a version, and check that `verify` finds no problem.
+    """Read the metadata and manifest of a version, and check that `verify` finds no problem in its data.
+
+    Damage of the `UNHASHED` files is no reason not to read the data.
 
     Args:
         version: its name, if the folder has another one.
@@ -90,14 +95,19 @@ def read_verified(folder: Path, version: str | None = None) -> tuple[dict[str, A
 
 
 def _verify(
-    folder: Path, version: str, deep: bool = False, progress: Progress = no_progress
+    folder: Path,
+    version: str,
+    deep: bool = False,
+    progress: Progress = no_progress,
+    *,
+    unhashed: bool = False,
 ) -> tuple[list[str], pd.DataFrame | None]:
     """The problems, and the manifest if it could be read."""
     try:
         metadata = read_metadata(folder)
     except DatasetError as error:
         return [str(error)], None
-    problems = _file_problems(folder, metadata, version, deep, progress)
+    problems = _file_problems(folder, metadata, version, deep, progress, unhashed=unhashed)
     names, schema = (metadata["source"], metadata["target"]), SCHEMAS[metadata["name"]]
     if names[0] == names[1] or not set(names) <= set(schema.arrays):
         problems.append(
@@ -117,7 +127,13 @@ def _verify(
 
 
 def _file_problems(
-    folder: Path, metadata: Mapping[str, Any], version: str, deep: bool = False, progress: Progress = no_progress
+    folder: Path,
+    metadata: Mapping[str, Any],
+    version: str,
+    deep: bool = False,
+    progress: Progress = no_progress,
+    *,
+    unhashed: bool,
 ) -> list[str]:
     """Missing files, wrong sizes and hashes, and a name that is not the hash of the inputs."""
     problems = []
@@ -131,7 +147,7 @@ def _file_problems(
             problems.append(f"{folder / name} is damaged: its SHA-256 is not the one in {METADATA}")
         progress("verify files", done, len(metadata["files"]), "files")
     _warn_of_foreign_files(folder, sizes.keys() - metadata["files"].keys() - {METADATA, *UNHASHED})
-    problems += _unhashed_problems(folder, sizes)
+    problems += _unhashed_problems(folder, sizes, metadata) if unhashed else []
     known_digest = published_digest(folder)
     if known_digest and known_digest != sha256_file(folder / METADATA):
         problems.append(f"{folder / METADATA} is not the file that was published: {POINTER} has another SHA-256 of it")
@@ -142,11 +158,16 @@ def _file_problems(
     return problems
 
 
-def _unhashed_problems(folder: Path, sizes: Mapping[str, int]) -> list[str]:
-    """Damage of the files that may differ between equal versions; they may be missing."""
+def _unhashed_problems(folder: Path, sizes: Mapping[str, int], metadata: Mapping[str, Any]) -> list[str]:
+    """Damage of the files that may differ between equal versions.
+
+    They may be missing, but not `compared.json` of a version with checks: it says whether the hand-off is held.
+    """
     content = {name: (folder / name).read_bytes() for name in (SOFTWARE, COMPARED) if name in sizes}
     damaged = [name for name, data in content.items() if not has_own_digest(data)]
     problems = [f"{folder / name} is damaged: it does not have the SHA-256 that it holds" for name in damaged]
+    if COMPARED not in content and "checks" in metadata:
+        problems.append(f"{folder / COMPARED} is missing")
     if COMPARED in content and COMPARED not in damaged:
         known = parse_json(content[COMPARED]).get(PAGE_DIGEST)
         if COMPARED_PAGE not in sizes:

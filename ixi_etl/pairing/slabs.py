@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ixi_etl.config import DatasetConfig
+from ixi_etl.dataset.alignment import NO_GAIN
 from ixi_etl.dataset.schema import matrix_column, pair_column
 from ixi_etl.errors import BadVolumeError
 from ixi_etl.modalities import ECHOES
@@ -254,7 +255,7 @@ def _register_pair(
         is_better = outside_after < outside_before
     error_mm = found.error_mm(target.points, found.fixed_to_moving if is_better else by_headers.matrix)
     if not is_better:
-        return replace(by_headers, error_mm=error_mm), ["registration_no_gain"]
+        return replace(by_headers, error_mm=error_mm), [NO_GAIN]
     motion_mm, motion_deg = register.measure_motion(found.fixed_to_moving, target.points)
     is_large = motion_mm > register.MAX_MOTION_MM or motion_deg > register.MAX_MOTION_DEG
     flags = ["large_motion"] if is_large else []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from profiles import examples
 
-from ixi_etl.dataset import checks, checks_history, checks_version, manifest, metadata
+from ixi_etl.core.files import read_json, to_json
+from ixi_etl.dataset import checks, checks_history, checks_version, manifest, metadata, verify
 from ixi_etl.dataset.checks_measures import (
     BELOW_HALF,
     SATURATED,
@@ -138,8 +141,32 @@ def with_summary(**entries: Any) -> Break:
     return broken
 
 
+def missing_in(site: str, reason: str) -> Break:
+    """A reason for all subjects of a site, whatever theirs was: a missing scan comes before all other reasons."""
+
+    def broken(facts: VersionFacts) -> VersionFacts:
+        table = excluded(facts.final, facts.final["site"] == site, reason)
+        return facts_of(dict(facts.summary), table, dict(facts.saturation))
+
+    return broken
+
+
+def chain(*steps: Break) -> Break:
+    return lambda facts: reduce(lambda found, step: step(found), steps, facts)
+
+
 def every(n: int, of: int) -> Callable[[pd.DataFrame], Any]:
     return lambda table: table.index % of < n
+
+
+MOST = every(9, 10)
+
+
+def in_most(**columns: Any) -> Break:
+    """These values in nine of ten rows."""
+    return lambda facts: with_values(
+        **{name: facts.final[name].mask(MOST(facts.final), value) for name, value in columns.items()}
+    )(facts)
 
 
 ALL_IN_TRAIN = with_values(split=lambda table: table["split"].where(table["status"] != "used", "train"))
@@ -150,6 +177,7 @@ BROKEN: dict[str, tuple[Break, set[str]]] = {
         without(lambda table: table["site"] == "HH", "bad_affine"),
         {"lost_sites", "technical_exclusions"},
     ),
+    "a small site has no T2": (missing_in("IOP", "missing_t2"), {"lost_sites"}),
     "half of the subjects cannot be read": (without(every(1, 2), "unreadable"), {"technical_exclusions"}),
     "nearly all subjects are excluded": (
         without(every(9, 10), "low_similarity"),
@@ -165,7 +193,18 @@ BROKEN: dict[str, tuple[Break, set[str]]] = {
         {"modal_depth"},
     ),
     "no pair is aligned": (with_values(nmi_before=0.03, nmi_after=0.03), {"nmi"}),
-    "the registration makes pairs worse": (with_values(nmi_before=0.2), {"nmi_gain"}),
+    "few pairs are aligned, and the others are excluded": (
+        chain(in_most(nmi_before=0.03, nmi_after=0.03), without(MOST, "low_similarity")),
+        {"nmi", "used_share"},
+    ),
+    "the registration changes no pair": (with_values(flags="registration_no_gain"), {"no_gain_pairs"}),
+    "most registrations are off by millimetres, and these pairs are excluded": (
+        chain(
+            in_most(registration_error_mm=2.5, flags="registration_uncertain"),
+            without(MOST, "registration_uncertain"),
+        ),
+        {"registration_error", "uncertain_pairs", "used_share"},
+    ),
     "half of the registrations are uncertain": (
         with_values(flags=lambda table: np.where(table.index % 2, "registration_uncertain", "")),
         {"uncertain_pairs"},
@@ -216,8 +255,6 @@ def test_all_failures_are_found_at_once(ixi: VersionFacts) -> None:
     ("config", "name"),
     [
         ({"pairing": "index"}, "nmi"),
-        ({"pairing": "index"}, "nmi_gain"),
-        ({"registration": "none"}, "nmi_gain"),
         ({"depth": "any"}, "modal_depth"),
         ({"split_by": "order", "split_counts": [300, 60, 103]}, "leaking_persons"),
     ],
@@ -229,6 +266,41 @@ def test_a_check_that_does_not_apply_has_no_value_and_passes(
     found = results_of(with_summary(**changed)(with_values(nmi_before=0.2, nmi_after=0.01)(ixi)))[name]
     assert (found["value"], found["passed"]) == (None, True)
     assert checks.describe_value(found) == "-"
+
+
+def test_pairs_that_were_not_registered_have_no_share_of_flags(ixi: VersionFacts) -> None:
+    found = results_of(with_values(motion_mm=np.nan, flags="registration_no_gain,registration_uncertain")(ixi))
+    assert [found[name]["value"] for name in ("no_gain_pairs", "uncertain_pairs")] == [None, None]
+
+
+@pytest.mark.parametrize(("subjects", "value"), [(9, None), (10, 1.0)])
+def test_a_few_heads_that_did_not_move_are_no_fault(subjects: int, value: float | None, ixi: VersionFacts) -> None:
+    few = ixi.final.head(subjects).assign(flags="registration_no_gain")
+    found = results_of(facts_of(dict(ixi.summary), few, {"t1": [0.0], "t2": [0.0]}))["no_gain_pairs"]
+    assert (found["value"], found["passed"]) == (value, value is None)
+
+
+@pytest.mark.parametrize("limit", [2, 20])
+def test_subjects_after_the_limit_count_in_no_share(limit: int, ixi: VersionFacts) -> None:
+    """All later ones that can be used are beyond the limit, and the others keep their reasons: 119 of IXI."""
+    used = ixi.final.index[ixi.final["status"] == "used"]
+    table = excluded(ixi.final, used[limit:], "beyond_limit")
+    facts = facts_of(dict(ixi.summary), table, {"t1": [0.0] * limit, "t2": [0.0] * limit})
+    found = results_of(facts)
+    shares = {"used_share", "missing_scans", "technical_exclusions", "lost_sites"}
+    assert shares & failed_names(facts) == set()
+    assert (found["used_share"]["value"], found["missing_scans"]["value"]) == (1, 0)
+
+
+@pytest.mark.parametrize(("lacking", "subjects", "lost"), [(38, 74, 1), (37, 74, 0), (3, 3, 1), (2, 2, 0)], ids=str)
+def test_a_site_is_lost_if_most_of_its_subjects_lack_a_scan(
+    lacking: int, subjects: int, lost: int, ixi: VersionFacts
+) -> None:
+    """The others have another depth than the modal one, which is no fault."""
+    table = ixi.final.head(508 + subjects)
+    table = excluded(table, table.index[508 : 508 + lacking], "missing_t2")
+    facts = facts_of(dict(ixi.summary), table, dict(ixi.saturation))
+    assert results_of(facts)["lost_sites"]["value"] == lost
 
 
 def test_a_split_by_order_must_be_exact(ixi: VersionFacts) -> None:
@@ -294,10 +366,39 @@ def test_a_failure_is_one_line_with_value_and_limit(ixi: VersionFacts) -> None:
     assert checks.describe_failure(low) == "nmi: 0.03, limit at least 0.06"
 
 
-def test_a_version_without_the_file_is_free(tmp_path: Path) -> None:
-    assert checks.held_by(tmp_path) == checks.failed_checks(tmp_path) == []
-    (tmp_path / metadata.COMPARED).write_text("[]")
-    assert checks.held_by(tmp_path) == []
+@pytest.fixture
+def failing(published: PublishedVersion, tmp_path: Path) -> Path:
+    """A copy of a version that failed the check `nmi`, published under `--checks warn`."""
+    folder = Path(shutil.copytree(published.folder, tmp_path / published.version))
+    summary = metadata.read_metadata(folder)
+    results = [result | {"passed": result["name"] != "nmi"} for result in summary["checks"]]
+    (folder / metadata.METADATA).write_text(to_json(metadata.with_digest(summary | {"checks": results})))
+    path = folder / metadata.COMPARED
+    compared = read_json(path) | {"mode": "warn", "failed": checks.failed(results), "held_by": []}
+    path.write_text(to_json(metadata.with_digest(compared)))
+    return folder
+
+
+def test_the_own_checks_hold_a_version_whose_comparison_is_lost(failing: Path) -> None:
+    """Nobody knows then whether they should only warn."""
+    path = failing / metadata.COMPARED
+    assert checks.held_by(failing) == []
+    path.write_text(path.read_text().replace('"warn"', '"none"'))
+    assert checks.held_by(failing) == ["nmi"]
+    path.unlink()
+    assert checks.held_by(failing) == [result["name"] for result in checks.failed_checks(failing)] == ["nmi"]
+    assert f"{path} is missing" in verify.verify(failing)
+
+
+def test_a_version_without_checks_is_free(failing: Path) -> None:
+    """Such as one of an older ixi-etl, or of another dataset than IXI."""
+    summary = metadata.read_metadata(failing)
+    del summary["checks"]
+    (failing / metadata.METADATA).write_text(to_json(metadata.with_digest(summary)))
+    for name in (metadata.COMPARED, metadata.COMPARED_PAGE):
+        (failing / name).unlink()
+    assert checks.held_by(failing) == checks.failed_checks(failing) == []
+    assert verify.verify(failing) == []
 
 
 def rows_after(header: str, text: str) -> Iterator[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
@@ -42,7 +43,8 @@ def compared(folder: Path) -> dict[str, Any]:
 
 
 def folder_before(data_root: DataRoot, version: str) -> Path | None:
-    found = checks_history.find_before(data_root, version)
+    """The folder of the version that `version` is compared with, which has options of its own."""
+    found = checks_history.find_before(data_root, {"version": version, "inputs": {"config": {}}})
     return found[0] if found else None
 
 
@@ -141,15 +143,25 @@ def test_damage_of_either_file_is_found(name: str, published: PublishedVersion, 
     (copy / name).write_bytes(data)
     [problem] = verify.verify(copy)
     assert problem.startswith(f"{copy / name} is damaged: ")
-    for each in (metadata.COMPARED, metadata.COMPARED_PAGE):
-        (copy / each).unlink()
-    assert verify.verify(copy) == []  # a copy may lack them, as those of an older ixi-etl do
+    assert verify.read_verified(copy)[0] == metadata.read_metadata(copy)  # the data are intact
 
 
-def test_a_page_that_is_missing_is_found(published: PublishedVersion, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [metadata.COMPARED, metadata.COMPARED_PAGE])
+def test_a_file_that_is_missing_is_found(name: str, published: PublishedVersion, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(published.folder, tmp_path / published.version))
-    (copy / metadata.COMPARED_PAGE).unlink()
-    assert verify.verify(copy) == [f"{copy / metadata.COMPARED_PAGE} is missing"]
+    (copy / name).unlink()
+    assert verify.verify(copy) == [f"{copy / name} is missing"]
+
+
+@pytest.mark.parametrize("name", metadata.UNHASHED)
+def test_a_version_is_not_made_again_for_a_file_that_no_data_depend_on(
+    name: str, archives: Path, refreshed: PublishedVersion, tmp_path: Path
+) -> None:
+    (refreshed.folder / name).write_text("damaged")
+    assert not refresh(config_for(tmp_path, archives)).is_new
+    assert (refreshed.folder / name).read_text() == "damaged"
+    [problem] = verify.verify(refreshed.folder)
+    assert problem.startswith(f"{refreshed.folder / name} is damaged: ")
 
 
 def test_a_version_that_cannot_be_read_is_passed_over(
@@ -171,6 +183,43 @@ def test_a_version_made_the_latest_again_is_the_one_compared_with(second: tuple[
     again_latest = again | {"history": [*pointer["history"], again]}
     (data_root.datasets / metadata.POINTER).write_text(json.dumps(again_latest))
     assert folder_before(data_root, "another") == data_root.version(second[0].name)
+
+
+def test_a_version_is_compared_with_the_last_one_of_the_same_options(
+    second: tuple[Path, Path], archives: Path, fewer: Path, tmp_path: Path
+) -> None:
+    """A change of the options changes the funnel, and is no fault of the data."""
+    root = Path(shutil.copytree(second[0].parents[2], tmp_path / "root"))
+    shutil.rmtree(root / "datasets/ixi-t1-t2" / second[1].name)
+    others = config_for(root, fewer, pictures=False, depth="any")
+    made = refresh(others)
+    content, text = compared(made.folder), page(made.folder)
+    assert (content["before"], content["same_options"], content["held_by"]) == (second[0].name, False, [])
+    assert [(result["value"], result["passed"]) for result in content["checks"]] == [(None, True)] * 2
+    assert f"compared with {second[0].name}, the last version before it, which has other options" in text
+    assert "No version before it has the same options, so the checks of the changes do not apply." in text
+    assert "config.depth" in {row["what"] for row in content["inputs"]}
+    again = compared(refresh(config_for(root, fewer, pictures=False)).folder)
+    assert (again["before"], again["same_options"]) == (second[0].name, True)
+    assert "funnel_change" in again["held_by"]
+
+
+@pytest.mark.parametrize("name", [metadata.METADATA, metadata.MANIFEST])
+def test_a_version_that_cannot_be_read_now_is_not_passed_over(
+    name: str, second: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as after an error of S3: its successor might not be held."""
+    data_root, read_bytes = DataRoot(second[0].parents[2]), Path.read_bytes
+
+    def fail(path: Path) -> bytes:
+        if path.name == name:
+            raise OSError(errno.EIO, "the server is busy")
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(OSError, match="the server is busy") as raised:
+        folder_before(data_root, "another")
+    assert raised.value.filename == str(second[1] / name)
 
 
 def test_a_lost_site_is_found_however_small(published: PublishedVersion) -> None:

@@ -118,7 +118,7 @@ def test_a_failed_check_is_told_and_holds_the_hand_off_unless_it_only_warns(
 
     shutil.copytree(published.folder.parents[2], tmp_path / "root")
     write_phantom(tmp_path / "fewer", subjects=3, seed=3, oddities=False, shrink=SHRINK)
-    config = config_for(tmp_path / "root", tmp_path / "fewer", pictures=False).model_copy(update={"checks": mode})
+    config = config_for(tmp_path / "root", tmp_path / "fewer").model_copy(update={"checks": mode})
     with events_of_block() as events:
         made = refresh_dataset(config)
     told = {event.event: event for event in events if event.event.startswith("ixi.dataset.")}
