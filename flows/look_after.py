@@ -1,5 +1,5 @@
-"""Flow `look-after`: start the training that an event did not start, end lost runs that the automation missed, and
-report an outage of the server.
+"""Flow `look-after`: start the training that an event did not start, report failed checks whose event was lost, end
+lost runs that the automation missed, and report an outage of the server.
 
 A deployment runs it every 15 minutes, because the server keeps events in memory: one that arrives while it stops is
 lost, and what an automation was waiting for during an outage may be forgotten.
@@ -8,10 +8,12 @@ lost, and what an automation was waiting for during an outage may be forgotten.
 from __future__ import annotations
 
 import logging
+import os
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from prefect import flow, runtime, task
 from prefect.cache_policies import NO_CACHE
@@ -33,13 +35,16 @@ from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFi
 from prefect.states import Cancelled, Crashed
 from pydantic import Field
 
+from flows.announce import CHECKS_FAILED, announce_failed_checks, resource_of
 from flows.automations import FLOWS, LOST, MISSED_BEATS, heartbeat_s
 from ixi_etl.config import NO_SECRET
 from ixi_etl.core.storage import DataRoot
-from ixi_etl.dataset.checks import held_by
-from ixi_etl.dataset.metadata import read_pointer
+from ixi_etl.dataset.checks import failed_checks, held_by
+from ixi_etl.dataset.metadata import POINTER, read_pointer
 from ixi_etl.dataset.prune import find_users
-from ixi_etl.dataset.versions import find_latest
+from ixi_etl.dataset.versions import datasets_in, parse_version, resolve_version
+from ixi_etl.errors import ConfigError, DatasetError
+from model.config import preset
 
 log = logging.getLogger("ixi_etl.look_after")
 
@@ -49,6 +54,9 @@ PENDING_S = 3600
 
 CLOCKS_DIFFER = timedelta(hours=1)
 """Tolerance for the clocks of the machine that publishes and of the server."""
+
+TOLD_WITHIN = timedelta(days=6)
+"""Failed checks of an older version are not reported: the server forgets after 7 days that it was told of them."""
 
 
 def train_missing(root: str, scratch: Path | None, minutes: float) -> str | None:
@@ -64,23 +72,25 @@ def train_missing(root: str, scratch: Path | None, minutes: float) -> str | None
 
     Returns:
         The version, if a training run was started.
+
+    Raises:
+        DatasetError: the latest version cannot be determined.
     """
     data_root = DataRoot(root, scratch=scratch)
-    if not (version := find_latest(data_root)):
+    if not (version := _latest(data_root)):
         return None
-    published = _published_at(data_root, version)
+    published = _published(data_root, version)[-1]
     if datetime.now(UTC) < published + timedelta(minutes=minutes):
         return None
     if failed := held_by(data_root.version(version)):
         log.info("version %s is held by %s", version, ", ".join(failed))
         return None
-    dataset = f"{data_root.name}@{version}"
-    if version in find_users(data_root) or _has_flow_run(dataset, published):
+    if version in find_users(data_root) or _has_flow_run(data_root, version, published):
         return None
     log.warning("version %s of %s had no training; starting one", version, published.isoformat())
     run_deployment(
         "train-pix2pix/train-pix2pix",
-        parameters={"dataset": dataset, "root": root},
+        parameters={"dataset": f"{data_root.name}@{version}", "root": root},
         timeout=0,
         as_subflow=False,
         idempotency_key=f"train:{root}:{version}:{published.isoformat()}",
@@ -88,15 +98,34 @@ def train_missing(root: str, scratch: Path | None, minutes: float) -> str | None
     return version
 
 
-def _published_at(data_root: DataRoot, version: str) -> datetime:
+def _latest(data_root: DataRoot) -> str | None:
+    """The latest version; None if none was published yet.
+
+    Raises:
+        DatasetError: `latest.json` is damaged, or names a version that does not exist.
+    """
+    try:
+        return resolve_version(data_root)
+    except DatasetError as error:
+        if (data_root.datasets / POINTER).exists():
+            raise
+        log.info("%s", error)
+        return None
+
+
+def _published(data_root: DataRoot, version: str) -> list[datetime]:
+    """When the version was made the latest, oldest first; long ago if that is unknown."""
     pointer = read_pointer(data_root) or {"history": []}
     times = [entry["published"] for entry in pointer["history"] if entry["version"] == version]
-    return datetime.fromisoformat(times[-1]) if times else datetime.min.replace(tzinfo=UTC)
+    return [datetime.fromisoformat(text) for text in times] or [datetime.min.replace(tzinfo=UTC)]
 
 
-def _has_flow_run(dataset: str, published: datetime) -> bool:
-    """Whether a flow run names this version, or took the latest one after this one was published."""
-    latest = (None, "", f"{dataset.partition('@')[0]}@latest")
+def _is_same_root(one: object, other: object) -> bool:
+    return os.path.normpath(str(one)) == os.path.normpath(str(other))  # such as with and without a slash at the end
+
+
+def _has_flow_run(data_root: DataRoot, version: str, published: datetime) -> bool:
+    """Whether a flow run names this version, or took the latest one after this one was published, in this root."""
     after = published - CLOCKS_DIFFER
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(  # at most 200, the newest
@@ -106,12 +135,66 @@ def _has_flow_run(dataset: str, published: datetime) -> bool:
         )
 
     def counts(run: FlowRun) -> bool:
-        given, due = run.parameters.get("dataset"), run.expected_start_time
-        if run.parameters.get("preset") == "digits":  # another dataset, of which it takes the latest version
+        due = run.expected_start_time
+        if not _is_same_root(run.parameters.get("root"), data_root.root):
             return False
-        return given == dataset or (given in latest and due is not None and due >= published)
+        try:
+            name, wanted = parse_version(_dataset_of(run.parameters))
+        except (ConfigError, KeyError):  # no such dataset or preset: it trains on nothing
+            return False
+        if name != data_root.name:
+            return False
+        return (due is not None and due >= published) if wanted == "latest" else version.startswith(wanted)
 
     return any(map(counts, runs))
+
+
+def _dataset_of(parameters: Mapping[str, Any]) -> str:
+    """The dataset in the parameters of train-pix2pix, by the precedence of that flow."""
+    settings = parameters.get("settings") or {}
+    given = parameters.get("dataset") or settings.get("dataset")
+    return str(given or preset(parameters.get("preset", "paper")).dataset)
+
+
+def tell_failed_checks(root: str, scratch: Path | None, minutes: float) -> list[str]:
+    """Emit the event of failed checks of the latest version of each dataset, if the server has no such event.
+
+    The refresh may have been killed before it emitted the event, or the event was lost.
+
+    Args:
+        root: as in the deployments.
+        scratch: as in `DataRoot`.
+        minutes: the time that the event of the refresh has to arrive.
+
+    Returns:
+        The versions whose event was emitted, as NAME@VERSION.
+
+    Raises:
+        DatasetError: the latest version of a dataset cannot be determined.
+    """
+    told = []
+    for data_root in [DataRoot(root, name, scratch) for name in datasets_in(root)]:
+        if not (version := _latest(data_root)):
+            continue
+        published = _published(data_root, version)[0]  # later, a refresh that found it again emitted no event
+        if not timedelta(minutes=minutes) <= datetime.now(UTC) - published < TOLD_WITHIN:
+            continue
+        if failed_checks(data_root.version(version)) and not _has_event(data_root, version):
+            log.warning("nobody was told of the failed checks of version %s; telling now", version)
+            announce_failed_checks(data_root, version)
+            told.append(f"{data_root.name}@{version}")
+    return told
+
+
+def _has_event(data_root: DataRoot, version: str) -> bool:
+    """Whether the server has an event of failed checks of this version."""
+    wanted = EventFilter(
+        event=EventNameFilter(name=[CHECKS_FAILED]),
+        resource=EventResourceFilter(id=[resource_of(data_root)["prefect.resource.id"]]),
+    )
+    with get_client(sync_client=True) as client:
+        payloads = [event.payload for event in client.read_events(wanted, limit=50).events]  # the newest
+    return any(p.get("version") == version and _is_same_root(p.get("root"), data_root.root) for p in payloads)
 
 
 def end_lost() -> list[str]:
@@ -186,6 +269,7 @@ def report_gap(minutes: float) -> datetime | None:
 
 check_outage = task(name="report_gap", cache_policy=NO_CACHE)(report_gap)
 check_trainings = task(name="train_missing", cache_policy=NO_CACHE)(train_missing)
+check_failures = task(name="tell_failed_checks", cache_policy=NO_CACHE)(tell_failed_checks)
 check_runs = task(name="end_lost", cache_policy=NO_CACHE)(end_lost)
 
 
@@ -196,15 +280,18 @@ def look_after(
     train_after: float | Annotated[str, Field(pattern=r"^\d+$")] = 15,
     gap: float = 40,
 ) -> None:
-    """Start a missing training, end lost runs, and report an outage.
+    """Start a missing training, end lost runs, and report an outage and failed checks whose event was lost.
 
     Args:
         root: Folder, or s3://bucket/prefix, that holds datasets and runs.
         scratch: If the root is on S3: folder of this machine to work in.
-        train_after: Minutes that the event of a new version has to start its training; `prefect.yaml` gives text.
+        train_after: Minutes that the events of a new version have to arrive, and to start its training; `prefect.yaml`
+            gives text.
         gap: Minutes without a look-after that are reported as an outage.
     """
     check_outage(gap)
-    runs = check_runs.submit()  # beside the other, so neither depends on it
-    check_trainings(root, scratch or None, float(train_after))
-    runs.result()
+    given = (root, scratch or None, float(train_after))
+    beside = [check_runs.submit(), check_failures.submit(*given)]  # so none depends on another
+    check_trainings(*given)
+    for future in beside:
+        future.result()

@@ -18,15 +18,14 @@ import pandas as pd
 from prefect import flow, get_run_logger, task
 from prefect.assets import add_asset_metadata, materialize
 from prefect.cache_policies import NO_CACHE
-from prefect.events import emit_event
 from prefect.utilities.annotations import quote
 
+from flows.announce import announce
 from flows.artifacts import progress_artifacts, show_version
 from flows.assets import asset_key, dataset_asset, version_facts
 from flows.progress import show_progress
 from ixi_etl.config import RefreshConfig
 from ixi_etl.core.lease import lock_data_root
-from ixi_etl.dataset.checks import describe_failure, failed_checks, held_by
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.errors import DownloadError
 from ixi_etl.recipes import ixi, ixi_inputs, ixi_version
@@ -82,23 +81,6 @@ def unsearched(value: T) -> T:
     return cast(T, quote(value))
 
 
-def announce(config: RefreshConfig, refreshed: PublishedVersion) -> None:
-    """Emit the events of a new version: that it is published, unless a failed check holds it, and any failed checks.
-
-    The first starts a training run on a version of `ixi-t1-t2` (`prefect.yaml`).
-    """
-    name = config.data_root.name
-    resource = {"prefect.resource.id": f"ixi.dataset.{name}", "prefect.resource.name": name}
-    payload = {"version": refreshed.version, "root": config.root}
-    held = held_by(refreshed.folder)
-    failures = failed_checks(refreshed.folder)
-    if failures:
-        line = "; ".join(map(describe_failure, failures))
-        emit_event("ixi.dataset.checks_failed", resource, payload=payload | {"failed": line, "held": bool(held)})
-    if not held:
-        emit_event("ixi.dataset.published", resource, payload=payload)
-
-
 def _run_name() -> str:
     from prefect.runtime import flow_run
 
@@ -139,7 +121,7 @@ def refresh_dataset(config: RefreshConfig | None = None) -> PublishedVersion:
         screened = select_subjects(unsearched(job), survey_table)
         final, records = cut_subjects(unsearched(job), survey_table, screened)
         refreshed = publish_task(config)(unsearched(job), survey_table, final, unsearched(records))
-        announce(config, refreshed)
+        announce(config.data_root, refreshed.version)
         show_version(refreshed)
         log.info("published version %s: %s", job.version, refreshed.folder)
         return refreshed

@@ -71,7 +71,7 @@ GROUPS = {
         "neighbours several_sources split_by_file normalisations published_training foreign quality cards hub trackers "
         "open_version"
     ),
-    "s3": "s3 export_on_s3 open_version_on_s3 remote_runs strays odd_filesystems security prune",
+    "s3": "s3 export_on_s3 open_version_on_s3 remote_cut remote_runs strays odd_filesystems security prune",
 }
 """Test files that share slow fixtures (services, trained runs, versions on S3). One worker runs a whole group."""
 

@@ -164,7 +164,7 @@ class Lease:
             self._etag = current.etag  # the answer to an earlier write was lost
         return (
             f"{self.folder} is now locked by {_describe(holder)}, because this process could not renew its lock in "
-            "time; it stops here, and no reader sees its work; run again to resume when the other has ended"
+            "time; it will publish nothing more; run again to resume when the other has ended"
         )
 
     def release(self) -> None:
@@ -181,7 +181,10 @@ class Lease:
                 self._record["released"] = True
                 current = read_object(self.path)  # a signal may come before the answer to the first write
                 if current and _record_of(current)["id"] == self._record["id"]:
-                    put_if_unchanged(self.path, self._content(), current.etag)
+                    try:
+                        put_if_unchanged(self.path, self._content(), current.etag)
+                    except NoConditionsError:  # the server knows `If-None-Match` alone, so nobody relies on the lease
+                        self.path.write_bytes(self._content())
 
     def _content(self) -> bytes:
         return to_json({**self._record, "renewals": self._renewals}).encode()

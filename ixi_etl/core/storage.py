@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,22 +214,30 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 
 def upload_folder(
-    folder: Path, target: Path, last: str, progress: Progress, confirm: Callable[[], None] = lambda: None
+    folder: Path,
+    target: Path,
+    last: str,
+    progress: Progress,
+    confirm: Callable[[], None] = lambda: None,
+    confirmed: Collection[str] = (),
 ) -> None:
     """Copy a local folder to S3, with the file `last` after all others: its presence marks the folder as complete.
 
     Args:
-        confirm: called before the file `last` is written; what it raises ends the upload.
+        confirm: called before the files `confirmed` and `last` are written; what it raises ends the upload.
+        confirmed: names of files that are written between that call and `last`, if the folder has them.
     """
     from fsspec.callbacks import Callback
 
     filesystem, top = filesystem_of(target)
-    names = sorted(file_sizes(folder).keys() - {last})
+    found = file_sizes(folder).keys() - {last}
+    names, kept_back = sorted(found.difference(confirmed)), sorted(found.intersection(confirmed))
     callback = Callback(hooks={"progress": lambda size, value: progress("upload", value, size or len(names), "files")})
     with naming_file(target):
         filesystem.put([str(folder / name) for name in names], [f"{top}/{name}" for name in names], callback=callback)
         confirm()
-        filesystem.put_file(str(folder / last), f"{top}/{last}")
+        for name in (*kept_back, last):
+            filesystem.put_file(str(folder / name), f"{top}/{name}")
 
 
 def remove_tree(target: Path, first: str) -> None:

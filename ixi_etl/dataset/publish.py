@@ -126,10 +126,10 @@ def publish(
         _quarantine(data_root, version)
         staged.rename(target)
         fsync_path(target.parent)
-    else:  # overwrites existing files, which have the same names and bytes
+    else:  # overwrites existing files, which have the same names and, but for the unhashed ones, the same bytes
         confirm = partial(confirm_lease, data_root.root)
         confirm()
-        upload_folder(staged, target, last=METADATA, progress=progress, confirm=confirm)
+        upload_folder(staged, target, last=METADATA, progress=progress, confirm=confirm, confirmed=UNHASHED)
     _update_pointer(data_root, version, origins)
     _clear_staging(data_root)
     _warn_of_empty_splits(summary)

@@ -51,17 +51,16 @@ def test_empty_root_is_refused() -> None:
         RefreshConfig(root="")  # prefect.yaml gives this if IXI_ROOT is not set
 
 
-def test_training_is_triggered_by_the_event_of_the_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows import refresh_dataset
-    from ixi_etl.dataset.publish import PublishedVersion
+def test_training_is_triggered_by_the_event_of_the_refresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from flows import announce
 
     emitted: dict[str, Any] = {}
 
     def emit_event(event: str, resource: dict[str, str], payload: dict[str, str]) -> None:
         emitted.update(event=event, resource=resource, payload=payload)
 
-    monkeypatch.setattr(refresh_dataset, "emit_event", emit_event)
-    refresh_dataset.announce(RefreshConfig(root="s3://b/x"), PublishedVersion("0123456789ab", Path("x"), is_new=True))
+    monkeypatch.setattr(announce, "emit_event", emit_event)
+    announce.announce(RefreshConfig(root=str(tmp_path)).data_root, "0123456789ab")
     [trigger] = DEPLOYMENTS["train-pix2pix"]["triggers"]
     assert trigger["expect"] == [emitted["event"]]
     assert trigger["match"].items() <= emitted["resource"].items()
@@ -69,7 +68,7 @@ def test_training_is_triggered_by_the_event_of_the_refresh(monkeypatch: pytest.M
         "dataset": "ixi-t1-t2@{{ event.payload.version }}",
         "root": "{{ event.payload.root }}",
     }
-    assert emitted["payload"] == {"version": "0123456789ab", "root": "s3://b/x"}
+    assert emitted["payload"] == {"version": "0123456789ab", "root": str(tmp_path)}
 
 
 def test_unknown_preset_in_the_environment_prints_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,10 +57,14 @@ def test_a_version_on_s3_equals_the_local_one(on_s3: OnS3, published: PublishedV
 
 
 def test_metadata_and_pointer_are_uploaded_last(on_s3: OnS3) -> None:
-    written = [url for method, url, _ in on_s3.requests if method == "PUT" and not url.endswith("/.lock.json")]
+    """And unhashed files just before them, after the lock was confirmed."""
+    written = [url.rpartition("/")[2] for method, url, _ in on_s3.requests if method == "PUT"]
+    confirmed = [*sorted(metadata.UNHASHED), metadata.METADATA, LEASE, metadata.POINTER]
+    assert written[-9:] == [LEASE, *confirmed, LEASE, LEASE]  # before staging is removed, and released
     prefix = "/" + on_s3.made.folder.parent.as_posix().removeprefix("s3://")
-    assert written[-2:] == [f"{prefix}/{on_s3.made.version}/dataset.json", f"{prefix}/latest.json"]
-    assert len(written) > len(metadata.read_metadata(on_s3.made.folder)["files"])
+    urls = {url for method, url, _ in on_s3.requests if method == "PUT"}
+    assert urls >= {f"{prefix}/{on_s3.made.version}/{metadata.METADATA}", f"{prefix}/{metadata.POINTER}"}
+    assert len(urls) > len(metadata.read_metadata(on_s3.made.folder)["files"])
 
 
 @pytest.mark.stack
@@ -117,18 +122,23 @@ def test_a_missing_bucket_is_reported_before_any_work(s3: None, archives: Path, 
     assert not list(tmp_path.rglob("*.json"))
 
 
+def take_over(config: RefreshConfig, elsewhere: Path) -> Lease:
+    """Let another machine take over the lock of the root, as if it had expired."""
+    elsewhere.mkdir()
+    (to_path(config.root) / LEASE).unlink()
+    lease = Lease(to_path(config.root), "--root", LeaseTimes())
+    assert lease.acquire(elsewhere)
+    return lease
+
+
 def test_a_refresh_that_lost_its_lock_publishes_nothing(
     config: RefreshConfig, published: PublishedVersion, tmp_path: Path
 ) -> None:
-    (elsewhere := tmp_path / "elsewhere").mkdir()
     data_root, others = config.data_root, list[Lease]()
 
     def progress(stage: str, done: int, total: int, unit: str) -> None:
-        """When all is ready to be published, let another machine take over the lock, as if it had expired."""
-        if stage == "hash files" and not others:
-            (to_path(config.root) / LEASE).unlink()
-            others.append(Lease(to_path(config.root), "--root", LeaseTimes()))
-            assert others[0].acquire(elsewhere)
+        if stage == "hash files" and not others:  # all is ready to be published
+            others.append(take_over(config, tmp_path / "elsewhere"))
 
     with pytest.raises(LockedError, match=r"is now locked by process \d+ on .* run again to resume when the other has"):
         refresh(config, progress)
@@ -137,6 +147,30 @@ def test_a_refresh_that_lost_its_lock_publishes_nothing(
         prune_versions(data_root, 1)
     others[0].release()
     assert refresh(config) == PublishedVersion(published.version, data_root.version(published.version), is_new=True)
+
+
+def test_a_refresh_that_loses_its_lock_while_it_uploads_leaves_the_files_of_another_alone(
+    config: RefreshConfig, published: PublishedVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All files that it wrote before it noticed have the same bytes, whoever writes them."""
+    target = config.data_root.version(published.version)
+
+    def upload(*given: Any, **more: Any) -> None:
+        take_over(config, tmp_path / "elsewhere")
+        for name in (*metadata.UNHASHED, metadata.METADATA):
+            (target / name).write_bytes(b"of another process")
+        upload_folder(*given, **more)
+
+    monkeypatch.setattr(publish, "upload_folder", upload)
+    with pytest.raises(LockedError, match="it will publish nothing more"):
+        refresh(config)
+    own = metadata.read_metadata(published.folder)["files"].keys()
+    assert {
+        name: data == (published.folder / name).read_bytes()
+        for name in file_sizes(target)
+        if (data := (target / name).read_bytes()) != b"of another process"
+    } == dict.fromkeys(own, True)
+    assert not (config.data_root.datasets / metadata.POINTER).exists()
 
 
 def test_a_pointer_that_another_process_wrote_is_not_overwritten(

@@ -6,6 +6,7 @@ All cases of lost runs wait for their heartbeats together: the least interval is
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,13 +16,15 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from conftest import config_for
+from conftest import SHRINK, SLICES, config_for
 from receivers import mail_server, webhook
 from services import PROJECT, Stack, wait_for
 
 from ixi_etl.core.storage import DataRoot
 from ixi_etl.dataset.publish import PublishedVersion
+from ixi_etl.dataset.versions import resolve_version
 from ixi_etl.recipes.ixi import refresh
+from ixi_etl.testing.phantom import write_phantom
 
 pytestmark = pytest.mark.stack
 
@@ -279,6 +282,64 @@ def test_look_after_starts_a_missing_training_once_and_ends_runs_that_the_automa
     assert stack.state_of(old["id"]) == "CRASHED"
     assert stack.state_of(lives["killed, then cancelled"]) == "CANCELLED"
     assert state_name(stack, lives["running on"]) == "Running"
+
+
+# -- a version with failed checks -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def held(stack: Stack, published: PublishedVersion) -> tuple[DataRoot, str]:
+    """A run of refresh-dataset whose checks fail: its root, and its id. Archives of half the subjects follow others."""
+    data_root, source = DataRoot(stack.localize("/data/held")), stack.folder / "fewer"
+    shutil.copytree(published.folder.parents[2], data_root.root)
+    write_phantom(source, subjects=3, seed=3, oddities=False, shrink=SHRINK)
+    [deployment] = stack.request("deployments/filter", deployments={"name": {"any_": ["refresh-dataset"]}})
+    dataset = {"slices": SLICES, "registration": "none", "pictures": False}
+    config = {"root": str(data_root.root), "source": str(source), "workers": 2, "dataset": dataset}
+    created = stack.request(f"deployments/{deployment['id']}/create_flow_run", parameters={"config": config})
+    end = wait_for("the refresh", lambda: (state := stack.state_of(created["id"])) in FINAL and state)
+    assert end == "COMPLETED"
+    return data_root, str(created["id"])
+
+
+def test_a_refresh_with_failed_checks_is_told_as_held_and_starts_no_training(
+    stack: Stack, told: Told, held: tuple[DataRoot, str]
+) -> None:
+    data_root, run_id = held
+    version = resolve_version(data_root)
+    [text] = wait_for("the notification", lambda: told.texts(version))
+    assert text.startswith(f"ixi-t1-t2: checks failed in version {version}\n")
+    assert "funnel_change: 0." in text
+    assert f"Root: {data_root.root}\n" in text
+    assert f"/runs/flow-run/{run_id}" in text
+    assert "The version is published, but no training was started on it." in text
+    wait_for("the stored event", lambda: payloads(stack, "ixi.dataset.checks_failed", version))
+    assert not payloads(stack, "ixi.dataset.published", version)
+    assert not [training for training in trainings(stack) if training["root"] == data_root.root]
+
+
+def test_failed_checks_whose_event_was_lost_are_told_once(stack: Stack, told: Told, held: tuple[DataRoot, str]) -> None:
+    """In another root, which has the same version."""
+    root, version = stack.localize("/data/untold"), resolve_version(held[0])
+    shutil.copytree(held[0].root, root)
+    look_after(stack, root=root, train_after=0)
+    [text] = wait_for("the notification", lambda: told.texts(version, f"Root: {root}\n"))
+    assert "The version is published, but no training was started on it." in text
+
+    def events() -> list[dict[str, Any]]:
+        return [payload for payload in payloads(stack, "ixi.dataset.checks_failed", version) if payload["root"] == root]
+
+    wait_for("the stored event", events)
+    look_after(stack, root=root, train_after=0)
+    assert len(events()) == 1
+    assert told.texts(version, f"Root: {root}\n") == [text]
+    assert not [training for training in trainings(stack) if training["root"] == root]
+
+
+def payloads(stack: Stack, event: str, version: str) -> list[dict[str, Any]]:
+    """The payloads of the stored events with this name about this version."""
+    found = stack.request("events/filter", filter={"event": {"name": [event]}})["events"]
+    return [stored["payload"] for stored in found if stored["payload"]["version"] == version]
 
 
 # -- other addresses --------------------------------------------------------------------------------------------------
