@@ -30,6 +30,7 @@ from prefect.artifacts import (
 from flows import summaries
 from ixi_etl.core.files import read_json
 from ixi_etl.core.progress import Progress
+from ixi_etl.core.text import quantity
 from ixi_etl.dataset import checks, manifest, metadata
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import EXCLUDED
@@ -103,7 +104,7 @@ def show_written(paths: Sequence[Path]) -> None:
     """Create a table of the written volumes."""
     with _errors_as_warnings():
         rows = [{"volume": str(path)} for path in paths[:MAX_ROWS]]
-        create_table_artifact(rows, "synthesized-volumes", f"{len(paths)} volumes")
+        create_table_artifact(rows, "synthesized-volumes", quantity(len(paths), "volume"))
 
 
 @contextmanager

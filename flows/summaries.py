@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import pandas as pd
 
+from ixi_etl.core.text import quantity
+
 
 class Summary(NamedTuple):
     """A table with its title: `shown` for people, `records` for scripts; `terms` explains words in it."""
@@ -59,7 +61,8 @@ def evaluation_summary(folder: Path, evaluation: str = "evaluation-test") -> Sum
         rows.append(dict(zip(("protocol", "mask"), ("", "") if key == last else key, strict=True)))
         rows[-1] |= {"method": row["method"]} | {MEASURES[m].title: _shown(row, m) for m in measures}
         last = key
-    title = f"{result['split']}: {summary[0]['subjects']} subjects, mean (sd); {result['normalisation']}; see {DOCS}"
+    subjects = quantity(summary[0]["subjects"], "subject")
+    title = f"{result['split']}: {subjects}, mean (sd); {result['normalisation']}; see {DOCS}"
     terms = {name: f"{p['definition']} {p['link']}" for name, p in result.get("protocols", {}).items()}
     return Summary(title, pd.DataFrame(rows), summary, terms)
 

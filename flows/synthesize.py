@@ -16,6 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from flows.artifacts import show_written
 from flows.progress import show_progress
 from ixi_etl.config import NO_SECRET
+from ixi_etl.core.text import quantity
 from model import outputs, volumes
 from model import synthesize as synthesis
 from model.devices import pick_device
@@ -52,7 +53,7 @@ def synthesize(
     generator = synthesis.find_generator(root, run, Path(scratch) if scratch else None)
     trained = synthesis.load_trained(generator, pick_device(device), dropout=dropout, seed=seed)
     jobs = outputs.plan_outputs(inputs, out, trained.direction, sources or [])
-    get_run_logger().info("%d volumes with %s", len(jobs), generator)
+    get_run_logger().info("%s with %s", quantity(len(jobs), "volume"), generator)
     with show_progress() as progress:
         written = synthesize_volumes(trained, jobs, progress)
     show_written(written)

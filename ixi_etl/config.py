@@ -36,7 +36,7 @@ from ixi_etl.core.storage import (
     reject_unusable_path,
     reject_url_credentials,
 )
-from ixi_etl.core.text import printable
+from ixi_etl.core.text import printable, quantity
 from ixi_etl.errors import IxiError, redacted
 from ixi_etl.modalities import DEFAULT_MODALITIES, MODALITIES
 
@@ -293,8 +293,8 @@ class DatasetConfig(StrictModel):
             raise ValueError("--split-counts 0 0 0 uses no subject; give for example 25 5 10")
         if self.subjects not in (None, needed):
             raise ValueError(
-                f"--split-counts {self.shown_counts} uses {needed} subjects, but --subjects is {self.subjects}; "
-                f"leave out --subjects, or give --split-counts that add up to {self.subjects}"
+                f"--split-counts {self.shown_counts} uses {quantity(needed, 'subject')}, but --subjects is "
+                f"{self.subjects}; leave out --subjects, or give --split-counts that add up to {self.subjects}"
             )
 
     @property

@@ -18,7 +18,7 @@ import yaml
 from ixi_etl import __version__
 from ixi_etl.config import SPLITS
 from ixi_etl.core.files import read_json
-from ixi_etl.core.text import markdown_table, printable
+from ixi_etl.core.text import markdown_table, printable, quantity
 from ixi_etl.dataset import metadata
 from ixi_etl.dataset.credit import has_simulated, is_all_share_alike
 from ixi_etl.errors import CheckpointError, DatasetError
@@ -219,7 +219,7 @@ def render(template: str, *, head: Mapping[str, Any], **values: Any) -> str:
 def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("model"),
         # For HTML only, as Flask does: in Markdown, `markdown_table` and `printable` escape what is not ours.
         autoescape=select_autoescape(),
@@ -227,6 +227,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["quantity"] = quantity
+    return environment
 
 
 def version_of_run(root: str | Path, config: TrainConfig, scratch: Path | None = None) -> Path | None:

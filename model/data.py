@@ -24,6 +24,7 @@ from torch import Tensor
 from zarr.buffer.cpu import NDBuffer
 
 from ixi_etl.config import SPLITS
+from ixi_etl.core.text import quantity
 from ixi_etl.dataset import command, manifest, metadata, verify
 from ixi_etl.dataset.direction import Direction, parse_direction
 from ixi_etl.dataset.normalisation import normalise
@@ -222,7 +223,8 @@ def load_pairs(
 @cache
 def _warn_of_leaks(folder: Path, leaking: int) -> None:
     """Warn of a split by file, once for each version: a run loads several splits of it."""
-    log.warning("%s is split by file: %d subjects have slices in train and in test", folder, leaking)
+    subjects = quantity(leaking, "subject")
+    log.warning("%s is split by file: slices of %s are in train and in test", folder, subjects)
 
 
 def _choose(
@@ -245,7 +247,8 @@ def _choose(
     if not is_chosen.any():
         raise EmptySplitError(f"no subject in split {split} of {folder} has all of {', '.join(names)}; train on others")
     if lacking := (of_split & ~is_complete).sum():
-        log.info("split %s: %d of %d subjects lack one of %s", split, lacking, of_split.sum(), ", ".join(names))
+        subjects = quantity(of_split.sum(), "subject")
+        log.info("split %s: %d of %s without one of %s", split, lacking, subjects, ", ".join(names))
     return used[is_chosen], masks[split][is_chosen]
 
 

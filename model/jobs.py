@@ -26,6 +26,7 @@ from ixi_etl.core.files import os_errors_as_user_errors, read_json, to_json, wri
 from ixi_etl.core.lease import lock_shared
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import DataRoot
+from ixi_etl.core.text import quantity
 from ixi_etl.dataset import metadata, versions
 from ixi_etl.dataset.direction import parse_direction
 from ixi_etl.dataset.store import open_arrays
@@ -109,7 +110,8 @@ def _steps_of(config: TrainConfig, pairs: int) -> int:
     steps = math.ceil(config.epochs * pairs / per_step)
     if steps > MAX_STEPS:
         raise ConfigError(f"epochs {config.epochs} are {steps:,} steps; the limit is {MAX_STEPS:,}")
-    log.info("%d passes over %d pairs, %d a step: %d steps", config.epochs, pairs, per_step, steps)
+    counts = quantity(pairs, "pair"), per_step, quantity(steps, "step")
+    log.info("epochs: %s, over %s, %d a step: %s", config.epochs, *counts)
     return steps
 
 

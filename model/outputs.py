@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ixi_etl.core.files import read_json
+from ixi_etl.core.text import quantity
 from ixi_etl.dataset.direction import Direction
 from ixi_etl.errors import BadVolumeError, SynthesisError
 from ixi_etl.scans import nifti
@@ -109,7 +110,7 @@ def _volumes_in(folder: Path) -> list[Path]:
         elif path.is_dir():
             folders.append(path.name)
     if hidden:
-        log.warning("%s: skipped %d hidden files (%s ...)", folder, len(hidden), hidden[0])
+        log.warning("%s: skipped %s (%s ...)", folder, quantity(len(hidden), "hidden file"), hidden[0])
     for path in skipped:
         log.warning("skipped %s: it is not a file, or a broken link", path)
     if not found:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ixi_etl import __version__
 from ixi_etl.core.files import to_json, write_atomic
 from ixi_etl.core.progress import Progress, no_progress
+from ixi_etl.core.text import quantity
 from ixi_etl.errors import BadVolumeError, SynthesisError
 from ixi_etl.scans import affines, nifti
 from ixi_etl.scans.intensity import FULL_SCALE, INT16, MIN_LEVELS
@@ -66,7 +67,8 @@ def synthesize_file(
         log.warning("%s: %s", first.path, warning)
     dropped = nifti.extension_codes(first.packed, first.header)
     if dropped:
-        log.info("%s: %d header extensions are not copied (codes %s)", first.path, len(dropped), dropped)
+        extensions = quantity(len(dropped), "header extension")
+        log.info("%s: left out %s (codes %s)", first.path, extensions, dropped)
     digests = [hashlib.sha256(file.packed).hexdigest() for file in files]
     head = nifti.read_head(first.packed)
     del first, files  # frees memory
@@ -211,5 +213,7 @@ def synthesize(trained: Trained, jobs: Sequence[Job], progress: Progress = no_pr
             log.warning("%s", error)
             problems.append(error)
     if problems:
-        raise SynthesisError(f"{len(problems)} of {len(jobs)} inputs could not be used; the first: {problems[0]}")
+        raise SynthesisError(
+            f"{len(problems)} of {quantity(len(jobs), 'input')} could not be used; the first: {problems[0]}"
+        )
     return written

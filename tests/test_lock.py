@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -70,6 +71,9 @@ def test_every_pin_has_hashes_and_no_file_names_an_index(name: str) -> None:
 
 def test_lock_is_for_every_python_that_the_project_allows() -> None:
     assert PROJECT["project"]["requires-python"] == f">={LOCK.LOWEST_PYTHON}"
+    lowest, (major, minor) = INSTALL.PYTHONS
+    assert ".".join(map(str, lowest)) == LOCK.LOWEST_PYTHON
+    assert f"python_full_version < '{major}.{minor + 1}'" in PACKAGES["torch"]["cuda-bindings"]  # torch's own limit
     assert "python_full_version < '3.11.3'" in PACKAGES["base"]["async-timeout"]  # redis needs it on Debian 12
 
 
@@ -145,3 +149,26 @@ def test_install_names_its_sets() -> None:
     done = subprocess.run([sys.executable, FOLDER / "install.py", "all"], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "'all' is not a set of packages; choose one of base, train, test, tools\n"
+
+
+@pytest.mark.parametrize("version", [(3, 10, 12), (3, 15, 0)])
+def test_install_names_the_pythons_that_the_lock_files_are_for(version: tuple[int, ...]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        INSTALL.main(["base"], version)
+    shown = ".".join(map(str, version))
+    assert ended.value.code == (
+        f"the lock files are for Python 3.11 to 3.14, and this is {shown}; "
+        "remove .venv and run make with PYTHON=python3.14"
+    )
+
+
+def test_install_says_that_torch_has_no_wheel_for_the_platform(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))  # an index without files of torch
+    with pytest.raises(SystemExit) as ended:
+        INSTALL.torch_file("")
+    assert re.match(r"pip finds no wheel of torch 2\.\S+ for \S+; .* use the set base", str(ended.value.code))
+    assert "ERROR: " in capfd.readouterr().err

@@ -16,6 +16,7 @@ from flows.cli.show import show_run, show_version
 from flows.presets import Preset
 from ixi_etl.config import DatasetConfig, DigitsConfig, DigitsDataset, RefreshConfig, chosen_modalities
 from ixi_etl.core.extras import require_extra
+from ixi_etl.core.text import quantity
 from ixi_etl.errors import ArchiveError, DatasetError
 from ixi_etl.modalities import DEFAULT_MODALITIES
 from ixi_etl.preparations import configure
@@ -62,7 +63,10 @@ def survey(
     if histogram.empty:
         skipped = describe_skipped_members(table, archives, survey_config.pattern)
         reasons = [*skipped, f"{out / 'survey.csv'} has the reason for each member"]
-        read = [found if isinstance(found, str) else f"{len(found)} files of {m}" for m, found in archives.items()]
+        read = [
+            found if isinstance(found, str) else f"{quantity(len(found), 'file')} of {m}"
+            for m, found in archives.items()
+        ]
         raise ArchiveError(f"no volume can be read in {', '.join(read)}: {'; '.join(reasons)}")
     counts = site_table_to_records(histogram)
     (out / "depths.svg").write_text(depths_svg(counts, modal), encoding="utf-8")

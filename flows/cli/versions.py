@@ -10,6 +10,7 @@ import typer
 
 from flows.cli.app import DEFAULT_ROOT, VERSION_HELP, Root, Scratch, app
 from flows.cli.output import Json, Output, Quiet
+from ixi_etl.core.text import quantity
 from ixi_etl.errors import ConfigError, DatasetError
 
 
@@ -125,7 +126,11 @@ def _compare(output: Output, root: str, old: str, new: str | None) -> None:
         same = f"{names[0]} and {names[1]} have the same subjects, cut from the same bytes in the same way"
         output.text(same, changes=[])
     else:
-        output.table("changes", changes, f"{len(changes)} subjects differ: {names[0]} (old), {names[1]} (new)")
+        output.table(
+            "changes",
+            changes,
+            f"Differences of {quantity(len(changes), 'subject')}: {names[0]} (old), {names[1]} (new)",
+        )
     output.end()
 
 

@@ -1,4 +1,4 @@
-"""Make text from outside safe to print, also in a Markdown table."""
+"""Make text from outside safe to print, also in a Markdown table; counts with their nouns."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def printable(text: str | Path) -> str:
     """
     plain = str(text).encode("utf-8", "backslashreplace").decode()
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", plain)
+
+
+def quantity(number: int, noun: str) -> str:
+    """A count with its noun: `1 subject`, `2 subjects`, `49,200 steps`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def markdown_table(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from ixi_etl.core.text import quantity
 from ixi_etl.dataset.columns import describe_columns
 from ixi_etl.dataset.credit import IXI, MNIST, is_all_share_alike
 from ixi_etl.dataset.datasheet import HOMEPAGES, Datasheet
@@ -186,7 +187,7 @@ def _responsible_ai(summary: Mapping[str, Any], sheet: Datasheet) -> dict[str, A
     sites = []
     for row in sheet.sites.to_dict("records"):
         scanner = f" ({row['hospital']}, {row['scanner']})" if row.get("hospital") else ""
-        sites.append(f"Site {row['site']}{scanner}: {row['used']} of {row['found']} subjects are used.")
+        sites.append(f"Site {row['site']}{scanner}: {row['used']} of {quantity(row['found'], 'subject')} used.")
     return {
         "rai:dataCollection": sheet.collection,
         "rai:dataCollectionMissingData": sheet.missing,

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from ixi_etl.config import SPLITS
+from ixi_etl.core.text import quantity
 from ixi_etl.dataset.credit import IXI, MNIST, OWN, SIMULATED, origin_of
 from ixi_etl.dataset.datasheet_scans import limits_of_scans, preparation_of_scans
 from ixi_etl.dataset.manifest import used_rows
@@ -114,7 +115,7 @@ def make_datasheet(summary: Mapping[str, Any], final: pd.DataFrame) -> Datasheet
         consent=_CONSENT[origin],
         privacy=_PRIVACY[origin],
         preparation=tuple(preparation_of_scans(summary) if is_scans else _PREPARATION_OF_DIGITS),
-        missing=f"{len(final) - len(used)} of {len(final)} subjects are excluded; the manifest says why.",
+        missing=f"Excluded: {len(final) - len(used)} of {quantity(len(final), 'subject')}; the manifest says why.",
         uses=_USES if is_scans else ("Trying out the training of pix2pix: generate a digit from its outline.",),
         no_uses=_NO_USES if is_scans else ("Results about medical images.",),
         limits=tuple(limits_of_scans(summary, used)) if is_scans else _LIMITS_OF_DIGITS,
@@ -128,10 +129,10 @@ def make_datasheet(summary: Mapping[str, Any], final: pd.DataFrame) -> Datasheet
 def _what(summary: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{count} {split}" for split, count in summary["splits"].items())
     if summary["name"] not in DATASETS:
-        return f"{summary['subjects']} handwritten digits with their outlines ({counts})."
+        return f"{quantity(summary['subjects'], 'handwritten digit')} with outlines ({counts})."
     modalities, reference = DATASETS[summary["name"]]
     scans = " and ".join((*moving(modalities, reference), reference))
-    return f"Paired slices of brain MRI, {scans}, of {summary['subjects']} subjects ({counts})."
+    return f"Paired slices of brain MRI, {scans}, of {quantity(summary['subjects'], 'subject')} ({counts})."
 
 
 _PREPARATION_OF_DIGITS = (
@@ -163,8 +164,8 @@ def _biases(summary: Mapping[str, Any], origin: str, used: pd.DataFrame) -> list
         sentences.append("The split follows the order of the ids, so two scans of one person can be in two splits.")
     if config.get("split_by") == "file":
         sentences.append(
-            f"The split is by slice: {summary['leaking_subjects']} subjects have slices in both train and test, so "
-            "results on test are too good."
+            f"The split is by slice: those of {quantity(summary['leaking_subjects'], 'subject')} are in both train and "
+            "test, so results on test are too good."
         )
     repeated = used["subject_id"].map(person_of).value_counts()
     if (count := int((repeated > 1).sum())) > 0:

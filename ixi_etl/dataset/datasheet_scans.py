@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from ixi_etl.core.text import quantity
 from ixi_etl.dataset.credit import UNVERIFIED
 from ixi_etl.dataset.manifest import GRID_DIFFERS
 from ixi_etl.dataset.schema import pair_column
@@ -22,12 +23,12 @@ def preparation_of_scans(summary: Mapping[str, Any]) -> list[str]:
         sentences = [_alignment(summary)]
     margin = f", and {config['margin']} more on either side as neighbours" if config.get("margin") else ""
     if config.get("slice_rule") == "area":
-        rule = f"the {config['slices']} adjacent slices with the largest area of head"
+        rule = f"the {quantity(config['slices'], 'adjacent slice')} with the largest area of head"
     elif config["window"] == "middle":
-        rule = f"the middle {config['slices']} slices"
+        rule = f"the middle {quantity(config['slices'], 'slice')}"
     else:
         rule = f"slices {config['window'][0]} to {config['window'][1] - 1}"
-    sentences.append(f"Of each volume {rule} are stored{margin}.")
+    sentences.append(f"Stored of each volume: {rule}{margin}.")
     sentences.append("Intensities are those of the scanner, not normalised; nothing is denoised or bias-corrected.")
     if "preparation" in summary:
         name = summary["preparation"]["name"]

@@ -14,6 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ixi_etl.config import SPLITS, DatasetConfig
+from ixi_etl.core.text import quantity
 from ixi_etl.dataset.alignment import DISSIMILAR, UNCERTAIN, Judgement, judge_alignments
 from ixi_etl.dataset.normalisation import add_mean_ranges
 from ixi_etl.dataset.schema import BEYOND_LIMIT, CANDIDATE, EXCLUDED, MIXED, REASONS, SCHEMAS, USED, Schema
@@ -97,7 +98,7 @@ def _excludes(judgement: Judgement, dataset_config: DatasetConfig) -> bool:
 
 def _describe_limit(dataset_config: DatasetConfig) -> str:
     counts = f" ({dataset_config.shown_counts})" if dataset_config.split_counts else ""
-    return f"the first {dataset_config.subject_limit} subjects that can be used are used{counts}"
+    return f"used: the first {quantity(dataset_config.subject_limit or 0, 'subject')} that can be used{counts}"
 
 
 def _splits_of(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ixi_etl.core.files import parse_json, sha256_file
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import file_sizes
-from ixi_etl.core.text import printable
+from ixi_etl.core.text import printable, quantity
 from ixi_etl.dataset import manifest
 from ixi_etl.dataset.command import how_to_make
 from ixi_etl.dataset.metadata import (
@@ -202,7 +202,9 @@ def _verify_store(
     for name in names:
         array = arrays.get(name)
         if array is None or len(array.shape) != 4 or array.shape[0] != len(used):
-            problems.append(f"{folder}: array {name} does not hold the {len(used)} used subjects of the manifest")
+            problems.append(
+                f"{folder}: array {name} does not hold the {quantity(len(used), 'used subject')} of the manifest"
+            )
             continue
         if "slice_splits" in used:
             targets = array.shape[1] - 2 * config.get("margin", 0)

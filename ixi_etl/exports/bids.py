@@ -21,6 +21,7 @@ import pandas as pd
 
 from ixi_etl.core.files import to_json
 from ixi_etl.core.progress import Progress
+from ixi_etl.core.text import quantity
 from ixi_etl.dataset.manifest import GRID_DIFFERS, to_records
 from ixi_etl.dataset.schema import pair_column
 from ixi_etl.exports.bids_dataset import (
@@ -77,7 +78,9 @@ class Bids(Volumes):
         names = name_scans(self.manifest)
         write_participants(folder, self.selection, names)
         suffix, depth = SUFFIXES[self.reference], self.selection.shape[0]
-        what = f"{depth} slices of each scan, without margins, on the planes of the {self.reference.upper()}"
+        what = (
+            f"{quantity(depth, 'slice')} of each scan, without margins, on the planes of the {self.reference.upper()}"
+        )
         write_description(
             folder,
             self.selection,

@@ -17,6 +17,7 @@ from ixi_etl.core.extras import require_extra
 from ixi_etl.core.files import lock_root, os_errors_as_user_errors, sha256_file, to_json
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import expand_home, is_url, naming_file
+from ixi_etl.core.text import quantity
 from ixi_etl.dataset.metadata import METADATA
 from ixi_etl.errors import ConfigError, DatasetError
 from ixi_etl.exports.bids import Bids
@@ -199,7 +200,8 @@ def _describe(folder: Path, file_format: str, layout: Layout, rows: list[Row]) -
 def _warn(selection: Selection) -> None:
     if selection.left_out:
         names = ", ".join(selection.names)
-        log.warning("%d subjects lack one of %s and were left out: see %s", len(selection.left_out), names, SUMMARY)
+        left_out = quantity(len(selection.left_out), "subject")
+        log.warning("left out %s without one of %s: see %s", left_out, names, SUMMARY)
     empty = [split for split, counts in selection.counts().items() if not counts["slices"]]
     if empty:
         log.warning("no slice is in split %s, which most readers cannot open", " or ".join(empty))

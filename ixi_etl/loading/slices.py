@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ixi_etl.core.text import quantity
 from ixi_etl.dataset.normalisation import normalise
 from ixi_etl.dataset.store import open_arrays
 from ixi_etl.errors import DatasetError
@@ -106,6 +107,6 @@ def _dataset_class() -> Callable[[SliceReader, Transform | None], Dataset[Any]]:
             return make_dataset, (self.reader, self.transform)
 
         def __repr__(self) -> str:
-            return f"<{self.reader.name}: {len(self)} slices of {', '.join(self.reader.names)}>"
+            return f"<{self.reader.name}: {quantity(len(self), 'slice')} of {', '.join(self.reader.names)}>"
 
     return Slices

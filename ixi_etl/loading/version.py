@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from ixi_etl.config import SPLITS
 from ixi_etl.core.extras import require_extra
-from ixi_etl.core.text import printable
+from ixi_etl.core.text import printable, quantity
 from ixi_etl.dataset import manifest as manifests
 from ixi_etl.dataset.schema import SCHEMAS, USED, is_absent
 from ixi_etl.dataset.store import open_arrays
@@ -64,7 +64,7 @@ class DatasetVersion:
     def __repr__(self) -> str:
         splits = self.metadata["splits"]
         counts = ", ".join(f"{splits[split]} {split}" for split in sorted(splits, key=(*SPLITS, *splits).index))
-        used = f"{self.metadata['subjects']} of {len(self.manifest)} subjects used ({counts})"
+        used = f"{self.metadata['subjects']} of {quantity(len(self.manifest), 'subject')} used ({counts})"
         return f"<{self.name}: {used}; {', '.join(self._schema.arrays)}; {self.folder}>"
 
     def xarray(self, *, scanner_units: bool = False) -> xr.Dataset:
@@ -116,7 +116,7 @@ class DatasetVersion:
 
         selection = select(self.folder, self.metadata, self.manifest, self._arrays, direction)
         counts = selection.counts()
-        shown = ", ".join(f"{name} {n['subjects']} ({n['slices']} slices)" for name, n in counts.items())
+        shown = ", ".join(f"{name} {n['subjects']} ({quantity(n['slices'], 'slice')})" for name, n in counts.items())
         if split not in counts:
             raise ConfigError(f"{self.name} has no split {printable(split)}; its splits, with subjects: {shown}")
         if not counts[split]["slices"]:

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from ixi_etl.config import DatasetConfig
+from ixi_etl.core.text import quantity
 from ixi_etl.dataset import manifest
 from ixi_etl.dataset.splits import person_of, spread_subjects
 from ixi_etl.errors import DatasetError
@@ -58,8 +59,8 @@ def check_split_counts(subjects: pd.DataFrame, dataset_config: DatasetConfig) ->
         found = subjects.loc[subjects["reason"] != "", "reason"].value_counts()
         excluded = f" (excluded: {', '.join(f'{n} {reason}' for reason, n in found.items())})" if len(found) else ""
         raise DatasetError(
-            f"{left} subjects can be used{excluded}, but --split-counts {dataset_config.shown_counts} needs "
-            f"{sum(counts)}; give numbers that add up to at most {left}, or archives with more subjects"
+            f"{quantity(left, 'subject')} can be used{excluded}, but --split-counts {dataset_config.shown_counts} "
+            f"needs {sum(counts)}; give numbers that add up to at most {left}, or archives with more subjects"
         )
 
 
@@ -74,9 +75,10 @@ def warn_about_leaks(
         leaking = used.loc[used["leaks"] == 1, "subject_id"]
         if len(leaking):
             log.warning(
-                "split by file: %d of %d subjects (%d persons) have slices in train and in test, so results on test "
-                "are too good; --split-by person keeps persons apart",
-                *(len(leaking), len(used), len(set(leaking.map(person_of)))),
+                "split by file: slices of %d of %s (%s) are in train and in test, so results on test are too good; "
+                "--split-by person keeps persons apart",
+                *(len(leaking), quantity(len(used), "subject")),
+                quantity(len(set(leaking.map(person_of))), "person"),
             )
         return
     splits = {subject: [split] for subject, split in zip(used["subject_id"], used["split"], strict=True)}
@@ -84,6 +86,6 @@ def warn_about_leaks(
     persons = sorted(set(map(person_of, spread_subjects(splits, duplicates))))
     if persons:
         log.warning(
-            "split by order: %d persons have scans in several splits (%s), so the splits are not independent",
-            *(len(persons), ", ".join(persons)),
+            "split by order: scans of %s are in several splits (%s), so the splits are not independent",
+            *(quantity(len(persons), "person"), ", ".join(persons)),
         )

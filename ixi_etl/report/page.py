@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from ixi_etl.core.text import quantity
+
 if TYPE_CHECKING:
     from jinja2 import Environment
 
@@ -21,7 +23,10 @@ QUALITY = 80  # of JPEG; a picture of that size has 6 to 15 kB
 
 
 def render_page(template: str, package: str = "ixi_etl", **values: Any) -> str:
-    """Render a template of `package` with `values`. Equal values give equal text."""
+    """Render a template of `package` with `values`. Equal values give equal text.
+
+    Templates have the filter `quantity`: `{{ n | quantity("subject") }}`.
+    """
     return _environment(package).get_template(template).render(**values)
 
 
@@ -30,9 +35,11 @@ def _environment(package: str) -> Environment:
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
     loaders = [PackageLoader(name) for name in dict.fromkeys((package, "ixi_etl"))]
-    return Environment(
+    environment = Environment(
         loader=ChoiceLoader(loaders), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["quantity"] = quantity
+    return environment
 
 
 def jpeg_uri(picture: Image.Image) -> str:

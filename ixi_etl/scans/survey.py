@@ -14,6 +14,7 @@ import pandas as pd
 
 from ixi_etl.core.http_options import DEFAULT_HTTP, HttpOptions
 from ixi_etl.core.progress import Progress, no_progress
+from ixi_etl.core.text import quantity
 from ixi_etl.errors import BadVolumeError
 from ixi_etl.modalities import archive_name
 from ixi_etl.scans.gunzip import inflate_head
@@ -237,7 +238,7 @@ def describe_skipped_members(table: pd.DataFrame, modalities: Iterable[str], pat
             )
             expected = f"SUBJECT-SITE-NUMBER-{modality}.nii.gz, such as IXI002-Guys-0828-{modality}.nii.gz"
             sentences.append(
-                f"{archive_name(modality)}: {len(others)} of {len(members)} members are skipped, for example "
+                f"{archive_name(modality)}: skipped {len(others)} of {quantity(len(members), 'member')}, for example "
                 f"{first!r}; a volume is called {' or '.join(patterns) or expected}"
             )
     return sentences

@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from ixi_etl.core.http_options import DEFAULT_HTTP, HttpOptions
 from ixi_etl.core.storage import filesystem_of
-from ixi_etl.core.text import printable
+from ixi_etl.core.text import printable, quantity
 from ixi_etl.errors import ArchiveError, IxiError
 
 MAX_MEMBER_BYTES = 256 << 20
@@ -131,7 +131,7 @@ def index_archive(
                     raise tarfile.ReadError(f"cut short in the member at byte {info.offset}")
                 members.append(Member(name, info.offset_data, info.size, problem, head))
                 on_member(min(1.0, (info.offset_data + info.size) / end))
-            _check_end(file, tar.offset, end, f"after {len(members)} members")
+            _check_end(file, tar.offset, end, f"after {quantity(len(members), 'member')}")
             on_member(1.0)
     except FileNotFoundError as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error.__cause__):

@@ -106,7 +106,7 @@ def test_a_version_of_ixi_has_its_licence_scanners_and_people(published: Publish
     described = open_dataset(tmp_path).metadata
     assert described.license == ["https://creativecommons.org/licenses/by-sa/3.0/"]
     assert described.url == "https://brain-development.org/ixi-dataset/"
-    assert "Site HH (Hammersmith Hospital, Philips, 3 T): 3 of 5 subjects are used." in described.data_biases
+    assert "Site HH (Hammersmith Hospital, Philips, 3 T): 3 of 5 subjects used." in described.data_biases
     assert any(bias.startswith("Age and sex, train: 0 women, 6 men") for bias in described.data_biases)
 
 

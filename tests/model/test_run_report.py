@@ -178,7 +178,9 @@ def test_the_page_names_the_split_of_the_samples(run: Path, recorded: Any, subje
 def test_the_page_explains_why_one_subject_has_no_interval(run: Path) -> None:
     assert "they need two subjects" not in run_report(run)
     write_evaluation(run, 1)
-    assert "they need two subjects" in run_report(run)
+    page = run_report(run)
+    assert "they need two subjects" in page
+    assert "<p>1 subject; " in page
 
 
 def test_the_step_with_the_lowest_mae_is_marked(page: Element) -> None:

@@ -162,7 +162,7 @@ def test_subjects_without_one_of_the_arrays_are_left_out(
     with caplog.at_level(logging.INFO, "model"):
         pairs = data.load_pairs(three.folder, "train", "t1+pd->t2", neighbours=1)
     assert set(pairs.subjects) == set(rows["subject_id"]) - set(incomplete)
-    assert "subjects lack one of t1, pd, t2" in caplog.text
+    assert "subjects without one of t1, pd, t2" in caplog.text
     assert (pairs.slices, pairs.margin, len(pairs.sources)) == (SLICES, MARGIN, 2)
     row = rows.set_index("subject_id").loc[pairs.subjects[0], "store_row"]
     for name, slabs in zip(("t1", "pd", "t2"), (*pairs.sources, pairs.target), strict=True):

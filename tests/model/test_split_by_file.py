@@ -72,7 +72,7 @@ def test_a_version_that_leaks_is_loaded_with_one_warning(by_file: Path, caplog: 
         data.load_pairs(by_file, split)
     leaking = metadata.read_metadata(by_file)["leaking_subjects"]
     (message,) = [message for message in caplog.messages if "split by file" in message]
-    assert message.endswith(f"split by file: {leaking} subjects have slices in train and in test")
+    assert message.endswith(f"split by file: slices of {leaking} subjects are in train and in test")
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -421,7 +421,7 @@ def test_the_command_makes_verifies_lists_and_compares(
     code, out, _ = run("versions", *root, capsys=capsys)
     assert (code, f"digits@{second} (latest)" in out) == (0, True)
     code, out, _ = run("versions", f"digits@{first}", *root, capsys=capsys)
-    assert (code, "1124 subjects differ" in out) == (0, True)  # 1170 - 48, and two moved from train to val
+    assert (code, "Differences of 1,124 subjects" in out) == (0, True)  # 1170 - 48, and two moved from train to val
 
 
 def test_a_folder_without_the_files_is_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,7 @@ def test_subjects_beyond_the_limit_are_rows_with_a_reason(syndiff: tuple[Publish
     assert len(used) == 5
     assert len(beyond) > 0
     assert used["subject_id"].max() < beyond["subject_id"].min()
-    assert set(beyond["detail"]) == {"the first 5 subjects that can be used are used (3 + 1 + 1)"}
+    assert set(beyond["detail"]) == {"used: the first 5 subjects that can be used (3 + 1 + 1)"}
     assert beyond["t1_sha256"].str.fullmatch("[0-9a-f]{64}").all()  # hashed as other excluded subjects
     assert beyond["t2_p_low"].isna().all()  # and not cut
     assert manifest.funnel(table, SCHEMAS["ixi-t2-t1"]).loc["used", ("all", "")] == 5
@@ -130,10 +130,10 @@ def test_every_slice_of_a_split_by_file_has_a_split(
     assert described["leaking_subjects"] == leaking > 1
     assert manifest.slices_in_split(used, "train", SLICES).sum() == described["slices"]["train"]
     (warning,) = [message for message in messages if "split by file" in message]
-    assert f"{leaking} of {len(used)} subjects ({leaking} persons) have slices in train and in test" in warning
+    assert f"slices of {leaking} of {len(used)} subjects ({leaking} persons) are in train and in test" in warning
     assert not any("in split" in message for message in messages)  # no split lacks slices
     page = (published.folder / metadata.REPORT).read_text()
-    assert f"{leaking} of {len(used)} subjects have slices in both train and test" in page
+    assert f"Slices of {leaking} of {len(used)} subjects are in both train and test" in page
     assert "mixed" in page
 
 

@@ -348,7 +348,7 @@ def test_wrong_member_names_are_reported_with_an_example_and_the_pattern(name: s
         write_tar(tmp_path / f"IXI-{m}.tar", {name.format(m=m): b"x", f"second-{m}": b"x"})
     table = survey({m: str(tmp_path / f"IXI-{m}.tar") for m in ("T1", "T2")})
     message = "; ".join(describe_skipped_members(table, ("T1", "T2")))
-    assert message.startswith("IXI-T1.tar: 2 of 2 members are skipped, for example ")
+    assert message.startswith("IXI-T1.tar: skipped 2 of 2 members, for example ")
     assert name.format(m="T1")[-20:] in message or "second-T1" in message
     assert "a volume is called SUBJECT-SITE-NUMBER-T2.nii.gz, such as IXI002-Guys-0828-T2.nii.gz" in message
     assert len(message) < 800
@@ -376,7 +376,7 @@ def test_skipped_members_are_a_warning(archives: Path, caplog: pytest.LogCapture
     config = config_for("unused", archives)
     select_subjects(RefreshJob(config, Inputs(dict.fromkeys(("T1", "T2")), None), "", {}), table)  # type: ignore[arg-type]
     assert [r.getMessage().partition(";")[0] for r in caplog.records if r.levelname == "WARNING"] == [
-        "IXI-T1.tar: 1 of 18 members are skipped, for example 'README.txt'"
+        "IXI-T1.tar: skipped 1 of 18 members, for example 'README.txt'"
     ]
 
 

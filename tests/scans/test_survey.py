@@ -236,7 +236,7 @@ def test_members_of_a_tar_are_named_by_templates(tmp_path: Path) -> None:
     assert table.loc[list(names), "subject_id"].tolist() == ["7-HH", "7-HH", "", ""]
     assert table.loc[list(names), "depth"].tolist()[:2] == [3, 3]  # gzipped and plain
     (sentence,) = describe_skipped_members(table.reset_index(), ["T1"], patterns)
-    assert "2 of 4 members are skipped" in sentence
+    assert "skipped 2 of 4 members" in sentence
     assert all(pattern in sentence for pattern in patterns)
 
 

@@ -24,12 +24,15 @@ from typing import Any, TypeVar
 
 import httpx
 import psutil
+import pytest
 import yaml
 
 PROJECT = Path(__file__).parents[2]
 SERVICES: dict[str, dict[str, Any]] = yaml.safe_load((PROJECT / "docker-compose.yml").read_text())["services"]
 PORTS = {"postgres": "5432", "server": "4200", "dask-scheduler": "8786"}
 VOLUMES = ("/data", "/prefect", "/tmp")  # paths in containers
+IN_NAMESPACE = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else [])]
+"""Run a command in a mount namespace of its own, as root or with root's rights there."""
 
 T = TypeVar("T")
 
@@ -38,6 +41,16 @@ def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
+
+
+def skip_unless_mounts() -> None:
+    """Skip the test if this process may not mount folders, as in a container without `--privileged`."""
+    command = [*IN_NAMESPACE, "mount", "-t", "tmpfs", "none", tempfile.gettempdir()]
+    if shutil.which("unshare") is None:
+        pytest.skip("needs unshare, of Linux")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"needs the right to mount folders (docker run --privileged): {done.stderr.strip()}")
 
 
 def responds(method: str, url: str) -> bool:

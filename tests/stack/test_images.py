@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from services import free_port
+from services import free_port, skip_unless_mounts
 
 from ixi_etl import __version__
 
@@ -23,13 +23,7 @@ TOP = Path(__file__).parents[2]
 FOLDER = TOP / "build" / "images"
 COMMIT = "0" * 39 + "1"
 NEEDED = ("buildah", "debootstrap")
-MAY_MOUNT = os.geteuid() == 0 and subprocess.run(["unshare", "--mount", "true"]).returncode == 0
-pytestmark = [
-    pytest.mark.images,
-    pytest.mark.skipif(
-        not MAY_MOUNT or not all(map(shutil.which, NEEDED)), reason=f"needs root, mounts, {' and '.join(NEEDED)}"
-    ),
-]
+pytestmark = pytest.mark.images
 
 SERVER = """
 import subprocess, sys, time, urllib.request
@@ -84,6 +78,9 @@ class Container:
 
 @pytest.fixture(scope="module")
 def images() -> None:
+    if os.geteuid() or not all(map(shutil.which, NEEDED)):
+        pytest.skip(f"needs root, {' and '.join(NEEDED)}")
+    skip_unless_mounts()
     subprocess.run([TOP / ".ci/images", FOLDER], env=os.environ | {"IXI_COMMIT": COMMIT}, check=True)
 
 

@@ -1,6 +1,7 @@
 """A root on S3 without a shared folder: Dask workers that see none of the refresh's files, and two machines.
 
-A worker runs in a mount namespace of its own, in which the folder of the refresh is empty (`unshare`, of Linux).
+A worker runs in a mount namespace of its own, in which the folder of the refresh is empty (`unshare`, of Linux). Tests
+with such workers are skipped where that is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from conftest import config_for, s3_environment
-from services import PROJECT, Stack, free_port, responds, wait_for
+from services import IN_NAMESPACE, PROJECT, Stack, free_port, responds, skip_unless_mounts, wait_for
 
 from ixi_etl.config import RefreshConfig
 from ixi_etl.core.lease import LEASE, lock_shared
@@ -38,15 +39,22 @@ WORKERS = ("worker-1", "worker-2")
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """S3, a Dask scheduler and two workers. The refresh works in `refresh`, which the workers cannot see."""
+    """S3. The refresh works in the folder `refresh`."""
     with Stack(tmp_path_factory.mktemp("stack"), {"IXI_ROOT": f"s3://{BUCKET}/root"}) as stack:
         (stack.folder / "refresh").mkdir()
         stack.start_s3(BUCKET)
-        stack.start("dask-scheduler")
-        for name in WORKERS:
-            start_worker(stack, name)
         with s3_environment({name: value for name, value in stack.values.items() if name.startswith("AWS_")}):
             yield stack
+
+
+@pytest.fixture(scope="module")
+def cluster(stack: Stack) -> Stack:
+    """The same, with a Dask scheduler and two workers, which cannot see the folder `refresh`."""
+    skip_unless_mounts()
+    stack.start("dask-scheduler")
+    for name in WORKERS:
+        start_worker(stack, name)
+    return stack
 
 
 def start_worker(stack: Stack, name: str, changes: Mapping[str, str | None] = {}) -> None:
@@ -56,7 +64,7 @@ def start_worker(stack: Stack, name: str, changes: Mapping[str, str | None] = {}
     environment = {n: v for n, v in stack.values.items() if n.startswith("AWS_")} | {"PATH": os.environ["PATH"]}
     environment |= {"HOME": str(home), "TMPDIR": str(home), "PYTHONPATH": str(PROJECT)}
     environment |= {n: v for n, v in changes.items() if v is not None}
-    hide = ["unshare", "--mount", "--map-root-user", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"']
+    hide = [*IN_NAMESPACE, "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"']
     worker = [sys.executable, "-m", "dask", "worker", stack.localize("tcp://dask-scheduler:8786")]
     options = ["--no-nanny", "--nthreads", "1", "--no-dashboard", "--local-directory", str(home)]
     command = [*hide, str(stack.folder / "refresh"), *worker, *options]
@@ -114,8 +122,8 @@ def command_of(config: RefreshConfig) -> list[str]:
 # -- workers that share no folder -------------------------------------------------------------------------------------
 
 
-def test_workers_in_separate_folders_give_the_same_version(stack: Stack, local_version: PublishedVersion) -> None:
-    config, seen = configure(stack, "separate"), set[str]()
+def test_workers_in_separate_folders_give_the_same_version(cluster: Stack, local_version: PublishedVersion) -> None:
+    config, seen = configure(cluster, "separate"), set[str]()
 
     def progress(stage: str, done: int, total: int, unit: str) -> None:
         if stage == "hash files" and not seen:
@@ -125,7 +133,7 @@ def test_workers_in_separate_folders_give_the_same_version(stack: Stack, local_v
     assert_same_version(config, local_version)
     used = metadata.read_manifest(local_version.folder).query("status == 'used'")["subject_id"]
     assert {f"{subject}{ending}" for subject in used for ending in (".t1.shard", ".t2.shard", ".jpg", ".json")} <= seen
-    assert not [path for name in WORKERS for path in (stack.folder / name).rglob("ixi-cut-*")]
+    assert not [path for name in WORKERS for path in (cluster.folder / name).rglob("ixi-cut-*")]
     assert not refresh(config).is_new
 
 
@@ -139,58 +147,58 @@ def killing(stack: Stack, name: str) -> Progress:
     return progress
 
 
-def test_a_killed_worker_costs_time_only(stack: Stack, local_version: PublishedVersion) -> None:
-    config = configure(stack, "worker-killed")
-    assert refresh(config, killing(stack, "worker-2")).is_new
+def test_a_killed_worker_costs_time_only(cluster: Stack, local_version: PublishedVersion) -> None:
+    config = configure(cluster, "worker-killed")
+    assert refresh(config, killing(cluster, "worker-2")).is_new
     assert_same_version(config, local_version)
-    start_worker(stack, "worker-2")
+    start_worker(cluster, "worker-2")
 
 
-def test_a_killed_refresh_finds_what_workers_finished(stack: Stack, local_version: PublishedVersion) -> None:
-    config = configure(stack, "refresh-killed")
-    stack.spawn("refresh", command_of(config), os.environ)
+def test_a_killed_refresh_finds_what_workers_finished(cluster: Stack, local_version: PublishedVersion) -> None:
+    config = configure(cluster, "refresh-killed")
+    cluster.spawn("refresh", command_of(config), os.environ)
     finished = wait_for("a first subject on S3", lambda: {name for name in staged(config) if name.endswith(".json")})
-    stack.kill("refresh")
+    cluster.kill("refresh")
     assert len(finished) < 8
     refresh(config)  # at once: the lock was that of a process of this machine
     assert_same_version(config, local_version)
-    uploads = re.findall(r'"PUT \S+/refresh-killed/\S+/(\S+\.json) ', (stack.folder / "s3.log").read_text())
+    uploads = re.findall(r'"PUT \S+/refresh-killed/\S+/(\S+\.json) ', (cluster.folder / "s3.log").read_text())
     assert {name: uploads.count(name) for name in finished} == dict.fromkeys(finished, 1)
 
 
-def test_workers_that_cannot_read_or_return_anything_say_so(stack: Stack, archives_folder: Path) -> None:
-    host, scratch = re.escape(socket.gethostname()), stack.folder / "refresh"
-    local = configure(stack, "local", root=str(scratch / "local"))
+def test_workers_that_cannot_read_or_return_anything_say_so(cluster: Stack, archives_folder: Path) -> None:
+    host, scratch = re.escape(socket.gethostname()), cluster.folder / "refresh"
+    local = configure(cluster, "local", root=str(scratch / "local"))
     with pytest.raises(
         IxiError, match=rf"the Dask worker {host} does not see the folder {scratch}/local/\S+ of the re"
     ):
         refresh(local)
-    hidden = configure(stack, "hidden", source=archives_folder)
+    hidden = configure(cluster, "hidden", source=archives_folder)
     with pytest.raises(
         IxiError, match=rf"the Dask worker {host} does not see {archives_folder}/IXI-T\d\.tar; .*--source"
     ):
         refresh(hidden)
 
 
-def test_a_worker_that_cannot_reach_the_bucket_says_so(stack: Stack, archives_folder: Path) -> None:
+def test_a_worker_that_cannot_reach_the_bucket_says_so(cluster: Stack, archives_folder: Path) -> None:
     for name in WORKERS:
-        stack.stop(name)
+        cluster.stop(name)
     port = free_port()
-    stack.spawn("other-s3", [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port], os.environ)
+    cluster.spawn("other-s3", [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port], os.environ)
     empty = f"http://127.0.0.1:{port}"  # a server without the bucket
     wait_for("another S3", lambda: responds("GET", empty))
     for changes, message in (
         ({"AWS_ACCESS_KEY_ID": None, "AWS_EC2_METADATA_DISABLED": "true"}, "Unable to locate credentials"),
         ({"AWS_ENDPOINT_URL": empty}, "does not exist"),
     ):
-        start_worker(stack, "wrong", changes)
-        config = configure(stack, "wrong")
+        start_worker(cluster, "wrong", changes)
+        config = configure(cluster, "wrong")
         expected = rf"the Dask worker \S+: cannot reach the bucket ixi of s3://.*{message}.*AWS_ENDPOINT_URL"
         with pytest.raises(IxiError, match=expected) as raised:
             refresh(config)
         assert "\n" not in str(raised.value)
         assert versions.published_versions(config.data_root) == []
-        stack.stop("wrong")
+        cluster.stop("wrong")
 
 
 # -- two machines -----------------------------------------------------------------------------------------------------
