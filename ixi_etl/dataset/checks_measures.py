@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from ixi_etl.dataset.alignment import DISSIMILAR, UNCERTAIN
 from ixi_etl.dataset.checks import Measurement
 from ixi_etl.dataset.schema import BEYOND_LIMIT, SCHEMAS, USED, is_absent, pair_column
 from ixi_etl.dataset.splits import person_of
-from ixi_etl.dataset.store import open_arrays
 
 ALLOWED = 3  # subjects that any limit of a share allows
 BELOW_HALF = 0.45  # which that allowance never exceeds
@@ -95,16 +93,6 @@ class VersionFacts:
         pairs = self.aligned
         values = {name: pairs.loc[~is_absent(pairs, name), each].dropna() for name, each in named.items()}
         return {name: found.astype(float) for name, found in values.items() if len(found)}
-
-
-def measure_saturation(folder: Path, used: pd.DataFrame, arrays: Iterable[str]) -> dict[str, list[float]]:
-    """Array -> share of the voxels of each slab that have its largest value, of the scans of the used subjects."""
-    opened, found = open_arrays(folder), {}
-    for name in arrays:
-        rows = used.loc[~is_absent(used, name), "store_row"].tolist()
-        slabs = (np.asarray(opened[name][int(row)]) for row in rows)
-        found[name] = [float(np.mean(slab == slab.max())) for slab in slabs]
-    return found
 
 
 def at_most_share(share: float, subjects: int) -> float:

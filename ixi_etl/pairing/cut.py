@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ixi_etl.config import DatasetConfig
 from ixi_etl.core.files import os_errors_as_user_errors, read_json, sha256_file, to_json, write_atomic
 from ixi_etl.core.storage import fingerprint, naming_file
@@ -104,7 +106,8 @@ def archive_changed(archive: str) -> DatasetError:
 def cut_subject(job: CutJob, dataset_config: DatasetConfig, work: Path) -> dict[str, Any]:
     """Cut one subject into `work` and return its record.
 
-    The record holds the manifest columns, `affines`, `files` with their SHA-256, the version and archives that it was
+    The record holds the manifest columns, `affines`, the share of each slab's voxels that have its largest value
+    (`at_largest_value`), `files` with their SHA-256, the version and archives that it was
     made for (`made_for`, `fingerprints`), and `record_sha256` of all other fields. An unusable subject gives a record
     with its reason; nothing about a volume raises.
 
@@ -236,8 +239,12 @@ def _cut(
         shown = pictures.pair_picture([slices[m] for m in dataset_config.moving if m in slices], slices[reference])
         files[path.name] = pictures.save_picture(shown, path)
     files |= write_shards({shard_path(work, job.subject_id, m): slab for m, slab in voxels.items()})
-    affines = {m.lower(): slab.affine.tolist() for m, slab in slabs.items()}
-    record |= {"affines": affines, "slab_shape": voxels[reference].shape, "files": files}
+    record |= {
+        "affines": {m.lower(): slab.affine.tolist() for m, slab in slabs.items()},
+        "at_largest_value": {m.lower(): float(np.mean(slab == slab.max())) for m, slab in voxels.items()},
+        "slab_shape": voxels[reference].shape,
+        "files": files,
+    }
 
 
 def files_intact(record: Mapping[str, Any], work: Path) -> bool:

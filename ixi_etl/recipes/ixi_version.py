@@ -90,7 +90,7 @@ def publish_version(
     if dataset_config.pictures:
         _write_pictures(work, staged / metadata.PICTURES, final, dataset_config)
     write_atomic(staged / metadata.MANIFEST, schema.to_csv(final))
-    summary["checks"] = _run_checks(staged, summary, final)
+    summary["checks"] = _run_checks(summary, final, records)
     config = job.config
     compared = checks_history.compare(data_root, summary, final, config.checks, config.max_change)
     checks_history.write_comparison(staged, compared, comparison_page(summary, compared))
@@ -101,10 +101,10 @@ def publish_version(
     return published
 
 
-def _run_checks(staged: Path, summary: Mapping[str, Any], final: pd.DataFrame) -> list[checks.Result]:
-    """The results of the checks of a staged version, from its metadata, manifest and voxels."""
-    arrays, used = SCHEMAS[summary["name"]].arrays, manifest.used_rows(final)
-    saturation = checks_measures.measure_saturation(staged, used, arrays)
+def _run_checks(summary: Mapping[str, Any], final: pd.DataFrame, records: Mapping[str, Any]) -> list[checks.Result]:
+    """The results of the checks of a version, from its metadata, manifest and records of `cut_subject`."""
+    cut = [records[subject]["at_largest_value"] for subject in manifest.used_rows(final)["subject_id"]]
+    saturation = {name: [shares[name] for shares in cut if name in shares] for name in SCHEMAS[summary["name"]].arrays}
     return checks.run_checks(checks_version.CHECKS, checks_measures.VersionFacts(summary, final, saturation))
 
 

@@ -21,10 +21,8 @@ from ixi_etl.core.files import read_json, to_json
 from ixi_etl.dataset import checks, checks_history, checks_version, manifest, metadata, verify
 from ixi_etl.dataset.checks_measures import (
     BELOW_HALF,
-    SATURATED,
     VersionFacts,
     at_most_share,
-    measure_saturation,
 )
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import IXI
@@ -317,16 +315,6 @@ def test_the_split_of_a_few_persons_may_be_far_off(ixi: VersionFacts) -> None:
         return float(results_of(few)["split"]["at_most"])
 
     assert limit(5) > 0.5 > 0.2 > limit(90)
-
-
-def test_saturation_is_measured_in_the_stored_slabs(published: PublishedVersion) -> None:
-    from ixi_etl.dataset.store import open_arrays
-
-    used = manifest.used_rows(metadata.read_manifest(published.folder))
-    found = measure_saturation(published.folder, used, ("t1", "t2"))
-    slab = np.asarray(open_arrays(published.folder)["t2"][1])
-    assert found["t2"][1] == np.count_nonzero(slab == slab.max()) / slab.size < SATURATED
-    assert {len(shares) for shares in found.values()} == {len(used)}
 
 
 @given(share=st.floats(0, 1), subjects=st.integers(1, 2000))

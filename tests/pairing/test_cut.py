@@ -148,6 +148,14 @@ def test_record_has_hashes_windows_and_percentiles(tmp_path: Path) -> None:
         assert [record[f"{name}_p_low"], record[f"{name}_p_high"]] == np.percentile(actual[name], [0.1, 99.9]).tolist()
 
 
+def test_record_has_the_share_of_clipped_voxels_of_the_stored_slabs(tmp_path: Path) -> None:
+    clipped = pack_nifti(np.minimum(textured(T2_GRID[1], seed=1), 2000), T2_GRID[0])
+    record = cut(tmp_path, T1, clipped)
+    shares = {name: np.mean(slab == slab.max()) for name, slab in cut_arrays(tmp_path, record).items()}
+    assert record["at_largest_value"] == pytest.approx(shares)
+    assert shares["t1"] < 0.001 < 0.3 < shares["t2"]
+
+
 def replaced(values: NDArray[Any], value: float) -> NDArray[Any]:
     values = values.copy()
     values[values.shape[0] // 2, 5, 5] = value
