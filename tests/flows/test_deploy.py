@@ -15,6 +15,8 @@ import yaml
 from flows.automations import FLOWS, crash_lost_runs
 from flows.deploy import POOLS
 from ixi_etl.config import RefreshConfig
+from ixi_etl.core.files import to_json
+from ixi_etl.dataset.metadata import COMPARED, with_digest
 
 PROJECT = Path(__file__).parents[2]
 DEPLOYMENTS = {d["name"]: d for d in yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"]}
@@ -60,7 +62,11 @@ def test_training_is_triggered_by_the_event_of_the_refresh(monkeypatch: pytest.M
         emitted.update(event=event, resource=resource, payload=payload)
 
     monkeypatch.setattr(announce, "emit_event", emit_event)
-    announce.announce(RefreshConfig(root=str(tmp_path)).data_root, "0123456789ab")
+    data_root = RefreshConfig(root=str(tmp_path)).data_root
+    folder = data_root.version("0123456789ab")
+    folder.mkdir(parents=True)
+    (folder / COMPARED).write_text(to_json(with_digest({"failed": [], "held_by": []})))
+    announce.announce(data_root, "0123456789ab")
     [trigger] = DEPLOYMENTS["train-pix2pix"]["triggers"]
     assert trigger["expect"] == [emitted["event"]]
     assert trigger["match"].items() <= emitted["resource"].items()

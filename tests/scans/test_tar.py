@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from servers import Host, serve
 
+from ixi_etl.core.text import quantity
 from ixi_etl.errors import ArchiveError
 from ixi_etl.scans.survey import survey
 from ixi_etl.scans.tar import MAX_MEMBER_BYTES, index_archive, read_member
@@ -233,7 +234,7 @@ def test_members_after_a_wrong_end_are_never_lost_silently(case: str, ten_member
     path.write_bytes(change(ten_members))
     with pytest.raises(ArchiveError, match=r"a\.tar is not a tar archive that can be read") as caught:
         index_archive(str(path))
-    assert f"byte {offset}, after {offset // STRIDE} members" in str(caught.value)
+    assert f"byte {offset}, after {quantity(offset // STRIDE, 'member')}" in str(caught.value)
     assert problem in str(caught.value)
 
 
@@ -274,7 +275,7 @@ def test_checking_the_end_of_a_remote_archive_costs_one_request(ten_members: byt
         request_count = len(host.requests)
         assert request_count <= len(TEN) + 4
     with serve(Host(ten_members[:STRIDE] + bytes(50 << 20) + ten_members[STRIDE:])) as host:
-        with pytest.raises(ArchiveError, match=f"byte {STRIDE}, after 1 members, but .* bytes follow"):
+        with pytest.raises(ArchiveError, match=f"byte {STRIDE}, after 1 member, but .* bytes follow"):
             index_archive(host.url)
         assert sum(r.sent for r in host.requests) < 2 << 20
         assert len(host.requests) <= request_count
