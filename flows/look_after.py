@@ -8,7 +8,6 @@ lost, and what an automation was waiting for during an outage may be forgotten.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -38,7 +37,7 @@ from pydantic import Field
 from flows.announce import CHECKS_FAILED, announce_failed_checks, resource_of
 from flows.automations import FLOWS, LOST, MISSED_BEATS, heartbeat_s
 from ixi_etl.config import NO_SECRET
-from ixi_etl.core.storage import DataRoot
+from ixi_etl.core.storage import DataRoot, expand_home
 from ixi_etl.dataset.checks import failed_checks, held_by
 from ixi_etl.dataset.metadata import POINTER, read_pointer
 from ixi_etl.dataset.prune import find_users
@@ -121,7 +120,12 @@ def _published(data_root: DataRoot, version: str) -> list[datetime]:
 
 
 def _is_same_root(one: object, other: object) -> bool:
-    return os.path.normpath(str(one)) == os.path.normpath(str(other))  # such as with and without a slash at the end
+    """Whether two addresses are of one root: relative or not, through links or not, with a slash at the end or not."""
+    return _resolved(str(one)) == _resolved(str(other))
+
+
+def _resolved(root: str) -> str:
+    return root.rstrip("/") if "://" in root else str(expand_home(root).resolve())
 
 
 def _has_flow_run(data_root: DataRoot, version: str, published: datetime) -> bool:
@@ -170,20 +174,28 @@ def tell_failed_checks(root: str, scratch: Path | None, minutes: float) -> list[
         The versions whose event was emitted, as NAME@VERSION.
 
     Raises:
-        DatasetError: the latest version of a dataset cannot be determined.
+        DatasetError: the latest version of a dataset cannot be determined, or is damaged; the others were looked at.
     """
-    told = []
+    told, damaged = [], []
     for data_root in [DataRoot(root, name, scratch) for name in datasets_in(root)]:
-        if not (version := _latest(data_root)):
-            continue
-        published = _published(data_root, version)[0]  # later, a refresh that found it again emitted no event
-        if not timedelta(minutes=minutes) <= datetime.now(UTC) - published < TOLD_WITHIN:
-            continue
-        if failed_checks(data_root.version(version)) and not _has_event(data_root, version):
-            log.warning("nobody was told of the failed checks of version %s; telling now", version)
-            announce_failed_checks(data_root, version)
-            told.append(f"{data_root.name}@{version}")
+        try:
+            version = _latest(data_root)
+            if version and _lacks_event(data_root, version, minutes):
+                log.warning("nobody was told of the failed checks of version %s; telling now", version)
+                announce_failed_checks(data_root, version)
+                told.append(f"{data_root.name}@{version}")
+        except DatasetError as error:
+            damaged.append(error)
+    if damaged:
+        raise damaged[0]
     return told
+
+
+def _lacks_event(data_root: DataRoot, version: str, minutes: float) -> bool:
+    """Whether the server should have an event of failed checks of this version by now, and has none."""
+    published = _published(data_root, version)[0]  # a refresh that only found it again, later, emitted none
+    is_due = timedelta(minutes=minutes) <= datetime.now(UTC) - published < TOLD_WITHIN
+    return is_due and bool(failed_checks(data_root.version(version))) and not _has_event(data_root, version)
 
 
 def _has_event(data_root: DataRoot, version: str) -> bool:

@@ -19,7 +19,7 @@ __all__ = ["PIPELINE_VERSION", "__version__", "open_version"]
 
 __version__ = "0.3.0.dev0"
 
-PIPELINE_VERSION = 10
+PIPELINE_VERSION = 11
 """Part of every version's name. Raise it whenever the same inputs would give other bytes."""
 
 

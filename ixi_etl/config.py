@@ -425,7 +425,8 @@ class RefreshConfig(JobConfig):
         "log it (docs/checks.md)",
     )
     max_change: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.1, description="largest change of any funnel step's share of subjects since the version before"
+        0.1,
+        description="largest change of any funnel step's share of subjects since the last version of the same options",
     )
     fetch: Literal["archives", "members"] = Field(
         "archives",

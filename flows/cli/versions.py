@@ -39,7 +39,7 @@ def verify(
     if problems:
         output.data(folder=folder, sound=False, problems=problems)
         raise DatasetError(
-            f"{folder} is damaged: {len(problems)} problem(s); copy it again from an intact copy, "
+            f"{folder} is damaged: {quantity(len(problems), 'problem')}; copy it again from an intact copy, "
             f"or remove it and make it again with {command.how_to_make(described)}"
         )
     checked = "every byte" if deep else "files, schema and counts"

@@ -72,12 +72,13 @@ class VersionFacts:
 
     @cached_property
     def asked_for(self) -> pd.DataFrame:
-        """The subjects before the first one beyond the limit of `--subjects` or `--split-counts`.
+        """The subjects up to the last used one, if `--subjects` or `--split-counts` leaves out others after it.
 
         Subjects are used in the order of the manifest, so nobody asked for those after it, whatever their reason.
         """
-        beyond = np.flatnonzero(self.final["reason"] == BEYOND_LIMIT)
-        return self.final.iloc[: beyond[0]] if len(beyond) else self.final
+        if not (self.final["reason"] == BEYOND_LIMIT).any():
+            return self.final
+        return self.final.iloc[: np.flatnonzero(self.final["status"] == USED)[-1] + 1]
 
     @cached_property
     def aligned(self) -> pd.DataFrame:
@@ -85,7 +86,8 @@ class VersionFacts:
 
         Without the latter, `--uncertain exclude` and `--low-similarity exclude` would leave no pair to fail a check.
         """
-        return self.final[(self.final["status"] == USED) | self.final["reason"].isin((UNCERTAIN, DISSIMILAR))]
+        found = self.asked_for
+        return found[(found["status"] == USED) | found["reason"].isin((UNCERTAIN, DISSIMILAR))]
 
     def alignment(self, column: str) -> dict[str, pd.Series]:
         """Moving modality -> values of a column of the alignment of the aligned pairs, without missing ones."""

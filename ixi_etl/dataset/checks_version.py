@@ -41,8 +41,8 @@ CHECKS = (
     ),
     Check(
         "lost_sites",
-        "Number of sites that are lost: over half of 3 or more subjects lack a scan, or none of 3 or more that the "
-        "modal rules keep is used.",
+        "Number of sites that are lost: over half of 3 or more subjects lack a scan or have one twice, or none of 3 "
+        "or more that the modal rules keep is used.",
         "sites",
         "at most 0",
         "the rule of the modal depth excludes a whole site of IXI (IOP), so a site that it excludes does not count",

@@ -27,7 +27,7 @@ from ixi_etl.dataset.checks_measures import (
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.dataset.schema import IXI
 from ixi_etl.recipes.ixi import refresh
-from ixi_etl.testing.phantom import write_phantom
+from ixi_etl.testing.phantom import grid_affine, pack_nifti, write_phantom, write_tar
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -278,7 +278,7 @@ def test_a_few_heads_that_did_not_move_are_no_fault(subjects: int, value: float 
     assert (found["value"], found["passed"]) == (value, value is None)
 
 
-@pytest.mark.parametrize("limit", [2, 20])
+@pytest.mark.parametrize("limit", [2, 100])  # the subject after the 100th lacks its T2
 def test_subjects_after_the_limit_count_in_no_share(limit: int, ixi: VersionFacts) -> None:
     """All later ones that can be used are beyond the limit, and the others keep their reasons: 119 of IXI."""
     used = ixi.final.index[ixi.final["status"] == "used"]
@@ -315,6 +315,22 @@ def test_the_split_of_a_few_persons_may_be_far_off(ixi: VersionFacts) -> None:
         return float(results_of(few)["split"]["at_most"])
 
     assert limit(5) > 0.5 > 0.2 > limit(90)
+
+
+def test_clipped_scans_fail_their_check(tmp_path: Path) -> None:
+    shape_kji = (20, 24, 16)
+    affine, values = grid_affine(shape_kji[::-1], (1.0, 1.0, 1.0), "RAS"), np.random.default_rng(2)
+    for modality, largest in (("T1", 30_000), ("T2", 2000)):
+        members = {
+            f"IXI00{n}-Guys-000{n}-{modality}.nii.gz": pack_nifti(
+                np.minimum(values.integers(0, 30_000, shape_kji), largest).astype("<i2"), affine
+            )
+            for n in range(1, 5)
+        }
+        write_tar(tmp_path / f"IXI-{modality}.tar", members)
+    results = metadata.read_metadata(refresh(config_for(tmp_path / "root", tmp_path)).folder)["checks"]
+    [found] = [result for result in results if result["name"] == "saturated_slabs"]
+    assert (found["details"], found["passed"]) == ({"T1": 0, "T2": 1}, False)
 
 
 @given(share=st.floats(0, 1), subjects=st.integers(1, 2000))

@@ -173,6 +173,32 @@ def test_failed_checks_without_an_event_are_told_once(
     assert look_after.tell_failed_checks(f"{tmp_path}/", None, -1) == []
 
 
+@pytest.mark.parametrize("through", [Path("link"), Path()], ids=["a link", "a relative path"])
+def test_a_root_is_the_same_by_another_path(
+    through: Path, server: Server, refreshed: PublishedVersion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    fail_checks(refreshed)
+    server.events = [{"version": refreshed.version, "root": str(tmp_path)}]
+    assert look_after.tell_failed_checks(str(through), None, -1) == []
+    server.runs = [{"dataset": f"ixi-t1-t2@{refreshed.version}", "root": str(through)}]
+    fail_checks(refreshed, held=False)
+    assert look_after.train_missing(str(tmp_path), None, -1) is None
+
+
+def test_a_damaged_dataset_hides_no_failed_check_of_another(
+    server: Server, refreshed: PublishedVersion, tmp_path: Path
+) -> None:
+    fail_checks(refreshed)
+    for name in ("digits", "ixi-pd-t1-t2"):  # before and after
+        (tmp_path / "datasets" / name).mkdir()
+        (tmp_path / "datasets" / name / "latest.json").write_text('{"half')
+    with pytest.raises(DatasetError, match=r"latest.json is damaged"):
+        look_after.tell_failed_checks(str(tmp_path), None, -1)
+    assert [event["version"] for event in server.events] == [refreshed.version]
+
+
 def test_a_version_without_failed_checks_is_not_told(
     server: Server, refreshed: PublishedVersion, tmp_path: Path
 ) -> None:
