@@ -82,7 +82,8 @@ def deface(scan: Volume) -> Volume:
 def _relative(profile: NDArray[np.floating]) -> NDArray[np.float64]:
     """Positions along an axis, 0 and 1 at the ends of the head."""
     inside = np.flatnonzero(profile > 0.01)
-    return (np.arange(len(profile)) - inside[0]) / max(inside[-1] - inside[0], 1)
+    positions: NDArray[np.float64] = (np.arange(len(profile)) - inside[0]) / max(inside[-1] - inside[0], 1)
+    return positions
 
 
 def average_blocks(scan: Volume, spacing_mm: tuple[float, float, float]) -> Volume:

@@ -43,7 +43,7 @@ def copied(source: str, warm: str, scratch: str) -> Work:
         extracted, bids, root = (
             inputs.scratch_folder(Path(scratch), f"{name}-{part}") for part in ("in", "bids", "root")
         )
-        etl.extract(source, extracted)
+        etl.extract_archives(source, extracted)
         (bids / "dataset_description.json").write_text('{"Name": "IXI", "BIDSVersion": "1.10.0"}')
         for path in extracted.glob("*/*.nii.gz"):
             person, rest = path.name[: len("IXI002")], path.name.removesuffix(".nii.gz")

@@ -39,7 +39,7 @@ def survey(source: str, warm: str) -> Work:
         inflated.append(len(head))
         return head
 
-    stage.inflate_head = counted
+    stage.inflate_head = counted  # type: ignore[attr-defined,assignment]
 
     def work_on(source: str) -> dict[str, Any]:
         table = stage.survey({m: f"{source}/IXI-{m}.tar" for m in MODALITIES})
@@ -62,7 +62,7 @@ def survey_extracted(source: str, warm: str, scratch: str, extract: bool, librar
 
     def work_on(source: str, folder: Path, extract: bool) -> dict[str, Any]:
         if extract:
-            extract(source, folder)
+            extract_archives(source, folder)
         found: dict[tuple[str, int], int] = {}
         for modality in MODALITIES:
             for path in sorted((folder / modality).glob("*.nii.gz")):
@@ -73,7 +73,7 @@ def survey_extracted(source: str, warm: str, scratch: str, extract: bool, librar
     work_on(warm, scratch_folder(Path(scratch), "extracted-warm"), True)
     folder = scratch_folder(Path(scratch), "extracted")
     if not extract:
-        extract(source, folder)
+        extract_archives(source, folder)
     drop_from_page_cache(Path(source), folder)
     return partial(work_on, source, folder, extract)
 
@@ -81,7 +81,7 @@ def survey_extracted(source: str, warm: str, scratch: str, extract: bool, librar
 def _by_nibabel() -> Callable[[Path], int]:
     import nibabel as nib
 
-    return lambda path: int(nib.load(path).shape[2])
+    return lambda path: int(nib.Nifti1Image.from_filename(path).shape[2])
 
 
 def _by_torchio() -> Callable[[Path], int]:
@@ -124,7 +124,7 @@ def survey_downloaded(source: str, warm: str, scratch: str) -> Work:
     return work
 
 
-def extract(source: str, folder: Path) -> None:
+def extract_archives(source: str, folder: Path) -> None:
     """Unpack both archives into `folder/T1` and `folder/T2`."""
     for modality in MODALITIES:
         with tarfile.open(f"{source}/IXI-{modality}.tar") as tar:
@@ -220,10 +220,10 @@ def refresh_naive(source: str, warm: str, scratch: str) -> Work:
     import nibabel as nib
 
     def work_on(source: str, folder: Path, out: Path) -> None:
-        extract(source, folder)
+        extract_archives(source, folder)
         for subject, *paths in _pairs(folder):
             for modality, path in zip(MODALITIES, paths, strict=True):
-                volume = nib.load(path).get_fdata()
+                volume = nib.Nifti1Image.from_filename(path).get_fdata()
                 start = (volume.shape[2] - SLICES) // 2
                 slab = volume[:, :, start : start + SLICES].transpose(2, 1, 0)
                 np.save(out / f"{subject}-{modality}.npy", slab.astype(np.int16))
@@ -238,10 +238,10 @@ def refresh_torchio(source: str, warm: str, scratch: str) -> Work:
     transform = torchio.Compose([torchio.ToCanonical(), torchio.Resample("t2")])
 
     def work_on(source: str, folder: Path, out: Path) -> None:
-        extract(source, folder)
+        extract_archives(source, folder)
         for subject, t1, t2 in _pairs(folder):
             images = torchio.Subject(t1=torchio.ScalarImage(t1), t2=torchio.ScalarImage(t2))
-            done = transform(images)
+            done: Any = transform(images)
             for modality, name in (("T1", "t1"), ("T2", "t2")):
                 _save_axial(done[name].numpy()[0], out / f"{subject}-{modality}.npy")
 
@@ -261,7 +261,7 @@ def refresh_monai(source: str, warm: str, scratch: str) -> Work:
     )
 
     def work_on(source: str, folder: Path, out: Path) -> None:
-        extract(source, folder)
+        extract_archives(source, folder)
         for subject, t1, t2 in _pairs(folder):
             done = transform({"T1": str(t1), "T2": str(t2)})
             for modality in MODALITIES:

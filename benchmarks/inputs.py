@@ -14,7 +14,7 @@ import tarfile
 from pathlib import Path
 
 from ixi_etl.modalities import DEFAULT_MODALITIES, archive_name
-from ixi_etl.testing.phantom import PhantomSubject, simulate, write_phantom
+from ixi_etl.testing.phantom import DEPTH, PhantomSubject, simulate, write_phantom
 
 HEADS = 4
 SEED = 11
@@ -30,10 +30,8 @@ def heads(folder: Path, shrink: int) -> Path:
     if not (target / "done").exists():
         target.mkdir(parents=True, exist_ok=True)
         for number in range(HEADS + 1):
-            depth = {"depth_t1": ODD_DEPTH} if number == HEADS else {}
-            members, _ = simulate(
-                PhantomSubject(number + 2, "Guys", SEED, moved=number % 2 == 1, shrink=shrink, **depth)
-            )
+            depth, moved = ODD_DEPTH if number == HEADS else DEPTH["T1"], number % 2 == 1
+            members, _ = simulate(PhantomSubject(number + 2, "Guys", SEED, depth, moved=moved, shrink=shrink))
             for modality, packed in members.items():
                 (target / f"{number}-{modality}.nii.gz").write_bytes(packed)
         (target / "done").touch()

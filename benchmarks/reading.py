@@ -130,7 +130,7 @@ def zarr_default(folder: str) -> Work:
     def plain(folder: Path) -> dict[str, Any]:
         return dict(zarr.open_group(str(folder / STORE), mode="r").arrays())
 
-    data.open_arrays = plain
+    data.open_arrays = plain  # type: ignore[attr-defined,assignment]
     return _epoch(folder)
 
 
@@ -179,7 +179,7 @@ def monai_cache(folder: str) -> Work:
     _, ranges, subjects = _files(folder)
     slices = _Slices(Path(folder) / "npy", ranges, subjects)
 
-    class Load(Transform):  # type: ignore[misc]  # MONAI caches only the output of its own transforms
+    class Load(Transform):  # MONAI caches only the output of its own transforms
         def __call__(self, index: int) -> dict[str, Tensor]:
             t1, t2 = slices[index]
             return {"t1": t1, "t2": t2}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import history
+from benchmarks import history, run
 from benchmarks.machine import machine_class
 from benchmarks.measure import Row, Settings
 
@@ -99,3 +99,19 @@ def test_no_ratio_fell_by_a_third() -> None:
     now = history.ratios(row for name in CHECKED for row in ROWS[name](settings))
     assert {name for name in before if name.startswith(THEIR_RATIOS)} <= now.keys()  # a renamed row would be skipped
     assert not history.fallen(before, now)
+
+
+def test_a_row_that_fails_costs_no_other_row(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(settings: Settings) -> list[Row]:
+        raise RuntimeError("no such library")
+
+    monkeypatch.setattr(run, "ROWS", {"broken": fail, "survey": lambda settings: [row(2.5)]})
+    monkeypatch.setattr("sys.argv", ["run", "--folder", str(tmp_path / "in"), "--out", str(tmp_path / "table.md")])
+    with pytest.raises(SystemExit, match=r"^not measured: broken; the reasons are above$"):
+        run.main()
+    assert "no such library" in capsys.readouterr().err
+    assert "| survey | nibabel | 1 s" in (tmp_path / "table.md").read_text()
+    [line] = history.read(machine_class())
+    assert line["ratios"] == {COMPARED: 2.5}
