@@ -66,7 +66,7 @@ CHECKS = (
     ),
     Check(
         "no_gain_pairs",
-        "Share of the subjects with the flag `registration_no_gain`; only for 10 or more registered subjects.",
+        "Share of the subjects with the flag registration_no_gain; only for 10 or more registered subjects.",
         "share",
         "at most 0.9",
         "even of simulated heads that did not move, only 3 of 5 have it; if nearly all do, the search fails, or the "
