@@ -66,6 +66,8 @@ INSTALL_CHROMIUM = "Debian and Ubuntu: `apt-get install chromium`; elsewhere: `.
 GROUPS = {
     "stack": "stack drill secrets",
     "notifications": "notifications",
+    "images": "images",
+    "distribution": "distribution",
     "trained": (
         "train evaluate synthesize synthesize_files export run_report docs examples digits trainer networks data "
         "neighbours several_sources split_by_file normalisations published_training foreign quality cards hub trackers "
@@ -73,7 +75,7 @@ GROUPS = {
     ),
     "s3": "s3 export_on_s3 open_version_on_s3 remote_cut remote_runs strays odd_filesystems security prune",
 }
-"""Test files that share slow fixtures (services, trained runs, versions on S3). One worker runs a whole group."""
+"""Test files that share slow fixtures (services, images, trained runs, S3). One worker runs a whole group."""
 
 
 def group_of(test: str) -> str:
