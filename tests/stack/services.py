@@ -299,5 +299,13 @@ class Stack:
         runs = self.request("flow_runs/filter", deployments={"name": {"any_": [deployment]}}, **filters)
         return sorted((run for run in runs if not run["auto_scheduled"]), key=lambda run: str(run["created"]))
 
+    def end_schedule(self, deployment: str) -> None:
+        """End the schedule of a deployment, and wait for its runs: one on the clock may take the place of a test's."""
+        [found] = self.request("deployments/filter", deployments={"name": {"any_": [deployment]}})
+        self.request(f"deployments/{found['id']}/pause_deployment")
+        started = {"type": {"any_": ["PENDING", "RUNNING"]}}
+        chosen = {"deployments": {"name": {"any_": [deployment]}}, "flow_runs": {"state": started}}
+        wait_for("the scheduled run", lambda: not self.request("flow_runs/filter", **chosen))
+
     def state_of(self, run_id: str) -> str:
         return str(self.request(f"flow_runs/{run_id}", "GET")["state"]["type"])

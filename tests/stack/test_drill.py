@@ -120,6 +120,7 @@ def test_after_a_restart_of_the_server_the_next_run_publishes_the_same_version(
 @pytest.fixture(scope="module")
 def lost_in_outage(stack: Stack) -> str:
     """The id of a training run that was killed with its worker while the server was down."""
+    stack.end_schedule("look-after")
     assert wait_for_end(stack, start_run(stack, "look-after")) == "COMPLETED"
     stack.start("worker-no-gpu")
     started = start_run(stack, "train-pix2pix", settings=TRAINING | {"steps": 100_000}, run="outage")

@@ -258,6 +258,7 @@ def unannounced(stack: Stack, archives: Path) -> PublishedVersion:
 
 
 def look_after(stack: Stack, **parameters: object) -> None:
+    stack.end_schedule("look-after")
     [deployment] = stack.request("deployments/filter", deployments={"name": {"any_": ["look-after"]}})
     created = stack.request(f"deployments/{deployment['id']}/create_flow_run", parameters=parameters)
     end = wait_for("look-after", lambda: (state := stack.state_of(created["id"])) in FINAL and state)
