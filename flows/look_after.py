@@ -55,7 +55,8 @@ CLOCKS_DIFFER = timedelta(hours=1)
 """Tolerance for the clocks of the machine that publishes and of the server."""
 
 TOLD_WITHIN = timedelta(days=6)
-"""Failed checks of an older version are not reported: the server forgets after 7 days that it was told of them."""
+"""Failed checks are reported for this long after publication. The server deletes events after 7 days, so later nobody
+can tell whether they were reported."""
 
 
 def train_missing(root: str, scratch: Path | None, minutes: float) -> str | None:
@@ -181,7 +182,7 @@ def tell_failed_checks(root: str, scratch: Path | None, minutes: float) -> list[
         try:
             version = _latest(data_root)
             if version and _lacks_event(data_root, version, minutes):
-                log.warning("nobody was told of the failed checks of version %s; telling now", version)
+                log.warning("the failed checks of version %s were not reported; reporting them now", version)
                 announce_failed_checks(data_root, version)
                 told.append(f"{data_root.name}@{version}")
         except DatasetError as error:
