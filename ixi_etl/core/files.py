@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ixi_etl.core.storage import is_local, naming_file
+from ixi_etl.core.storage import is_local, naming_file, read_bytes
 from ixi_etl.core.text import printable
 from ixi_etl.errors import IxiError, LockedError
 
@@ -102,8 +102,7 @@ def to_json(value: Any) -> str:
 def read_json(path: Path) -> Any:
     """The value in a JSON file, or None if the file is missing or `to_json` could not have written it."""
     try:
-        with naming_file(path):
-            return parse_json(path.read_bytes())
+        return parse_json(read_bytes(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
 

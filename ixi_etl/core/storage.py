@@ -109,6 +109,21 @@ def is_local(path: Path) -> bool:
     return isinstance(path, Path)
 
 
+def read_bytes(path: Path) -> bytes:
+    """The content of a file, or of an object on S3 that another process may replace meanwhile.
+
+    An object is read in one request: `path.read_bytes()` asks for its ETag first, and fails if that has changed since.
+
+    Raises:
+        OSError: as of `Path.read_bytes`, with the file's name.
+    """
+    with naming_file(path):
+        if is_local(path):
+            return path.read_bytes()
+        filesystem, name = filesystem_of(path)
+        return bytes(filesystem.cat_file(name))
+
+
 @dataclass(frozen=True)
 class DataRoot:
     """The layout of a data root: the paths of archives, and of the versions of the dataset `name`.

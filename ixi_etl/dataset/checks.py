@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from ixi_etl.core.files import parse_json
-from ixi_etl.core.storage import naming_file
+from ixi_etl.core.storage import read_bytes
 from ixi_etl.dataset.metadata import COMPARED, has_own_digest, read_metadata
 
 DECIMALS = 6
@@ -174,8 +174,7 @@ def _read_compared(folder: Path) -> dict[str, Any]:
     """The content of `compared.json`; {} if it is missing or damaged."""
     path = folder / COMPARED
     try:
-        with naming_file(path):
-            data = path.read_bytes()
+        data = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     return dict(parse_json(data)) if has_own_digest(data) else {}

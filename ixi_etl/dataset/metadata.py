@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from ixi_etl import PIPELINE_VERSION
 from ixi_etl.core.files import parse_json, read_json, to_json
-from ixi_etl.core.storage import DataRoot, naming_file
+from ixi_etl.core.storage import DataRoot, read_bytes
 from ixi_etl.dataset.command import COMMANDS
 from ixi_etl.dataset.credit import is_all_share_alike
 from ixi_etl.dataset.schema import SCHEMAS
@@ -97,8 +97,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     """
     path = folder / METADATA
     try:
-        with naming_file(path):
-            data = path.read_bytes()
+        data = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
         data = b""
     metadata: dict[str, Any] = parse_json(data)
@@ -150,8 +149,7 @@ def read_manifest(folder: Path, *, validate: bool = True) -> pd.DataFrame:
     """
     path, schema = folder / MANIFEST, SCHEMAS[read_metadata(folder)["name"]]
     try:
-        with naming_file(path):
-            text = path.read_bytes().decode()  # reading as text would turn \r into \n
+        text = read_bytes(path).decode()  # reading as text would turn \r into \n
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} cannot be read ({error})") from error
     return schema.from_csv(text, str(path), validate=validate)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ixi_etl.core.files import parse_json, sha256_file
 from ixi_etl.core.progress import Progress, no_progress
-from ixi_etl.core.storage import file_sizes
+from ixi_etl.core.storage import file_sizes, read_bytes
 from ixi_etl.core.text import printable, quantity
 from ixi_etl.dataset import manifest
 from ixi_etl.dataset.command import how_to_make
@@ -163,7 +163,7 @@ def _unhashed_problems(folder: Path, sizes: Mapping[str, int], metadata: Mapping
 
     They may be missing, but not `compared.json` of a version with checks: it says whether the hand-off is held.
     """
-    content = {name: (folder / name).read_bytes() for name in (SOFTWARE, COMPARED) if name in sizes}
+    content = {name: read_bytes(folder / name) for name in (SOFTWARE, COMPARED) if name in sizes}
     damaged = [name for name, data in content.items() if not has_own_digest(data)]
     problems = [f"{folder / name} is damaged: it does not have the SHA-256 that it holds" for name in damaged]
     if COMPARED not in content and "checks" in metadata:

@@ -136,11 +136,10 @@ class Stack:
         """Translate an address, port or folder of a container to one of this machine."""
         text = self.interpolate(text).replace("0.0.0.0", "127.0.0.1")
         for name, port in PORTS.items():
-            text = text.replace(f"{name}:{port}", f"127.0.0.1:{self.ports[name]}")
-            text = (
-                self.ports[name] if text == port else text.replace(f"127.0.0.1:{port}", f"127.0.0.1:{self.ports[name]}")
-            )
-        if text.endswith((":8787", "8080")):  # used inside one container only
+            here = self.ports[name]
+            address = rf"\b(?:{name}|127\.0\.0\.1):{port}\b"  # not the start of a longer port, as 42001
+            text = here if text == port else re.sub(address, f"127.0.0.1:{here}", text)
+        if text == "8080" or text.endswith(":8787"):  # used inside one container only
             text = text[:-4] + free_port()
         return str(self.folder / text[1:]) if text.startswith(VOLUMES) else text
 

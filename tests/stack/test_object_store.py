@@ -23,7 +23,7 @@ from services import IN_NAMESPACE, PROJECT, Stack, free_port, responds, skip_unl
 from ixi_etl.config import RefreshConfig
 from ixi_etl.core.lease import LEASE, lock_shared
 from ixi_etl.core.progress import Progress, no_progress
-from ixi_etl.core.storage import file_sizes, to_path, upload_folder
+from ixi_etl.core.storage import file_sizes, read_bytes, to_path, upload_folder
 from ixi_etl.dataset import metadata, verify, versions
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.errors import IxiError, LockedError
@@ -235,7 +235,7 @@ def test_the_lock_of_a_machine_that_died_expires(stack: Stack, tmp_path: Path) -
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a"), root], stdin=subprocess.PIPE) as child:
         lease = to_path(root) / LEASE
-        wait_for("a renewal", lambda: lease.exists() and json.loads(lease.read_bytes())["renewals"] > 1)
+        wait_for("a renewal", lambda: lease.exists() and json.loads(read_bytes(lease))["renewals"] > 1)
         child.kill()
 
     def lock() -> bool:
