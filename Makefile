@@ -79,7 +79,7 @@ test-standin: $(STAMP)
 
 test-stack: $(STAMP)
 	@ls /usr/lib/postgresql/*/bin/postgres >/dev/null || { echo "PostgreSQL is missing; apt-get install postgresql"; exit 1; }
-	@$(BIN)/pytest -m "stack or images" -n 2 --dist loadgroup --no-loadscope-reorder -o faulthandler_timeout=900
+	@$(BIN)/pytest -m "stack or images" -n 3 --dist loadgroup --no-loadscope-reorder -o faulthandler_timeout=900
 
 images: $(STAMP)
 	@$(BIN)/pytest -m images

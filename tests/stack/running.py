@@ -211,5 +211,5 @@ def start_refresh_until_first_subject(stack: Stack, source: str, root: str) -> s
     """Start a refresh into another root and wait for its first subject, while others remain; return the run's id."""
     started = start_run(stack, "refresh-dataset", config=refresh_config(stack, source, root))
     scratch = Path(stack.localize("/data"))
-    wait_for("a first subject", lambda: list(scratch.glob("datasets/*/.staging/*/*/IXI*.json")))
+    wait_for("a first subject", lambda: list(scratch.glob("datasets/*/.staging/*/*/IXI*.json")), every_s=0.02)
     return started

@@ -34,6 +34,9 @@ VOLUMES = ("/data", "/prefect", "/tmp")  # paths in containers
 IN_NAMESPACE = ["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else [])]
 """Run a command in a mount namespace of its own, as root or with root's rights there."""
 
+HTTP = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0), timeout=30, follow_redirects=True)
+"""Connects anew for each request, because servers are restarted. A new client would read all certificates."""
+
 T = TypeVar("T")
 
 
@@ -56,18 +59,21 @@ def skip_unless_mounts() -> None:
 def responds(method: str, url: str) -> bool:
     """Whether the server accepts connections and responds with status 200."""
     try:
-        return httpx.request(method, url).status_code == 200
+        return HTTP.request(method, url).status_code == 200
     except httpx.TransportError:
         return False
 
 
-def wait_for(description: str, poll: Callable[[], T | None], seconds: float = 300) -> T:
-    """Call `poll` until its result is true and return that; fail the test after `seconds`."""
+def wait_for(description: str, poll: Callable[[], T | None], seconds: float = 300, every_s: float = 0.2) -> T:
+    """Call `poll` until its result is true and return that; fail the test after `seconds`.
+
+    Requests take CPU time that the services need: only what can be missed is looked at more often.
+    """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if value := poll():
             return value
-        time.sleep(0.05)
+        time.sleep(every_s)
     raise AssertionError(f"waited {seconds} s in vain for {description}")
 
 
@@ -282,14 +288,7 @@ class Stack:
             httpx.HTTPStatusError: the status is not a success.
         """
         user, password = self.values["PREFECT_AUTH"].split(":")
-        response = httpx.request(
-            method,
-            f"{self.url}/api/{path}",
-            json=body or None,
-            auth=(user, password),
-            timeout=30,
-            follow_redirects=True,
-        )
+        response = HTTP.request(method, f"{self.url}/api/{path}", json=body or None, auth=(user, password))
         response.raise_for_status()
         return response.json() if response.content else None
 

@@ -99,9 +99,12 @@ def test_installed_package_is_not_the_checkout(python: Path, tmp_path: Path) -> 
     assert all(Path(file).is_relative_to(python.parent.parent) for file in files)
 
 
-def test_demo_runs_without_the_checkout(python: Path, tmp_path: Path) -> None:
-    output_of(python.parent / "ixi-etl", "demo", folder=tmp_path)
-    pages = [page.read_text() for page in tmp_path.glob("demo/ixi-data/**/report.html")]
+def test_a_refresh_and_a_training_run_without_the_checkout(python: Path, tmp_path: Path) -> None:
+    ixi_etl = python.parent / "ixi-etl"
+    output_of(ixi_etl, "simulate", "archives", "--subjects", "6", "--quiet", folder=tmp_path)
+    output_of(ixi_etl, "refresh", "--source", "archives", "--split-seed", "6", "--quiet", folder=tmp_path)
+    output_of(ixi_etl, "train", "--preset", "smoke", "--steps", "3", "--quiet", folder=tmp_path)
+    pages = [page.read_text() for page in tmp_path.glob("ixi-data/**/report.html")]
     assert len(pages) == 2  # of the version, and of the run
     assert all("<style>" in page and str(TOP) not in page for page in pages)
 

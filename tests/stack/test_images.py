@@ -22,7 +22,7 @@ from ixi_etl import __version__
 TOP = Path(__file__).parents[2]
 FOLDER = TOP / "build" / "images"
 COMMIT = "0" * 39 + "1"
-NEEDED = ("buildah", "debootstrap")
+NEEDED = ("buildah", "mmdebstrap")
 pytestmark = pytest.mark.images
 
 SERVER = """

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import pytest
 from conftest import SHRINK, SLICES, config_for
 from receivers import mail_server, webhook
-from services import PROJECT, Stack, wait_for
+from services import HTTP, PROJECT, Stack, wait_for
 
 from ixi_etl.core.storage import DataRoot
 from ixi_etl.dataset.publish import PublishedVersion
@@ -97,11 +98,8 @@ def start_without_process(stack: Stack, name: str) -> str:
 def emit(stack: Stack, event: str, resource: dict[str, str], **others: Any) -> None:
     """Send an event to the server, as the client of Prefect does."""
     content = {"id": str(uuid4()), "occurred": datetime.now(UTC).isoformat(), "event": event, "resource": resource}
-    user, password = stack.values["PREFECT_AUTH"].split(":")
-    import httpx
-
-    response = httpx.post(f"{stack.url}/api/events", json=[content | others], auth=(user, password))
-    response.raise_for_status()
+    auth = httpx.BasicAuth(*stack.values["PREFECT_AUTH"].split(":"))
+    HTTP.post(f"{stack.url}/api/events", json=[content | others], auth=auth).raise_for_status()
 
 
 def beat(stack: Stack, run_id: str) -> None:

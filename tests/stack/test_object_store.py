@@ -157,7 +157,7 @@ def test_a_killed_worker_costs_time_only(cluster: Stack, local_version: Publishe
 def test_a_killed_refresh_finds_what_workers_finished(cluster: Stack, local_version: PublishedVersion) -> None:
     config = configure(cluster, "refresh-killed")
     cluster.spawn("refresh", command_of(config), os.environ)
-    finished = wait_for("a first subject on S3", lambda: {name for name in staged(config) if name.endswith(".json")})
+    finished = wait_for("a first subject on S3", lambda: {name for name in staged(config) if name.endswith(".json")}, every_s=0.02)
     cluster.kill("refresh")
     assert len(finished) < 8
     refresh(config)  # at once: the lock was that of a process of this machine
@@ -211,7 +211,7 @@ def test_of_two_machines_one_refreshes(stack: Stack, local_version: PublishedVer
     stack.spawn("first", command_of(first), os.environ)
     process = stack.running["first"]
     lease = to_path(first.root) / LEASE
-    wait_for("the first machine's lock", lease.exists)
+    wait_for("the first machine's lock", lease.exists, every_s=0.02)
     process.send_signal(signal.SIGSTOP)  # so that it does not finish meanwhile
     done = subprocess.run(command_of(second), capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 4, done.stderr
