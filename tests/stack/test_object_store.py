@@ -157,7 +157,9 @@ def test_a_killed_worker_costs_time_only(cluster: Stack, local_version: Publishe
 def test_a_killed_refresh_finds_what_workers_finished(cluster: Stack, local_version: PublishedVersion) -> None:
     config = configure(cluster, "refresh-killed")
     cluster.spawn("refresh", command_of(config), os.environ)
-    finished = wait_for("a first subject on S3", lambda: {name for name in staged(config) if name.endswith(".json")}, every_s=0.02)
+    finished = wait_for(
+        "a first subject on S3", lambda: {name for name in staged(config) if name.endswith(".json")}, every_s=0.02
+    )
     cluster.kill("refresh")
     assert len(finished) < 8
     refresh(config)  # at once: the lock was that of a process of this machine
