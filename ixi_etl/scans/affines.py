@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -51,7 +51,7 @@ class Form:
 
     def to_record(self) -> dict[str, Any]:
         """The form as a JSON-serialisable dictionary."""
-        return asdict(self) | {"affine": self.affine.tolist()}
+        return {**vars(self), "affine": self.affine.tolist()}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Form:
