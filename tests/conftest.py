@@ -161,9 +161,18 @@ def config_for(root: Path | str, source: Path | str, scratch: Path | None = None
 
 
 @pytest.fixture(scope="session")
-def published(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> PublishedVersion:
-    """A version refreshed from the phantom; tests only read it."""
-    return refresh(config_for(tmp_path_factory.mktemp("root"), archives))
+def published(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PublishedVersion]:
+    """A version refreshed from the phantom; tests only read it, or those that follow could fail by chance."""
+    root = tmp_path_factory.mktemp("root")
+    version = refresh(config_for(root, archives))
+    before = times_of(root)
+    yield version
+    assert times_of(root) == before, "a test wrote to the root of `published`; it should use `refreshed`, a copy"
+
+
+def times_of(root: Path) -> dict[Path, int]:
+    """When each file and folder was changed."""
+    return {path: path.stat().st_mtime_ns for path in root.rglob("*")}
 
 
 @pytest.fixture

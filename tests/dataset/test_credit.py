@@ -189,16 +189,15 @@ def test_crcs_are_read_as_text_by_spreadsheets(published: PublishedVersion) -> N
 
 
 @pytest.mark.usefixtures("torch")
-def test_a_run_and_its_outputs_carry_the_credit(published: PublishedVersion, tmp_path: Path) -> None:
+def test_a_run_and_its_outputs_carry_the_credit(refreshed: PublishedVersion, tmp_path: Path) -> None:
     from model import synthesize
     from model.config import TrainConfig
     from model.jobs import prepare_run, train_run
 
-    root = published.folder.parents[2]
     config = TrainConfig.model_validate(SMALL_NETWORKS | {"steps": 1, "samples": 0, "checkpoint_every": 1})
-    run = prepare_run(root, config, "credit")
+    run = prepare_run(tmp_path, config, "credit")
     generator = train_run(run)
-    terms = metadata.licence_of(published.folder)
+    terms = metadata.licence_of(refreshed.folder)
     record = read_json(run.folder / "config.json")
     assert record["data"] == terms
     assert record["software"].items() >= software.describe(("torch",)).items()
