@@ -7,11 +7,12 @@ import gc
 import io
 import logging
 import os
+import select
 import sys
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -86,7 +87,8 @@ def main(arguments: list[str] | None = None) -> Any:
         if (sys.stdout, sys.stderr) != streams:  # Typer treats every broken pipe as a closed output
             sys.stdout, sys.stderr = streams
             sys.stdout.flush()
-            typer.echo("error: a connection broke (broken pipe); run the same command again", err=True)
+            if _has_reader(sys.stdout):
+                typer.echo("error: a connection broke (broken pipe); run the same command again", err=True)
     except BrokenPipeError:  # as in `| head -1`: no error, and Python must not try to flush again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
@@ -95,6 +97,16 @@ def main(arguments: list[str] | None = None) -> Any:
         typer.echo(f"error: cannot write the result: {error.strerror or error}", err=True)
         status = 1
     sys.exit(status)
+
+
+def _has_reader(stream: TextIO) -> bool:
+    """Whether the other end of a pipe is open; True for other streams. After a failed write, a flush may not tell."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)  # errors are reported anyway
+    except io.UnsupportedOperation:  # not a file
+        return True
+    return not poll.poll(0)
 
 
 def _run(arguments: list[str] | None) -> int:

@@ -15,9 +15,8 @@ from typing import Any
 
 import pandas as pd
 
-from ixi_etl.core.files import parse_json
 from ixi_etl.core.storage import read_bytes
-from ixi_etl.dataset.metadata import COMPARED, has_own_digest, read_metadata
+from ixi_etl.dataset.metadata import COMPARED, parse_with_digest, read_metadata
 
 DECIMALS = 6
 """Values and limits are rounded to these before they are compared, so that a page shows what was compared."""
@@ -177,4 +176,4 @@ def _read_compared(folder: Path) -> dict[str, Any]:
         data = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    return dict(parse_json(data)) if has_own_digest(data) else {}
+    return parse_with_digest(data) or {}

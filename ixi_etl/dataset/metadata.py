@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -83,10 +84,22 @@ def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
     return rest | {DIGEST: hashlib.sha256(to_json(rest).encode()).hexdigest()}
 
 
-def has_own_digest(data: bytes) -> bool:
-    """Whether `data` is exactly what `with_digest` and `to_json` write."""
-    value = parse_json(data)
-    return isinstance(value, dict) and data == to_json(with_digest(value)).encode()
+def parse_with_digest(data: bytes) -> dict[str, Any] | None:
+    """The content of a file that `to_json` wrote of `with_digest`; None if a byte of it has changed.
+
+    The digest is that of the file without the line that holds it, because `to_json` writes each key on its own line.
+    """
+    line = _DIGEST_LINE.search(data)
+    if line is None:
+        return None
+    before = data[: line.start()] if line["comma"] else data[: line.start()].removesuffix(b",")
+    if hashlib.sha256(before + data[line.end() :]).hexdigest().encode() != line["digest"]:
+        return None
+    content = parse_json(data)
+    return content if isinstance(content, dict) else None
+
+
+_DIGEST_LINE = re.compile(rb'\n "%s": "(?P<digest>[0-9a-f]{64})"(?P<comma>,?)(?=\n)' % DIGEST.encode())
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -100,12 +113,13 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         data = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError):
         data = b""
-    metadata: dict[str, Any] = parse_json(data)
+    verified = parse_with_digest(data)
+    metadata: dict[str, Any] = parse_json(data) if verified is None else verified
     if not _is_metadata(metadata):
         raise DatasetError(f"{path} is missing, damaged or of an older ixi-etl; make the version again")
     made_by = metadata["inputs"].get("pipeline_version")  # part of the version's name, which `verify` checks
     is_older = DIGEST not in metadata and isinstance(made_by, int) and made_by < DIGEST_SINCE
-    if not is_older and not has_own_digest(data):
+    if verified is None and not is_older:
         raise DatasetError(f"{path} is damaged: it does not have the SHA-256 that it holds; make the version again")
     return metadata
 
@@ -138,16 +152,17 @@ def normalisation_of(folder: Path) -> str:
     return str(read_metadata(folder)["inputs"]["config"].get("normalisation", "percentiles"))
 
 
-def read_manifest(folder: Path, *, validate: bool = True) -> pd.DataFrame:
+def read_manifest(folder: Path, *, name: str = "", validate: bool = True) -> pd.DataFrame:
     """Read the manifest of a version's folder.
 
     Args:
+        name: of the dataset; without it, it is read from `dataset.json`.
         validate: check the rules of its schema, too. Not needed if the version was just made or verified.
 
     Raises:
         DatasetError: the manifest is missing or breaks its schema.
     """
-    path, schema = folder / MANIFEST, SCHEMAS[read_metadata(folder)["name"]]
+    path, schema = folder / MANIFEST, SCHEMAS[name or read_metadata(folder)["name"]]
     try:
         text = read_bytes(path).decode()  # reading as text would turn \r into \n
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, UnicodeDecodeError) as error:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ixi_etl.core.files import parse_json, sha256_file
+from ixi_etl.core.files import sha256_file
 from ixi_etl.core.progress import Progress, no_progress
 from ixi_etl.core.storage import file_sizes, read_bytes
 from ixi_etl.core.text import printable, quantity
@@ -25,7 +25,7 @@ from ixi_etl.dataset.metadata import (
     POINTER,
     SOFTWARE,
     UNHASHED,
-    has_own_digest,
+    parse_with_digest,
     published_digest,
     read_manifest,
     read_metadata,
@@ -56,7 +56,11 @@ def verify(
         deep: also check the SHA-256 of every file, decode every chunk (which checks its CRC-32C), and compare the
             percentiles of every slab, and its range if it has another normalisation, with the manifest.
     """
-    return _verify(folder, version or folder.name, deep, progress, unhashed=True)[0]
+    try:
+        metadata = read_metadata(folder)
+    except DatasetError as error:
+        return [str(error)]
+    return _verify(folder, metadata, version or folder.name, deep, progress, unhashed=True)[0]
 
 
 def verify_files(folder: Path, *, unhashed: bool = True) -> list[str]:
@@ -88,7 +92,7 @@ def read_verified(folder: Path, version: str | None = None) -> tuple[dict[str, A
         DatasetError: the first problem, with the command that repairs it.
     """
     metadata = read_metadata(folder)
-    problems, table = _verify(folder, version or folder.name)
+    problems, table = _verify(folder, metadata, version or folder.name)
     if problems or table is None:
         raise DatasetError(f"{problems[0]}; {how_to_make(metadata)} makes the version again")
     return metadata, table
@@ -96,6 +100,7 @@ def read_verified(folder: Path, version: str | None = None) -> tuple[dict[str, A
 
 def _verify(
     folder: Path,
+    metadata: Mapping[str, Any],
     version: str,
     deep: bool = False,
     progress: Progress = no_progress,
@@ -103,10 +108,6 @@ def _verify(
     unhashed: bool = False,
 ) -> tuple[list[str], pd.DataFrame | None]:
     """The problems, and the manifest if it could be read."""
-    try:
-        metadata = read_metadata(folder)
-    except DatasetError as error:
-        return [str(error)], None
     problems = _file_problems(folder, metadata, version, deep, progress, unhashed=unhashed)
     names, schema = (metadata["source"], metadata["target"]), SCHEMAS[metadata["name"]]
     if names[0] == names[1] or not set(names) <= set(schema.arrays):
@@ -116,7 +117,7 @@ def _verify(
         return problems, None
     table = None
     try:
-        table = read_manifest(folder)
+        table = read_manifest(folder, name=metadata["name"])
         used, config = manifest.used_rows(table), metadata["inputs"]["config"]
         problems += _verify_store(folder, schema.arrays, used, config, deep, progress)
         if not manifest.counts(table, schema).items() <= metadata.items():
@@ -163,16 +164,15 @@ def _unhashed_problems(folder: Path, sizes: Mapping[str, int], metadata: Mapping
 
     They may be missing, but not `compared.json` of a version with checks: it says whether the hand-off is held.
     """
-    content = {name: read_bytes(folder / name) for name in (SOFTWARE, COMPARED) if name in sizes}
-    damaged = [name for name, data in content.items() if not has_own_digest(data)]
+    content = {n: parse_with_digest(read_bytes(folder / n)) for n in (SOFTWARE, COMPARED) if n in sizes}
+    damaged = [name for name, fields in content.items() if fields is None]
     problems = [f"{folder / name} is damaged: it does not have the SHA-256 that it holds" for name in damaged]
     if COMPARED not in content and "checks" in metadata:
         problems.append(f"{folder / COMPARED} is missing")
-    if COMPARED in content and COMPARED not in damaged:
-        known = parse_json(content[COMPARED]).get(PAGE_DIGEST)
+    if compared := content.get(COMPARED):
         if COMPARED_PAGE not in sizes:
             problems.append(f"{folder / COMPARED_PAGE} is missing")
-        elif sha256_file(folder / COMPARED_PAGE) != known:
+        elif sha256_file(folder / COMPARED_PAGE) != compared.get(PAGE_DIGEST):
             problems.append(f"{folder / COMPARED_PAGE} is damaged: its SHA-256 is not the one in {COMPARED}")
     return problems
 

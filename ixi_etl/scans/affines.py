@@ -133,16 +133,16 @@ def _check_spacing(name: str, spacing_mm: Iterable[float]) -> None:
 
 
 def _form(kind: str, affine: NDArray[np.float64], pixdim_mm: tuple[float, ...]) -> Form:
-    lengths = np.sqrt((affine[:3, :3] ** 2).sum(axis=0)).tolist()
-    # Ratio of a voxel's volume to the product of its edge lengths: 1 for right angles, 0 for a flat voxel.
-    if min(lengths) == 0 or abs(np.linalg.det(affine[:3, :3])) < 0.1 * math.prod(lengths):
+    lengths = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    rotation, volume = nearest_rotation(affine[:3, :3] / np.maximum(lengths, np.finfo(float).tiny))
+    if volume < 0.1:
         raise BadVolumeError("bad_affine", f"the {kind} is singular: {json.dumps(affine[:3, :3].round(4).tolist())}")
-    _check_spacing(f"the {kind}'s spacing", lengths)
-    directions = axis_codes(affine)
+    _check_spacing(f"the {kind}'s spacing", lengths.tolist())
+    directions = axis_codes(affine, rotation)
     if None in directions:
         raise BadVolumeError("bad_affine", f"the {kind} does not determine the direction of an axis")
-    is_pixdim = all(abs(a / b - 1) < 1e-5 for a, b in zip(lengths, pixdim_mm, strict=True))  # except for rounding
-    spacing = pixdim_mm if is_pixdim else tuple(round_to_six_digits(mm) for mm in lengths)
+    is_pixdim = bool((np.abs(lengths / pixdim_mm - 1) < 1e-5).all())  # except for rounding
+    spacing = pixdim_mm if is_pixdim else tuple(round_to_six_digits(mm) for mm in lengths.tolist())
     return Form(affine, spacing, "".join(directions))
 
 
@@ -203,19 +203,32 @@ def choose_spaces(*scans: Mapping[int, Form]) -> tuple[int, ...] | None:
     return first if near else None
 
 
-def axis_codes(affine: NDArray[np.float64]) -> tuple[str, ...]:
+def nearest_rotation(axes: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
+    """The orthogonal matrix nearest to the directions of three axes (polar decomposition), and their volume.
+
+    Args:
+        axes: (3, 3), columns of length 1, or 0 for an axis without a direction.
+
+    Returns:
+        The matrix, and the volume that the axes span: 1 at right angles, 0 in one plane.
+    """
+    u, stretches, vt = np.linalg.svd(axes)
+    return u @ vt, float(stretches.prod())
+
+
+def axis_codes(affine: NDArray[np.float64], rotation: NDArray[np.float64]) -> tuple[str, ...]:
     """The axis codes of a non-singular affine, equal to those of `nibabel.aff2axcodes`.
 
-    Read from the nearest rotation (polar decomposition). Falls back to nibabel if two voxel axes share their nearest
-    world axis.
+    Falls back to nibabel if two voxel axes share their nearest world axis.
+
+    Args:
+        rotation: `nearest_rotation` of the affine's axes.
     """
     # With aff2axcodes alone, a survey of 1,000 headers takes 20% longer (0.47 s instead of 0.39 s).
-    u, _, vt = np.linalg.svd(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))
-    rotation = u @ vt
     axes = np.abs(rotation).argmax(axis=0).tolist()
     if len(set(axes)) < 3:
         return tuple(nib.aff2axcodes(affine))
-    return tuple("LPIRAS"[world + 3 * (rotation[world, voxel] > 0)] for voxel, world in enumerate(axes))
+    return tuple("LPIRAS"[world + 3 * (axis[world] > 0)] for world, axis in zip(axes, rotation.T.tolist(), strict=True))
 
 
 def shortest_double(value: np.floating) -> float:

@@ -5,6 +5,7 @@ Legend: I, J, K are the voxel axes as stored (I fastest). An affine maps (i, j, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,10 +78,7 @@ class Header:
 
     @property
     def voxel_bytes(self) -> int:
-        count = 1
-        for n in self.shape:
-            count *= n
-        return count * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def scaled(self, stored: NDArray[Any]) -> NDArray[Any]:
         """Stored values converted to scanner units: float64, or `stored` itself if slope is 1 and intercept 0."""
@@ -138,7 +136,7 @@ def _parse_into(header: Header, head: bytes, packed_size: int) -> None:
     # By the standard, a slope of 0 or NaN means no scaling.
     slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])
     if slope == slope and slope != 0:
-        if not np.isfinite([slope, intercept]).all():
+        if not (math.isfinite(slope) and math.isfinite(intercept)):
             raise BadVolumeError("unreadable", f"slope is {slope} and intercept {intercept}; both must be finite")
         header.slope, header.intercept = slope, intercept
 

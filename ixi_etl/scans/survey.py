@@ -14,6 +14,7 @@ import pandas as pd
 
 from ixi_etl.core.http_options import DEFAULT_HTTP, HttpOptions
 from ixi_etl.core.progress import Progress, no_progress
+from ixi_etl.core.storage import is_url
 from ixi_etl.core.text import quantity
 from ixi_etl.errors import BadVolumeError
 from ixi_etl.modalities import archive_name
@@ -135,7 +136,8 @@ def survey(
         wanted = expected or f"SUBJECT-SITE-NUMBER-{modality}.nii.gz"
         return [_member_row(modality, member, read_name, wanted) | {"location": archive} for member in members]
 
-    with ThreadPoolExecutor(max(len(archives), 1)) as pool:  # remote archives are read concurrently
+    remote = sum(isinstance(archive, str) and is_url(archive) for archive in archives.values())
+    with ThreadPoolExecutor(max(remote, 1)) as pool:  # two threads parse headers slower than one, but wait together
         rows = [row for of_one in pool.map(rows_of, archives) for row in of_one]
     table = pd.DataFrame(rows, columns=COLUMNS)
     return table.astype({"depth": "Int64", "readable": bool, "simulated": bool})

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from conftest import config_for
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ixi_etl.core.files import to_json
 from ixi_etl.core.storage import DataRoot
@@ -17,6 +19,12 @@ from ixi_etl.dataset import metadata, verify
 from ixi_etl.dataset.publish import PublishedVersion
 from ixi_etl.errors import DatasetError
 from ixi_etl.recipes.ixi import refresh
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=5,
+)
 
 
 @pytest.fixture
@@ -28,6 +36,13 @@ def copy(published: PublishedVersion, tmp_path: Path) -> Path:
 def test_copy_without_a_pointer_is_verified(copy: Path) -> None:
     assert not (copy.parent / metadata.POINTER).exists()
     assert verify.verify(copy, deep=True) == []
+
+
+@given(st.dictionaries(st.text(max_size=3) | st.sampled_from(["a", "z"]), json_values, min_size=1))
+def test_file_with_its_digest_is_read(content: dict[str, Any]) -> None:
+    signed = metadata.with_digest(content)
+    assert metadata.parse_with_digest(to_json(signed).encode()) == signed
+    assert metadata.parse_with_digest(to_json(content).encode()) is None
 
 
 def test_any_flipped_bit_is_found(copy: Path) -> None:

@@ -307,6 +307,7 @@ def test_command_line_offers_every_training_preset() -> None:
     assert set(get_args(Preset)) == TRAINING_PRESETS.keys()
 
 
+@pytest.mark.stack
 @pytest.mark.usefixtures("torch")
 def test_without_a_server_commands_run_and_prefect_is_not_imported(
     published: PublishedVersion, archives: Path, tmp_path: Path

@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -209,12 +210,13 @@ def test_fallback_starts_the_same_training_as_the_event() -> None:
     ids=["not configured", "no answer"],
 )
 def test_deploying_without_a_server_prints_one_line(
-    url: str | None, message: str, capfd: pytest.CaptureFixture[str]
+    url: str | None, message: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     from flows import deploy
 
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # the wait before another attempt to connect
     with temporary_settings({PREFECT_API_URL: url}), pytest.raises(SystemExit) as ended:
         deploy.main()
     line = str(ended.value.code)  # Python prints it; the exit status is 1

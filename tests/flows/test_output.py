@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
 import re
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -69,6 +71,39 @@ def test_json_of_a_failed_verify_has_the_error_and_the_problems(
     assert result["problems"]
     assert all(problem in err for problem in result["problems"])
     assert f"error: {result['error']}\n" in err
+
+
+def test_a_reader_that_stops_reading_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in `ixi-etl --help | head`."""
+    reader, writer = os.pipe()
+
+    def write(_: object) -> None:
+        output.write("a first line\n")
+        output.flush()
+        os.close(reader)
+        output.write("x" * (1 << 20))  # more than Python's buffers, which drop it when it cannot be written
+
+    monkeypatch.setattr("flows.cli.datasets.run_refresh", write)
+    with open(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        with pytest.raises(SystemExit) as ended:
+            main(["refresh"])
+    assert (ended.value.code, capsys.readouterr().err) == (1, "")
+
+
+def test_a_broken_pipe_of_a_command_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("flows.cli.datasets.run_refresh", fail)
+    with pytest.raises(SystemExit) as ended:
+        main(["refresh"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "error: a connection broke (broken pipe); run the same command again\n"
 
 
 def test_json_lists_the_warnings(

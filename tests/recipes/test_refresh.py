@@ -220,10 +220,11 @@ def test_versions_are_compared_subject_by_subject(published: PublishedVersion, a
 # -- interruptions ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.faults
 def test_a_killed_refresh_resumes_and_gives_the_same_bytes(
     published: PublishedVersion, archives: Path, tmp_path: Path
 ) -> None:
-    """Killed during the cut, then during publishing; `make faults` has hundreds of moments."""
+    """Killed during the cut, then during publishing."""
     config, data_root = config_for(tmp_path, archives).model_copy(update={"workers": 1}), DataRoot(tmp_path)
     staging = data_root.staging(published.version)
 
