@@ -324,6 +324,7 @@ def test_weights_of_another_training_are_refused_with_the_difference(
     assert evaluations(evaluated) == before
 
 
+@pytest.mark.stack
 def test_evaluations_with_other_weights_or_dropout_have_distinct_file_names(evaluated: Run, tmp_path: Path) -> None:
     before = evaluations(evaluated)
     saved = checkpoint.list_checkpoints(evaluated.folder / "checkpoints")[0]

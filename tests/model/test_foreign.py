@@ -68,6 +68,7 @@ def scores_of(path: Path, method: str) -> pd.DataFrame:
     return table[table["method"] == method][columns].set_index(["subject_id", "protocol", "mask"])
 
 
+@pytest.mark.stack
 def test_our_own_exported_model_gets_the_scores_of_its_run(root: Path, dataset: str, tmp_path: Path) -> None:
     run = open_run(root, "a")
     name = evaluate_run(run, split="train").name

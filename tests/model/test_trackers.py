@@ -191,24 +191,18 @@ def test_an_evaluation_is_added_at_the_trackers_of_a_resume(root: Path, trackio_
 # -- faults -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("fault", "shown"),
-    [
-        ("no space left on device", "no space left on device"),
-        ("API request to https://me:s3cret@host/api failed", "API request to https://***@host/api failed"),
-    ],
-)
 def test_a_training_outlives_a_tracker(
-    fault: str, shown: str, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(_tracker: TensorBoard, _step: int, _values: Any) -> None:
-        raise OSError(fault)
+        raise OSError("API request to https://me:s3cret@host/api failed")
 
     monkeypatch.setattr(TensorBoard, "log_scalars", fail)
     run = run_of(root, "tensorboard")
     with caplog.at_level(logging.WARNING):
         assert train_run(run).is_file()
     [warning] = [r.getMessage() for r in caplog.records if "tensorboard" in r.getMessage()]
+    shown = "API request to https://***@host/api failed"
     assert warning == f"no longer logging to tensorboard ({shown}); the CSV files have everything"
     assert [row["step"] for row in rows_of(run.folder / "metrics.csv")] == [2, 4, 6]
 
