@@ -100,13 +100,18 @@ def main(arguments: list[str] | None = None) -> Any:
 
 
 def _has_reader(stream: TextIO) -> bool:
-    """Whether the other end of a pipe is open; True for other streams. After a failed write, a flush may not tell."""
+    """Whether the other end of a pipe or socket is open; True for other streams.
+
+    After a failed write nothing may be left to flush, so a flush cannot tell. A connection of the command that broke
+    while nobody read its output is not reported.
+    """
     try:
-        poll = select.poll()
-        poll.register(stream.fileno(), 0)  # errors are reported anyway
+        descriptor = stream.fileno()
     except io.UnsupportedOperation:  # not a file
         return True
-    return not poll.poll(0)
+    poll = select.poll()
+    poll.register(descriptor, 0)  # these two are reported anyway
+    return not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _run(arguments: list[str] | None) -> int:

@@ -18,7 +18,7 @@ from ixi_etl.core.files import parse_json, read_json, to_json
 from ixi_etl.core.storage import DataRoot, read_bytes
 from ixi_etl.dataset.command import COMMANDS
 from ixi_etl.dataset.credit import is_all_share_alike
-from ixi_etl.dataset.schema import SCHEMAS
+from ixi_etl.dataset.schema import SCHEMAS, Schema
 from ixi_etl.errors import DatasetError
 
 MANIFEST, METADATA, REPORT, PICTURES, POINTER = "manifest.csv", "dataset.json", "report.html", "pictures", "latest.json"
@@ -85,9 +85,10 @@ def with_digest(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_with_digest(data: bytes) -> dict[str, Any] | None:
-    """The content of a file that `to_json` wrote of `with_digest`; None if a byte of it has changed.
+    """The content of a file that `to_json` wrote of `with_digest`; None if any of its bytes has changed.
 
-    The digest is that of the file without the line that holds it, because `to_json` writes each key on its own line.
+    `to_json` writes each key on its own line, so the digest is that of the file without the line that holds it. Where
+    among the fields that line is does not matter.
     """
     line = _DIGEST_LINE.search(data)
     if line is None:
@@ -96,7 +97,7 @@ def parse_with_digest(data: bytes) -> dict[str, Any] | None:
     if hashlib.sha256(before + data[line.end() :]).hexdigest().encode() != line["digest"]:
         return None
     content = parse_json(data)
-    return content if isinstance(content, dict) else None
+    return content if isinstance(content, dict) and DIGEST in content else None
 
 
 _DIGEST_LINE = re.compile(rb'\n "%s": "(?P<digest>[0-9a-f]{64})"(?P<comma>,?)(?=\n)' % DIGEST.encode())
@@ -152,17 +153,21 @@ def normalisation_of(folder: Path) -> str:
     return str(read_metadata(folder)["inputs"]["config"].get("normalisation", "percentiles"))
 
 
-def read_manifest(folder: Path, *, name: str = "", validate: bool = True) -> pd.DataFrame:
+def read_manifest(folder: Path, *, validate: bool = True) -> pd.DataFrame:
     """Read the manifest of a version's folder.
 
     Args:
-        name: of the dataset; without it, it is read from `dataset.json`.
         validate: check the rules of its schema, too. Not needed if the version was just made or verified.
 
     Raises:
         DatasetError: the manifest is missing or breaks its schema.
     """
-    path, schema = folder / MANIFEST, SCHEMAS[name or read_metadata(folder)["name"]]
+    return read_manifest_of(folder, SCHEMAS[read_metadata(folder)["name"]], validate=validate)
+
+
+def read_manifest_of(folder: Path, schema: Schema, *, validate: bool = True) -> pd.DataFrame:
+    """`read_manifest` of a dataset whose schema is known."""
+    path = folder / MANIFEST
     try:
         text = read_bytes(path).decode()  # reading as text would turn \r into \n
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, UnicodeDecodeError) as error:

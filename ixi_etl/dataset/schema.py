@@ -122,8 +122,11 @@ class Schema:
             if dtype == "str":
                 columns[name] = column.where(column.notna(), "").astype("str")
             else:
-                numbers = pd.to_numeric(column.to_numpy(dtype=object))  # empty text and None become NaN
-                columns[name] = pd.Series(numbers, column.index).astype(pandas_dtype(dtype))
+                columns[name] = (
+                    column.mask(column.astype("object").isin(["", None]), None)
+                    .astype("Float64")
+                    .astype(pandas_dtype(dtype))
+                )
         return pd.DataFrame(columns)
 
     def validate(self, manifest: pd.DataFrame) -> pd.DataFrame:

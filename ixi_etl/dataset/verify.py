@@ -27,7 +27,7 @@ from ixi_etl.dataset.metadata import (
     UNHASHED,
     parse_with_digest,
     published_digest,
-    read_manifest,
+    read_manifest_of,
     read_metadata,
     version_name,
 )
@@ -117,7 +117,7 @@ def _verify(
         return problems, None
     table = None
     try:
-        table = read_manifest(folder, name=metadata["name"])
+        table = read_manifest_of(folder, schema)
         used, config = manifest.used_rows(table), metadata["inputs"]["config"]
         problems += _verify_store(folder, schema.arrays, used, config, deep, progress)
         if not manifest.counts(table, schema).items() <= metadata.items():

@@ -134,8 +134,9 @@ def _check_spacing(name: str, spacing_mm: Iterable[float]) -> None:
 
 def _form(kind: str, affine: NDArray[np.float64], pixdim_mm: tuple[float, ...]) -> Form:
     lengths = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
-    rotation, volume = nearest_rotation(affine[:3, :3] / np.maximum(lengths, np.finfo(float).tiny))
-    if volume < 0.1:
+    axes = affine[:3, :3] / np.where(lengths > 0, lengths, 1)
+    rotation, volume = nearest_orthogonal(axes)
+    if lengths.min() == 0 or volume < 0.1:  # 1 at right angles, 0 for a flat voxel
         raise BadVolumeError("bad_affine", f"the {kind} is singular: {json.dumps(affine[:3, :3].round(4).tolist())}")
     _check_spacing(f"the {kind}'s spacing", lengths.tolist())
     directions = axis_codes(affine, rotation)
@@ -167,9 +168,9 @@ _CORNERS = np.array([*product((0.0, 1.0), repeat=3)])
 
 def _max_distortion_mm(affine: NDArray[np.float64], shape: tuple[int, ...], pixdim_mm: tuple[float, ...]) -> float:
     """Largest distance between an affine and the nearest rotation of the pixdim's grid about the volume's centre."""
-    u, _, vt = np.linalg.svd(affine[:3, :3] @ np.diag(1 / np.array(pixdim_mm)))
+    rotation, _ = nearest_orthogonal(affine[:3, :3] / np.array(pixdim_mm))
     difference = np.zeros((4, 4))
-    difference[:3, :3] = affine[:3, :3] - u @ vt @ np.diag(pixdim_mm)
+    difference[:3, :3] = affine[:3, :3] - rotation @ np.diag(pixdim_mm)
     difference[:3, 3] = -difference[:3, :3] @ ((np.array(shape) - 1) / 2)
     return _max_displacement_mm(difference, shape)
 
@@ -203,16 +204,9 @@ def choose_spaces(*scans: Mapping[int, Form]) -> tuple[int, ...] | None:
     return first if near else None
 
 
-def nearest_rotation(axes: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
-    """The orthogonal matrix nearest to the directions of three axes (polar decomposition), and their volume.
-
-    Args:
-        axes: (3, 3), columns of length 1, or 0 for an axis without a direction.
-
-    Returns:
-        The matrix, and the volume that the axes span: 1 at right angles, 0 in one plane.
-    """
-    u, stretches, vt = np.linalg.svd(axes)
+def nearest_orthogonal(matrix: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
+    """The rotation or reflection nearest to a 3 x 3 matrix (polar decomposition), and the volume of its columns."""
+    u, stretches, vt = np.linalg.svd(matrix)
     return u @ vt, float(stretches.prod())
 
 
@@ -222,7 +216,7 @@ def axis_codes(affine: NDArray[np.float64], rotation: NDArray[np.float64]) -> tu
     Falls back to nibabel if two voxel axes share their nearest world axis.
 
     Args:
-        rotation: `nearest_rotation` of the affine's axes.
+        rotation: `nearest_orthogonal` of the directions of its columns.
     """
     # With aff2axcodes alone, a survey of 1,000 headers takes 20% longer (0.47 s instead of 0.39 s).
     axes = np.abs(rotation).argmax(axis=0).tolist()

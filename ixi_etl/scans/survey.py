@@ -136,8 +136,9 @@ def survey(
         wanted = expected or f"SUBJECT-SITE-NUMBER-{modality}.nii.gz"
         return [_member_row(modality, member, read_name, wanted) | {"location": archive} for member in members]
 
-    remote = sum(isinstance(archive, str) and is_url(archive) for archive in archives.values())
-    with ThreadPoolExecutor(max(remote, 1)) as pool:  # two threads parse headers slower than one, but wait together
+    is_remote = any(isinstance(archive, str) and is_url(archive) for archive in archives.values())
+    # Waiting for servers is concurrent. Parsing headers is not: two threads take longer for it than one.
+    with ThreadPoolExecutor(len(archives) if is_remote else 1) as pool:
         rows = [row for of_one in pool.map(rows_of, archives) for row in of_one]
     table = pd.DataFrame(rows, columns=COLUMNS)
     return table.astype({"depth": "Int64", "readable": bool, "simulated": bool})

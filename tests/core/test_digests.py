@@ -66,6 +66,12 @@ def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str]:
     return edit
 
 
+def move_digest(text: str, key: str) -> str:
+    """The text with its digest within the object `key`, on a line as before."""
+    line = next(line for line in text.splitlines(keepends=True) if metadata.DIGEST in line)
+    return text.replace(line, "").replace(f'\n "{key}": {{\n', f'\n "{key}": {{\n{line}', 1)
+
+
 EDITS: dict[str, Callable[[str], str]] = {
     "source and target exchanged": edited(lambda r: r.update(source=r["target"], target=r["source"])),
     "another credit": edited(lambda r: r.update(credit="mine")),
@@ -80,6 +86,7 @@ EDITS: dict[str, Callable[[str], str]] = {
     "another indentation": lambda text: json.dumps(json.loads(text), sort_keys=True),
     "another order": lambda text: json.dumps(dict(reversed(json.loads(text).items())), indent=1) + "\n",
     "a byte order mark": lambda text: "\ufeff" + text,
+    "the digest in another object": lambda text: move_digest(text, "inputs"),
     "a duplicate key": lambda text: text.replace('{\n "', '{\n "credit": "mine",\n "', 1),
 }
 

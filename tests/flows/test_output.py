@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pandas as pd
@@ -93,15 +94,23 @@ def test_a_reader_that_stops_reading_is_no_error(
     assert (ended.value.code, capsys.readouterr().err) == (1, "")
 
 
+@pytest.mark.parametrize("output", ["a pipe", "a file", "captured"])
 def test_a_broken_pipe_of_a_command_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(_: object) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     monkeypatch.setattr("flows.cli.datasets.run_refresh", fail)
-    with pytest.raises(SystemExit) as ended:
-        main(["refresh"])
+    with ExitStack() as streams:
+        if output != "captured":
+            reader, writer = os.pipe()
+            streams.enter_context(open(reader))
+            pipe = streams.enter_context(open(writer, "w"))
+            file = streams.enter_context(open(tmp_path / "output", "w"))
+            monkeypatch.setattr(sys, "stdout", pipe if output == "a pipe" else file)
+        with pytest.raises(SystemExit) as ended:
+            main(["refresh"])
     assert ended.value.code == 1
     assert capsys.readouterr().err == "error: a connection broke (broken pipe); run the same command again\n"
 

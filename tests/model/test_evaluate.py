@@ -324,27 +324,26 @@ def test_weights_of_another_training_are_refused_with_the_difference(
     assert evaluations(evaluated) == before
 
 
-@pytest.mark.stack
 def test_evaluations_with_other_weights_or_dropout_have_distinct_file_names(evaluated: Run, tmp_path: Path) -> None:
     before = evaluations(evaluated)
     saved = checkpoint.list_checkpoints(evaluated.folder / "checkpoints")[0]
     other_seed = save_with(evaluated, tmp_path / "generator.safetensors", seed=7)  # trained on the same data
     names = [
-        evaluate_run(evaluated, split="train", weights=weights, dropout=dropout).name
+        evaluate_run(evaluated, split="train", weights=weights, dropout=dropout, protocols=("ours",)).name
         for weights, dropout in ((saved.path, False), (other_seed, True))
     ]
     assert names == [
-        f"evaluation-train-step-{saved.step:08d}-{checkpoint.read_digest(saved.path)[:8]}",
-        f"evaluation-train-generator-{checkpoint.read_digest(other_seed)[:8]}-dropout",
+        f"evaluation-train-step-{saved.step:08d}-{checkpoint.read_digest(saved.path)[:8]}-ours",
+        f"evaluation-train-generator-{checkpoint.read_digest(other_seed)[:8]}-dropout-ours",
     ]
-    assert evaluate.evaluation_name("train", other_seed, dropout=False) == names[1].removesuffix("-dropout")
+    assert evaluate.evaluation_name("train", other_seed, dropout=False) == names[1].removesuffix("-dropout-ours")
     assert evaluate.evaluation_name("train", None, dropout=True) == "evaluation-train-dropout"
     after = evaluations(evaluated)
     assert after.keys() == before.keys() | {f"{name}.{form}" for name in names for form in ("csv", "json")}
     assert {name: after[name] for name in before} == before
     assert json.loads(after[f"{names[1]}.json"])["weights_sha256"] == checkpoint.read_digest(other_seed)
-    own = evaluate_run(evaluated, split="train", weights=evaluated.generator)
-    assert own.name == "evaluation-train"  # the same as without `weights`
+    own = evaluate_run(evaluated, split="train", weights=evaluated.generator, protocols=("ours",))
+    assert own.name == "evaluation-train-ours"  # the same as without `weights`
 
 
 def test_an_evaluation_under_some_protocols_leaves_the_full_one_as_it_is(evaluated: Run) -> None:

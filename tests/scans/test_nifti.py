@@ -56,7 +56,7 @@ def test_axis_codes_equal_nibabel(columns: NDArray[np.float64]) -> None:
     lengths = np.linalg.norm(columns, axis=0)
     assume(lengths.min() > 1e-3 and abs(np.linalg.det(columns / lengths)) > 0.1)  # others are rejected
     affine = nib.affines.from_matvec(columns, [1.0, 2.0, 3.0])
-    rotation, volume = affines.nearest_rotation(columns / lengths)
+    rotation, volume = affines.nearest_orthogonal(columns / lengths)
     assert volume == pytest.approx(abs(np.linalg.det(columns / lengths)))
     assert affines.axis_codes(affine, rotation) == nib.aff2axcodes(affine)
 
