@@ -96,7 +96,7 @@ bench: $(STAMP)
 	@$(BIN)/python -m benchmarks.run --only "$(ONLY)" $(if $(QUICK),--quick) $(if $(ARCHIVES),--archives "$(ARCHIVES)") $(if $(OUT),--out "$(OUT)")
 
 bench-check: $(STAMP)
-	@$(BIN)/pytest -m bench
+	@$(BIN)/pytest -m bench -o faulthandler_timeout=1800
 
 protocols: $(or $(wildcard $(STAMP)),$(TRAIN))
 	@$(BIN)/python -m benchmarks.protocols --out "$(or $(OUT),protocols)" $(if $(QUICK),--quick)
