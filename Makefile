@@ -25,7 +25,7 @@ help:
 	@echo "make faults        test kills, bad servers, full disks and hostile files, in all variants (15 minutes); ONLY=name: some"
 	@echo "make audit         run bandit, and pip-audit if its advisories can be reached"
 	@echo "make bench         compare the speed with that of other tools; ONLY=survey,refresh: some rows, QUICK=1: a trial run, ARCHIVES=folder: refreshes of these too"
-	@echo "make bench-check   measure some rows again; fail if one lost a third of its last recorded ratio on such a machine"
+	@echo "make bench-check   measure some rows again; fail if one lost a third of its last recorded ratio on such a machine (17 minutes)"
 	@echo "make protocols     measure on simulated archives how many dB a protocol is worth (8 minutes); OUT=folder, QUICK=1: a trial run"
 	@echo "make api           write docs/api.md from the docstrings"
 	@echo "make docs          build the website in site/ (2 minutes), with a live example; opens from disk"
