@@ -14,7 +14,12 @@ from benchmarks.machine import machine_class
 from benchmarks.measure import Row, Settings
 
 CHECKED = ("survey", "refresh", "reading", "step")
-THEIR_RATIOS = ("survey, 200", "refresh, 24 pairs", "reading, first epoch", "training step on CPU")
+THEIR_RATIOS = (
+    "survey, 200",
+    *(f"refresh, 24 pairs, {how}" for how in ("as by default", "index", "anatomical")),
+    "reading, first epoch",
+    "training step on CPU",
+)
 COMPARED = "survey, compared with nibabel"
 
 
