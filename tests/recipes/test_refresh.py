@@ -227,9 +227,10 @@ def test_a_killed_refresh_resumes_and_gives_the_same_bytes(
     config, data_root = config_for(tmp_path, archives).model_copy(update={"workers": 1}), DataRoot(tmp_path)
     staging = data_root.staging(published.version)
 
-    job = Job(stages.do_refresh_killed, config.model_dump_json(), "*/work/IXI*.json", 5, fresh=True)
+    records = "work/IXI*.json"
+    job = Job(stages.do_refresh_killed, config.model_dump_json(), f"*/{records}", 5, fresh=True)
     assert job.exit_code() == -signal.SIGKILL
-    done = {p: p.stat().st_mtime_ns for p in staging.glob("work/IXI*.json")}
+    done = {p: p.stat().st_mtime_ns for p in staging.glob(records)}
     assert len(done) == 5
     assert versions.published_versions(data_root) == []
     found: list[dict[Path, int]] = []
